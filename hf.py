@@ -1,0 +1,500 @@
+"""Hugging Face folder <-> model: one table row a weight, used in both directions.
+
+    python hf.py check DIR        reads the folder as a training script would, and says what it holds
+    python hf.py new --out DIR --family llama --width 96 --layers 2 --heads 4 --tokenizer DIR
+                                  a new folder of random weights, for tests, benchmarks and training from scratch
+
+An architecture, an option or a weight that plumb does not know is refused by name: what is not computed exactly must
+not be computed silently. Weights are read from safetensors only, which cannot run code.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from config import parse
+from data.templates import Template
+from data.tokenizer import TOKENIZER_FILES, load_tokenizer
+from model import GPT, GPTConfig
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gpt_neox": "GPTNeoXForCausalLM",
+}
+SHARD_BYTES = 5 << 30  # of one weight file, as transformers splits them
+
+# ---- the table: every weight, ours | theirs --------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """One weight under both names, {i} the layer. `part`: which of q, k, v it is inside a fused tensor of theirs."""
+
+    ours: str
+    theirs: str
+    part: str = ""
+
+
+LLAMA = [
+    Row("embed.weight", "model.embed_tokens.weight"),
+    Row("blocks.{i}.norm1.weight", "model.layers.{i}.input_layernorm.weight"),
+    Row("blocks.{i}.q.*", "model.layers.{i}.self_attn.q_proj.*"),
+    Row("blocks.{i}.k.*", "model.layers.{i}.self_attn.k_proj.*"),
+    Row("blocks.{i}.v.*", "model.layers.{i}.self_attn.v_proj.*"),
+    Row("blocks.{i}.q_norm.weight", "model.layers.{i}.self_attn.q_norm.weight"),
+    Row("blocks.{i}.k_norm.weight", "model.layers.{i}.self_attn.k_norm.weight"),
+    Row("blocks.{i}.out.*", "model.layers.{i}.self_attn.o_proj.*"),
+    Row("blocks.{i}.norm2.weight", "model.layers.{i}.post_attention_layernorm.weight"),
+    Row("blocks.{i}.gate.*", "model.layers.{i}.mlp.gate_proj.*"),
+    Row("blocks.{i}.up.*", "model.layers.{i}.mlp.up_proj.*"),
+    Row("blocks.{i}.down.*", "model.layers.{i}.mlp.down_proj.*"),
+    Row("norm.weight", "model.norm.weight"),
+    Row("head.weight", "lm_head.weight"),
+]
+GPT_NEOX = [
+    Row("embed.weight", "gpt_neox.embed_in.weight"),
+    Row("blocks.{i}.norm1.*", "gpt_neox.layers.{i}.input_layernorm.*"),
+    Row("blocks.{i}.q.*", "gpt_neox.layers.{i}.attention.query_key_value.*", "q"),
+    Row("blocks.{i}.k.*", "gpt_neox.layers.{i}.attention.query_key_value.*", "k"),
+    Row("blocks.{i}.v.*", "gpt_neox.layers.{i}.attention.query_key_value.*", "v"),
+    Row("blocks.{i}.out.*", "gpt_neox.layers.{i}.attention.dense.*"),
+    Row("blocks.{i}.norm2.*", "gpt_neox.layers.{i}.post_attention_layernorm.*"),
+    Row("blocks.{i}.up.*", "gpt_neox.layers.{i}.mlp.dense_h_to_4h.*"),
+    Row("blocks.{i}.down.*", "gpt_neox.layers.{i}.mlp.dense_4h_to_h.*"),
+    Row("norm.*", "gpt_neox.final_layer_norm.*"),
+    Row("head.weight", "embed_out.weight"),
+]
+# Buffers that old folders carry along: they are computed here, or masks.
+NOT_WEIGHTS = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")
+
+
+def weight_table(c: GPTConfig) -> dict[str, Row]:
+    """our name of every weight the model has -> its row with the layer filled in."""
+    table = {}
+    with torch.device("meta"):
+        ours = [name for name, _ in GPT(c).named_parameters()]
+    rows = {row.ours: row for row in (GPT_NEOX if c.family == "gpt_neox" else LLAMA)}
+    for name in ours:
+        words = name.split(".")
+        layer = words[1] if words[0] == "blocks" else ""
+        generic = ".".join(["blocks", "{i}", *words[2:]]) if layer else name
+        row = rows.get(generic) or rows[generic.rpartition(".")[0] + ".*"]
+        theirs = row.theirs.replace("{i}", layer).replace("*", words[-1])
+        table[name] = Row(name, theirs, row.part)
+    return table
+
+
+# ---- config.json -----------------------------------------------------------------------------------------------------
+
+# Keys without a say in the arithmetic.
+IDLE_KEYS = set(
+    "_name_or_path architectures model_type torch_dtype dtype transformers_version use_cache bos_token_id eos_token_id "
+    "pad_token_id initializer_range max_position_embeddings id2label label2id problem_type return_dict "
+    "output_attentions output_hidden_states chunk_size_feed_forward classifier_dropout is_encoder_decoder is_decoder "
+    "max_window_layers _attn_implementation_autoset attn_implementation".split()
+)
+# Keys that change the arithmetic when they are anything else.
+ONLY = {
+    "attention_dropout": (0, 0.0, None),
+    "hidden_dropout": (0, 0.0, None),
+    "pretraining_tp": (1, None),
+    "quantization_config": (None,),
+}
+
+
+def _take(raw: dict, family: str) -> GPTConfig:
+    known = dict(raw)
+
+    def get(key, *default):
+        if key not in known and not default:
+            raise ValueError(f"config.json has no {key}")
+        return known.pop(key, *default)
+
+    width, layers, heads = get("hidden_size"), get("num_hidden_layers"), get("num_attention_heads")
+    kv_heads = get("num_key_value_heads", 8 if family == "mistral" else None) or heads
+    head_size = get("head_dim", 128 if family == "qwen3" else None) or width // heads
+    theta, scaling, rope_share = _rope(get, get("rope_theta", None), family)
+    bias = {"qkv_bias": False, "out_bias": False, "mlp_bias": False}
+    if family == "gpt_neox":
+        own = {
+            "norm": "layer",
+            "norm_eps": get("layer_norm_eps", 1e-5),
+            "mlp": _one_of("hidden_act", get("hidden_act", "gelu"), {"gelu": "gelu", "gelu_new": "gelu_tanh"}),
+            "parallel_residual": get("use_parallel_residual", True),
+        }
+        bias = {"mlp_bias": True, "qkv_bias": get("attention_bias", True)}
+        bias["out_bias"] = bias["qkv_bias"]
+    else:
+        own = {
+            "norm_eps": get("rms_norm_eps", 1e-6),
+            "mlp": _one_of("hidden_act", get("hidden_act", "silu"), {"silu": "swiglu"}),
+            "qk_norm": family == "qwen3",
+        }
+        if family in ("llama", "qwen3"):
+            bias["qkv_bias"] = bias["out_bias"] = get("attention_bias", False)
+        if family == "llama":
+            bias["mlp_bias"] = get("mlp_bias", False)
+        if family == "qwen2":
+            bias["qkv_bias"] = True
+    window = get("sliding_window", 4096 if family == "mistral" else None) or 0
+    if family in ("qwen2", "qwen3"):
+        window = window if get("use_sliding_window", False) else 0
+        from_layer = known.get("max_window_layers", 28)
+        types = ["sliding_attention" if i >= from_layer else "full_attention" for i in range(layers)]
+    else:
+        types = ["sliding_attention"] * layers
+    types = get("layer_types", types) or types
+    for kind in types:
+        _one_of("layer_types", kind, {"sliding_attention": 1, "full_attention": 1})
+    config = GPTConfig(
+        family=family,
+        vocab=get("vocab_size"),
+        width=width,
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_size=head_size,
+        ffn=get("intermediate_size"),
+        rope_theta=theta,
+        rope_size=int(head_size * rope_share),
+        rope_scaling=scaling,
+        windows=tuple(window if kind == "sliding_attention" else 0 for kind in types) if window else (),
+        tied=get("tie_word_embeddings", False),
+        max_position=known.get("max_position_embeddings", 2048),
+        **own,
+        **bias,
+    )
+    for key, values in ONLY.items():
+        if known.pop(key, values[0]) not in values:
+            raise ValueError(f"config.json: plumb has no {key} = {raw[key]!r}: only {values[0]!r}")
+    if unknown := sorted(set(known) - IDLE_KEYS):
+        raise ValueError(
+            f"config.json: plumb does not know the option {unknown[0]} = {raw[unknown[0]]!r} of this {family} model; "
+            "if it does not change the arithmetic, remove it from the file"
+        )
+    if heads % kv_heads:
+        raise ValueError(f"config.json: {heads} attention heads are no multiple of {kv_heads} key/value heads")
+    return config
+
+
+def _rope(get, theta: float | None, family: str) -> tuple[float, tuple | None, float]:
+    """(theta, llama3 scaling, share of a head that turns), from the old keys or transformers 5's rope_parameters."""
+    new = get("rope_parameters", None)
+    rope = dict(new or get("rope_scaling", None) or {})
+    get("rope_scaling", None)
+    theta = rope.pop("rope_theta", None) or get("rotary_emb_base", None) or theta or 10000.0
+    share = get("partial_rotary_factor", None) or get("rotary_pct", None)
+    share = rope.pop("partial_rotary_factor", None) or share or (0.25 if family == "gpt_neox" else 1.0)
+    kind = rope.pop("rope_type", None) or rope.get("type") or "default"
+    rope.pop("type", None)
+    _one_of("rope_type", kind, {"default": 1, "llama3": 1})
+    keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    keys = keys if kind == "llama3" else ()
+    if missing := [key for key in keys if key not in rope]:
+        raise ValueError(f"config.json: rope_type {kind} needs {missing[0]}")
+    if unknown := sorted(set(rope) - set(keys)):
+        raise ValueError(f"config.json: plumb does not know {unknown[0]} for rope_type {kind}")
+    return float(theta), tuple(rope[key] for key in keys) or None, share
+
+
+def _one_of(key: str, value, known: dict):
+    if value not in known:
+        raise ValueError(f"config.json: plumb does not know {key} = {value!r}: only {', '.join(map(str, known))}")
+    return known[value]
+
+
+def read_config(folder: str | Path) -> tuple[GPTConfig, dict]:
+    """config.json of a folder, understood and raw. FileNotFoundError, or ValueError naming what plumb does not know."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: --model takes a Hugging Face folder (hf.py new makes one)")
+    try:
+        raw = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    family = raw.get("model_type")
+    if family not in ARCHITECTURES:
+        raise ValueError(f"{path}: plumb does not know model_type {family!r}: only {', '.join(ARCHITECTURES)}")
+    for architecture in raw.get("architectures") or []:
+        if architecture != ARCHITECTURES[family]:
+            raise ValueError(f"{path}: plumb does not know {architecture}, only {ARCHITECTURES[family]}")
+    return _take(raw, family), raw
+
+
+# ---- weights ---------------------------------------------------------------------------------------------------------
+
+
+def weight_files(folder: str | Path) -> dict[str, Path]:
+    """their name of every weight -> the safetensors file that holds it; single file or sharded index."""
+    folder = Path(folder)
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if index.is_file():
+        files = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+    elif single.is_file():
+        with _open(single) as file:
+            files = dict.fromkeys(file.keys(), single)
+    else:
+        other = next(folder.glob("*.bin"), None)
+        raise FileNotFoundError(
+            f"{folder} has no model.safetensors"
+            + (f", only {other.name}: load it in transformers and save_pretrained() again" if other else "")
+        )
+    return {name: file for name, file in files.items() if not name.endswith(NOT_WEIGHTS)}
+
+
+def _open(path: Path):
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing: the folder is incomplete, fetch it again") from None
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}): fetch it again") from None
+
+
+def fingerprint(folder: str | Path) -> str:
+    """SHA-256 over config.json and every weight file: two folders with the same one hold the same model."""
+    digest = hashlib.sha256()
+    for path in (Path(folder) / "config.json", *sorted(set(weight_files(folder).values()))):
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def load_model(folder: str | Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> GPT:
+    """Reads a Hugging Face folder into a model of the given type on the given device, one weight at a time.
+
+    The model keeps the raw config.json as `hf_config`, for save_model. ValueError names a weight that is missing, too
+    many or of the wrong shape.
+    """
+    c, raw = read_config(folder)
+    files = weight_files(folder)
+    table = weight_table(c)
+    if missing := [row.theirs for row in table.values() if row.theirs not in files]:
+        raise ValueError(f"{folder}: the weight {missing[0]} is missing ({len(missing)} in all)")
+    spare = set(files) - {row.theirs for row in table.values()}
+    if c.tied:
+        spare -= {"lm_head.weight", "embed_out.weight"}
+    if spare:
+        raise ValueError(f"{folder}: plumb does not know the weight {min(spare)} ({len(spare)} in all)")
+    with torch.device("meta"):
+        model = GPT(c)
+    handles = {path: _open(path) for path in sorted(set(files.values()))}
+    weights = {}
+    for name, p in model.named_parameters():
+        row = table[name]
+        tensor = handles[files[row.theirs]].get_tensor(row.theirs)
+        tensor = _unfuse(tensor, row.part, c) if row.part else tensor
+        if tensor.shape != p.shape:
+            raise ValueError(
+                f"{folder}: {row.theirs} is {tuple(tensor.shape)}, but config.json makes it {tuple(p.shape)}"
+            )
+        weights[name] = tensor.to(device=device, dtype=dtype, copy=True)
+    model.load_state_dict(weights, assign=True)
+    model.requires_grad_(True)
+    model.hf_config = raw
+    return model
+
+
+def _unfuse(fused: Tensor, part: str, c: GPTConfig) -> Tensor:
+    """q, k or v out of GPT-NeoX's query_key_value: rows lie as (head, q|k|v, head size)."""
+    rows = fused.view(c.heads, 3, c.head_size, *fused.shape[1:])
+    return rows[:, "qkv".index(part)].reshape(c.heads * c.head_size, *fused.shape[1:])
+
+
+def _fuse(parts: list[Tensor], c: GPTConfig) -> Tensor:
+    rows = [p.view(c.heads, c.head_size, *p.shape[1:]) for p in parts]
+    return torch.stack(rows, 1).reshape(3 * c.heads * c.head_size, *parts[0].shape[1:])
+
+
+def to_theirs(model: GPT) -> dict[str, Tensor]:
+    """The weights under Hugging Face's names, on the CPU."""
+    weights, fused = {}, {}
+    for name, row in weight_table(model.c).items():
+        tensor = model.get_parameter(name).detach().cpu().contiguous()
+        if row.part:
+            fused.setdefault(row.theirs, {})[row.part] = tensor
+        else:
+            weights[row.theirs] = tensor
+    weights.update({name: _fuse([parts[p] for p in "qkv"], model.c) for name, parts in fused.items()})
+    return weights
+
+
+def save_model(
+    model: GPT, folder: str | Path, tokenizer_from: str | Path | None = None, template: Template | None = None
+) -> None:
+    """Writes a Hugging Face folder that transformers and vLLM load as it is; atomically: whole, or not at all.
+
+    tokenizer_from: the folder whose tokenizer files and generation_config.json go along. template: the chat template
+    that the model was trained with, so that whoever serves the folder uses it too, and stops where it stops.
+    """
+    folder = Path(folder)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        _write_weights(to_theirs(model), partial)
+        raw = dict(model.hf_config)
+        dtype = str(model.embed.weight.dtype).removeprefix("torch.")
+        raw["dtype" if "dtype" in raw else "torch_dtype"] = dtype
+        (partial / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+        for name in (*TOKENIZER_FILES, "generation_config.json") if tokenizer_from else ():
+            if (Path(tokenizer_from) / name).is_file():
+                shutil.copyfile(Path(tokenizer_from) / name, partial / name)
+        if template and not template.plain:
+            (partial / "chat_template.jinja").write_text(template.source)
+            path = partial / "generation_config.json"
+            generation = json.loads(path.read_text()) if path.exists() else {}
+            path.write_text(json.dumps({**generation, "eos_token_id": sorted(template.stop_ids)}, indent=2) + "\n")
+        for file in partial.iterdir():
+            with open(file, "rb") as f:
+                os.fsync(f.fileno())
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(f"could not write {folder} ({error}): free space on the disk; the old one is untouched") from None
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_weights(weights: dict[str, Tensor], folder: Path) -> None:
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in weights.items():
+        if size and size + tensor.nbytes > SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    if len(shards) == 1:
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    index = {}
+    for i, shard in enumerate(shards):
+        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        index.update(dict.fromkeys(shard, file))
+    total = sum(tensor.nbytes for tensor in weights.values())
+    text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2)
+    (folder / "model.safetensors.index.json").write_text(text)
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class New:
+    """Flags of `hf.py new`."""
+
+    out: str = ""  # the folder to make
+    family: Literal["llama", "mistral", "qwen2", "qwen3", "gpt_neox"] = "llama"  # architecture
+    tokenizer: str = ""  # folder whose tokenizer goes along
+    vocab: int = 0  # rows of the embedding; 0 = what the tokenizer needs
+    width: int = 256  # of the residual stream
+    layers: int = 4  # blocks
+    heads: int = 4  # query heads
+    kv_heads: int = 0  # key/value heads; 0 = as many as query heads
+    head_size: int = 0  # 0 = width / heads
+    ffn: int = 0  # MLP width; 0 = 8/3 of the width (4 for gpt_neox), rounded up to a multiple of 16
+    max_position: int = 2048  # longest row the model is meant for
+    sliding_window: int = 0  # mistral only: tokens a token looks back; 0 = all
+    rope_theta: float = 10000.0  # base of the rotary frequencies; larger for long contexts
+    tied: bool = False  # one matrix for embedding and head: saves parameters where the vocabulary is large
+    std: float = 0.02  # of the random weights; 1/sqrt(width) is a good choice for small models
+    seed: int = 0  # of the random weights
+    dtype: Literal["bf16", "fp32", "fp64"] = "fp32"  # of the weights in the file
+
+
+def new_model(flags: New) -> GPT:
+    """A model of random weights from sizes alone; ready for save_model."""
+    tokenizer = load_tokenizer(flags.tokenizer) if flags.tokenizer else None
+    if not (flags.vocab or tokenizer):
+        raise ValueError("hf.py new needs --vocab N or --tokenizer DIR")
+    if not flags.head_size and flags.width % flags.heads:
+        raise ValueError(f"--width {flags.width} is no multiple of --heads {flags.heads}: or give --head-size")
+    if flags.sliding_window and flags.family != "mistral":
+        raise ValueError("--sliding-window is for --family mistral")
+    if tokenizer and flags.vocab and flags.vocab < tokenizer.size:
+        raise ValueError(f"--vocab {flags.vocab} is too small for the tokenizer: it has {tokenizer.size} ids")
+    neox = flags.family == "gpt_neox"
+    ffn = flags.ffn or (4 * flags.width if neox else -(-flags.width * 8 // 48) * 16)
+    raw = {
+        "architectures": [ARCHITECTURES[flags.family]],
+        "model_type": flags.family,
+        "vocab_size": flags.vocab or tokenizer.size,
+        "hidden_size": flags.width,
+        "intermediate_size": ffn,
+        "num_hidden_layers": flags.layers,
+        "num_attention_heads": flags.heads,
+        "max_position_embeddings": flags.max_position,
+        "tie_word_embeddings": flags.tied,
+        "hidden_act": "gelu" if neox else "silu",
+        "bos_token_id": tokenizer.bos if tokenizer else None,
+        "eos_token_id": tokenizer.eos if tokenizer else None,
+    }
+    if neox:
+        raw |= {"rotary_pct": 0.25, "rotary_emb_base": flags.rope_theta, "layer_norm_eps": 1e-5}
+        if flags.kv_heads or flags.head_size:
+            raise ValueError("--kv-heads and --head-size are not for gpt_neox: it has neither")
+    else:
+        raw |= {"num_key_value_heads": flags.kv_heads or flags.heads, "rope_theta": flags.rope_theta}
+        raw |= {"rms_norm_eps": 1e-6, "head_dim": flags.head_size or flags.width // flags.heads}
+    if flags.family == "mistral":
+        raw["sliding_window"] = flags.sliding_window or None
+    model = GPT(_take(raw, flags.family)).to(DTYPES[flags.dtype])
+    model.init_weights(flags.seed, flags.std)
+    model.hf_config = raw
+    return model
+
+
+def describe(folder: str) -> str:
+    """What a folder holds, in a few lines; raises what loading it would raise."""
+    model = load_model(folder, torch.float32)
+    c = model.c
+    kept = {str(path.name) for path in weight_files(folder).values()}
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.size > c.vocab:
+        raise ValueError(f"{folder}: the tokenizer has {tokenizer.size} ids, the embedding only {c.vocab}: not a pair")
+    return "\n".join([
+        f"{folder}: {c.family}, {c.parameters / 1e6:,.1f}M parameters in {len(kept)} file(s)",
+        f"  {c.layers} layers of width {c.width}, {c.heads} heads of {c.head_size} ({c.kv_heads} key/value), MLP {c.ffn}",
+        f"  vocabulary {c.vocab}, {'tied' if c.tied else 'own'} head, made for {c.max_position} positions"
+        + (f", sliding window {max(c.windows)}" if c.windows else ""),
+        f"  tokenizer of {tokenizer.size} ids, bos {tokenizer.bos_token!r}, eos {tokenizer.eos_token!r}, "
+        + ("with a chat template" if tokenizer.chat_template else "no chat template (--template auto is plain)"),
+    ])  # fmt: skip
+
+
+def main(argv: list[str]) -> None:
+    try:
+        if argv[:1] == ["new"]:
+            flags = parse(New, __doc__, argv[1:])
+            if not flags.out:
+                raise ValueError("hf.py new needs --out DIR")
+            save_model(new_model(flags), flags.out, flags.tokenizer or None)
+            argv = ["check", flags.out] if flags.tokenizer else []
+        if argv[:1] == ["check"] and len(argv) == 2:
+            print(describe(argv[1]))
+        elif argv:
+            print(__doc__)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or ["--help"])

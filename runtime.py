@@ -1,0 +1,330 @@
+"""Plain functions that a training script calls: set-up, learning rate, logging, when to save, stop signals.
+
+Nothing here calls back into a script.
+"""
+
+import contextlib
+import ctypes
+import hashlib
+import json
+import math
+import os
+import random
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from config import RunConfig, to_json
+from data.dataset import Dataset
+from data.templates import Template
+from data.tokenizer import Tokenizer
+from data.trees import make_batch, micro_batches
+from generate import generate
+from hf import DTYPES, fingerprint, load_model
+from model import GPT, GPTConfig
+
+# bf16 matmul peaks without sparsity, TFLOP/s, from the makers' data sheets: the yardstick of `mfu`.
+PEAK_TFLOPS = {"H200": 989, "H100": 989, "H800": 989, "A100": 312, "A800": 312, "L40S": 362, "B200": 2250, "4090": 165}
+NONFINITE_LIMIT = 5  # steps in a row with a NaN or infinite gradient before a run gives up
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs a script's main; what a user can mend is printed as one line. PLUMB_TRACEBACK=1 shows where it came from."""
+    try:
+        main()
+    except (ValueError, OSError, ImportError) as error:
+        if os.environ.get("PLUMB_TRACEBACK"):
+            raise
+        sys.exit(f"error: {error}")
+    except torch.cuda.OutOfMemoryError as error:
+        sys.exit(f"error: out of GPU memory ({error}): lower --max-tokens or add --checkpoint-activations")
+
+
+def set_up(config: RunConfig, say: Callable[[str], Any] = print) -> tuple[torch.device, torch.dtype]:
+    """Checks what every run needs, seeds every generator and makes OUT with its config.json.
+
+    Returns the device and the type of weights and activations. ValueError names the flag to mend.
+    """
+    for flag in ("model", "data"):
+        if not getattr(config, flag):
+            raise ValueError(f"--{flag} is missing; --help lists the flags")
+    for flag in ("batch_size", "max_tokens", "max_length", "log_every", "epochs"):
+        if getattr(config, flag) < 1:
+            raise ValueError(f"--{flag.replace('_', '-')} must be at least 1, not {getattr(config, flag)}")
+    if not 0 <= config.warmup <= 1:
+        raise ValueError(f"--warmup {config.warmup} is a share of all steps: between 0 and 1")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda, but torch sees no GPU: install a CUDA build of torch, or take --device cpu")
+    device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+    dtype = DTYPES[config.dtype if config.dtype != "auto" else "bf16" if device.type == "cuda" else "fp32"]
+    if device.type == "cpu":
+        _keep_freed_memory()
+    random.seed(config.seed)
+    np.random.seed(config.seed)
+    torch.manual_seed(config.seed)
+    out = Path(config.out)
+    if not config.resume and (out / "metrics.jsonl").exists():
+        raise ValueError(f"{out} holds a run already: --resume auto goes on with it, another --out starts afresh")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.json").write_text(to_json(config))
+    say(f"{torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}, {str(dtype)[6:]}, output in {out}/")
+    return device, dtype
+
+
+def _keep_freed_memory() -> None:
+    """Stops glibc from handing every large buffer back to the system: a fifth of a CPU step went into page faults."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+
+
+def cache_folder(config: RunConfig) -> Path:
+    """Where tokenised data and reference log-probs are kept."""
+    return Path(config.cache or Path(config.out) / "cache")
+
+
+def prepare_model(model: GPT, config: RunConfig, tokenizer: Tokenizer) -> None:
+    """Flags that change how a loaded model runs; ValueError where model and tokenizer do not belong together."""
+    if tokenizer.size > model.c.vocab:
+        raise ValueError(f"the tokenizer has {tokenizer.size} ids, the embedding {model.c.vocab}: not from one folder?")
+    model.checkpoint_activations = config.checkpoint_activations
+    if config.compile:
+        for block in model.blocks:
+            block.compile(dynamic=True)
+
+
+def total_steps(config: RunConfig, per_epoch: int) -> int:
+    """Optimizer steps of the whole run."""
+    return min(config.max_steps or per_epoch * config.epochs, per_epoch * config.epochs)
+
+
+def learning_rate(config: RunConfig, step: int, total: int) -> float:
+    """Rate of step `step` (from 0) of `total`: linear from 0 over the warm-up, then the schedule down to 0."""
+    warm = int(config.warmup * total)
+    if step < warm:
+        return config.lr * (step + 1) / warm
+    if config.schedule == "constant":
+        return config.lr
+    left = 1 - (step - warm) / max(1, total - warm)
+    return config.lr * (left if config.schedule == "linear" else 0.5 * (1 + np.cos(np.pi * (1 - left))))
+
+
+def describe(config: RunConfig, model: GPT, lengths: np.ndarray, total: int) -> str:
+    """What the run will be, in three lines: sizes, steps and the memory that weights and optimizer take."""
+    weights = sum(p.numel() for p in model.parameters())
+    size = model.embed.weight.dtype.itemsize
+    bytes_each = size + max(4, size) * 3 + (4 if size < 4 else 0)  # weights; gradient and two means; fp32 master
+    step_tokens = lengths.mean() * min(config.batch_size, len(lengths))
+    lines = [
+        f"{weights / 1e6:,.2f}M parameters; weights, gradients and AdamW take {weights * bytes_each / 2**30:.2f} GB",
+        f"{total} steps of {config.batch_size} examples, about {step_tokens:,.0f} tokens each in micro-batches of at "
+        f"most {config.max_tokens:,}",
+    ]
+    if lengths.max() > model.c.max_position:
+        lines.append(f"warning: rows may reach {lengths.max()} tokens, the model was made for {model.c.max_position}")
+    return "\n".join(lines)
+
+
+def due(every: int, step: int) -> bool:
+    """Whether something that happens every so many steps (0 = never) happens after step `step`."""
+    return bool(every) and step % every == 0
+
+
+class Stop:
+    """Tells a loop to save and leave: SIGTERM, SIGINT or --max-minutes. A second signal ends the process at once."""
+
+    def __init__(self, max_minutes: float):
+        self.reason = ""
+        self.deadline = time.monotonic() + 60 * max_minutes if max_minutes else float("inf")
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._signal)
+
+    def _signal(self, number: int, frame: Any) -> None:
+        self.reason = signal.Signals(number).name
+        signal.signal(number, signal.SIG_DFL)
+
+    def __bool__(self) -> bool:
+        if not self.reason and time.monotonic() > self.deadline:
+            self.reason = "--max-minutes"
+        return bool(self.reason)
+
+
+class NonFinite:
+    """Counts steps in a row whose gradient was not finite; too many end the run."""
+
+    def __init__(self):
+        self.row = 0
+
+    def check(self, norm: float, step: int) -> bool:
+        """True where the step was skipped. ValueError after NONFINITE_LIMIT in a row."""
+        self.row = 0 if np.isfinite(norm) else self.row + 1
+        if self.row >= NONFINITE_LIMIT:
+            raise ValueError(
+                f"the gradient was not finite in {self.row} steps in a row, up to step {step}: "
+                "lower --lr, or look for broken rows; the last checkpoint is good"
+            )
+        return self.row > 0
+
+
+def add(totals: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    """Adds the sums of some per-example metrics to running totals, without waiting for a GPU."""
+    for name, value in values.items():
+        total = value.detach().double().sum()
+        totals[name] = totals[name] + total if name in totals else total
+
+
+def means(totals: dict[str, Tensor], n: float) -> dict[str, float]:
+    """Running totals over n examples as plain numbers."""
+    return {name: (total / n).item() for name, total in totals.items()}
+
+
+@torch.no_grad()
+def reference_logps(
+    policy: GPT, other: str, dataset: Dataset, examples: np.ndarray, config: RunConfig, say: Callable[[str], Any]
+) -> tuple[np.ndarray, dict[str, float]]:
+    """Log-prob of every response of some examples under the reference, (R,), NaN for those of other examples; and what
+    it cost, {} if it was cached.
+
+    The reference is the policy before its first update, or the folder `other`, which is loaded, scores, and is freed.
+    The result is kept in the cache under the hash of weights, tokens and type: a resumed run reads it and cannot take
+    a half-trained policy for its reference.
+    """
+    dtype, device = policy.embed.weight.dtype, policy.embed.weight.device
+    key = hashlib.sha256(f"{fingerprint(other or config.model)} {dataset.key} {dtype}".encode())
+    key = hashlib.sha256(key.digest() + np.sort(examples).astype(np.int64).tobytes()).hexdigest()[:24]
+    path = cache_folder(config) / f"reference-{key}.safetensors"
+    if path.exists():
+        try:
+            cached = load_file(path)["logps"]
+            if len(cached) == len(dataset.response_len):
+                say(f"reference: {len(examples)} examples from {path}")
+                return cached, {}
+        except (SafetensorError, KeyError):
+            say(f"warning: {path} is damaged, scoring again")
+    model = load_model(other, dtype, device) if other else policy
+    meter = Meter(model.c, device)
+    logps = np.full(len(dataset.response_len), np.nan, np.float64 if dtype == torch.float64 else np.float32)
+    lengths = dataset.tree_lengths(config.share_prompts)
+    for items in tqdm(micro_batches(lengths, examples, config.max_tokens), "reference", disable=None):
+        batch = make_batch(dataset, items, config.share_prompts).to(device)
+        sums = batch.sum_by_response(model.logps(model(batch), batch)).cpu().numpy()
+        rows = [np.arange(dataset.response_start[i], dataset.response_start[i + 1]) for i in items]
+        logps[np.concatenate(rows)] = sums
+    cost = meter.read(int(lengths[examples].sum()), 0.0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    save_file({"logps": logps}, partial)
+    partial.replace(path)
+    say(f"reference: {len(examples)} examples scored in {cost['seconds']:.1f} s, kept in {path}")
+    return logps, {f"reference_{k}": cost[k] for k in ("seconds", "cpu_seconds") if k in cost}
+
+
+class Meter:
+    """Time, tokens and memory of the steps, from one reading to the next."""
+
+    def __init__(self, model: GPTConfig, device: torch.device):
+        self.model, self.device = model, device
+        name = torch.cuda.get_device_name() if device.type == "cuda" else ""
+        self.peak = next((peak for key, peak in PEAK_TFLOPS.items() if key in name), None)
+        self.start()
+
+    def start(self) -> None:
+        """Begins a step."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.wall, self.cpu = time.perf_counter(), time.process_time()
+
+    def read(self, tokens: int, context: float) -> dict[str, float]:
+        """Ends a step of `tokens` real tokens that saw `context` keys on average."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - self.wall
+        row = {"tokens": tokens, "tokens_per_second": tokens / seconds, "seconds": seconds}
+        if self.device.type == "cuda":
+            row["memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
+            if self.peak:
+                row["mfu"] = tokens / seconds * self.model.flops_per_token(context) / (self.peak * 1e12)
+        else:
+            row["cpu_seconds"] = time.process_time() - self.cpu
+            row["memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        return row
+
+
+class Log:
+    """OUT/metrics.jsonl, the progress bar and, if asked for, Weights & Biases."""
+
+    def __init__(self, config: RunConfig, first_step: int, total: int):
+        self.path = Path(config.out) / "metrics.jsonl"
+        self._forget_after(first_step)
+        self.file = open(self.path, "a")  # noqa: SIM115 - closed in close()
+        self.bar = tqdm(total=total, initial=first_step, unit="step", dynamic_ncols=True, disable=None)
+        self.wandb = None
+        if config.wandb:
+            try:
+                import wandb
+            except ImportError:
+                raise ImportError("--wandb needs: pip install wandb") from None
+            self.wandb = wandb.init(project=config.wandb, name=Path(config.out).name, config=vars(config))
+
+    def _forget_after(self, step: int) -> None:
+        """Drops rows of steps that a resumed run takes again, and a last row that a killed run left half written."""
+        if not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text().splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if row.get("step", 0) <= step:
+                kept.append(line + "\n")
+        partial = self.path.with_suffix(".partial")
+        partial.write_text("".join(kept))
+        partial.replace(self.path)
+
+    def row(self, row: dict[str, Any]) -> None:
+        """Appends a row; it is on its way to the disk when this returns."""
+        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+        if self.wandb:
+            self.wandb.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+
+    def progress(self, row: dict[str, Any]) -> None:
+        """Moves the bar by one step."""
+        self.bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['tokens_per_second']:,.0f} tok/s", refresh=False)
+        self.bar.update()
+
+    def say(self, text: str) -> None:
+        """Prints a line without tearing the bar."""
+        tqdm.write(text)
+
+    def close(self) -> None:
+        self.bar.close()
+        self.file.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def print_samples(
+    model: GPT, data: Dataset, n: int, tokenizer: Tokenizer, template: Template, say: Callable[[str], Any]
+) -> None:
+    """Prints one sampled answer to each of the first n prompts of a data set: temperature 0.7, fixed seeds."""
+    starts = data.tree_start[:-1][:n]
+    prompts = [data.tokens[start : start + size].tolist() for start, size in zip(starts, data.prompt_len)]
+    answers = generate(model, prompts, 128, temperature=0.7, stop_ids=template.stop_ids)
+    for prompt, answer in zip(prompts, answers):
+        say(f"  prompt  {tokenizer.decode(prompt)[-300:].strip()!r}")
+        say(f"  answer  {tokenizer.decode(answer.tokens).strip()!r}")

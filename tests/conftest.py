@@ -1,0 +1,64 @@
+"""What several tests need: tiny transformers models, hand-made data sets, small folders to train from."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import numpy as np
+import torch
+
+from data.dataset import Dataset
+
+FAMILIES = ["llama2", "llama3", "mistral", "mistral_window", "qwen2", "qwen2_window", "qwen3", "gpt_neox", "gpt_neox_seq"]
+
+
+def tiny_transformers(family: str, tied: bool):
+    """A random transformers model of a family, 100 tokens, two layers; weights large enough to tell models apart."""
+    import transformers as tf
+
+    sizes = {
+        "vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "max_position_embeddings": 64, "tie_word_embeddings": tied, "initializer_range": 0.3,
+    }  # fmt: skip
+    grouped = {**sizes, "num_key_value_heads": 2}
+    llama3 = {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32, "rope_theta": 50.0,
+    }  # fmt: skip
+    window = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}
+    config = {
+        "llama": lambda: tf.LlamaConfig(**grouped),
+        "llama2": lambda: tf.LlamaConfig(**sizes, attention_bias=True, mlp_bias=True),
+        "llama3": lambda: tf.LlamaConfig(**grouped, rope_parameters=llama3),
+        "mistral": lambda: tf.MistralConfig(**grouped, sliding_window=None, head_dim=16),
+        "mistral_window": lambda: tf.MistralConfig(**grouped, sliding_window=7),
+        "qwen2": lambda: tf.Qwen2Config(**grouped),
+        "qwen2_window": lambda: tf.Qwen2Config(**grouped, **window),
+        "qwen3": lambda: tf.Qwen3Config(**grouped, head_dim=16),
+        "gpt_neox": lambda: tf.GPTNeoXConfig(**sizes),
+        "gpt_neox_seq": lambda: tf.GPTNeoXConfig(**sizes, use_parallel_residual=False, hidden_act="gelu_new"),
+    }[family]()
+    torch.manual_seed(0)
+    model = tf.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    for name, p in model.named_parameters():  # norms and biases of a fresh model are all ones and zeros
+        if p.dim() == 1:
+            p.data += 0.3 * torch.randn_like(p) if "norm" in name else 0.1 * torch.randn_like(p)
+    return model
+
+
+def dataset_of(trees: list[tuple[list[int], list[list[int]]]], **columns: list[float]) -> Dataset:
+    """A data set in memory from (prompt, responses) of token ids; every response token is scored."""
+    tokens, scored, tree_start, prompt_len, response_start, response_len = [], [], [0], [], [0], []
+    for prompt, responses in trees:
+        tokens += prompt + [t for r in responses for t in r]
+        scored += [0] * len(prompt) + [1] * sum(map(len, responses))
+        prompt_len.append(len(prompt))
+        response_len += map(len, responses)
+        tree_start.append(len(tokens))
+        response_start.append(len(response_len))
+    return Dataset(
+        np.array(tokens, np.int32), np.array(scored, np.uint8), np.array(tree_start), np.array(prompt_len, np.int32),
+        np.array(response_start), np.array(response_len, np.int32),
+        {name: np.array(values, np.float32) for name, values in columns.items()}, {}, "in memory",
+    )  # fmt: skip

@@ -1,0 +1,137 @@
+"""Supervised fine-tuning: learn to write the responses of a data set, token by token.
+
+    python train_sft.py --model base --data demos.jsonl --out sft --lr 2e-5
+    torchrun --nproc_per_node 1 train_sft.py --model base --data demos.jsonl --eval-data test.jsonl --eval-every 50
+
+Rows: {prompt, response}, or {messages} of a conversation, every assistant turn of which is learned. The loss is the
+mean negative log-likelihood a response token over the whole optimizer step; prompts carry none.
+
+Watch eval/loss: where it turns up while loss goes on falling, the run overfits (fewer --epochs, lower --lr).
+
+Letters: M scored tokens, R responses.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import checkpoint
+import runtime
+from config import RunConfig, parse
+from data.dataset import Dataset, load_dataset
+from data.templates import Template
+from data.tokenizer import load_tokenizer
+from data.trees import make_batch, micro_batches, pack, step_examples, steps_per_epoch
+from hf import load_model, save_model
+from model import GPT
+from parallel import AdamW, init_mesh
+
+
+@dataclass
+class Config(RunConfig):
+    lr: float = 2e-5  # peak learning rate; 1e-5 to 2e-5 for 7B models, 1e-3 and more from scratch on tiny ones
+
+
+# ---- the algorithm ---------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def evaluate(model: GPT, data: Dataset, config: Config, device: torch.device) -> dict[str, float]:
+    """Mean loss a response token over a whole data set, under eval/."""
+    nll = tokens = 0.0
+    for items in pack(data.tree_lengths(config.share_prompts), config.max_tokens):
+        batch = make_batch(data, items, config.share_prompts).to(device)
+        nll -= model.logps(model(batch), batch).double().sum().item()
+        tokens += len(batch.target)
+    return {"eval/loss": nll / tokens}
+
+
+def main() -> None:
+    config = parse(Config, __doc__)
+    mesh = init_mesh()
+    device, dtype = runtime.set_up(config)
+    stop = runtime.Stop(config.max_minutes)
+
+    # ---- data --------------------------------------------------------------------------------------------------------
+    tokenizer = load_tokenizer(config.model)
+    template = Template(config.template, tokenizer)
+    train, heldout = (
+        load_dataset(
+            files, "sft", template, config.max_length, config.overlong, config.max_bad_rows,
+            runtime.cache_folder(config),
+        )
+        if files
+        else None
+        for files in (config.data, config.eval_data)
+    )  # fmt: skip
+    lengths = train.tree_lengths(config.share_prompts)
+    pack(lengths, config.max_tokens)  # raises now, not in mid-run, if a row does not fit
+
+    # ---- model -------------------------------------------------------------------------------------------------------
+    model = load_model(config.model, dtype, device)
+    runtime.prepare_model(model, config, tokenizer)
+    per_epoch = steps_per_epoch(len(train), config.batch_size)
+    total = runtime.total_steps(config, per_epoch)
+    print(runtime.describe(config, model, lengths, total))
+    optimizer = AdamW(model, (config.beta1, config.beta2), config.eps, config.weight_decay)
+    state = checkpoint.State()
+    if folder := checkpoint.find(config.out, config.resume):
+        state = checkpoint.load(folder, optimizer)
+        print(f"resumed from {folder} after step {state.step}")
+
+    # ---- the loop ----------------------------------------------------------------------------------------------------
+    log = runtime.Log(config, state.step, total)
+    meter, nonfinite = runtime.Meter(model.c, device), runtime.NonFinite()
+    for step in range(state.step, total):
+        meter.start()
+        examples = step_examples(len(train), config.batch_size, step, config.seed, config.shuffle)
+        bins = micro_batches(lengths, examples, config.max_tokens, mesh.dp_rank, mesh.dp)
+        batches = [make_batch(train, items, config.share_prompts) for items in bins]
+        # Counted over the whole step, so that the loss does not depend on how it is cut into micro-batches.
+        n_scored = mesh.sum(torch.tensor(float(sum(len(batch.target) for batch in batches)))).item()
+
+        totals: dict[str, torch.Tensor] = {}
+        for batch in batches:
+            batch = batch.to(device)
+            nll = -model.logps(model(batch), batch)  # (M,)
+            (nll.sum() / n_scored).backward()
+            runtime.add(totals, {"loss": nll})
+        lr = runtime.learning_rate(config, step, total)
+        norm = optimizer.step(lr, config.clip)
+
+        state.step = step + 1
+        row = {"step": state.step, **runtime.means(totals, n_scored), "grad_norm": norm, "lr": lr}
+        tokens = sum(len(batch.tokens) for batch in batches)
+        row |= {"epoch": state.step / per_epoch}
+        row |= meter.read(tokens, sum(batch.context * len(batch.tokens) for batch in batches) / tokens)
+        state.tokens += tokens
+        if nonfinite.check(norm, state.step):
+            state.skipped += 1
+            log.say(f"step {state.step}: the gradient is not finite, no update ({state.skipped} so far)")
+        if runtime.due(config.log_every, state.step) or state.step == total:
+            log.row(row)
+        log.progress(row)
+
+        if heldout and (runtime.due(config.eval_every, state.step) or state.step == total):
+            result = evaluate(model, heldout, config, device)
+            log.row({"step": state.step, **result})
+            log.say(f"step {state.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in result.items()))
+            if config.samples:
+                runtime.print_samples(model, heldout, config.samples, tokenizer, template, log.say)
+            if state.best is None or result["eval/loss"] < state.best:
+                state.best, state.best_step = result["eval/loss"], state.step
+                save_model(model, Path(config.out) / "best", config.model, template)
+        if runtime.due(config.save_every, state.step) or (stop and state.step < total):
+            checkpoint.save(config.out, state, optimizer, config.keep)
+        if stop and state.step < total:
+            log.say(f"stopped by {stop.reason} after step {state.step} of {total}; --resume auto goes on from here")
+            log.close()
+            return
+    log.close()
+    save_model(model, Path(config.out) / "final", config.model, template)
+    print(f"{total} steps done, {state.tokens:,} tokens; the model is in {config.out}/final")
+
+
+if __name__ == "__main__":
+    runtime.run(main)
