@@ -472,7 +472,7 @@ def describe(folder: str) -> str:
         raise ValueError(f"{folder}: the tokenizer has {tokenizer.size} ids, the embedding only {c.vocab}: not a pair")
     return "\n".join([
         f"{folder}: {c.family}, {c.parameters / 1e6:,.1f}M parameters in {len(kept)} file(s)",
-        f"  {c.layers} layers of width {c.width}, {c.heads} heads of {c.head_size} ({c.kv_heads} key/value), MLP {c.ffn}",
+        f"  {c.layers} layers, width {c.width}, {c.heads} heads of {c.head_size} ({c.kv_heads} key/value), MLP {c.ffn}",
         f"  vocabulary {c.vocab}, {'tied' if c.tied else 'own'} head, made for {c.max_position} positions"
         + (f", sliding window {max(c.windows)}" if c.windows else ""),
         f"  tokenizer of {tokenizer.size} ids, bos {tokenizer.bos_token!r}, eos {tokenizer.eos_token!r}, "

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+NORM_ROW = 1 << 12  # elements whose squares are added up in fp32
+
 
 @dataclass(frozen=True)
 class Mesh:
@@ -61,6 +63,13 @@ class Bucket:
         return [part.view(p.shape) for part, (_, p) in zip(flat.split(sizes), self.named)]
 
 
+def _square_sum(flat: Tensor) -> Tensor:
+    """Σ x² in fp64 without an fp64 copy: short rows are summed as they are, only the rows' sums are widened."""
+    body = flat[: flat.numel() // NORM_ROW * NORM_ROW].view(-1, NORM_ROW)
+    norms = [torch.linalg.vector_norm(body, dim=1), torch.linalg.vector_norm(flat[body.numel() :])[None]]
+    return torch.cat(norms).double().square().sum()
+
+
 class AdamW:
     """AdamW (arXiv 1711.05101) on flat fp32 master weights; norms and biases do not decay.
 
@@ -84,8 +93,7 @@ class AdamW:
 
         Where the norm is not finite nothing changes but the gradients: the caller sees it in the result.
         """
-        squares = [torch.linalg.vector_norm(b.grad, dtype=torch.float64) ** 2 for b in self.buckets]
-        norm = math.sqrt(torch.stack(squares).sum().item())
+        norm = math.sqrt(torch.stack([_square_sum(b.grad) for b in self.buckets]).sum().item())
         if math.isfinite(norm):
             for group in self.adam.param_groups:
                 group["lr"] = lr

@@ -88,8 +88,8 @@ def evaluate(model: GPT, data: Dataset, config: Config, running_mean: float, dev
     return {f"eval/{name}": value.mean().item() for name, value in {"loss": per_pair, **metrics}.items()}
 
 
-def main() -> None:
-    config = parse(Config, __doc__)
+def main(argv: list[str] | None = None) -> None:
+    config = parse(Config, __doc__, argv)
     mesh = init_mesh()
     device, dtype = runtime.set_up(config)
     stop = runtime.Stop(config.max_minutes)

@@ -47,8 +47,8 @@ def evaluate(model: GPT, data: Dataset, config: Config, device: torch.device) ->
     return {"eval/loss": nll / tokens}
 
 
-def main() -> None:
-    config = parse(Config, __doc__)
+def main(argv: list[str] | None = None) -> None:
+    config = parse(Config, __doc__, argv)
     mesh = init_mesh()
     device, dtype = runtime.set_up(config)
     stop = runtime.Stop(config.max_minutes)

@@ -10,7 +10,7 @@ import torch
 
 from data.dataset import Dataset
 
-FAMILIES = ["llama2", "llama3", "mistral", "mistral_window", "qwen2", "qwen2_window", "qwen3", "gpt_neox", "gpt_neox_seq"]
+FAMILIES = "llama2 llama3 mistral mistral_window qwen2 qwen2_window qwen3 gpt_neox gpt_neox_seq".split()
 
 
 def tiny_transformers(family: str, tied: bool):

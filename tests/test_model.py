@@ -1,4 +1,4 @@
-"""The model is the transformers model: same logits both ways, for every family; and a tree is its branches run alone."""
+"""The model is the transformers model: same logits both ways, every family. A tree is its branches run alone."""
 
 import json
 from pathlib import Path

@@ -1,0 +1,392 @@
+"""DPO on one CPU thread: train_dpo.py against TRL's DPOTrainer, CPU-seconds an optimizer step and peak memory.
+
+    python bench/cpu_vs_trl.py --data gsm8k_pairs.jsonl chat_pairs.jsonl --tokenizer tokenizer.model --json out.json
+    python bench/cpu_vs_trl.py --data pairs.jsonl --tokenizer tokenizer.model --tiny       only train_dpo.py, seconds
+
+Both sides train the same random Llama on the same real pairs in the same order with the same AdamW. Two workloads are
+taken from the preference files ({prompt, chosen, rejected}, strings or messages):
+  long prompts   pairs with short answers, other pairs of the file put before the question as solved examples (few-shot)
+  long answers   pairs with a short prompt and answers of some hundred tokens
+TRL runs stock (the reference model scores inside every step) and with precompute_ref_log_probs (once, up front, as
+train_dpo.py does). Every run is its own process; the runs are interleaved, the medians over the repeats are printed.
+
+Only pairs that both tokenise alike are taken, so both sides see the same tokens; the losses of every step are compared,
+which shows that they do the same work.
+"""
+
+import argparse
+import importlib.util
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+BATCH, MAX_LENGTH, BETA, LR = 4, 1024, 0.1, 5e-7  # pairs a step, tokens of prompt + answer, DPO's β, AdamW's rate
+NEEDED = {"trl": "trl==1.16.0", "transformers": "transformers", "datasets": "datasets", "google": "protobuf"}
+MODEL = {"width": 256, "layers": 6, "heads": 8, "kv-heads": 4, "ffn": 704}
+TINY = {"width": 64, "layers": 2, "heads": 4, "kv-heads": 2, "ffn": 128}
+# glibc gives every large tensor back to the kernel and takes it again, page by page. In a virtual machine that was more
+# than half of TRL's CPU time, so both sides keep what they free unless --malloc default.
+KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_TOP_PAD_": str(2**28)}
+RUNS = {"plumb": "train_dpo.py", "stock": "TRL stock", "precompute": "TRL precompute"}
+
+
+# ---------------------------------------------------------------------------------------------------------------- pairs
+
+
+def read_rows(path: str | Path, limit: int | None = None) -> list[dict]:
+    """The first `limit` objects of a JSONL file."""
+    with open(path, encoding="utf-8") as lines:
+        return [json.loads(line) for line in itertools.islice(lines, limit)]
+
+
+def read_pairs(path: str, limit: int = 400) -> list[tuple[str, str, str]]:
+    """(prompt, chosen, rejected) as plain texts of the first `limit` rows of a preference file."""
+
+    def text(field) -> str:
+        return field if isinstance(field, str) else field[-1]["content"]
+
+    return [tuple(text(row[key]) for key in ("prompt", "chosen", "rejected")) for row in read_rows(path, limit)]
+
+
+def prepare(spec: dict) -> dict:
+    """Write work/<workload>.jsonl for each workload that the files can fill; return (prompt, chosen, rejected) tokens.
+
+    The prompts end in a line break, which the tokenizer merges with nothing.
+    """
+    sys.path.insert(0, str(ROOT))
+    from data.templates import Template
+    from data.tokenizer import load_tokenizer
+
+    template = Template("plain", load_tokenizer(Path(spec["model"])))
+    peer = None
+    if not spec["tiny"]:
+        from transformers import AutoTokenizer
+
+        peer = AutoTokenizer.from_pretrained(spec["model"])
+
+    def tokens(prompt: str, answers: tuple[str, str]) -> tuple[list[int], list[list[int]]]:
+        prompt_ids, responses, _ = template.pair(prompt, list(answers))
+        return list(prompt_ids), [list(ids) for ids, _ in responses]
+
+    def alike(prompt: str, answers: tuple[str, str]) -> bool:
+        """Does transformers see the same tokens? It splits runs of spaces otherwise than sentencepiece does."""
+        prompt_ids, ids = tokens(prompt, answers)
+        if peer is None:
+            return True
+        whole = [peer(prompt + answer + peer.eos_token)["input_ids"] for answer in answers]
+        return peer(prompt)["input_ids"] == prompt_ids and whole == [prompt_ids + answer for answer in ids]
+
+    def long_prompts(pairs: list) -> Iterator[tuple[str, str, str]]:
+        short = [pair for pair in pairs if max(map(len, tokens(pair[0] + "\n", pair[1:])[1])) <= 200]
+        for i, (question, *answers) in enumerate(short):
+            prompt, shot = f"Question: {question}\nAnswer:\n", i
+            while len(template.pair(prompt, answers)[0]) < 500:
+                shot = (shot + 1) % len(short)
+                prompt = f"Question: {short[shot][0]}\nAnswer:\n{short[shot][1]}\n\n{prompt}"
+            yield prompt, *answers
+
+    def long_answers(pairs: list) -> Iterator[tuple[str, str, str]]:
+        for question, *answers in pairs:
+            prompt_ids, ids = tokens(question + "\n", answers)
+            if len(prompt_ids) <= 100 and min(map(len, ids)) >= 150:
+                yield question + "\n", *answers
+
+    files = [[pair for pair in read_pairs(path) if alike(pair[0] + "\n", pair[1:])] for path in spec["data"]]
+    found = {}
+    for name, workload in {"long prompts": long_prompts, "long answers": long_answers}.items():
+        rows, counts = [], []
+        for prompt, *answers in itertools.chain.from_iterable(map(workload, files)):
+            if len(rows) == spec["steps"] * BATCH:
+                break
+            prompt_ids, ids = tokens(prompt, answers)
+            if len(prompt_ids) + max(map(len, ids)) <= MAX_LENGTH and alike(prompt, answers):
+                rows.append({"prompt": prompt, "chosen": answers[0], "rejected": answers[1]})
+                counts.append([len(prompt_ids), *map(len, ids)])
+        if len(rows) < spec["steps"] * BATCH:
+            print(f"{name}: {len(rows)} of {spec['steps'] * BATCH} pairs found: give another --data or fewer --steps")
+            continue
+        file = Path(spec["work"]) / f"{name.replace(' ', '_')}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        found[name] = {"file": str(file), "counts": counts}
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------- the runs
+
+
+def run_trl(spec: dict) -> dict:
+    """One DPOTrainer run in this process: CPU and wall seconds of every step and of the reference pass, the losses.
+
+    A step's clock runs from on_step_begin to on_step_end: collating and logging are outside, in TRL's favour.
+    """
+    import torch
+
+    torch.set_num_threads(1)
+    from datasets import Dataset
+    from transformers import PrinterCallback, TrainerCallback
+    from trl import DPOConfig, DPOTrainer
+
+    steps, losses, reference = [], [], {"cpu": 0.0, "wall": 0.0}
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            self.cpu, self.wall = time.process_time(), time.perf_counter()
+
+        def on_step_end(self, *_, **__):
+            steps.append({"cpu": time.process_time() - self.cpu, "wall": time.perf_counter() - self.wall})
+
+    class Timed(DPOTrainer):
+        def _precompute_ref_logps(self, *args, **kwargs):
+            cpu, wall = time.process_time(), time.perf_counter()
+            result = super()._precompute_ref_logps(*args, **kwargs)
+            reference.update(cpu=time.process_time() - cpu, wall=time.perf_counter() - wall)
+            return result
+
+        def training_step(self, *args, **kwargs):
+            loss = super().training_step(*args, **kwargs)
+            losses.append(loss.item())
+            return loss
+
+    config = DPOConfig(
+        output_dir=spec["out"], per_device_train_batch_size=BATCH, max_steps=spec["steps"], max_length=MAX_LENGTH,
+        beta=BETA, learning_rate=LR, lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0, max_grad_norm=1.0,
+        adam_beta1=0.9, adam_beta2=0.95, adam_epsilon=1e-8, train_sampling_strategy="sequential", seed=0,
+        precompute_ref_log_probs=spec["run"] == "precompute", gradient_checkpointing=False, bf16=False, use_cpu=True,
+        model_init_kwargs={"dtype": "float32"}, dataloader_pin_memory=False, disable_tqdm=True, report_to="none",
+        logging_steps=1, save_strategy="no",
+    )  # fmt: skip
+    rows = read_rows(spec["data"])
+    trainer = Timed(spec["model"], args=config, train_dataset=Dataset.from_list(rows), callbacks=[Clock()])
+    trainer.remove_callback(PrinterCallback)
+    ids = [trainer.train_dataset[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")]
+    counts = [[len(part) for part in row] for row in zip(*ids, strict=True)]
+    trainer.train()
+    return {"steps": steps, "losses": losses, "reference": reference, "counts": counts}
+
+
+def plumb_command(spec: dict) -> list[str]:
+    """train_dpo.py with TRL's settings."""
+    flags = {
+        "model": spec["model"], "data": spec["data"], "out": spec["out"], "template": "plain", "max-length": MAX_LENGTH,
+        "batch-size": BATCH, "max-tokens": spec["max_tokens"], "max-steps": spec["steps"], "beta": BETA, "lr": LR,
+        "schedule": "constant", "warmup": 0, "weight-decay": 0, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "clip": 1.0,
+        "dtype": "fp32", "device": "cpu", "seed": 0,
+    }  # fmt: skip
+    command = [sys.executable, str(ROOT / "train_dpo.py"), "--no-shuffle"]
+    return command + [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+
+
+def read_plumb(out: Path) -> dict:
+    """The same numbers as run_trl's, from OUT/metrics.jsonl."""
+    rows = read_rows(out / "metrics.jsonl")
+    (reference,) = (row for row in rows if "reference_cpu_seconds" in row)
+    rows = [row for row in rows if "loss" in row]
+    return {
+        "steps": [{"cpu": row["cpu_seconds"], "wall": row["seconds"]} for row in rows],
+        "losses": [row["loss"] for row in rows],
+        "reference": {"cpu": reference["reference_cpu_seconds"], "wall": reference["reference_seconds"]},
+        "tokens": [row.get("tokens") for row in rows],
+    }
+
+
+def start(command: list[str], log: Path, malloc: str = "default") -> dict:
+    """Run a command on one thread to its end; its peak memory and CPU time. Its output goes to `log`.
+
+    This process must stay small: the kernel counts a parent's pages at fork in the child's peak.
+    """
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if malloc == "keep":
+        env |= KEEP
+    env |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(log.parent / "hf"), "TRANSFORMERS_VERBOSITY": "error"}
+    with open(log, "w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=env)
+        _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        tail = log.read_text(errors="replace")[-3000:]
+        raise ValueError(f"{' '.join(command)} ended with {process.returncode}: see its output\n{tail}")
+    cpu = usage.ru_utime + usage.ru_stime
+    return {"peak_gb": usage.ru_maxrss / 2**20, "process_cpu": cpu, "kernel_share": usage.ru_stime / cpu}
+
+
+def worker(job: str, spec: dict, log: Path) -> tuple[dict, dict]:
+    """Run one of this file's functions in a process of its own: (its result, its usage)."""
+    asked, answer = log.with_suffix(".in.json"), log.with_suffix(".out.json")
+    asked.write_text(json.dumps(spec))
+    usage = start([sys.executable, __file__, "worker", job, str(asked), str(answer)], log, spec["malloc"])
+    return json.loads(answer.read_text()), usage
+
+
+def measure(run: str, spec: dict, log: Path) -> dict:
+    """One run of one kind. The first step is not counted: it is the first to touch most of the memory."""
+    spec = {**spec, "run": run, "out": str(log.with_suffix(""))}
+    if run == "plumb":
+        usage = start(plumb_command(spec), log, spec["malloc"])
+        result = read_plumb(Path(spec["out"]))
+    else:
+        result, usage = worker("trl", spec, log)
+    steps = len(result["steps"])
+    if steps != spec["steps"]:
+        raise ValueError(f"{RUNS[run]} made {steps} steps of {spec['steps']}: its output:\n{log.read_text()[-3000:]}")
+    pairs = [spec["counts"][i : i + BATCH] for i in range(0, steps * BATCH, BATCH)]
+    shared = [sum(map(sum, step)) for step in pairs]  # train_dpo.py's rows count a prompt once for both answers
+    if result.get("counts", spec["counts"]) != spec["counts"] or result.get("tokens", shared) != shared:
+        raise ValueError(f"{RUNS[run]} trained on other tokens than the pairs hold, so the two cannot be compared")
+    for clock in ("cpu", "wall"):
+        result[f"step_{clock}"] = statistics.mean(step[clock] for step in result["steps"][1:])
+        result[f"epoch_{clock}"] = result[f"step_{clock}"] + result["reference"][clock] / steps
+    return {**result, **usage}
+
+
+# ------------------------------------------------------------------------------------------------- where the time goes
+
+
+def profile(spec: dict) -> dict:
+    """Share of train_dpo.py's operator time: attention, matmuls, log-probs, optimizer, the rest."""
+    import runpy
+
+    import torch
+
+    torch.set_num_threads(1)
+    sys.argv = plumb_command(spec)[1:]
+    sys.path.insert(0, str(ROOT))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        except SystemExit as stop:
+            if stop.code:
+                raise
+    return split(profiler.events())
+
+
+def split(events) -> dict[str, float]:
+    """Self time of every operator, by what it or the scope around it is called."""
+    kinds = {
+        "log-probs": ("logp", "log_prob", "logprob"),
+        "optimizer": ("optimizer", "adam"),
+        "attention": ("scaled_dot_product", "attention"),
+        "matmuls": ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear", "aten::matmul"),
+    }
+    seconds = dict.fromkeys((*kinds, "rest"), 0.0)
+    for event in events:
+        names, scope = [], event
+        while scope is not None:
+            names.append(scope.name.lower())
+            scope = scope.cpu_parent
+        kind = next((k for k, marks in kinds.items() if any(mark in name for mark in marks for name in names)), "rest")
+        seconds[kind] += event.self_cpu_time_total / 1e6
+    return seconds
+
+
+# ---------------------------------------------------------------------------------------------------------- the report
+
+
+def report(name: str, workload: dict, results: dict[str, list[dict]], steps: int) -> dict:
+    """Print one workload's medians and ratios; return them."""
+    prompt, chosen, rejected = (statistics.mean(column) for column in zip(*workload["counts"], strict=True))
+    print(f"\n{name}: {steps} steps of {BATCH} pairs; mean tokens: prompt {prompt:.0f}, chosen {chosen:.0f}, ", end="")
+    print(f"rejected {rejected:.0f}")
+    print(" " * 18 + "CPU s/step  with reference  wall s/step  kernel  peak GB  first loss")
+    keys = ("step_cpu", "epoch_cpu", "step_wall", "kernel_share", "peak_gb")
+    medians = {run: {key: statistics.median(r[key] for r in of) for key in keys} for run, of in results.items()}
+    for run, m in medians.items():
+        print(f"{RUNS[run]:16}{m['step_cpu']:12.3f}{m['epoch_cpu']:16.3f}{m['step_wall']:13.3f}", end="")
+        print(f"{m['kernel_share']:8.0%}{m['peak_gb']:9.2f}{results[run][0]['losses'][0]:12.6f}")
+    ours = results.get("plumb", [None])[0]
+    for run, m in medians.items():
+        if run == "plumb" or ours is None:
+            continue
+        ratio = {key: m[key] / medians["plumb"][key] for key in keys}
+        gap = max(abs(a - b) for a, b in zip(ours["losses"], results[run][0]["losses"], strict=True))
+        print(f"{RUNS[run]} / train_dpo.py: {ratio['epoch_cpu']:.2f} times the CPU time (steps only", end="")
+        print(f" {ratio['step_cpu']:.2f}), {ratio['peak_gb']:.2f} times the memory; losses agree within {gap:.1e}")
+        medians[run]["ratios"] = ratio
+    return medians
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", nargs="+", required=True, help="preference JSONL files")
+    parser.add_argument("--tokenizer", required=True, help="tokenizer.model, or a folder with a Llama tokenizer")
+    parser.add_argument("--model", help="a Hugging Face Llama folder with its tokenizer, instead of new random weights")
+    parser.add_argument("--steps", type=int, default=12, help=f"steps to time, {BATCH} pairs each, after one more")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each kind")
+    parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
+    parser.add_argument("--max-tokens", type=int, default=8192, help="train_dpo.py's micro-batch")
+    parser.add_argument("--malloc", choices=("keep", "default"), default="keep", help="keep freed memory")
+    parser.add_argument("--profile", action="store_true", help="also print where train_dpo.py's time goes")
+    parser.add_argument("--json", help="write every number to this file")
+    parser.add_argument("--tiny", action="store_true", help="smoke test: only train_dpo.py, two layers, two steps")
+    args = parser.parse_args()
+    if args.tiny:
+        args.steps, args.repeats, args.runs = 1, 1, ["plumb"]
+    missing = [package for module, package in NEEDED.items() if not importlib.util.find_spec(module)]
+    if missing and not args.tiny:
+        sys.exit(f"TRL's side needs what is not here: pip install {' '.join(missing)} (or --tiny, without TRL)")
+
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        model = args.model or new_model(args.tokenizer, TINY if args.tiny else MODEL, work)
+        spec = {"model": str(model), "steps": args.steps + 1, "max_tokens": args.max_tokens, "tiny": args.tiny}
+        spec |= {"work": folder, "malloc": args.malloc}
+        workloads, _ = worker("prepare", {**spec, "data": args.data}, work / "prepare.log")
+        print((work / "prepare.log").read_text(), end="")
+        if not args.tiny:
+            print("TRL in fp32, without gradient checkpointing: its faster setting (its default has it on).")
+        print("CPU s/step: mean of all steps but the first, user and kernel. with reference: plus one scoring of these")
+        print("pairs by the reference, spread over the steps; TRL stock pays it inside them. kernel: its share of the")
+        print(f"process's CPU time. peak GB: the whole process. malloc: {args.malloc}. Medians of {args.repeats} runs.")
+        everything = {"settings": vars(args), "workloads": {}}
+        for name, workload in workloads.items():
+            results = {run: [] for run in args.runs}
+            for repeat in range(args.repeats):
+                for run in args.runs:
+                    log = work / f"{Path(workload['file']).stem}_{run}_{repeat}.log"
+                    results[run].append(measure(run, {**spec, "data": workload["file"], "counts": workload["counts"]}, log))
+                    m = results[run][-1]
+                    print(f"  {name}, {RUNS[run]}: {m['epoch_cpu']:.3f} CPU s/step", file=sys.stderr, flush=True)
+            medians = report(name, workload, results, args.steps)
+            everything["workloads"][name] = {**workload, "medians": medians, "runs": results}
+            if args.profile:
+                log = Path(workload["file"]).with_suffix(".profile.log")
+                few = {"data": workload["file"], "out": str(log.with_suffix("")), "steps": min(3, args.steps)}
+                shares, _ = worker("profile", {**spec, **few}, log)
+                total = sum(shares.values())
+                print("where train_dpo.py's operators spend their time (the steps and the reference pass): ", end="")
+                print(", ".join(f"{kind} {seconds / total:.0%}" for kind, seconds in shares.items()))
+                everything["workloads"][name]["profile"] = shares
+            if args.json:
+                Path(args.json).write_text(json.dumps(everything, indent=1))
+
+
+def new_model(tokenizer: str, sizes: dict[str, int], work: Path) -> Path:
+    """A Llama of random weights, by hf.py new, with a tokenizer that both sides read."""
+    source = Path(tokenizer)
+    if source.is_file():
+        (work / "tokenizer").mkdir()
+        (work / "tokenizer" / "tokenizer.model").write_bytes(source.read_bytes())
+        config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+        config |= {"add_bos_token": True, "add_eos_token": False, "legacy": True}
+        (work / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(config))
+        source = work / "tokenizer"
+    command = [sys.executable, str(ROOT / "hf.py"), "new", "--family", "llama", "--tokenizer", str(source)]
+    command += [str(word) for name, value in sizes.items() for word in (f"--{name}", value)]
+    start([*command, "--out", str(work / "model"), "--seed", "0"], work / "new.log")
+    return work / "model"
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["worker"]:
+        job, asked, answer = sys.argv[2:]
+        result = {"prepare": prepare, "trl": run_trl, "profile": profile}[job](json.loads(Path(asked).read_text()))
+        Path(answer).write_text(json.dumps(result))
+    else:
+        main()
