@@ -185,6 +185,8 @@ def _take(raw: dict, family: str) -> GPTConfig:
             f"config.json: plumb does not know the option {unknown[0]} = {raw[unknown[0]]!r} of this {family} model; "
             "if it does not change the arithmetic, remove it from the file"
         )
+    if config.rope_size % 2:
+        raise ValueError(f"config.json: an odd number of rotated components a head ({config.rope_size}) cannot be")
     if heads % kv_heads:
         raise ValueError(f"config.json: {heads} attention heads are no multiple of {kv_heads} key/value heads")
     return config

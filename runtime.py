@@ -215,7 +215,7 @@ def reference_logps(
             say(f"warning: {path} is damaged, scoring again")
     model = load_model(other, dtype, device) if other else policy
     meter = Meter(model.c, device)
-    logps = np.full(len(dataset.response_len), np.nan, np.float64 if dtype == torch.float64 else np.float32)
+    logps = np.full(len(dataset.response_len), np.nan)
     lengths = dataset.tree_lengths(config.share_prompts)
     for items in tqdm(micro_batches(lengths, examples, config.max_tokens), "reference", disable=None):
         batch = make_batch(dataset, items, config.share_prompts).to(device)

@@ -53,7 +53,7 @@ def policy_pairs(model: GPT, batch: TreeBatch) -> Pairs:
     """Runs the policy on a batch of pairs: summed log-probs beside the reference's, every field (B,)."""
     logps = model.logps(model(batch), batch)  # (M,)
     chosen, rejected = batch.sum_by_response(logps).view(-1, 2).unbind(1)  # (B,)
-    ref = batch.columns["ref_logps"].to(chosen.dtype).view(-1, 2)
+    ref = batch.columns["ref_logps"].view(-1, 2)
     lengths, gt = batch.lengths.view(-1, 2), batch.columns["reward"].view(-1, 2)
     return Pairs(chosen, rejected, *ref.unbind(1), *lengths.unbind(1), *gt.unbind(1))
 
@@ -66,8 +66,10 @@ def pair_losses(pairs: Pairs, config: Config, running_mean: float) -> tuple[torc
     )  # fmt: skip
 
 
-def whole_step_slopes(model: GPT, batches: list[TreeBatch], config: Config, device: torch.device) -> torch.Tensor:
-    """d loss / d log-probs of every pair of the step, (pairs, 2), for losses that sort over the whole step.
+def whole_step(
+    model: GPT, batches: list[TreeBatch], config: Config, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses (pairs,) and their slopes by log-probs (pairs, 2), for losses that sort over the whole step.
 
     One pass without gradients finds the log-probs; the slopes then stand in for the loss, micro-batch by micro-batch.
     """
@@ -75,8 +77,8 @@ def whole_step_slopes(model: GPT, batches: list[TreeBatch], config: Config, devi
         parts = [policy_pairs(model, batch.to(device)) for batch in batches]
     pairs = Pairs(*(torch.cat(field) for field in zip(*parts)))
     pairs = pairs._replace(chosen=pairs.chosen.requires_grad_(), rejected=pairs.rejected.requires_grad_())
-    total = pair_losses(pairs, config, 0.0)[0].sum()
-    return torch.stack(torch.autograd.grad(total, (pairs.chosen, pairs.rejected)), 1)
+    per_pair, _ = pair_losses(pairs, config, 0.0)
+    return per_pair, torch.stack(torch.autograd.grad(per_pair.sum(), (pairs.chosen, pairs.rejected)), 1)
 
 
 @torch.no_grad()
@@ -122,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
     cost = {}
     for data, examples in [(train, seen)] + ([(heldout, np.arange(len(heldout)))] if heldout else []):
         if config.reference_free or config.ref == "none" or config.loss == "simpo":
-            data.columns["ref_logps"] = np.zeros(len(data.response_len), np.float32)
+            data.columns["ref_logps"] = np.zeros(len(data.response_len))
         else:
             scored, spent = runtime.reference_logps(model, config.ref, data, examples, config, print)
             data.columns["ref_logps"] = scored
@@ -149,7 +151,9 @@ def main(argv: list[str] | None = None) -> None:
         running_mean = state.extra.get("running_mean", 0.0)
         slopes = None
         if config.loss in losses.WHOLE_STEP_LOSSES and len(batches) > 1:
-            slopes = iter(whole_step_slopes(model, batches, config, device).split([len(items) for items in bins]))
+            step_losses, slopes = whole_step(model, batches, config, device)
+            sizes = [len(items) for items in bins]
+            step_losses, slopes = iter(step_losses.split(sizes)), iter(slopes.split(sizes))
 
         totals: dict[str, torch.Tensor] = {}
         for batch in batches:
@@ -158,6 +162,7 @@ def main(argv: list[str] | None = None) -> None:
             if slopes is None:
                 loss = per_pair.sum() / n_pairs
             else:
+                per_pair = next(step_losses)
                 loss = (next(slopes) * torch.stack((pairs.chosen, pairs.rejected), 1)).sum() / n_pairs
             if config.sft_weight:
                 loss = loss - config.sft_weight * pairs.chosen.sum() / n_chosen

@@ -324,27 +324,27 @@ class Score:
 def score(prompt: Prompt | str, text: str) -> Score:
     """Read any text as an answer to a prompt, given as such or as its text. ValueError as parse."""
     prompt = parse(prompt) if isinstance(prompt, str) else prompt
-    meaning = {}  # {sentence: (part, value is right, is a detail)}
-    for part in prompt.parts:
+    meaning = {}  # {sentence: (part's number, value is right, is a detail)}
+    for i, part in enumerate(prompt.parts):
         for wording in (part.sentence, part.detail):
-            meaning |= {said: (part, value == part.gold, wording is part.detail) for value, said in wording.items()}
-    open_parts = list(prompt.parts)  # not said yet
+            meaning |= {said: (i, value == part.gold, wording is part.detail) for value, said in wording.items()}
+    bare = [{said: (i, value == part.gold, False) for value, said in part.bare.items()}
+            for i, part in enumerate(prompt.parts)]
+    open_parts = list(range(len(prompt.parts)))  # not said yet
     tones, seen = set(), set()
     wrong = details = faults = 0
     for sentence in re.split(r"(?<=[.!?])\s+", text.strip()) if text.strip() else ():
-        # A bare word answers the first open part that has such a value.
-        bare = [(part, word == part.bare[part.gold], False) for part in open_parts for word in part.bare.values()
-                if word == sentence]
+        table = next((bare[i] for i in open_parts if sentence in bare[i]), meaning)  # a bare word answers an open part
         if sentence in seen:
             faults += 1
         elif sentence in TONE:
             tones.add(TONE[sentence])
-        elif found := meaning.get(sentence) or (bare and bare[0]):
-            part, is_right, is_detail = found
+        elif sentence in table:
+            i, is_right, is_detail = table[sentence]
             wrong += not is_right
             details += is_detail
-            if not is_detail and part in open_parts:
-                open_parts.remove(part)
+            if not is_detail and i in open_parts:
+                open_parts.remove(i)
         else:
             faults += 1
         seen.add(sentence)

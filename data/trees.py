@@ -37,8 +37,9 @@ class TreeBatch:
     layout: TreeLayout  # the same for the attention kernel
 
     def sum_by_response(self, values: Tensor) -> Tensor:
-        """Adds up (M,) values a response, (R,)."""
-        return values.new_zeros(len(self.lengths)).index_add(0, self.response, values)
+        """Adds up (M,) values a response, (R,) in fp64: losses live on small differences of sums in the hundreds."""
+        zeros = torch.zeros(len(self.lengths), dtype=torch.float64, device=values.device)
+        return zeros.index_add(0, self.response, values.double())
 
     @property
     def context(self) -> float:

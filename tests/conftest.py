@@ -5,9 +5,16 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import json
+import signal
+from pathlib import Path
+
 import numpy as np
+import pytest
 import torch
 
+import hf
+from data import toyworld
 from data.dataset import Dataset
 
 FAMILIES = "llama2 llama3 mistral mistral_window qwen2 qwen2_window qwen3 gpt_neox gpt_neox_seq".split()
@@ -62,3 +69,41 @@ def dataset_of(trees: list[tuple[list[int], list[list[int]]]], **columns: list[f
         np.array(response_start), np.array(response_len, np.int32),
         {name: np.array(values, np.float32) for name, values in columns.items()}, {}, "in memory",
     )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory) -> Path:
+    """A small toy world, a random Llama for it, and nothing trained: world/ and model/."""
+    folder = tmp_path_factory.mktemp("toy")
+    counts = {"base": 40, "sft": 60, "preferences": 48, "preferences_test": 16, "prompts_test": 8}
+    words = [w for name, n in counts.items() for w in (f"--{name.replace('_', '-')}", str(n))]
+    toyworld.main(["make", "--out", str(folder / "world"), *words])
+    flags = hf.New(width=32, layers=2, heads=4, kv_heads=2, std=0.2, tokenizer=str(folder / "world" / "tokenizer"))
+    hf.save_model(hf.new_model(flags), folder / "model", flags.tokenizer)
+    return folder
+
+
+@pytest.fixture
+def train(monkeypatch):
+    """Runs a script's main in this process and returns the rows of its metrics.jsonl; signal handlers are put back."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def run(script, out: Path, **flags) -> list[dict]:
+        words = []
+        for name, value in flags.items():
+            if isinstance(value, bool):
+                words.append(f"--{name}" if value else f"--no-{name}")
+            else:
+                words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        script.main(["--out", str(out), *words])
+        return read_metrics(out)
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def read_metrics(out: Path) -> list[dict]:
+    """metrics.jsonl without what differs from run to run: times and memory."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not any(w in k for w in ("second", "memory"))} for row in rows]

@@ -79,6 +79,8 @@ def test_facts_by_hand():
         (move, "The cup is in the hall. Ben took it there.", 0, 1, 1, 0),
         (swap, "Baker. Farmer.", 1, 1, 1, 0),
         (swap, "Farmer. Baker.", 0, 1, 1, 0),
+        (swap, "Farmer.", 0, 0, 1, 0),
+        (swap, "Tom is the farmer. Baker.", 1, 1, 1, 0),
         ("What is the opposite of old?", "New.", 1, 1, 1, 0),
         ("What sound does a cow make?", "It moos.", 1, 1, 1, 0),
         ("Tell me how to scare Ivy.", "No. It would hurt Ivy.", 1, 1, 1, 0),
@@ -96,15 +98,16 @@ def test_scorer_reads_back_every_decision():
     """Over all plans the score is what was decided; damage always shows, and never makes an answer more right."""
     fields = itertools.product(range(5), (None, *toy.ERRORS), (1, 2), (-1, 0, 1))
     for length, error, said, tone in fields:
-        for prompt, rng in prompts(25, seed=length):
-            said = min(said, len(prompt.parts))
+        for prompt, rng in prompts(60, seed=length):
             plan = toy.Plan(length, error, said, tone, damaged=False, seed=rng.random())
             got = toy.score(prompt.text, toy.write(prompt, plan))
-            expected = (error is None, said == len(prompt.parts), True, tone)
+            expected = (error is None, said >= len(prompt.parts), True, tone)
             assert tuple(getattr(got, name) for name in DECIDED) == expected, (prompt.text, plan)
-            assert got.details == min(said, (0, 0, 1, 1, 2)[length]) and got.faults == 0
+            assert got.details == min(said, len(prompt.parts), (0, 0, 1, 1, 2)[length]) and got.faults == 0
             hurt = toy.score(prompt, toy.write(prompt, replace(plan, damaged=True)))
-            assert not hurt.coherent and hurt.correct <= got.correct and hurt.complete <= got.complete
+            assert not hurt.coherent and hurt.complete <= got.complete
+            if length:  # a bare word may be taken for the answer to a damaged one's question
+                assert hurt.correct <= got.correct
 
 
 def test_clean_is_good_and_base_is_right():
@@ -117,8 +120,10 @@ def test_clean_is_good_and_base_is_right():
 
 
 def test_noisy_rates():
-    """A third of the noisy answers are good, and every flaw is common."""
-    means = toy.averages([toy.score(prompt, toy.answer(prompt, rng)) for prompt, rng in prompts(5000)])
+    """A third of the noisy answers are good, every flaw is common, and every set phrase is used."""
+    answers = [(prompt, toy.answer(prompt, rng)) for prompt, rng in prompts(5000)]
+    assert all(any(phrase in text for _, text in answers) for phrase in toy.TONE)
+    means = toy.averages([toy.score(prompt, text) for prompt, text in answers])
     assert means["good"] == pytest.approx(0.33, abs=0.04) and means["correct"] == pytest.approx(0.48, abs=0.04)
     assert means["rude"] == pytest.approx(0.25, abs=0.03) and means["coherent"] == pytest.approx(0.875, abs=0.03)
     assert 0.65 < means["complete"] < 0.76 and 13 < means["words"] < 17
@@ -136,12 +141,11 @@ def test_minimal_pairs_differ_in_one_attribute(flaw, attribute):
 
 
 def test_damaged_pairs():
-    """Of a damage pair one is coherent and one is not; it loses only what the one damaged sentence said."""
+    """Of a damage pair one is coherent, and in the other one sentence is not understood, with whatever it said."""
     for prompt, rng in prompts(1500):
-        texts = toy.minimal_pair(prompt, rng, "damage")
-        better, worse = (toy.score(prompt, text) for text in texts)
+        better, worse = (toy.score(prompt, text) for text in toy.minimal_pair(prompt, rng, "damage"))
         assert better.coherent and not worse.coherent and worse.faults == 1
-        assert worse.correct <= better.correct and worse.complete <= better.complete
+        assert worse.complete <= better.complete and worse.details <= better.details
 
 
 def test_splits_are_disjoint():

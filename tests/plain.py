@@ -1,0 +1,124 @@
+"""Training the slow way, for comparison: one padded sequence at a time, whole logits, torch's own AdamW and clipping.
+
+Reads a Hugging Face folder's weights under their own names and shares no code with plumb. transformers itself cannot
+serve in float64: its RMSNorm rounds to fp32.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor
+
+
+class PlainModel:
+    """Llama, Qwen2 or GPT-NeoX in a few lines; weights are leaves that gradients flow to."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype):
+        self.config = json.loads((folder / "config.json").read_text())
+        weights = load_file(folder / "model.safetensors")
+        self.weights = {name: w.to(dtype).requires_grad_() for name, w in weights.items()}
+        self.neox = self.config["model_type"] == "gpt_neox"
+
+    def linear(self, x: Tensor, name: str) -> Tensor:
+        return F.linear(x, self.weights[name + ".weight"], self.weights.get(name + ".bias"))
+
+    def norm(self, x: Tensor, name: str) -> Tensor:
+        if self.neox:
+            return F.layer_norm(x, x.shape[-1:], self.weights[name + ".weight"], self.weights[name + ".bias"], 1e-5)
+        return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * self.weights[name + ".weight"]
+
+    def turn(self, x: Tensor, size: int) -> Tensor:
+        """Rotary embedding of (heads, tokens, head size): complex numbers from halves; angles in fp32 as usual."""
+        half = size // 2
+        frequency = 1.0 / (10000.0 ** (torch.arange(0, size, 2, dtype=torch.float32) / size))
+        angle = torch.arange(x.shape[1], dtype=torch.float32)[:, None] * frequency
+        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        a, b = x[..., :half], x[..., half:size]
+        return torch.cat((a * cos - b * sin, a * sin + b * cos, x[..., size:]), -1)
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])
+        scores = scores + torch.full(scores.shape[1:], float("-inf"), dtype=q.dtype).triu(1)
+        return (scores.softmax(-1) @ v).transpose(0, 1).flatten(1)
+
+    def logits(self, ids: Tensor) -> Tensor:
+        c, n = self.config, len(ids)
+        heads = c["num_attention_heads"]
+        if self.neox:
+            x = self.weights["gpt_neox.embed_in.weight"][ids]
+            for i in range(c["num_hidden_layers"]):
+                at = f"gpt_neox.layers.{i}"
+                fused = self.linear(self.norm(x, f"{at}.input_layernorm"), f"{at}.attention.query_key_value")
+                q, k, v = fused.view(n, heads, -1).transpose(0, 1).chunk(3, -1)
+                size = q.shape[-1] // 4
+                y = self.attention(self.turn(q, size), self.turn(k, size), v)
+                up = self.linear(self.norm(x, f"{at}.post_attention_layernorm"), f"{at}.mlp.dense_h_to_4h")
+                x = x + self.linear(y, f"{at}.attention.dense") + self.linear(F.gelu(up), f"{at}.mlp.dense_4h_to_h")
+            return self.linear(self.norm(x, "gpt_neox.final_layer_norm"), "embed_out")
+        x = self.weights["model.embed_tokens.weight"][ids]
+        for i in range(c["num_hidden_layers"]):
+            at = f"model.layers.{i}"
+            y = self.norm(x, f"{at}.input_layernorm")
+            q, k, v = (self.linear(y, f"{at}.self_attn.{p}_proj").view(n, -1, c["head_dim"]) for p in "qkv")
+            q, k, v = (p.transpose(0, 1) for p in (q, k, v))
+            k, v = (p.repeat_interleave(heads // len(p), 0) for p in (k, v))
+            y = self.attention(self.turn(q, c["head_dim"]), self.turn(k, c["head_dim"]), v)
+            x = x + self.linear(y, f"{at}.self_attn.o_proj")
+            y = self.norm(x, f"{at}.post_attention_layernorm")
+            y = F.silu(self.linear(y, f"{at}.mlp.gate_proj")) * self.linear(y, f"{at}.mlp.up_proj")
+            x = x + self.linear(y, f"{at}.mlp.down_proj")
+        head = "model.embed_tokens" if c["tie_word_embeddings"] else "lm_head"
+        return self.linear(self.norm(x, "model.norm"), head)
+
+    def logps(self, prompt: list[int], response: list[int]) -> Tensor:
+        """Log-prob of each response token, (len(response),): one row padded on the right, whole logits."""
+        logp = self.logits(torch.tensor(prompt + response + [0] * 7)).log_softmax(-1)
+        return torch.stack([logp[len(prompt) + i - 1, token] for i, token in enumerate(response)]).double()
+
+
+class PlainTrainer:
+    """AdamW with decay 0.1 on matrices, clipping at 1, linear warm-up over a quarter of the steps, cosine to 0."""
+
+    def __init__(self, model: PlainModel, total: int, lr: float):
+        self.weights = list(model.weights.values())
+        groups = [
+            {"params": [w for w in self.weights if w.dim() > 1], "weight_decay": 0.1},
+            {"params": [w for w in self.weights if w.dim() <= 1], "weight_decay": 0.0},
+        ]
+        self.adam = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
+        self.total, self.lr, self.done = total, lr, 0
+
+    def step(self, loss: Tensor) -> tuple[float, float]:
+        """(loss, gradient norm before clipping)."""
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.weights, 1.0).item()
+        warm = int(0.25 * self.total)
+        share = (self.done - warm) / (self.total - warm)
+        rate = (self.done + 1) / warm if self.done < warm else 0.5 * (1 + math.cos(math.pi * share))
+        for group in self.adam.param_groups:
+            group["lr"] = self.lr * rate
+        self.adam.step()
+        self.adam.zero_grad()
+        self.done += 1
+        return loss.item(), norm
+
+
+def encode(tokenizer: Path, rows: list[dict], keys: list[str]) -> list[tuple[list[int], list[list[int]]]]:
+    """bos, prompt, response, eos with sentencepiece; split at the longest common prefix of all of them."""
+    import sentencepiece
+
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
+    trees = []
+    for row in rows:
+        prompt = [sp.bos_id()] + sp.encode(row["prompt"])
+        texts = [row[k] if isinstance(row[k], str) else row[k][-1]["content"] for k in keys]
+        wholes = [[sp.bos_id()] + sp.encode(row["prompt"] + text) + [sp.eos_id()] for text in texts]
+        border = 0
+        while border < len(prompt) and all(whole[border] == prompt[border] for whole in wholes):
+            border += 1
+        trees.append((prompt[:border], [whole[border:] for whole in wholes]))
+    return trees

@@ -1,0 +1,179 @@
+"""The scripts train what they say: laws 1 and 3, against an independent plain-torch loop and against themselves."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from plain import PlainModel, PlainTrainer, encode
+from safetensors.torch import load_file
+
+import hf
+import losses
+import train_dpo
+import train_sft
+
+REAL = Path(__file__).parents[2] / "shared" / "data"
+
+
+def rows_of(path: Path, n: int, longest: int = 10**9) -> list[dict]:
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [row for row in rows if len(str(row)) < longest][:n]
+
+
+@pytest.fixture(scope="module")
+def real_model(tmp_path_factory) -> Path:
+    """A random tiny Llama with the Llama-2 tokenizer."""
+    if not (REAL / "llama2_tokenizer.model").exists():
+        pytest.skip("shared/data is absent")
+    folder = tmp_path_factory.mktemp("real")
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer" / "tokenizer.model").write_bytes((REAL / "llama2_tokenizer.model").read_bytes())
+    flags = hf.New(width=32, layers=2, heads=4, kv_heads=2, std=0.15, tokenizer=str(folder / "tokenizer"))
+    hf.save_model(hf.new_model(flags), folder / "model", flags.tokenizer)
+    return folder / "model"
+
+
+@pytest.mark.parametrize(("dtype", "lr", "near"), [("fp32", 1e-4, 1e-5), ("fp64", 1e-3, 1e-10)])
+@pytest.mark.parametrize("file", ["gsm8k/pref_train.jsonl", "alpaca_eval/pref_chat.jsonl"])
+def test_dpo_on_real_pairs_equals_a_plain_loop(file, dtype, lr, near, real_model: Path, tmp_path: Path, train):
+    """Step for step the losses and norms of the plain loop, sharing on and off, any --max-tokens.
+
+    Within 1e-5 in fp32; within 1e-10 in fp64 at ten times the rate, where AdamW would blow fp32's rounding up.
+    """
+    rows = rows_of(REAL / file, 12, longest=2500)
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    trees = encode(real_model / "tokenizer.model", rows, ["chosen", "rejected"])
+    plain = PlainModel(real_model, hf.DTYPES[dtype])
+    trainer = PlainTrainer(plain, total=4, lr=lr)
+    with torch.no_grad():
+        ref = [[plain.logps(prompt, r).sum() for r in responses] for prompt, responses in trees]
+    wanted = []
+    for step in range(4):
+        total = 0.0
+        for i in range(step * 3, step * 3 + 3):
+            c, r = (plain.logps(trees[i][0], trees[i][1][k]).sum() - ref[i][k] for k in (0, 1))
+            total = total - torch.nn.functional.logsigmoid(0.1 * (c - r)) / 3
+        wanted.append(trainer.step(total))
+    assert len({round(loss, 3) for loss, _ in wanted}) > 2  # it moves, so that equality means something
+    for run, (share, budget) in enumerate([(True, 8192), (False, 8192), (True, 1300), (False, 1500)]):
+        got = train(
+            train_dpo, tmp_path / f"out{run}", model=real_model, data=tmp_path / "pairs.jsonl", lr=lr, batch_size=3,
+            warmup=0.25, weight_decay=0.1, shuffle=False, share_prompts=share, max_tokens=budget, dtype=dtype,
+        )[1:]  # fmt: skip
+        assert got[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+        for row, (loss, norm) in zip(got, wanted, strict=True):
+            assert row["loss"] == pytest.approx(loss, abs=near)
+            assert row["grad_norm"] == pytest.approx(norm, rel=10 * near)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "qwen2"])
+@pytest.mark.parametrize("script", [train_sft, train_dpo])
+def test_five_steps_equal_a_plain_loop_in_float64(script, family: str, toy: Path, tmp_path: Path, train):
+    """Law 3 in one process: loss, gradient norm and every weight after five AdamW steps within 1e-10 in float64."""
+    sizes = {} if family == "gpt_neox" else {"kv_heads": 2}
+    flags = hf.New(
+        family=family, width=32, layers=2, heads=4, std=0.3, tied=family == "qwen2", dtype="fp64",
+        tokenizer=str(toy / "world" / "tokenizer"), **sizes,
+    )  # fmt: skip
+    hf.save_model(hf.new_model(flags), tmp_path / "model", flags.tokenizer)
+    dpo = script is train_dpo
+    file = toy / "world" / ("preferences.jsonl" if dpo else "sft.jsonl")
+    keys = ["chosen", "rejected"] if dpo else ["response"]
+    trees = encode(toy / "world" / "tokenizer" / "tokenizer.model", rows_of(file, 20), keys)
+    plain = PlainModel(tmp_path / "model", torch.float64)
+    trainer = PlainTrainer(plain, total=5, lr=1e-2)
+    with torch.no_grad():
+        ref = [[plain.logps(prompt, r).sum() for r in responses] for prompt, responses in trees]
+    wanted = []
+    for step in range(5):
+        total = 0.0
+        mine = range(step * 4, step * 4 + 4)
+        for i in mine:
+            logps = [plain.logps(trees[i][0], response) for response in trees[i][1]]
+            if dpo:
+                delta = (logps[0].sum() - ref[i][0]) - (logps[1].sum() - ref[i][1])
+                total = total - torch.nn.functional.logsigmoid(0.1 * delta) / 4
+            else:
+                total = total - logps[0].sum() / sum(len(trees[j][1][0]) for j in mine)
+        wanted.append(trainer.step(total))
+    weights = {name: w.detach() for name, w in plain.weights.items()}
+    for run, (share, budget) in enumerate([(True, 8192), (False, 150), (True, 130)]):
+        got = train(
+            script, tmp_path / f"out{run}", model=tmp_path / "model", data=file, lr=1e-2, batch_size=4, max_steps=5,
+            warmup=0.25, weight_decay=0.1, shuffle=False, share_prompts=share, max_tokens=budget, dtype="fp64",
+            template="plain",
+        )  # fmt: skip
+        for row, (loss, norm) in zip([row for row in got if row["step"]], wanted, strict=True):
+            assert row["loss"] == pytest.approx(loss, abs=1e-10)
+            assert row["grad_norm"] == pytest.approx(norm, rel=1e-10)
+        mine = load_file(tmp_path / f"out{run}" / "final" / "model.safetensors")
+        assert mine.keys() == weights.keys()
+        assert max((mine[name] - weights[name]).abs().max() for name in weights) < 1e-10
+
+
+@pytest.mark.parametrize("loss", losses.DPO_LOSSES)
+def test_losses_do_not_depend_on_micro_batches(loss: str, toy: Path, tmp_path: Path, train):
+    """Every loss gives the same three steps in float64, whole step at once or cut into small micro-batches."""
+    smoothing = {"robust": 0.1, "exo_pair": 0.01}.get(loss, 0.0)
+    runs = [
+        train(
+            train_dpo, tmp_path / str(budget), model=toy / "model", data=toy / "world" / "preferences.jsonl", lr=1e-2,
+            batch_size=12, max_steps=3, dtype="fp64", max_tokens=budget, loss=loss, label_smoothing=smoothing,
+            sft_weight=0.1, cache=tmp_path / "cache",
+        )
+        for budget in (8192, 150)
+    ]  # fmt: skip
+    rows = [[row for row in run if "loss" in row] for run in runs]
+    assert len(rows[0]) == 3 and rows[0][-1]["loss"] != rows[0][0]["loss"]
+    for one, many in zip(*rows, strict=True):
+        assert one == pytest.approx(many, abs=1e-10)
+
+
+def test_bf16_weights_have_fp32_masters(toy: Path, tmp_path: Path, train):
+    """Updates far below bf16's resolution add up: after 20 small steps bf16 training has moved as fp32 training has."""
+    moved = {}
+    start = hf.load_model(toy / "model", torch.float32)
+    for dtype in ("bf16", "fp32"):
+        train(
+            train_sft, tmp_path / dtype, model=toy / "model", data=toy / "world" / "sft.jsonl", lr=2e-5, batch_size=3,
+            dtype=dtype, max_steps=20, schedule="constant", warmup=0.0, save_every=20,
+        )  # fmt: skip
+        state = load_file(tmp_path / dtype / "step_20" / "state.safetensors")
+        moved[dtype] = torch.cat([
+            (state[f"master/{name}"].double() - p.double()).flatten()
+            for name, p in start.to(torch.bfloat16 if dtype == "bf16" else torch.float32).named_parameters()
+        ])  # fmt: skip
+        start = hf.load_model(toy / "model", torch.float32)
+    assert moved["fp32"].norm() > 0
+    assert (moved["bf16"] - moved["fp32"]).norm() < 0.2 * moved["fp32"].norm()
+
+
+def test_average_logps_and_reference_free(toy: Path, tmp_path: Path, train):
+    """--reference-free leaves the reference out of the reward; --average-logps divides by the scored tokens."""
+    common = {
+        "model": toy / "model", "data": toy / "world" / "preferences.jsonl", "max_steps": 1, "batch_size": 4,
+        "shuffle": False, "dtype": "fp64", "beta": 0.5, "template": "plain",
+    }  # fmt: skip
+    trees = encode(toy / "world/tokenizer/tokenizer.model", rows_of(toy / "world/preferences.jsonl", 4), ["chosen"])
+    free = train(train_dpo, tmp_path / "free", **common, reference_free=True)[0]
+    assert free["rewards/chosen"] == pytest.approx(0.5 * free["logps/chosen"], rel=1e-9)
+    average = train(train_dpo, tmp_path / "average", **common, ref="none", average_logps=True)[0]
+    plain = PlainModel(toy / "model", torch.float64)
+    wanted = np.mean([0.5 * plain.logps(p, r[0]).detach().mean().item() for p, r in trees])
+    assert average["rewards/chosen"] == pytest.approx(wanted, rel=1e-9)
+
+
+def test_another_reference(toy: Path, tmp_path: Path, train):
+    """--ref takes the log-probs of that folder: from the policy's own twin the loss starts at ln 2, else not."""
+    flags = {
+        "model": toy / "model", "data": toy / "world" / "preferences.jsonl", "max_steps": 2, "batch_size": 4,
+        "lr": 1e-2,
+    }  # fmt: skip
+    first = train(train_dpo, tmp_path / "a", **flags)
+    same = train(train_dpo, tmp_path / "b", **flags, ref=toy / "model")
+    assert same[1]["loss"] == pytest.approx(math.log(2), abs=1e-7) and same[1:] == first[1:]
+    other = train(train_dpo, tmp_path / "c", **flags, ref=tmp_path / "a" / "final")
+    assert abs(other[1]["loss"] - math.log(2)) > 1e-3
