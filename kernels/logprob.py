@@ -30,6 +30,8 @@ def _matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 class _LinearLogProb(torch.autograd.Function):
     """forward  z = h Wᵀ by chunks of V, folded into running (max, Σ exp), target logit picked out on the way
     backward  dz = g (onehot - softmax(z)), again by chunks: dh += dz W,  dW = dzᵀ h
+
+    What is kept of a chunk is exp(z - max so far): from there softmax(z) is one factor a row, without another exp.
     """
 
     @staticmethod
@@ -43,13 +45,14 @@ class _LinearLogProb(torch.autograd.Function):
         kept = []
         for start in range(0, vocab, CHUNK):
             z = _matmul(hidden, weight[start : start + CHUNK].t(), exact)  # (M, chunk)
-            new_top = torch.maximum(top, z.amax(1))
-            total = total * (top - new_top).exp_() + (z - new_top[:, None]).exp_().sum(1)
-            top = new_top
             inside, column = _columns(target, start, z.shape[1])
             picked = torch.where(inside, z.gather(1, column[:, None])[:, 0], picked)
+            new_top = torch.maximum(top, z.amax(1))
+            p = z.sub_(new_top[:, None]).exp_()
+            total = total * (top - new_top).exp_() + p.sum(1)
+            top = new_top
             if keep:
-                kept.append(z)
+                kept += [p, top]
         lse = top + total.log()
         ctx.save_for_backward(hidden, weight, target, lse, *kept)
         return picked - lse
@@ -63,16 +66,18 @@ class _LinearLogProb(torch.autograd.Function):
         d_weight = torch.empty_like(weight) if need_weight else None
         for i, start in enumerate(range(0, weight.shape[0], CHUNK)):
             w = weight[start : start + CHUNK]
-            # Kept logits are turned into gradients in place: they serve once, as retain_graph would find out.
-            z = kept[i] if kept else _matmul(hidden, w.t(), exact)
-            z.sub_(lse[:, None]).exp_().mul_(-grad[:, None])
-            inside, column = _columns(target, start, z.shape[1])
-            z.scatter_add_(1, column[:, None], torch.where(inside, grad, 0)[:, None])
-            z = z.to(weight.dtype)
+            if kept:  # turned into gradients in place: they serve once, as retain_graph would find out
+                p, top = kept[2 * i : 2 * i + 2]
+            else:
+                p, top = _matmul(hidden, w.t(), exact).sub_(lse[:, None]).exp_(), lse
+            dz = p.mul_((-grad * (top - lse).exp())[:, None])
+            inside, column = _columns(target, start, dz.shape[1])
+            dz.scatter_add_(1, column[:, None], torch.where(inside, grad, 0)[:, None])
+            dz = dz.to(weight.dtype)
             if need_hidden:
-                d_hidden += _matmul(z, w, exact)
+                d_hidden += _matmul(dz, w, exact)
             if need_weight:
-                d_weight[start : start + CHUNK] = z.t() @ hidden
+                torch.mm(dz.t(), hidden, out=d_weight[start : start + CHUNK])
         return d_hidden.to(hidden.dtype) if need_hidden else None, d_weight, None
 
 

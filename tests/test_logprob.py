@@ -1,0 +1,50 @@
+"""Linear and log-prob in one pass is the same as torch's log_softmax over whole logits, kept or recomputed."""
+
+import pytest
+import torch
+
+from kernels import logprob
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("scale", [1.0, 300.0])
+def test_values_and_gradients_equal_log_softmax(keep: bool, scale: float, monkeypatch):
+    """Any vocabulary and chunk size, targets at chunk borders, logits of any size; float64 within 1e-12."""
+    monkeypatch.setattr(logprob, "KEEP_BYTES", 1 << 40 if keep else 0)
+    monkeypatch.setattr(logprob, "CHUNK", 7)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(9, 5, dtype=torch.float64, generator=generator, requires_grad=True)
+    weight = (torch.randn(31, 5, dtype=torch.float64, generator=generator) * scale).requires_grad_()
+    target = torch.tensor([0, 6, 7, 13, 14, 30, 29, 28, 27])
+    upstream = torch.randn(9, dtype=torch.float64, generator=generator)
+    wanted = (hidden @ weight.t()).log_softmax(-1).gather(1, target[:, None])[:, 0]
+    got = logprob.linear_logprob(hidden, weight, target)
+    assert (got - wanted).abs().max() < 1e-12 * scale
+    for a, b in zip(*(torch.autograd.grad((x * upstream).sum(), (hidden, weight)) for x in (got, wanted))):
+        assert (a - b).abs().max() < 1e-12 * scale
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_bf16_keeps_logits_in_fp32(keep: bool, monkeypatch):
+    """With bf16 weights the log-probs are those of fp32 logits of the same numbers, within fp32's rounding."""
+    monkeypatch.setattr(logprob, "KEEP_BYTES", 1 << 40 if keep else 0)
+    hidden = torch.randn(20, 64).bfloat16().requires_grad_()
+    weight = torch.randn(5000, 64).bfloat16().requires_grad_()
+    target = torch.randint(0, 5000, (20,))
+    got = logprob.linear_logprob(hidden, weight, target)
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    wanted = (exact[0] @ exact[1].t()).log_softmax(-1).gather(1, target[:, None])[:, 0]
+    assert got.dtype == torch.float32 and (got - wanted).abs().max() < 1e-4
+    got.sum().backward()
+    wanted.sum().backward()
+    for mine, theirs in zip((hidden, weight), exact):
+        assert (mine.grad - theirs.grad).norm() < 1e-2 * theirs.grad.norm()
+
+
+def test_gradients_that_are_not_asked_for_are_not_computed():
+    """A frozen weight gets none, and without gradients nothing is kept."""
+    hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(10, 4)
+    logprob.linear_logprob(hidden, weight, torch.tensor([1, 2, 3])).sum().backward()
+    assert hidden.grad is not None and weight.grad is None
+    with torch.no_grad():
+        assert not logprob.linear_logprob(hidden, weight, torch.tensor([1, 2, 3])).requires_grad
