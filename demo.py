@@ -35,7 +35,8 @@ def commands(home: Path, seed: int, quick: bool) -> list[tuple[str, str]]:
         ("base", f"train_sft.py --model {home}/new --data {world}/base.jsonl --template plain {SCRATCH}"),
         ("sft", f"train_sft.py --model {home}/base/final --data {world}/sft.jsonl {SCRATCH}"),
         ("dpo", f"train_dpo.py --model {home}/sft/final --data {world}/preferences.jsonl --eval-data "
-                f"{world}/preferences_test.jsonl --eval-every 50 --lr 3e-4 --batch-size 16 --beta 0.1 --warmup 0.05"),
+                f"{world}/preferences_test.jsonl --eval-every 50 --lr 3e-4 --batch-size 16 --beta 0.1 --sft-weight 0.3 "
+                "--warmup 0.05"),
     ]  # fmt: skip
     lines = [(name, f"{line} --out {home}/{name} --seed {seed}" if "train_" in line else line) for name, line in lines]
     for name in STAGES:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import read_metrics
 from safetensors.torch import load_file
 
 import checkpoint
@@ -18,7 +19,6 @@ import hf
 import parallel
 import train_dpo
 import train_sft
-from conftest import read_metrics
 
 ROOT = Path(__file__).parents[1]
 
@@ -27,7 +27,8 @@ def command(toy: Path, out: Path, *more: str) -> list[str]:
     """DPO on the toy world: 48 steps over 8 epochs with evaluations, a running mean and checkpoints now and then."""
     return [
         sys.executable, str(ROOT / "train_dpo.py"), "--model", str(toy / "model"), "--out", str(out),
-        "--data", str(toy / "world" / "preferences.jsonl"), "--eval-data", str(toy / "world" / "preferences_test.jsonl"),
+        "--data", str(toy / "world" / "preferences.jsonl"),
+        "--eval-data", str(toy / "world" / "preferences_test.jsonl"),
         "--batch-size", "8", "--epochs", "8", "--lr", "1e-2", "--loss", "bco_pair", "--max-tokens", "256",
         "--eval-every", "10", "--save-every", "7", *more,
     ]  # fmt: skip
