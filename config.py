@@ -156,7 +156,7 @@ def help_text(cls: type, doc: str | None) -> str:
             head = f"--{flag} {'|'.join(map(str, get_args(hints[f.name])))}"
         else:
             head = f"--{flag} {_word(hints[f.name])}"
-        shown = "" if default in ("", [], True, False) else f" [{default}]"
+        shown = "" if isinstance(default, bool) or default in ("", []) else f" [{default}]"
         lines.append(f"  {head}")
         lines += textwrap.wrap(meanings.get(f.name, "") + shown, 104, initial_indent=" " * 8, subsequent_indent=" " * 8)
     return "\n".join(lines)

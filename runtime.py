@@ -76,7 +76,14 @@ def set_up(config: RunConfig, say: Callable[[str], Any] = print) -> tuple[torch.
     out = Path(config.out)
     if not config.resume and (out / "metrics.jsonl").exists():
         raise ValueError(f"{out} holds a run already: --resume auto goes on with it, another --out starts afresh")
+    if config.wandb:
+        _wandb()
     out.mkdir(parents=True, exist_ok=True)
+    if config.resume and (out / "config.json").exists():
+        before = json.loads((out / "config.json").read_text())
+        for name, value in json.loads(to_json(config)).items():
+            if name not in ("resume", "config") and name in before and before[name] != value:
+                say(f"warning: resuming with another --{name.replace('_', '-')}: {value}, it was {before[name]}")
     (out / "config.json").write_text(to_json(config))
     say(f"{torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}, {str(dtype)[6:]}, output in {out}/")
     return device, dtype
@@ -88,6 +95,14 @@ def _keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
         libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+
+
+def _wandb() -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise ImportError("--wandb needs: pip install wandb") from None
+    return wandb
 
 
 def cache_folder(config: RunConfig) -> Path:
@@ -269,14 +284,11 @@ class Log:
         self.path = Path(config.out) / "metrics.jsonl"
         self._forget_after(first_step)
         self.file = open(self.path, "a")  # noqa: SIM115 - closed in close()
+        self.first, self.total, self.started = first_step, total, time.monotonic()
         self.bar = tqdm(total=total, initial=first_step, unit="step", dynamic_ncols=True, disable=None)
         self.wandb = None
         if config.wandb:
-            try:
-                import wandb
-            except ImportError:
-                raise ImportError("--wandb needs: pip install wandb") from None
-            self.wandb = wandb.init(project=config.wandb, name=Path(config.out).name, config=vars(config))
+            self.wandb = _wandb().init(project=config.wandb, name=Path(config.out).name, config=vars(config))
 
     def _forget_after(self, step: int) -> None:
         """Drops rows of steps that a resumed run takes again, and a last row that a killed run left half written."""
@@ -303,9 +315,14 @@ class Log:
             self.wandb.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
 
     def progress(self, row: dict[str, Any]) -> None:
-        """Moves the bar by one step."""
-        self.bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['tokens_per_second']:,.0f} tok/s", refresh=False)
+        """Moves the bar by one step; where there is no terminal, prints twenty lines over the run."""
+        what = f"loss {row['loss']:.4f}, {row['tokens_per_second']:,.0f} tok/s"
+        self.bar.set_postfix_str(what, refresh=False)
         self.bar.update()
+        if self.bar.disable and due(max(1, self.total // 20), row["step"]):
+            done = row["step"] - self.first
+            left = (time.monotonic() - self.started) / done * (self.total - row["step"])
+            print(f"step {row['step']}/{self.total}: {what}, {left / 60:.1f} min left", flush=True)
 
     def say(self, text: str) -> None:
         """Prints a line without tearing the bar."""

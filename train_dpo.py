@@ -95,6 +95,8 @@ def main(argv: list[str] | None = None) -> None:
     mesh = init_mesh()
     device, dtype = runtime.set_up(config)
     stop = runtime.Stop(config.max_minutes)
+    start = checkpoint.find(config.out, config.resume)
+    pair_losses(Pairs(*torch.ones(8, 1)), config, 0.0)  # settings that the loss cannot take are refused here
 
     # ---- data --------------------------------------------------------------------------------------------------------
     tokenizer = load_tokenizer(config.model)
@@ -131,9 +133,9 @@ def main(argv: list[str] | None = None) -> None:
             cost = cost or spent
     optimizer = AdamW(model, (config.beta1, config.beta2), config.eps, config.weight_decay)
     state = checkpoint.State()
-    if folder := checkpoint.find(config.out, config.resume):
-        state = checkpoint.load(folder, optimizer)
-        print(f"resumed from {folder} after step {state.step}")
+    if start:
+        state = checkpoint.load(start, optimizer)
+        print(f"resumed from {start} after step {state.step}")
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
     log = runtime.Log(config, state.step, total)

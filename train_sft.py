@@ -52,6 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     mesh = init_mesh()
     device, dtype = runtime.set_up(config)
     stop = runtime.Stop(config.max_minutes)
+    start = checkpoint.find(config.out, config.resume)
 
     # ---- data --------------------------------------------------------------------------------------------------------
     tokenizer = load_tokenizer(config.model)
@@ -76,9 +77,9 @@ def main(argv: list[str] | None = None) -> None:
     print(runtime.describe(config, model, lengths, total))
     optimizer = AdamW(model, (config.beta1, config.beta2), config.eps, config.weight_decay)
     state = checkpoint.State()
-    if folder := checkpoint.find(config.out, config.resume):
-        state = checkpoint.load(folder, optimizer)
-        print(f"resumed from {folder} after step {state.step}")
+    if start:
+        state = checkpoint.load(start, optimizer)
+        print(f"resumed from {start} after step {state.step}")
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
     log = runtime.Log(config, state.step, total)

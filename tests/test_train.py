@@ -177,3 +177,60 @@ def test_another_reference(toy: Path, tmp_path: Path, train):
     assert same[1]["loss"] == pytest.approx(math.log(2), abs=1e-7) and same[1:] == first[1:]
     other = train(train_dpo, tmp_path / "c", **flags, ref=tmp_path / "a" / "final")
     assert abs(other[1]["loss"] - math.log(2)) > 1e-3
+
+
+def test_flags_that_must_not_change_results(toy: Path, tmp_path: Path, train):
+    """Activation checkpointing, sampling at evaluation and logging less often leave every number as it was."""
+    flags = {
+        "model": toy / "model", "data": toy / "world" / "preferences.jsonl", "batch_size": 8, "lr": 1e-2,
+        "eval_data": toy / "world" / "preferences_test.jsonl", "eval_every": 3,
+    }  # fmt: skip
+    plain = train(train_dpo, tmp_path / "a", **flags)
+    assert train(train_dpo, tmp_path / "b", **flags, checkpoint_activations=True, samples=2) == plain
+    fewer = train(train_dpo, tmp_path / "c", **flags, log_every=3)
+    assert fewer == [row for row in plain if row["step"] % 3 == 0]
+
+
+def test_the_best_model_is_kept(toy: Path, tmp_path: Path, train):
+    """OUT/best holds the weights of the evaluation with the lowest loss, not the last ones."""
+    flags = {
+        "model": toy / "model", "data": toy / "world" / "sft.jsonl", "batch_size": 10, "eval_every": 1, "lr": 1.0,
+        "eval_data": toy / "world" / "sft.jsonl", "schedule": "constant", "warmup": 0.0, "max_steps": 5,
+    }  # fmt: skip
+    rows = train(train_sft, tmp_path / "out", **flags)
+    losses_seen = [row["eval/loss"] for row in rows if "eval/loss" in row]
+    best = losses_seen.index(min(losses_seen)) + 1
+    assert best < 5  # a rate of 1 ruins the model, so that the best is not the last
+    again = train(train_sft, tmp_path / "again", **{**flags, "max_steps": best})
+    assert again[-1]["eval/loss"] == min(losses_seen)
+    a, b = (load_file(tmp_path / p / "model.safetensors") for p in ("out/best", "again/final"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("template", ["auto", "chatml"])
+def test_the_final_folder_is_ready_for_transformers(template: str, toy: Path, tmp_path: Path, train):
+    """OUT/final loads with its tokenizer: same ids, the chat template of the training, and where answers stop."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    from data.templates import Template
+    from data.tokenizer import load_tokenizer
+
+    flags = {"model": toy / "model", "data": toy / "world" / "sft.jsonl", "max_steps": 1, "template": template}
+    train(train_sft, tmp_path / "out", **flags)
+    final = tmp_path / "out" / "final"
+    _, report = AutoModelForCausalLM.from_pretrained(final, output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    theirs, ours = AutoTokenizer.from_pretrained(final), Template(template, load_tokenizer(toy / "model"))
+    messages = [{"role": "user", "content": "Where does Ada live?"}]
+    rendered = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert rendered == ours.render(messages, True)
+    assert theirs(rendered, add_special_tokens=False)["input_ids"] == ours.prompt(messages)
+    assert set(GenerationConfig.from_pretrained(final).eos_token_id) == ours.stop_ids
+
+
+def test_resuming_with_other_flags_is_said(toy: Path, tmp_path: Path, train, capsys):
+    """A flag that differs from the stopped run's is named with both values."""
+    flags = {"model": toy / "model", "data": toy / "world" / "sft.jsonl", "batch_size": 20}
+    train(train_sft, tmp_path / "out", **flags, max_minutes=1e-6)
+    train(train_sft, tmp_path / "out", **flags, lr=0.5, resume="auto")
+    assert "another --lr: 0.5, it was 2e-05" in capsys.readouterr().out
