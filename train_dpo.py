@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
     log = runtime.Log(config, state.step, total)
-    if cost:
+    if cost and not start:
         log.row({"step": 0, **cost})
     meter, nonfinite = runtime.Meter(model.c, device), runtime.NonFinite()
     for step in range(state.step, total):
