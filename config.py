@@ -76,7 +76,7 @@ class RunConfig:
     eval_every: int = 0  # optimizer steps between evaluations; 0 = only at the end when there is --eval-data
     samples: int = 0  # answers to held-out prompts to print at every evaluation
     save_every: int = 0  # optimizer steps between checkpoints; 0 = only when stopped
-    keep: int = 2  # newest checkpoints to keep; the best model is kept besides, in OUT/best
+    keep: int = 2  # newest checkpoints to keep, 0 = all; the best model is kept besides, in OUT/best
     log_every: int = 1  # optimizer steps between rows of metrics.jsonl
     wandb: str = ""  # project to log to as well (pip install wandb)
 

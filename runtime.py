@@ -202,7 +202,7 @@ def add(totals: dict[str, Tensor], values: dict[str, Tensor]) -> None:
 
 def means(totals: dict[str, Tensor], n: float) -> dict[str, float]:
     """Running totals over n examples as plain numbers."""
-    return {name: (total / n).item() for name, total in totals.items()}
+    return dict(zip(totals, (torch.stack(list(totals.values())) / n).tolist()))
 
 
 @torch.no_grad()
@@ -229,6 +229,8 @@ def reference_logps(
         except (SafetensorError, KeyError):
             say(f"warning: {path} is damaged, scoring again")
     model = load_model(other, dtype, device) if other else policy
+    if model.c.vocab != policy.c.vocab:
+        raise ValueError(f"--ref {other} has a vocabulary of {model.c.vocab}, the policy {policy.c.vocab}: not a pair")
     meter = Meter(model.c, device)
     logps = np.full(len(dataset.response_len), np.nan)
     lengths = dataset.tree_lengths(config.share_prompts)

@@ -111,10 +111,10 @@ def main(argv: list[str] | None = None) -> None:
         for files in (config.data, config.eval_data)
     )  # fmt: skip
     for data in filter(None, (train, heldout)):
+        pack(data.tree_lengths(config.share_prompts), config.max_tokens)  # a pair that does not fit is refused here
         if config.loss in losses.REWARD_LOSSES and np.isnan(data.columns["reward"]).any():
             raise ValueError(f"--loss {config.loss} needs chosen_reward and rejected_reward in every row")
     lengths = train.tree_lengths(config.share_prompts)
-    pack(lengths, config.max_tokens)  # raises now, not in mid-run, if a pair does not fit
 
     # ---- model and reference -----------------------------------------------------------------------------------------
     model = load_model(config.model, dtype, device)

@@ -66,8 +66,9 @@ def main(argv: list[str] | None = None) -> None:
         else None
         for files in (config.data, config.eval_data)
     )  # fmt: skip
+    for data in filter(None, (train, heldout)):
+        pack(data.tree_lengths(config.share_prompts), config.max_tokens)  # a row that does not fit is refused here
     lengths = train.tree_lengths(config.share_prompts)
-    pack(lengths, config.max_tokens)  # raises now, not in mid-run, if a row does not fit
 
     # ---- model -------------------------------------------------------------------------------------------------------
     model = load_model(config.model, dtype, device)
