@@ -112,6 +112,7 @@ ONLY = {
     "hidden_dropout": (0, 0.0, None),
     "pretraining_tp": (1, None),
     "quantization_config": (None,),
+    "use_mrope": (False, None),
 }
 
 

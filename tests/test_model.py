@@ -61,6 +61,50 @@ def test_new_folders_load_in_transformers(family: str, tmp_path: Path):
         assert (logits_of(model, ids) - theirs(torch.tensor([ids])).logits[0]).abs().max() < 1e-4
 
 
+LLAMA_31_ROPE = {
+    "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+    "rope_type": "llama3",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("published", "sizes", "parameters"),  # (width, MLP, layers, heads, key/value heads, vocabulary)
+    [
+        ({"model_type": "llama", "pretraining_tp": 1, "rope_scaling": None},
+         (4096, 11008, 32, 32, 32, 32000), 6738415616),
+        ({"model_type": "llama", "rope_theta": 5e5, "rope_scaling": LLAMA_31_ROPE, "mlp_bias": False},
+         (4096, 14336, 32, 32, 8, 128256), 8030261248),
+        ({"model_type": "mistral", "sliding_window": 4096, "rope_theta": 1e4},
+         (4096, 14336, 32, 32, 8, 32000), 7241732096),
+        ({"model_type": "qwen2", "sliding_window": 32768, "use_sliding_window": False, "max_window_layers": 24,
+          "use_mrope": False, "rope_theta": 1e6, "tie_word_embeddings": True},
+         (896, 4864, 24, 14, 2, 151936), 494032768),
+        ({"model_type": "qwen3", "head_dim": 128, "sliding_window": None, "use_sliding_window": False,
+          "max_window_layers": 28, "rope_theta": 1e6, "tie_word_embeddings": True, "attention_bias": False},
+         (1024, 3072, 28, 16, 8, 151936), 596049920),
+        ({"model_type": "gpt_neox", "hidden_act": "gelu", "rotary_pct": 0.25, "rotary_emb_base": 10000,
+          "use_parallel_residual": True, "layer_norm_eps": 1e-5}, (512, 2048, 6, 8, 8, 50304), 70426624),
+    ],
+    ids=["Llama-2-7B", "Llama-3.1-8B", "Mistral-7B-v0.1", "Qwen2.5-0.5B", "Qwen3-0.6B", "Pythia-70M"],
+)  # fmt: skip
+def test_published_configs_are_understood(published: dict, sizes: tuple, parameters: int, tmp_path: Path):
+    """The keys of well-known folders, as published before transformers 5, give the published number of parameters."""
+    names = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+             "vocab_size"]  # fmt: skip
+    raw = {**dict(zip(names, sizes)), "torch_dtype": "bfloat16", "use_cache": True, **published}
+    if raw["model_type"] == "gpt_neox":
+        del raw["num_key_value_heads"]
+    else:
+        raw |= {"hidden_act": "silu", "rms_norm_eps": 1e-5, "attention_dropout": 0.0}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    config, _ = hf.read_config(tmp_path)
+    assert config.parameters == parameters
+    assert config.windows == ((4096,) * 32 if raw["model_type"] == "mistral" else ())
+    assert config.rope_theta == published.get("rope_theta", 1e4)
+    assert config.rope_scaling == ((8.0, 1.0, 4.0, 8192) if "llama3" in str(raw) else None)
+    assert config.rope_size == (16 if raw["model_type"] == "gpt_neox" else config.head_size)
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
