@@ -24,7 +24,7 @@ from torch import Tensor
 
 from config import parse
 from data.templates import Template
-from data.tokenizer import TOKENIZER_FILES, load_tokenizer
+from data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from model import GPT, GPTConfig
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
@@ -34,7 +34,7 @@ ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "gpt_neox": "GPTNeoXForCausalLM",
-}
+}  # a reward model's says ForSequenceClassification instead
 SHARD_BYTES = 5 << 30  # of one weight file, as transformers splits them
 
 # ---- the table: every weight, ours | theirs --------------------------------------------------------------------------
@@ -63,6 +63,7 @@ LLAMA = [
     Row("blocks.{i}.down.*", "model.layers.{i}.mlp.down_proj.*"),
     Row("norm.weight", "model.norm.weight"),
     Row("head.weight", "lm_head.weight"),
+    Row("score_head.weight", "score.weight"),
 ]
 GPT_NEOX = [
     Row("embed.weight", "gpt_neox.embed_in.weight"),
@@ -76,6 +77,7 @@ GPT_NEOX = [
     Row("blocks.{i}.down.*", "gpt_neox.layers.{i}.mlp.dense_4h_to_h.*"),
     Row("norm.*", "gpt_neox.final_layer_norm.*"),
     Row("head.weight", "embed_out.weight"),
+    Row("score_head.weight", "score.weight"),
 ]
 # Buffers that old folders carry along: they are computed here, or masks.
 NOT_WEIGHTS = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")
@@ -175,6 +177,7 @@ def _take(raw: dict, family: str) -> GPTConfig:
         windows=tuple(window if kind == "sliding_attention" else 0 for kind in types) if window else (),
         tied=get("tie_word_embeddings", False),
         max_position=known.get("max_position_embeddings", 2048),
+        outputs=len(score_names(raw)),
         **own,
         **bias,
     )
@@ -232,9 +235,35 @@ def read_config(folder: str | Path) -> tuple[GPTConfig, dict]:
     if family not in ARCHITECTURES:
         raise ValueError(f"{path}: plumb does not know model_type {family!r}: only {', '.join(ARCHITECTURES)}")
     for architecture in raw.get("architectures") or []:
-        if architecture != ARCHITECTURES[family]:
-            raise ValueError(f"{path}: plumb does not know {architecture}, only {ARCHITECTURES[family]}")
+        if architecture not in (ARCHITECTURES[family], _classifier(family)):
+            raise ValueError(
+                f"{path}: plumb does not know {architecture}, only {ARCHITECTURES[family]} and {_classifier(family)}"
+            )
     return _take(raw, family), raw
+
+
+def _classifier(family: str) -> str:
+    """The architecture of a reward model, as transformers names it."""
+    return ARCHITECTURES[family].replace("CausalLM", "SequenceClassification")
+
+
+def score_names(raw: dict) -> tuple[str, ...]:
+    """What each output of a reward model's score head is called, () for a language model; from a raw config.json."""
+    if (raw.get("architectures") or [""])[0] != _classifier(raw["model_type"]):
+        return ()
+    labels = raw.get("id2label") or {i: f"LABEL_{i}" for i in range(raw.get("num_labels", 2))}  # transformers' default
+    return tuple(name for _, name in sorted((int(i), name) for i, name in labels.items()))
+
+
+def _with_scores(raw: dict, names: tuple[str, ...]) -> dict:
+    """config.json of a reward model with named outputs, made from a language model's."""
+    return {
+        **raw,
+        "architectures": [_classifier(raw["model_type"])],
+        "id2label": {str(i): name for i, name in enumerate(names)},
+        "label2id": {name: i for i, name in enumerate(names)},
+        "problem_type": "regression",
+    }
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
@@ -276,15 +305,36 @@ def fingerprint(folder: str | Path) -> str:
     return digest.hexdigest()
 
 
-def load_model(folder: str | Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> GPT:
+def load_model(
+    folder: str | Path,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    scores: tuple[str, ...] | None = None,
+) -> GPT:
     """Reads a Hugging Face folder into a model of the given type on the given device, one weight at a time.
 
+    scores: None loads a language model; () a reward model with whatever outputs it has; names a reward model with just
+    these, whose score head starts at zero where the folder is a language model's (so every first score is 0).
     The model keeps the raw config.json as `hf_config`, for save_model. ValueError names a weight that is missing, too
-    many or of the wrong shape.
+    many or of the wrong shape, or says that the folder holds another kind of model.
     """
     c, raw = read_config(folder)
+    have = score_names(raw)
+    if have and scores is None:
+        raise ValueError(f"{folder} is a reward model (of {', '.join(have)}): a language model is needed here")
+    if scores == () and not have:
+        raise ValueError(f"{folder} is a language model: a reward model is needed here; train_rm.py makes one of it")
+    if have and scores and scores != have and (len(have), len(scores)) != (1, 1):
+        raise ValueError(f"{folder} scores {', '.join(have)}, not {', '.join(scores)}: give the model it was made from")
     files = weight_files(folder)
+    fresh = bool(scores) and not have
+    if fresh:
+        raw = _with_scores(raw, scores)
+        c = _take(raw, c.family)
+        files = {name: file for name, file in files.items() if name not in ("lm_head.weight", "embed_out.weight")}
     table = weight_table(c)
+    if fresh:
+        del table["score_head.weight"]
     if missing := [row.theirs for row in table.values() if row.theirs not in files]:
         raise ValueError(f"{folder}: the weight {missing[0]} is missing ({len(missing)} in all)")
     spare = set(files) - {row.theirs for row in table.values()}
@@ -297,6 +347,9 @@ def load_model(folder: str | Path, dtype: torch.dtype, device: torch.device | st
     handles = {path: _open(path) for path in sorted(set(files.values()))}
     weights = {}
     for name, p in model.named_parameters():
+        if fresh and name == "score_head.weight":
+            weights[name] = torch.zeros(p.shape, dtype=dtype, device=device)
+            continue
         row = table[name]
         tensor = handles[files[row.theirs]].get_tensor(row.theirs)
         tensor = _unfuse(tensor, row.part, c) if row.part else tensor
@@ -352,10 +405,17 @@ def save_model(
         raw = dict(model.hf_config)
         dtype = str(model.embed.weight.dtype).removeprefix("torch.")
         raw["dtype" if "dtype" in raw else "torch_dtype"] = dtype
+        padding = _padding(load_tokenizer(tokenizer_from), template) if model.c.outputs and tokenizer_from else None
+        if padding:
+            raw["pad_token_id"] = padding[0]
         (partial / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
         for name in (*TOKENIZER_FILES, "generation_config.json") if tokenizer_from else ():
             if (Path(tokenizer_from) / name).is_file():
                 shutil.copyfile(Path(tokenizer_from) / name, partial / name)
+        if padding:
+            path = partial / "tokenizer_config.json"
+            settings = json.loads(path.read_text()) if path.exists() else {}
+            path.write_text(json.dumps({**settings, "pad_token": padding[1]}, indent=2, ensure_ascii=False) + "\n")
         if template and not template.plain:
             (partial / "chat_template.jinja").write_text(template.source)
             path = partial / "generation_config.json"
@@ -373,6 +433,20 @@ def save_model(
         folder.rename(old)
     partial.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _padding(tokenizer: Tokenizer, template: Template | None) -> tuple[int, str] | None:
+    """(id, text) of a padding token that ends no answer, None if the vocabulary has none.
+
+    transformers reads a score at the last token that is not padding: padding with the end token, as is common, would
+    move it to the token before the end.
+    """
+    ends = tokenizer.stops | (template.stop_ids if template else set())
+    ids = {text: i for text, i in tokenizer.special.items() if i not in ends}
+    own = [text for text, i in ids.items() if i == tokenizer.pad]
+    named = [text for text in ids if "pad" in text.lower()]
+    rest = [text for text in ids if "unk" in text.lower() or ids[text] == tokenizer.bos]
+    return next(((ids[text], text) for text in own + named + rest), None)
 
 
 def _write_weights(weights: dict[str, Tensor], folder: Path) -> None:
@@ -467,16 +541,18 @@ def new_model(flags: New) -> GPT:
 
 def describe(folder: str) -> str:
     """What a folder holds, in a few lines; raises what loading it would raise."""
-    model = load_model(folder, torch.float32)
+    names = score_names(read_config(folder)[1])
+    model = load_model(folder, torch.float32, scores=() if names else None)
     c = model.c
     kept = {str(path.name) for path in weight_files(folder).values()}
     tokenizer = load_tokenizer(folder)
     if tokenizer.size > c.vocab:
         raise ValueError(f"{folder}: the tokenizer has {tokenizer.size} ids, the embedding only {c.vocab}: not a pair")
+    head = f"scores {', '.join(names)}" if names else f"{'tied' if c.tied else 'own'} head"
     return "\n".join([
         f"{folder}: {c.family}, {c.parameters / 1e6:,.1f}M parameters in {len(kept)} file(s)",
         f"  {c.layers} layers, width {c.width}, {c.heads} heads of {c.head_size} ({c.kv_heads} key/value), MLP {c.ffn}",
-        f"  vocabulary {c.vocab}, {'tied' if c.tied else 'own'} head, made for {c.max_position} positions"
+        f"  vocabulary {c.vocab}, {head}, made for {c.max_position} positions"
         + (f", sliding window {max(c.windows)}" if c.windows else ""),
         f"  tokenizer of {tokenizer.size} ids, bos {tokenizer.bos_token!r}, eos {tokenizer.eos_token!r}, "
         + ("with a chat template" if tokenizer.chat_template else "no chat template (--template auto is plain)"),

@@ -230,3 +230,124 @@ def dpo(
             "logps/rejected": pairs.rejected.detach(),
         }
     return losses, metrics
+
+
+# ---- reward models ---------------------------------------------------------------------------------------------------
+
+REWARD_MODEL_LOSSES = ("bradley_terry", "margin_bt", "scaled_bt", "regression")
+
+
+def bradley_terry(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0) -> Tensor:
+    """-log σ(r_c - r_r - m), (B,); m = 0: InstructGPT, arXiv 2203.02155 Eq. 1; margins: Llama 2, 2307.09288 Eq. 2."""
+    return -F.logsigmoid(chosen - rejected - margin)
+
+
+def margin_bt(chosen: Tensor, rejected: Tensor, margin: Tensor) -> Tensor:
+    """-log σ(Δ - |m|), (B,): HelpSteer2-Preference, arXiv 2410.01257; the margin is how much better the chosen answer was judged."""
+    return bradley_terry(chosen, rejected, margin.abs())
+
+
+def scaled_bt(chosen: Tensor, rejected: Tensor, margin: Tensor) -> Tensor:
+    """|m| · -log σ(Δ), (B,): HelpSteer2-Preference, arXiv 2410.01257; clear preferences count more."""
+    return margin.abs() * bradley_terry(chosen, rejected)
+
+
+def pairwise_reward(
+    scores: Tensor, margin: Tensor, loss: str = "bradley_terry", centering: float = 0.0
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """A reward model's loss on pairs, chosen by name: scores (B, 2) of chosen and rejected, margins (B,).
+
+    `centering` λ adds λ (r_c² + r_r²), GPT-NeoX's z-loss: scores are only defined up to a constant, this holds it at 0.
+    Returns per-pair losses (B,) and metrics, each detached (B,). ValueError: unknown loss.
+    """
+    chosen, rejected = scores.unbind(1)
+    match loss:
+        case "bradley_terry":
+            losses = bradley_terry(chosen, rejected)
+        case "margin_bt":
+            losses = margin_bt(chosen, rejected, margin)
+        case "scaled_bt":
+            losses = scaled_bt(chosen, rejected, margin)
+        case _:
+            raise ValueError(f"unknown loss {loss!r}: take one of {', '.join(REWARD_MODEL_LOSSES)}")
+    if centering:
+        losses = losses + centering * (chosen.square() + rejected.square())
+    with torch.no_grad():
+        c, r = chosen.detach(), rejected.detach()
+        metrics = {
+            "rewards/chosen": c,
+            "rewards/rejected": r,
+            "rewards/margins": c - r,
+            "rewards/accuracies": (c > r).to(c.dtype),
+            "rewards/mean": (c + r) / 2,
+            "rewards/square": (c.square() + r.square()) / 2,  # with the mean, the deviation
+        }
+    return losses, metrics
+
+
+def regression(scores: Tensor, wanted: Tensor) -> Tensor:
+    """(score - wanted)², (R, attributes), exactly 0 without gradient where `wanted` is NaN (missing).
+
+    Divide the sum by the number of labels of the whole step, not by R times attributes.
+    """
+    known = ~wanted.isnan()
+    return torch.where(known, scores - torch.where(known, wanted, 0.0), 0.0).square()
+
+
+# ---- KTO and others that need no pairs -------------------------------------------------------------------------------
+# ratio = log(policy / reference) of a response, summed over its tokens, (B,); label 1 desirable, 0 undesirable, (B,).
+
+KTO_LOSSES = ("kto", "apo_zero_unpaired", "bco")
+
+
+def kto(ratio: Tensor, label: Tensor, z: Tensor | float, beta: float) -> Tensor:
+    """KTO, arXiv 2402.01306 Eq. 8: 1 - σ(β (ratio - z)) where desirable, 1 - σ(β (z - ratio)) where not, (B,).
+
+    z: reference point of the whole step (`reference_point`), no gradient. Weights λ are the caller's.
+    """
+    return torch.sigmoid(-beta * torch.where(label > 0, ratio - z, z - ratio))
+
+
+def reference_point(ratio_sum: Tensor, n: int | Tensor) -> Tensor:
+    """KTO's z: the mean log-ratio of n mismatched pairs, at least 0; sum over ALL micro-batches and ranks, THEN this.
+
+    The clamp comes last: a mean of clamped means would be another number for every way to cut the step.
+    """
+    return (ratio_sum / n).clamp(min=0)
+
+
+def apo_zero_unpaired(ratio: Tensor, label: Tensor, beta: float) -> Tensor:
+    """APO-zero, arXiv 2408.06266 Eq. 7, taken apart: 1 - σ(β ratio) where desirable, σ(β ratio) where not, (B,)."""
+    return torch.sigmoid(-beta * torch.where(label > 0, ratio, -ratio))
+
+
+def bco(ratio: Tensor, label: Tensor, beta: float, delta: float) -> Tensor:
+    """BCO, arXiv 2404.04656 Eq. 15: -log σ(β ratio - δ) where desirable, -log σ(δ - β ratio) where not, (B,).
+
+    δ: midway between the running means of the desirable and the undesirable rewards.
+    """
+    shifted = beta * ratio - delta
+    return -F.logsigmoid(torch.where(label > 0, shifted, -shifted))
+
+
+# ---- SteerLM 2.0 -----------------------------------------------------------------------------------------------------
+
+
+def group_log_softmax(values: Tensor, group: Tensor) -> Tensor:
+    """log softmax of (R,) values within groups; group (R,) int64 says which of 0 ... each belongs to."""
+    n = int(group.max()) + 1
+    top = values.new_full((n,), float("-inf")).scatter_reduce(0, group, values.detach(), "amax")
+    shifted = values - top[group]
+    return shifted - values.new_zeros(n).index_add(0, group, shifted.exp()).log()[group]
+
+
+def steerlm2(pi_logps: Tensor, q_logps: Tensor, wanted: Tensor, group: Tensor) -> Tensor:
+    """SteerLM 2.0, arXiv 2406.08673: KL(w ‖ b) within each prompt's responses; its terms, (R,).
+
+    w = softmax(wanted), wanted = log P(a|x,y) + log P(y|x) - log Q(y|a,x); b = softmax(log π(y|a,x) - log Q(y|a,x));
+    all (R,), Q what the responses were drawn from. The gradient by log π is -(w - b), the paper's. Sum, divide by the
+    prompts of the whole step.
+    """
+    log_w = group_log_softmax(wanted, group).detach()
+    log_b = group_log_softmax(pi_logps - q_logps, group)
+    return log_w.exp() * (log_w - log_b)

@@ -2,6 +2,7 @@
 
     hidden = model(batch)                    (T, D)
     logps = model.logps(hidden, batch)       (M,) log-prob of each scored token, fp32 at least
+    scores = model.score(hidden, batch.last) (R, outputs) of a reward model, read at each response's last token
 
 Letters: T tokens, M scored tokens, D width, V vocabulary, H query heads, G key/value heads, E head size, F MLP width.
 """
@@ -52,6 +53,7 @@ class GPTConfig:
     qk_norm: bool = False  # RMSNorm on every head of q and k (Qwen3)
     parallel_residual: bool = False  # x + attention(x) + mlp(x) (GPT-NeoX)
     tied: bool = False  # the head is the embedding
+    outputs: int = 0  # numbers of a score head (a reward model), which then takes the place of the vocabulary; 0 = none
     max_position: int = 4096  # what the model was made for; longer rows are warned about, not refused
 
     @property
@@ -69,7 +71,7 @@ class GPTConfig:
         attention = self.width * self.head_size * (self.heads * 2 + self.kv_heads * 2)
         mlp = self.width * self.ffn * (3 if self.mlp == "swiglu" else 2)
         scores = 2 * context * self.heads * self.head_size
-        return 6 * (self.layers * (attention + mlp + scores) + self.vocab * self.width)
+        return 6 * (self.layers * (attention + mlp + scores) + (self.outputs or self.vocab) * self.width)
 
 
 def rope_frequencies(c: GPTConfig) -> Tensor:
@@ -150,7 +152,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Embedding, blocks, final norm, head. The weights are whatever __init__ left: load them or call init_weights."""
+    """Embedding, blocks, final norm, head (or score head). The weights are whatever __init__ left: load them or call init_weights."""
 
     def __init__(self, c: GPTConfig):
         super().__init__()
@@ -158,7 +160,9 @@ class GPT(nn.Module):
         self.embed = nn.Embedding(c.vocab, c.width)
         self.blocks = nn.ModuleList(Block(c, i) for i in range(c.layers))
         self.norm = Norm(c.width, c.norm, c.norm_eps)
-        self.head = None if c.tied else nn.Linear(c.width, c.vocab, bias=False)
+        self.head = None if c.tied or c.outputs else nn.Linear(c.width, c.vocab, bias=False)
+        if c.outputs:
+            self.score_head = nn.Linear(c.width, c.outputs, bias=False)
         self.checkpoint_activations = False
         self._frequencies: Tensor | None = None
 
@@ -211,4 +215,9 @@ class GPT(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """(n, D) -> (n, V), fp32 at least: for sampling and for tests, never in a training step."""
         z = F.linear(self.norm(hidden), self.head_weight)
+        return z.to(torch.promote_types(z.dtype, torch.float32))
+
+    def score(self, hidden: Tensor, index: Tensor) -> Tensor:
+        """Scores read at some tokens of the flat row, index (n,) -> (n, outputs), fp32 at least."""
+        z = F.linear(self.norm(hidden.index_select(0, index)), self.score_head.weight)
         return z.to(torch.promote_types(z.dtype, torch.float32))

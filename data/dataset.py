@@ -32,13 +32,16 @@ from typing import IO, Any, BinaryIO, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from data.formats import Row, preference_row, sft_row
+from data.formats import Row, attribute_row, label_row, preference_row, sft_row
 
 FORMAT = 1  # raise it whenever the same rows would give other arrays, here or in data/formats.py
 SHOWN = 10  # bad rows printed, and kept in the cache
 CHUNK_ROWS, CHUNK_BYTES = 256, 1 << 19  # what a worker is handed at a time; a file of one chunk needs no workers
 
-ROWS: dict[str, Callable[[dict, bool], Row]] = {"sft": lambda row, plain: sft_row(row), "preference": preference_row}
+ROWS: dict[str, Callable[[dict, bool], Row]] = {
+    "sft": lambda row, plain: sft_row(row), "preference": preference_row, "label": label_row,
+    "attributes": lambda row, plain: attribute_row(row),
+}  # fmt: skip
 DTYPES = {"tokens": np.int32, "scored": np.uint8, "tree_start": np.int64, "prompt_len": np.int32,
           "response_start": np.int64, "response_len": np.int32}  # fmt: skip
 
@@ -79,7 +82,7 @@ def load_dataset(
 ) -> Dataset:
     """Rows of the JSONL files (.gz too), in order, as token trees; read from `cache` when they were tokenised before.
 
-    kind: "sft" or "preference". A response with its prompt longer than `max_length` tokens: "drop" removes the whole
+    kind: "sft", "preference", "label" or "attributes". A response with its prompt longer than `max_length` tokens: "drop" removes the whole
     tree, "truncate" cuts the prompt from the left (bos stays) and removes the tree only when no prompt would be left.
     The arrays do not depend on `workers` (None: one a core, at most 32).
     Raises FileNotFoundError for a missing file, ValueError for more bad rows than `max_bad_rows` (the message has
@@ -111,6 +114,31 @@ def load_dataset(
     dataset = Dataset(**arrays, columns=columns, counts=meta["counts"], key=key)
     log(_summary(dataset, files, max_length, source))
     return dataset
+
+
+def from_trees(
+    trees: Iterable[tuple[Any, list[tuple[Any, Any]]]], columns: dict[str, np.ndarray] | None = None, key: str = ""
+) -> Dataset:
+    """A data set in memory from (prompt ids, [(response ids, scored), ...]) a tree, as template.pair gives them."""
+    parts, flags, prompt_len, response_len, responses = [], [], [], [], []
+    for prompt, answers in trees:
+        parts += [prompt, *(ids for ids, _ in answers)]
+        flags += [np.zeros(len(prompt)), *(scored for _, scored in answers)]
+        prompt_len.append(len(prompt))
+        response_len += [len(ids) for ids, _ in answers]
+        responses.append(len(answers))
+    response_start = np.cumsum([0, *responses])
+    ends = np.cumsum([0, *response_len])[response_start]
+    return Dataset(
+        tokens=np.concatenate(parts).astype(np.int32),
+        scored=np.concatenate(flags).astype(np.uint8),
+        tree_start=np.cumsum([0, *prompt_len]) + ends,
+        prompt_len=np.array(prompt_len, np.int32),
+        response_start=response_start,
+        response_len=np.array(response_len, np.int32),
+        columns=columns or {},
+        key=key,
+    )
 
 
 def _summary(dataset: Dataset, files: list[Path], max_length: int, source: str) -> str:

@@ -6,6 +6,10 @@
                  {chosen, rejected} without a prompt: message lists that repeat it (UltraFeedback), or transcripts
                  "\\n\\nHuman: ...\\n\\nAssistant: ..." (HH-RLHF)
                  optional numbers: chosen_reward, rejected_reward (or score_chosen, score_rejected), margin
+    labels       {prompt, response or completion, label: true | false}, or preference: "chosen" | "rejected" for label;
+                 or preferences, as two labels a row (KTO)
+    attributes   {prompt, response or completion, attributes: {helpfulness: 4, ...}}, or the attributes as keys of the
+                 row (HelpSteer); {prompt, responses: [...], attributes: [{...}, ...]} for several answers to a prompt
 
 Text only: no tokenizer here. Every function takes one row and raises ValueError(reason) for a row it cannot use; the
 caller adds file and line. A null counts as an absent key, because exports of tables write one for every empty cell.
@@ -13,10 +17,14 @@ caller adds file and line. A null counts as an absent key, because exports of ta
 
 import math
 import re
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 Messages = list[dict[str, str]]  # [{"role": "user", "content": "..."}, ...], no other keys
 
+# In the order of NeMo-Aligner's attribute line. Another attribute needs no more than its name here.
+ATTRIBUTES = ("quality", "toxicity", "humor", "creativity", "helpfulness", "correctness", "coherence", "complexity",
+              "verbosity")  # fmt: skip
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 TURN = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
 FLOAT32_MAX = 3.4e38
@@ -69,6 +77,59 @@ def preference_row(row: dict[str, Any], plain: bool = False) -> Row:
         prompt, responses = _transcripts(chosen, rejected, plain)
     rewards = [_number(row, ("chosen_reward", "score_chosen")), _number(row, ("rejected_reward", "score_rejected"))]
     return Row(_ends_before_answer(prompt), responses, {"reward": rewards, "margin": [_number(row, ("margin",))] * 2})
+
+
+def label_row(row: dict[str, Any], plain: bool = False) -> Row:
+    """A response that is desirable (column `label` 1) or not (0); a comparison is taken apart into one of each.
+
+    ValueError names the missing key and the keys that would do.
+    """
+    answer = next((key for key in ("response", "completion") if row.get(key) is not None), None)
+    if answer is None and (row.get("chosen") is not None or row.get("chosen_response") is not None):
+        return preference_row(row, plain)._replace(columns={"label": [1.0, 0.0]})
+    if answer is None or row.get("prompt") is None:
+        wanted = "`prompt`, `response` (or `completion`) and `label`, or `prompt`, `chosen` and `rejected`"
+        raise ValueError(f"a KTO row needs {wanted}; this one has {_keys(row)}")
+    label = row.get("label")
+    if label is None and row.get("preference") in ("chosen", "rejected"):
+        label = row["preference"] == "chosen"
+    if label not in (True, False):  # 1 and 0 too: exports of tables write them
+        raise ValueError(f"`label` must be true or false (or `preference` chosen or rejected), got {_show(label)}")
+    return sft_row(row)._replace(columns={"label": [float(label)]})
+
+
+def attribute_row(row: dict[str, Any]) -> Row:
+    """One or several responses with a column for each of ATTRIBUTES, NaN where the row has none of that name.
+
+    ValueError names the missing key, or the attribute that is not known.
+    """
+    if row.get("responses") is None:
+        plain, attributes = sft_row(row), [row.get("attributes")]
+    else:
+        several = row["responses"]
+        if not isinstance(several, list) or not several:
+            raise ValueError(f"`responses` must be a list of answers and not empty, got {_show(several)}")
+        attributes = row.get("attributes") or [None] * len(several)
+        if not isinstance(attributes, list) or len(attributes) != len(several):
+            raise ValueError(f"`attributes` must be a list of {len(several)} objects, one for each of `responses`")
+        prompt = None if row.get("prompt") is None else _ends_before_answer(_content(row, "prompt"))
+        if prompt is None:
+            raise ValueError(f"`responses` but no `prompt`; this row has {_keys(row)}")
+        plain = Row(prompt, [_content({"responses": r}, "responses") for r in several], {})
+    rows = [row if given is None else given for given in attributes]
+    for given in rows:
+        if not isinstance(given, dict):
+            raise ValueError(f"`attributes` must be an object of numbers, got {_show(given)}")
+        if given is not row:
+            known_attributes(given)
+    return plain._replace(columns={name: [_number(given, (name,)) for given in rows] for name in ATTRIBUTES})
+
+
+def known_attributes(names: Iterable[str], known: Iterable[str] = ATTRIBUTES) -> None:
+    """ValueError for the first attribute that is not known, with those that are."""
+    for name in names:
+        if name not in known:
+            raise ValueError(f"attribute {_show(name)} is not known: use {', '.join(known)}")
 
 
 def _split(prompt: str | Messages | None, bodies: dict[str, Messages]) -> tuple[str | Messages, list[Messages]]:

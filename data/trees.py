@@ -32,6 +32,7 @@ class TreeBatch:
     response: Tensor  # (M,) int64: whose token it is
     lengths: Tensor  # (R,) fp32: scored tokens of each response
     tree: Tensor  # (R,) int64: which tree of the batch the response hangs on
+    last: Tensor  # (R,) int64: place of the response's last token in the flat row, where a reward model is read
     columns: dict[str, Tensor]  # (R,) fp32 each: what the data or the script knows of every response
     spans: list[tuple[int, list[int]]]  # of every tree: prompt length, response lengths
     layout: TreeLayout  # the same for the attention kernel
@@ -59,13 +60,17 @@ class TreeBatch:
         return replace(self, **moved, columns=columns, layout=layout)
 
 
-def make_batch(dataset: Dataset, examples: list[int], share_prompts: bool = True) -> TreeBatch:
+def make_batch(
+    dataset: Dataset, examples: list[int], share_prompts: bool = True, only: int | None = None
+) -> TreeBatch:
     """Packs the trees of some examples into one flat row, in the order given.
 
     share_prompts=False repeats the prompt for every response, each pair of them a tree of its own: the plain packed
     layout, for comparison. The order of responses, and so of sums and columns, is the same either way.
+    only=k takes nothing but response k of every tree.
     """
     tokens, positions, kv_end, logit_index, target, response, lengths, tree, spans, rows = ([] for _ in range(10))
+    last_token = []
     start = 0  # of the tree in the flat row
     for example in examples:
         first, last = dataset.response_start[example], dataset.response_start[example + 1]
@@ -73,6 +78,8 @@ def make_batch(dataset: Dataset, examples: list[int], share_prompts: bool = True
         prompt_len, source = int(dataset.prompt_len[example]), int(dataset.tree_start[example])
         prompt = dataset.tokens[source : source + prompt_len]
         at = source + prompt_len  # of the response in the data set
+        if only is not None:
+            at, first, own = at + sum(own[:only]), first + only, own[only : only + 1]
         for k, sizes in enumerate([own] if share_prompts else [[n] for n in own]):
             end = start + prompt_len + sum(sizes)
             tokens.append(prompt)
@@ -93,6 +100,7 @@ def make_batch(dataset: Dataset, examples: list[int], share_prompts: bool = True
                 rows.append(int(first) + (i if share_prompts else k))
                 tree.append(len(spans))
                 at, here = at + size, here + size
+                last_token.append(here - 1)
             spans.append((prompt_len, sizes))
             start = end
 
@@ -109,6 +117,7 @@ def make_batch(dataset: Dataset, examples: list[int], share_prompts: bool = True
         response=joined(response, torch.int64),
         lengths=torch.tensor(lengths, dtype=torch.float32),
         tree=torch.tensor(tree, dtype=torch.int64),
+        last=torch.tensor(last_token, dtype=torch.int64),
         columns={name: torch.from_numpy(np.array(values[rows])) for name, values in dataset.columns.items()},
         spans=spans,
         layout=TreeLayout(spans, flat_kv_end, flat_positions),

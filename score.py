@@ -1,0 +1,122 @@
+"""Scores of answers under a reward model: rows in, rows with their scores out.
+
+    python score.py --model rm/final --data answers.jsonl --out scored.jsonl
+
+{prompt, response} gains "score" (a model of attributes: "scores": {helpfulness: 3.1, ...}); {prompt, responses: [...]}
+a list of them; {prompt, chosen, rejected} gains "chosen_reward" and "rejected_reward", which train_dpo.py's rpo losses
+and train_rm.py's margins read. A score is read at the response's last token and does not depend on what else is in the
+batch. One prompt's answers share its computation.
+
+Letters: R responses, A outputs of the model.
+"""
+
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from config import parse
+from data.dataset import from_trees, read_rows
+from data.formats import attribute_row, preference_row
+from data.templates import Template
+from data.tokenizer import load_tokenizer
+from data.trees import make_batch, pack
+from hf import DTYPES, load_model, score_names
+from model import GPT
+
+Answers = tuple[str | list, list]  # a prompt and its responses, text or messages
+
+
+@torch.no_grad()
+def score(model: GPT, template: Template, answers: list[Answers], max_tokens: int = 8192) -> list[np.ndarray]:
+    """Scores of every response to every prompt: a list of (responses, A) arrays, fp32 at least.
+
+    Trees are packed into flat rows of at most max_tokens tokens (more where a single tree has more).
+    """
+    data = from_trees(template.pair(prompt, responses)[:2] for prompt, responses in answers)
+    scores = [np.empty(0)] * len(answers)
+    lengths = data.tree_lengths()
+    for items in tqdm(pack(lengths, max(max_tokens, int(lengths.max()))), "scoring", disable=None, leave=False):
+        batch = make_batch(data, items).to(model.embed.weight.device)
+        found = model.score(model(batch), batch.last).cpu().numpy()
+        sizes = [len(answers[i][1]) for i in items]
+        for i, part in zip(items, np.split(found, np.cumsum(sizes)[:-1])):
+            scores[i] = part
+    return scores
+
+
+def load_scorer(folder: str, dtype: torch.dtype, device: torch.device | str) -> tuple[GPT, tuple[str, ...]]:
+    """A reward model and the names of its outputs; warns where transformers would read its scores elsewhere."""
+    model = load_model(folder, dtype, device, scores=())
+    raw, tokenizer = model.hf_config, load_tokenizer(folder)
+    if raw.get("pad_token_id") is not None and raw["pad_token_id"] in tokenizer.stops:
+        print(f"warning: {folder} pads with its end token, so transformers reads scores one token before the end; here "
+              "they are read at the end token, as most reward models are trained", file=sys.stderr)  # fmt: skip
+    return model, score_names(raw)
+
+
+@dataclass
+class Flags:
+    """Flags of score.py."""
+
+    model: str = ""  # Hugging Face folder of a reward model
+    data: str = ""  # JSONL file of prompts and responses
+    out: str = ""  # where the rows go, each with its score
+    template: Literal["auto", "plain", "chatml", "zephyr", "llama2", "llama3"] = "auto"  # as in training
+    max_tokens: int = 8192  # tokens of a micro-batch: lower it when memory runs out
+    dtype: Literal["auto", "bf16", "fp32", "fp64"] = "auto"  # auto: bf16 on GPUs, else fp32
+
+
+def main(argv: list[str] | None = None) -> None:
+    flags = parse(Flags, __doc__, argv)
+    if not (flags.model and flags.data and flags.out):
+        raise ValueError("score.py needs --model, --data and --out")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = DTYPES[flags.dtype if flags.dtype != "auto" else "bf16" if device == "cuda" else "fp32"]
+    template = Template(flags.template, load_tokenizer(flags.model))
+    rows, answers = list(read_rows(flags.data)), []
+    if not rows:
+        raise ValueError(f"{flags.data} is empty")
+    for number, row in enumerate(rows, 1):
+        try:
+            pair = row.get("chosen") is not None or row.get("chosen_response") is not None
+            parsed = preference_row(row, template.plain) if pair else attribute_row({**row, "attributes": None})
+            if parsed.prompt is None:
+                raise ValueError("a conversation: give `prompt` and `response`")
+            answers.append((parsed.prompt, parsed.responses))
+        except ValueError as error:
+            raise ValueError(f"row {number} of {flags.data}: {error}") from None
+    model, names = load_scorer(flags.model, dtype, device)
+    scores = score(model, template, answers, flags.max_tokens)
+    partial = Path(flags.out + ".partial")
+    with open(partial, "w") as file:
+        for row, found in zip(rows, scores):
+            file.write(json.dumps({**row, **as_keys(row, found.tolist(), names)}, ensure_ascii=False) + "\n")
+    os.replace(partial, flags.out)
+    every = np.concatenate(scores)
+    print(f"{len(every)} responses scored in {flags.out}; " + ", ".join(
+        f"{name} {mean:.3f} ± {std:.3f}" for name, mean, std in zip(names, every.mean(0), every.std(0))))  # fmt: skip
+
+
+def as_keys(row: dict, scores: list[list[float]], names: tuple[str, ...]) -> dict:
+    """The scores of a row's responses as the keys it gains."""
+    one = len(names) == 1
+    values = [s[0] if one else dict(zip(names, s)) for s in scores]
+    if row.get("responses") is not None:
+        return {"scores": values}
+    if len(values) == 1:
+        return {"score" if one else "scores": values[0]}
+    return dict(zip(("chosen_reward", "rejected_reward") if one else ("chosen_scores", "rejected_scores"), values))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
