@@ -459,11 +459,27 @@ def response(rng: random.Random, style: str) -> dict[str, str]:
     return {"prompt": prompt.text, "response": answer(prompt, rng, style)}
 
 
+def attributes(rng: random.Random, split: str) -> dict:
+    """A noisy answer with its true attributes."""
+    prompt = sample_prompt(rng, split)
+    text = answer(prompt, rng)
+    return {"prompt": prompt.text, "response": text, "attributes": score(prompt, text).attributes}
+
+
+def label(rng: random.Random) -> dict:
+    """A noisy answer with a label, true if it is good; the judge errs in one of 20."""
+    row = response(rng, "noisy")
+    return {**row, "label": score(row["prompt"], row["response"]).good != (rng.random() < 0.05)}
+
+
 FILES = {  # name: rows, what they are, how to draw one
     "base": (24000, "right answers {prompt, response}, train with --template plain", lambda rng: response(rng, "base")),
     "sft": (10000, "noisy answers {prompt, response}", lambda rng: response(rng, "noisy")),
     "preferences": (4000, "pairs, the judge errs at times", lambda rng: preference(rng, "train")),
     "preferences_test": (500, "held-out pairs, no error", lambda rng: preference(rng, "test", flips=False)),
+    "labels": (8000, "noisy answers {prompt, response, label}, the judge errs at times", label),
+    "attributes": (4000, "noisy answers with attributes 0-4", lambda rng: attributes(rng, "train")),
+    "attributes_test": (500, "the same for held-out prompts", lambda rng: attributes(rng, "test")),
     "prompts_test": (512, "held-out prompts {prompt}", lambda rng: {"prompt": sample_prompt(rng, "test").text}),
 }
 

@@ -17,6 +17,7 @@ import hf
 from data import toyworld
 from data.dataset import Dataset
 
+REAL = Path(__file__).parents[2] / "shared" / "data"  # real rows; tests that need them skip without
 FAMILIES = "llama2 llama3 mistral mistral_window qwen2 qwen2_window qwen3 gpt_neox gpt_neox_seq".split()
 
 
@@ -75,12 +76,26 @@ def dataset_of(trees: list[tuple[list[int], list[list[int]]]], **columns: list[f
 def toy(tmp_path_factory) -> Path:
     """A small toy world, a random Llama for it, and nothing trained: world/ and model/."""
     folder = tmp_path_factory.mktemp("toy")
-    counts = {"base": 40, "sft": 60, "preferences": 48, "preferences_test": 16, "prompts_test": 8}
+    counts = {"base": 40, "sft": 60, "preferences": 48, "preferences_test": 16, "labels": 48, "attributes": 60,
+              "attributes_test": 16, "prompts_test": 8}
     words = [w for name, n in counts.items() for w in (f"--{name.replace('_', '-')}", str(n))]
     toyworld.main(["make", "--out", str(folder / "world"), *words])
     flags = hf.New(width=32, layers=2, heads=4, kv_heads=2, std=0.2, tokenizer=str(folder / "world" / "tokenizer"))
     hf.save_model(hf.new_model(flags), folder / "model", flags.tokenizer)
     return folder
+
+
+@pytest.fixture(scope="session")
+def real_model(tmp_path_factory) -> Path:
+    """A random tiny Llama with the Llama-2 tokenizer."""
+    if not (REAL / "llama2_tokenizer.model").exists():
+        pytest.skip("shared/data is absent")
+    folder = tmp_path_factory.mktemp("real")
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer" / "tokenizer.model").write_bytes((REAL / "llama2_tokenizer.model").read_bytes())
+    flags = hf.New(width=32, layers=2, heads=4, kv_heads=2, std=0.15, tokenizer=str(folder / "tokenizer"))
+    hf.save_model(hf.new_model(flags), folder / "model", flags.tokenizer)
+    return folder / "model"
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 import data.toyworld as toy
 from data.tokenizer import load_tokenizer
 
-SMALL = {"base": 150, "sft": 150, "preferences": 150, "preferences_test": 100, "prompts_test": 150}
+SMALL = {"base": 150, "sft": 150, "preferences": 150, "preferences_test": 100, "labels": 150, "attributes": 150,
+         "attributes_test": 100, "prompts_test": 150}
 DECIDED = ("correct", "complete", "coherent", "tone")
 
 
@@ -214,7 +215,9 @@ def test_scorer_takes_long_answers():
 
 def test_files(made):
     """Every file has its rows, keys and split; rows hold the prompts that score reads."""
-    keys = {"base": {"prompt", "response"}, "sft": {"prompt", "response"}, "prompts_test": {"prompt"}}
+    answer = {"prompt", "response"}
+    keys = {"base": answer, "sft": answer, "prompts_test": {"prompt"}, "labels": answer | {"label"},
+            "attributes": answer | {"attributes"}, "attributes_test": answer | {"attributes"}}
     pair = {"prompt", "chosen", "rejected", "chosen_reward", "rejected_reward"}
     for name, count in SMALL.items():
         read = rows(made / f"{name}.jsonl")
@@ -228,7 +231,7 @@ def test_seed_decides_everything(made, tmp_path):
     toy.make(tmp_path / "same", 0, SMALL | {"sft": 60})
     toy.make(tmp_path / "other", 1, SMALL)
     files = sorted(path.relative_to(made) for path in made.rglob("*.*") if path.is_file())
-    assert len(files) == 8
+    assert len(files) == 11
     for file in files:
         bytes_ = (made / file).read_bytes()
         again = (tmp_path / "same" / file).read_bytes()

@@ -23,19 +23,6 @@ def rows_of(path: Path, n: int, longest: int = 10**9) -> list[dict]:
     return [row for row in rows if len(str(row)) < longest][:n]
 
 
-@pytest.fixture(scope="module")
-def real_model(tmp_path_factory) -> Path:
-    """A random tiny Llama with the Llama-2 tokenizer."""
-    if not (REAL / "llama2_tokenizer.model").exists():
-        pytest.skip("shared/data is absent")
-    folder = tmp_path_factory.mktemp("real")
-    (folder / "tokenizer").mkdir()
-    (folder / "tokenizer" / "tokenizer.model").write_bytes((REAL / "llama2_tokenizer.model").read_bytes())
-    flags = hf.New(width=32, layers=2, heads=4, kv_heads=2, std=0.15, tokenizer=str(folder / "tokenizer"))
-    hf.save_model(hf.new_model(flags), folder / "model", flags.tokenizer)
-    return folder / "model"
-
-
 @pytest.mark.parametrize(("dtype", "lr", "near"), [("fp32", 1e-4, 1e-5), ("fp64", 1e-3, 1e-10)])
 @pytest.mark.parametrize("file", ["gsm8k/pref_train.jsonl", "alpaca_eval/pref_chat.jsonl"])
 def test_dpo_on_real_pairs_equals_a_plain_loop(file, dtype, lr, near, real_model: Path, tmp_path: Path, train):
