@@ -2,6 +2,7 @@
 
     python generate.py --model DIR --prompt "Where does Ada live?"
     python generate.py --model DIR --data prompts.jsonl --out answers.jsonl --temperature 0.7
+    python generate.py --model steerlm/final --prompt "Where does Ada live?" --attributes "helpfulness:4,verbosity:1"
 
 The file form reads {"prompt": text or messages} rows (other keys stay) and writes each with a "response". A sample is a
 function of its prompt, its seed and its place in the file: not of the batch it was computed in.
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import parse
+from data import attributes
 from data.dataset import read_rows
 from data.templates import Template
 from data.tokenizer import load_tokenizer
@@ -190,6 +192,7 @@ class Flags:
     data: str = ""  # or a JSONL file of rows with a "prompt"
     out: str = ""  # where the rows go, each with a "response"
     template: Literal["auto", "plain", "chatml", "zephyr", "llama2", "llama3"] = "auto"  # as in training
+    attributes: str = ""  # for a model of train_steerlm.py: the answer to ask for, "helpfulness:4,verbosity:1"
     temperature: float = 0.7  # 0 = always the likeliest token; 1 = the model's own distribution
     top_k: int = 0  # only the k likeliest tokens; 0 = all
     top_p: float = 1.0  # only the likeliest tokens that make up this much probability
@@ -198,6 +201,16 @@ class Flags:
     seed: int = 0  # of the samples
     limit: int = 0  # only the first rows; 0 = all
     dtype: Literal["auto", "bf16", "fp32", "fp64"] = "auto"  # auto: bf16 on GPUs, else fp32
+
+
+def steered(prompt: str | list, flags: Flags) -> str | list:
+    """The prompt with its attribute line, where one is asked for. ValueError: the model knows none, or not this one."""
+    if not flags.attributes:
+        return prompt
+    trained = attributes.load(flags.model)
+    if not trained:
+        raise ValueError(f"--attributes: {flags.model} was not trained with any; train_steerlm.py --stage sft does that")
+    return attributes.condition(prompt, attributes.read_line(flags.attributes, trained[1]), trained[0])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -211,7 +224,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = [{"prompt": flags.prompt}] if flags.prompt else list(read_rows(flags.data))[: flags.limit or None]
     if lacking := [i for i, row in enumerate(rows, 1) if not row.get("prompt")]:
         raise ValueError(f"row {lacking[0]} of {flags.data} has no prompt")
-    prompts = [template.prompt(row["prompt"]) for row in rows]
+    prompts = [template.prompt(steered(row["prompt"], flags)) for row in rows]
     model = load_model(flags.model, dtype, device)
     answers = generate(
         model, prompts, flags.max_new_tokens, flags.temperature, flags.top_k, flags.top_p, template.stop_ids,

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from config import parse
 from data.dataset import from_trees, read_rows
-from data.formats import attribute_row, preference_row
+from data.formats import answers_of
 from data.templates import Template
 from data.tokenizer import load_tokenizer
 from data.trees import make_batch, pack
@@ -61,6 +61,19 @@ def load_scorer(folder: str, dtype: torch.dtype, device: torch.device | str) -> 
     return model, score_names(raw)
 
 
+def all_answers(rows: list[dict], template: Template, file: str) -> list[Answers]:
+    """Prompt and responses of every row of a file. ValueError names the row that has none."""
+    answers = []
+    for number, row in enumerate(rows, 1):
+        try:
+            answers.append(answers_of(row, template.plain))
+        except ValueError as error:
+            raise ValueError(f"row {number} of {file}: {error}") from None
+    if not answers:
+        raise ValueError(f"{file} is empty")
+    return answers
+
+
 @dataclass
 class Flags:
     """Flags of score.py."""
@@ -80,18 +93,8 @@ def main(argv: list[str] | None = None) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = DTYPES[flags.dtype if flags.dtype != "auto" else "bf16" if device == "cuda" else "fp32"]
     template = Template(flags.template, load_tokenizer(flags.model))
-    rows, answers = list(read_rows(flags.data)), []
-    if not rows:
-        raise ValueError(f"{flags.data} is empty")
-    for number, row in enumerate(rows, 1):
-        try:
-            pair = row.get("chosen") is not None or row.get("chosen_response") is not None
-            parsed = preference_row(row, template.plain) if pair else attribute_row({**row, "attributes": None})
-            if parsed.prompt is None:
-                raise ValueError("a conversation: give `prompt` and `response`")
-            answers.append((parsed.prompt, parsed.responses))
-        except ValueError as error:
-            raise ValueError(f"row {number} of {flags.data}: {error}") from None
+    rows = list(read_rows(flags.data))
+    answers = all_answers(rows, template, flags.data)
     model, names = load_scorer(flags.model, dtype, device)
     scores = score(model, template, answers, flags.max_tokens)
     partial = Path(flags.out + ".partial")

@@ -32,7 +32,7 @@ from typing import IO, Any, BinaryIO, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from data.formats import Row, attribute_row, label_row, preference_row, sft_row
+from data.formats import Row, attribute_row, label_row, preference_row, sft_row, weight_row
 
 FORMAT = 1  # raise it whenever the same rows would give other arrays, here or in data/formats.py
 SHOWN = 10  # bad rows printed, and kept in the cache
@@ -40,7 +40,7 @@ CHUNK_ROWS, CHUNK_BYTES = 256, 1 << 19  # what a worker is handed at a time; a f
 
 ROWS: dict[str, Callable[[dict, bool], Row]] = {
     "sft": lambda row, plain: sft_row(row), "preference": preference_row, "label": label_row,
-    "attributes": lambda row, plain: attribute_row(row),
+    "attributes": lambda row, plain: attribute_row(row), "weights": lambda row, plain: weight_row(row),
 }  # fmt: skip
 DTYPES = {"tokens": np.int32, "scored": np.uint8, "tree_start": np.int64, "prompt_len": np.int32,
           "response_start": np.int64, "response_len": np.int32}  # fmt: skip
@@ -82,7 +82,7 @@ def load_dataset(
 ) -> Dataset:
     """Rows of the JSONL files (.gz too), in order, as token trees; read from `cache` when they were tokenised before.
 
-    kind: "sft", "preference", "label" or "attributes". A response with its prompt longer than `max_length` tokens: "drop" removes the whole
+    kind: "sft", "preference", "label", "attributes" or "weights" (data/formats.py). A response with its prompt longer than `max_length` tokens: "drop" removes the whole
     tree, "truncate" cuts the prompt from the left (bos stays) and removes the tree only when no prompt would be left.
     The arrays do not depend on `workers` (None: one a core, at most 32).
     Raises FileNotFoundError for a missing file, ValueError for more bad rows than `max_bad_rows` (the message has

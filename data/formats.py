@@ -9,7 +9,9 @@
     labels       {prompt, response or completion, label: true | false}, or preference: "chosen" | "rejected" for label;
                  or preferences, as two labels a row (KTO)
     attributes   {prompt, response or completion, attributes: {helpfulness: 4, ...}}, or the attributes as keys of the
-                 row (HelpSteer); {prompt, responses: [...], attributes: [{...}, ...]} for several answers to a prompt
+                 row (HelpSteer); {prompt, responses: [...], attributes: [{...}, ...]} for several answers to a prompt,
+                 or one object for all of them
+    weights      {prompt, responses: [...], weights: [...]}, numbers, as train_steerlm.py writes them for itself
 
 Text only: no tokenizer here. Every function takes one row and raises ValueError(reason) for a row it cannot use; the
 caller adds file and line. A null counts as an absent key, because exports of tables write one for every empty cell.
@@ -109,7 +111,9 @@ def attribute_row(row: dict[str, Any]) -> Row:
         several = row["responses"]
         if not isinstance(several, list) or not several:
             raise ValueError(f"`responses` must be a list of answers and not empty, got {_show(several)}")
-        attributes = row.get("attributes") or [None] * len(several)
+        attributes = row.get("attributes")
+        if attributes is None or isinstance(attributes, dict):
+            attributes = [attributes] * len(several)
         if not isinstance(attributes, list) or len(attributes) != len(several):
             raise ValueError(f"`attributes` must be a list of {len(several)} objects, one for each of `responses`")
         prompt = None if row.get("prompt") is None else _ends_before_answer(_content(row, "prompt"))
@@ -123,6 +127,29 @@ def attribute_row(row: dict[str, Any]) -> Row:
         if given is not row:
             known_attributes(given)
     return plain._replace(columns={name: [_number(given, (name,)) for given in rows] for name in ATTRIBUTES})
+
+
+def weight_row(row: dict[str, Any]) -> Row:
+    """Several responses to a prompt with a number for each (column `weight`)."""
+    weights = row.get("weights")
+    if not isinstance(weights, list) or len(weights) != len(row.get("responses") or ()):
+        raise ValueError("`weights` must be a list of numbers, one for each of `responses`")
+    numbers = [_number({"weights": weight}, ("weights",)) for weight in weights]
+    return attribute_row({**row, "attributes": {}})._replace(columns={"weight": numbers})
+
+
+def answers_of(row: dict[str, Any], plain: bool = False) -> tuple[str | Messages, list[str | Messages]]:
+    """(prompt, responses) of a row of any kind: one response, several, or a comparison. ValueError as the others."""
+    if row.get("chosen") is not None or row.get("chosen_response") is not None:
+        found = preference_row(row, plain)
+    else:
+        found = attribute_row({**row, "attributes": {}})
+    if found.prompt is not None:
+        return found.prompt, found.responses
+    *before, last = found.responses[0]  # a conversation: its last assistant turn answers the rest
+    if not before:
+        raise ValueError("the conversation has nothing before the assistant's turn")
+    return before, [last["content"]]
 
 
 def known_attributes(names: Iterable[str], known: Iterable[str] = ATTRIBUTES) -> None:

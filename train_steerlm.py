@@ -1,0 +1,348 @@
+"""SteerLM, arXiv 2310.05344: answers that are written to order, by attributes; and SteerLM 2.0, arXiv 2406.08673.
+
+    1  python train_steerlm.py --stage attributes --model base --data helpsteer.jsonl --out predictor
+    2  python train_steerlm.py --stage annotate   --model predictor/final --data any.jsonl --out labelled
+    3  python train_steerlm.py --stage sft        --model base --data labelled/annotated.jsonl --out steerlm --lr 2e-5
+    4  python train_steerlm.py --stage bootstrap  --model steerlm/final --predictor predictor/final --data prompts.jsonl
+    torchrun --nproc_per_node 1 train_steerlm.py --stage sft ...
+
+(1) learns to predict attributes (0 to 4) of an answer, (2) writes its predictions beside any rows, (3) learns answers
+given their attribute line, (4) samples answers at the best attributes, labels what came out and learns from that.
+Then: generate.py --model steerlm/final --attributes "helpfulness:4,verbosity:1". train_rm.py --loss regression makes
+the predictor of (1) just as well. Rows: {prompt, response, attributes: {helpfulness: 4, ...}}, or HelpSteer's columns;
+SteerLM 2.0 (--loss steerlm2) weighs several answers to one prompt, of (4) or {prompt, responses: [...], attributes}.
+
+Watch eval/loss, and whether answers to low and to high settings differ.
+
+Letters: R responses, M scored tokens, A attributes.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+import checkpoint
+import losses
+import runtime
+from config import RunConfig, parse
+from data import attributes
+from data.dataset import Dataset, from_trees, load_dataset, read_rows
+from data.formats import ATTRIBUTES, attribute_row
+from data.templates import Template
+from data.tokenizer import load_tokenizer
+from data.trees import TreeBatch, make_batch, micro_batches, pack, step_examples, steps_per_epoch, visited
+from generate import generate
+from hf import load_model, save_model
+from model import GPT
+from parallel import AdamW, init_mesh
+from score import Answers, all_answers, load_scorer, score
+
+
+@dataclass
+class Config(RunConfig):
+    stage: Literal["attributes", "annotate", "sft", "bootstrap"] = "sft"  # which of the four steps above
+    loss: Literal["nll", "steerlm2"] = "nll"  # of sft and bootstrap: SteerLM's own, or 2.0 over several answers
+    attribute_template: str = ""  # where the line goes; default: --model's own, else "{prompt}<extra_id_2>{attributes}\n"
+    attribute_dropout: float = 0.0  # sft: share of values left out at random, so that any subset can be asked for later
+    predictor: str = ""  # bootstrap and steerlm2: folder of the attribute model
+    ask: str = ""  # bootstrap: attributes to sample at, "helpfulness:4,verbosity:2"; default: the best of all
+    answers: int = 1  # bootstrap: samples a prompt; steerlm2 wants 4 or more
+    temperature: float = 1.0  # bootstrap: of the samples; leave it at 1 for steerlm2, whose weights need it
+    max_new_tokens: int = 512  # bootstrap: longest answer; one that has not ended is left out
+    prior: str = ""  # steerlm2: folder of P(y|x), a model tuned without attributes
+    spread: float = 1.0  # steerlm2: standard deviation of the predictor's errors, in units of an attribute
+    lr: float = 2e-5  # peak learning rate; 1e-5 to 2e-5 for 7B models, 1e-3 and more from scratch on tiny ones
+
+
+# ---- the algorithm ---------------------------------------------------------------------------------------------------
+
+
+def annotate(rows: list[dict], answers: list[Answers], folder: str, config: Config, device, dtype) -> list[dict]:
+    """The rows with the predictor's attributes, whole numbers from 0 to 4; several answers have a list of them."""
+    model, names = load_scorer(folder, dtype, device)
+    template = Template(config.template, load_tokenizer(folder))
+    if unknown := [name for name in names if name not in ATTRIBUTES]:
+        raise ValueError(f"{folder} predicts {unknown[0]}: attributes are {', '.join(ATTRIBUTES)}")
+    labelled = []
+    for row, (prompt, responses), found in zip(rows, answers, score(model, template, answers, config.max_tokens)):
+        values = [dict(zip(names, map(attributes.whole, one))) for one in found.tolist()]
+        keys = {"response": responses[0], "attributes": values[0]}
+        if row.get("responses") is not None or len(responses) > 1:
+            keys = {"responses": responses, "attributes": values}
+        labelled.append({"prompt": prompt, **keys})
+    return labelled
+
+
+def sample(model: GPT, rows: list[dict], names: tuple, line: str, template: Template, config: Config) -> list[dict]:
+    """Answers of the model at the asked attributes, {prompt, responses, attributes}; those that did not end are out."""
+    wanted = attributes.read_line(config.ask, names) if config.ask else attributes.best(names)
+    unique = {json.dumps(row["prompt"]): row["prompt"] for row in rows if row.get("prompt")}
+    if not unique:
+        raise ValueError("--stage bootstrap: no row of --data has a prompt")
+    prompts = [prompt for prompt in unique.values() for _ in range(config.answers)]
+    ids = [template.prompt(attributes.condition(prompt, wanted, line)) for prompt in prompts]
+    found = generate(
+        model, ids, config.max_new_tokens, config.temperature, stop_ids=template.stop_ids, seed=config.seed
+    )
+    kept: dict[str, list[str]] = {key: [] for key in unique}
+    for prompt, answer in zip(prompts, found):
+        text = template.tokenizer.decode(answer.tokens).strip()
+        if answer.ended and text:
+            kept[json.dumps(prompt)].append(text)
+    print(f"{sum(map(len, kept.values()))} of {len(found)} samples ended by themselves, at {attributes.line(wanted)}")
+    return [{"prompt": unique[key], "responses": texts, "attributes": wanted} for key, texts in kept.items() if texts]
+
+
+def conditioned(rows: list[dict], line: str, config: Config) -> tuple[list[dict], tuple[str, ...]]:
+    """Rows whose prompts carry their attribute line, one a response; and the attributes that occur."""
+    made, seen = [], set()
+    for number, row in enumerate(rows):
+        try:
+            found = attribute_row(row)
+            if found.prompt is None:
+                raise ValueError("a conversation: --stage annotate turns it into `prompt` and `response`")
+        except ValueError as error:
+            raise ValueError(f"row {number + 1} of --data: {error}") from None
+        chance = np.random.default_rng([config.seed, number])
+        for i, response in enumerate(found.responses):
+            values = {name: column[i] for name, column in found.columns.items()}
+            values = {k: v for k, v in values.items() if v == v and chance.random() >= config.attribute_dropout}
+            seen |= values.keys()
+            made.append({"prompt": attributes.condition(found.prompt, values, line), "response": response})
+    if not seen:
+        raise ValueError("no row of --data has an attribute: --stage annotate writes them")
+    return made, tuple(name for name in ATTRIBUTES if name in seen)
+
+
+def weighted(rows: list[dict], line: str, config: Config, device, dtype) -> tuple[list[dict], tuple[str, ...]]:
+    """SteerLM 2.0: each prompt with its line, its answers, and log P(a|x,y) + log P(y|x) of each as their weights.
+
+    P(a|x,y) is a normal distribution around what the predictor says; P(y|x) is the prior model's.
+    """
+    if not config.predictor or not config.prior:
+        raise ValueError("--loss steerlm2 needs --predictor DIR for P(a|x,y) and --prior DIR for P(y|x)")
+    groups, seen = [], set()
+    for row in rows:
+        found = attribute_row(row)
+        values = [{name: column[i] for name, column in found.columns.items()} for i in range(len(found.responses))]
+        if found.prompt is None or len({attributes.line(v) for v in values}) > 1:
+            raise ValueError("--loss steerlm2: a row is {prompt, responses: [...], attributes: {...}}, one set for all")
+        if len(found.responses) > 1:
+            groups.append((found.prompt, found.responses, {k: v for k, v in values[0].items() if v == v}))
+            seen |= groups[-1][2].keys()
+    if not groups:
+        raise ValueError("--loss steerlm2 compares answers to one prompt: every row has one alone; raise --answers")
+    answers = [(prompt, responses) for prompt, responses, _ in groups]
+    model, names = load_scorer(config.predictor, dtype, device)
+    if lacking := [name for name in seen if name not in names]:
+        raise ValueError(f"{config.predictor} does not predict {lacking[0]}, only {', '.join(names)}")
+    predicted = score(model, Template(config.template, load_tokenizer(config.predictor)), answers, config.max_tokens)
+    model = load_model(config.prior, dtype, device)
+    prior = response_logps(model, Template(config.template, load_tokenizer(config.prior)), answers, config.max_tokens)
+    made = []
+    for (prompt, responses, wanted), found, logps in zip(groups, predicted, prior):
+        target = np.array([wanted.get(name, np.nan) for name in names])
+        fit = -np.nansum((found - target) ** 2, 1) / (2 * config.spread**2)  # log P(a|x,y) up to a constant
+        conditional = attributes.condition(prompt, wanted, line)
+        made.append({"prompt": conditional, "responses": responses, "weights": (fit + logps).tolist()})
+    return made, tuple(name for name in ATTRIBUTES if name in seen)
+
+
+@torch.no_grad()
+def response_logps(model: GPT, template: Template, answers: list[Answers], max_tokens: int) -> list[np.ndarray]:
+    """log P(y|x) of every response to every prompt."""
+    data = from_trees(template.pair(prompt, responses)[:2] for prompt, responses in answers)
+    logps: list[np.ndarray] = [np.empty(0)] * len(answers)
+    for items in pack(data.tree_lengths(), max(max_tokens, int(data.tree_lengths().max()))):
+        batch = make_batch(data, items).to(model.embed.weight.device)
+        sums = batch.sum_by_response(model.logps(model(batch), batch)).cpu().numpy()
+        for i, part in zip(items, np.split(sums, np.cumsum([len(answers[i][1]) for i in items])[:-1])):
+            logps[i] = part
+    return logps
+
+
+def item_losses(model: GPT, batch: TreeBatch, names: tuple[str, ...], config: Config) -> tuple[torch.Tensor, int]:
+    """Losses of a batch, unreduced, and how many things they are averaged over.
+
+    attributes: squared errors (R, A), over labels that are there. nll: (M,), over tokens. steerlm2: terms (R,) of a
+    divergence, over prompts.
+    """
+    if config.stage == "attributes":
+        wanted = torch.stack([batch.columns[name] for name in names], 1)
+        return losses.regression(model.score(model(batch), batch.last), wanted), int((~wanted.isnan()).sum())
+    logps = model.logps(model(batch), batch)
+    if config.loss == "nll":
+        return -logps, len(batch.target)
+    q_logps = batch.columns["ref_logps"]
+    _, group = batch.columns["group"].unique(return_inverse=True)
+    wanted = batch.columns["weight"] - q_logps
+    return losses.steerlm2(batch.sum_by_response(logps), q_logps, wanted, group), int(group.max()) + 1
+
+
+def count(batch: TreeBatch, names: tuple[str, ...], config: Config) -> int:
+    """What `item_losses` will be averaged over, known before it is computed."""
+    if config.stage == "attributes":
+        return sum(int((~batch.columns[name].isnan()).sum()) for name in names)
+    return len(batch.target) if config.loss == "nll" else len(batch.columns["group"].unique())
+
+
+@torch.no_grad()
+def evaluate(
+    model: GPT, data: Dataset, names: tuple[str, ...], config: Config, device: torch.device
+) -> dict[str, float]:
+    """Mean loss over a whole data set, under eval/."""
+    total, n = 0.0, 0
+    for items in pack(data.tree_lengths(config.share_prompts), config.max_tokens):
+        per_item, here = item_losses(model, make_batch(data, items, config.share_prompts).to(device), names, config)
+        total, n = total + per_item.double().sum().item(), n + here
+    return {"eval/loss": total / max(1, n)}
+
+
+def write_rows(path: Path, rows: list[dict]) -> str:
+    """Writes a JSONL file, whole or not at all; its name."""
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    os.replace(partial, path)
+    return str(path)
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse(Config, __doc__, argv)
+    mesh = init_mesh()
+    device, dtype = runtime.set_up(config)
+    stop = runtime.Stop(config.max_minutes)
+    out = Path(config.out)
+
+    # ---- data --------------------------------------------------------------------------------------------------------
+    tokenizer = load_tokenizer(config.model)
+    template = Template(config.template, tokenizer)
+    trained = attributes.load(config.model)
+    line = attributes.check_template(config.attribute_template or (trained[0] if trained else attributes.TEMPLATE))
+    if config.stage == "annotate":
+        rows = [row for file in config.data for row in read_rows(file)]
+        labelled = annotate(rows, all_answers(rows, template, "--data"), config.model, config, device, dtype)
+        print(f"{len(labelled)} rows in {write_rows(out / 'annotated.jsonl', labelled)}")
+        return
+    data_files = {"train": config.data, "heldout": config.eval_data}
+    names: tuple[str, ...] = ()
+    if config.stage == "bootstrap":
+        if not trained or not config.predictor:
+            raise ValueError("--stage bootstrap needs a --model of --stage sft and a --predictor of --stage attributes")
+        data_files["train"] = [str(out / "bootstrap.jsonl")]
+        if not (out / "bootstrap.jsonl").exists():  # a resumed run trains on the same samples
+            rows = [row for file in config.data for row in read_rows(file)]
+            rows = sample(load_model(config.model, dtype, device), rows, trained[1], line, template, config)
+            if config.loss == "nll":
+                answers = [(row["prompt"], row["responses"]) for row in rows]
+                rows = annotate(rows, answers, config.predictor, config, device, dtype)
+            write_rows(out / "bootstrap.jsonl", rows)
+    kind = "attributes"
+    if config.stage != "attributes":  # the prompts get their lines; what is trained on lies in OUT for all to see
+        kind = "sft" if config.loss == "nll" else "weights"
+        for part, files in data_files.items():
+            rows = [row for file in files for row in read_rows(file)]
+            if config.loss == "steerlm2" and files:
+                made, found = weighted(rows, line, config, device, dtype)
+            elif files:
+                made, found = conditioned(rows, line, config)
+            if files:
+                names = names or found
+                data_files[part] = [write_rows(out / f"conditioned_{part}.jsonl", made)]
+    train, heldout = (
+        load_dataset(
+            files, kind, template, config.max_length, config.overlong, config.max_bad_rows,
+            runtime.cache_folder(config),
+        )
+        if files
+        else None
+        for files in data_files.values()
+    )  # fmt: skip
+    if config.stage == "attributes":
+        names = tuple(name for name in ATTRIBUTES if not np.isnan(train.columns[name]).all())
+        if not names:
+            raise ValueError(f"no row of --data has an attribute: {', '.join(ATTRIBUTES)}")
+    lengths = train.tree_lengths(config.share_prompts)
+    pack(lengths, config.max_tokens)  # raises now, not in mid-run, if a row does not fit
+
+    # ---- model and reference -----------------------------------------------------------------------------------------
+    model = load_model(config.model, dtype, device, names if config.stage == "attributes" else None)
+    runtime.prepare_model(model, config, tokenizer)
+    per_epoch = steps_per_epoch(len(train), config.batch_size)
+    total = runtime.total_steps(config, per_epoch)
+    print(runtime.describe(config, model, lengths, total))
+    print(f"attributes: {', '.join(names)}")
+    if config.loss == "steerlm2" and config.stage != "attributes":  # Q, what the answers were drawn from
+        seen = visited(len(train), config.batch_size, total, config.seed, config.shuffle)
+        for data, examples in [(train, seen)] + ([(heldout, np.arange(len(heldout)))] if heldout else []):
+            data.columns["group"] = np.repeat(np.arange(len(data)), np.diff(data.response_start))
+            data.columns["ref_logps"], _ = runtime.reference_logps(model, "", data, examples, config, print)
+    optimizer = AdamW(model, (config.beta1, config.beta2), config.eps, config.weight_decay)
+    state = checkpoint.State()
+    if folder := checkpoint.find(config.out, config.resume):
+        state = checkpoint.load(folder, optimizer)
+        print(f"resumed from {folder} after step {state.step}")
+
+    # ---- the loop ----------------------------------------------------------------------------------------------------
+    log = runtime.Log(config, state.step, total)
+    meter, nonfinite = runtime.Meter(model.c, device), runtime.NonFinite()
+    for step in range(state.step, total):
+        meter.start()
+        examples = step_examples(len(train), config.batch_size, step, config.seed, config.shuffle)
+        bins = micro_batches(lengths, examples, config.max_tokens, mesh.dp_rank, mesh.dp)
+        batches = [make_batch(train, items, config.share_prompts) for items in bins]
+        # Counted over the whole step, so that the loss does not depend on how it is cut into micro-batches.
+        n_items = mesh.sum(torch.tensor(float(sum(count(batch, names, config) for batch in batches)))).item()
+        n_items = max(1, n_items)  # a step without any attribute is no step
+
+        totals: dict[str, torch.Tensor] = {}
+        for batch in batches:
+            per_item, _ = item_losses(model, batch.to(device), names, config)
+            (per_item.sum() / n_items).backward()
+            runtime.add(totals, {"loss": per_item})
+        lr = runtime.learning_rate(config, step, total)
+        norm = optimizer.step(lr, config.clip)
+
+        state.step = step + 1
+        row = {"step": state.step, **runtime.means(totals, n_items), "grad_norm": norm, "lr": lr}
+        tokens = sum(len(batch.tokens) for batch in batches)
+        row |= {"epoch": state.step / per_epoch}
+        row |= meter.read(tokens, sum(batch.context * len(batch.tokens) for batch in batches) / tokens)
+        state.tokens += tokens
+        if nonfinite.check(norm, state.step):
+            state.skipped += 1
+            log.say(f"step {state.step}: the gradient is not finite, no update ({state.skipped} so far)")
+        if runtime.due(config.log_every, state.step) or state.step == total:
+            log.row(row)
+        log.progress(row)
+
+        if heldout and (runtime.due(config.eval_every, state.step) or state.step == total):
+            result = evaluate(model, heldout, names, config, device)
+            log.row({"step": state.step, **result})
+            log.say(f"step {state.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in result.items()))
+            if config.samples and config.stage != "attributes":
+                runtime.print_samples(model, heldout, config.samples, tokenizer, template, log.say)
+            if state.best is None or result["eval/loss"] < state.best:
+                state.best, state.best_step = result["eval/loss"], state.step
+                save_model(model, Path(config.out) / "best", config.model, template)
+                if config.stage != "attributes":
+                    attributes.save(Path(config.out) / "best", line, names)
+        if runtime.due(config.save_every, state.step) or (stop and state.step < total):
+            checkpoint.save(config.out, state, optimizer, config.keep)
+        if stop and state.step < total:
+            log.say(f"stopped by {stop.reason} after step {state.step} of {total}; --resume auto goes on from here")
+            log.close()
+            return
+    log.close()
+    save_model(model, Path(config.out) / "final", config.model, template)
+    if config.stage != "attributes":
+        attributes.save(Path(config.out) / "final", line, names)
+    print(f"{total} steps done, {state.tokens:,} tokens; the model is in {config.out}/final")
+
+
+if __name__ == "__main__":
+    runtime.run(main)
