@@ -148,8 +148,9 @@ def weighted(rows: list[dict], line: str, config: Config, device, dtype) -> tupl
     for (prompt, responses, wanted), found, logps in zip(groups, predicted, prior):
         target = np.array([wanted.get(name, np.nan) for name in names])
         fit = -np.nansum((found - target) ** 2, 1) / (2 * config.spread**2)  # log P(a|x,y) up to a constant
+        weights = fit + logps - (fit + logps).mean()  # only differences count, and fp32 keeps small ones better
         conditional = attributes.condition(prompt, wanted, line)
-        made.append({"prompt": conditional, "responses": responses, "weights": (fit + logps).tolist()})
+        made.append({"prompt": conditional, "responses": responses, "weights": weights.tolist()})
     return made, tuple(name for name in ATTRIBUTES if name in seen)
 
 

@@ -14,6 +14,7 @@ import json
 import math
 import random
 import re
+import statistics
 import sys
 import zlib
 from collections.abc import Iterable
@@ -478,7 +479,7 @@ FILES = {  # name: rows, what they are, how to draw one
     "preferences": (4000, "pairs, the judge errs at times", lambda rng: preference(rng, "train")),
     "preferences_test": (500, "held-out pairs, no error", lambda rng: preference(rng, "test", flips=False)),
     "labels": (8000, "noisy answers {prompt, response, label}, the judge errs at times", label),
-    "attributes": (4000, "noisy answers with attributes 0-4", lambda rng: attributes(rng, "train")),
+    "attributes": (10000, "noisy answers with attributes 0-4", lambda rng: attributes(rng, "train")),
     "attributes_test": (500, "the same for held-out prompts", lambda rng: attributes(rng, "test")),
     "prompts_test": (512, "held-out prompts {prompt}", lambda rng: {"prompt": sample_prompt(rng, "test").text}),
 }
@@ -501,8 +502,11 @@ def averages(scores: list[Score]) -> dict[str, float]:
 
 
 def score_file(path: str | Path) -> dict:
-    """{file, rows, *COLUMNS} of a JSONL file of {prompt, response}. ValueError names the line that is bad."""
-    scores = []
+    """{file, rows, *COLUMNS} of a JSONL file of {prompt, response}. ValueError names the line that is bad.
+
+    Where score.py was there before, also `correlation`: of its scores with the utility.
+    """
+    scores, learnt = [], []
     with open(path, encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             try:
@@ -510,11 +514,15 @@ def score_file(path: str | Path) -> dict:
                 if not (isinstance(row, dict) and all(isinstance(row.get(k), str) for k in ("prompt", "response"))):
                     raise ValueError("prompt and response must be there, as strings: score what generate.py wrote")
                 scores.append(score(row["prompt"], row["response"]))
+                learnt.append(row.get("score"))
             except ValueError as error:
                 raise ValueError(f"{path}:{number}: {error}") from error
     if not scores:
         raise ValueError(f"{path} is empty: score what generate.py wrote")
-    return {"file": str(path), "rows": len(scores), **averages(scores)}
+    row = {"file": str(path), "rows": len(scores), **averages(scores)}
+    if all(isinstance(value, float) for value in learnt) and len({*learnt}) > 1:
+        row["correlation"] = statistics.correlation(learnt, [s.utility for s in scores])
+    return row
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -539,9 +547,11 @@ def main(arguments: list[str] | None = None) -> None:
     if flags.json:
         return print(json.dumps(table, indent=1))
     width = max(len(row["file"]) for row in table)
-    print(f"{'file':<{width}}", *(f"{name:>8}" for name in COLUMNS))
+    columns = [*COLUMNS, *(["correlation"] if any("correlation" in row for row in table) else [])]
+    print(f"{'file':<{width}}", *(f"{name:>8}" for name in columns))
     for row in table:
-        print(f"{row['file']:<{width}}", *(f"{row[name]:8.{1 if name == 'words' else 3}f}" for name in COLUMNS))
+        cells = (f"{row.get(name, math.nan):{max(8, len(name))}.{1 if name == 'words' else 3}f}" for name in columns)
+        print(f"{row['file']:<{width}}", *cells)
 
 
 if __name__ == "__main__":
