@@ -209,7 +209,7 @@ def steered(prompt: str | list, flags: Flags) -> str | list:
         return prompt
     trained = attributes.load(flags.model)
     if not trained:
-        raise ValueError(f"--attributes: {flags.model} was not trained with any; train_steerlm.py --stage sft does that")
+        raise ValueError(f"--attributes: {flags.model} was not trained with any: train_steerlm.py does that")
     return attributes.condition(prompt, attributes.read_line(flags.attributes, trained[1]), trained[0])
 
 

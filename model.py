@@ -152,7 +152,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Embedding, blocks, final norm, head (or score head). The weights are whatever __init__ left: load them or call init_weights."""
+    """Embedding, blocks, final norm, head or score head. The weights are what __init__ left: load them."""
 
     def __init__(self, c: GPTConfig):
         super().__init__()

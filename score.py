@@ -10,11 +10,8 @@ batch. One prompt's answers share its computation.
 Letters: R responses, A outputs of the model.
 """
 
-import json
-import os
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -22,8 +19,9 @@ import torch
 from tqdm import tqdm
 
 from config import parse
-from data.dataset import from_trees, read_rows
-from data.formats import answers_of
+from data import attributes
+from data.dataset import from_trees, read_rows, write_rows
+from data.formats import answers_of, known_attributes
 from data.templates import Template
 from data.tokenizer import load_tokenizer
 from data.trees import make_batch, pack
@@ -37,16 +35,21 @@ Answers = tuple[str | list, list]  # a prompt and its responses, text or message
 def score(model: GPT, template: Template, answers: list[Answers], max_tokens: int = 8192) -> list[np.ndarray]:
     """Scores of every response to every prompt: a list of (responses, A) arrays, fp32 at least.
 
-    Trees are packed into flat rows of at most max_tokens tokens (more where a single tree has more).
+    Of a language model, which scores nothing, it is log P(response | prompt): (responses,) arrays. Trees are packed
+    into flat rows of at most max_tokens tokens (more where a single tree has more).
     """
     data = from_trees(template.pair(prompt, responses)[:2] for prompt, responses in answers)
     scores = [np.empty(0)] * len(answers)
     lengths = data.tree_lengths()
     for items in tqdm(pack(lengths, max(max_tokens, int(lengths.max()))), "scoring", disable=None, leave=False):
         batch = make_batch(data, items).to(model.embed.weight.device)
-        found = model.score(model(batch), batch.last).cpu().numpy()
+        hidden = model(batch)
+        if model.c.outputs:
+            found = model.score(hidden, batch.last)
+        else:
+            found = batch.sum_by_response(model.logps(hidden, batch))
         sizes = [len(answers[i][1]) for i in items]
-        for i, part in zip(items, np.split(found, np.cumsum(sizes)[:-1])):
+        for i, part in zip(items, np.split(found.cpu().numpy(), np.cumsum(sizes)[:-1])):
             scores[i] = part
     return scores
 
@@ -74,6 +77,30 @@ def all_answers(rows: list[dict], template: Template, file: str) -> list[Answers
     return answers
 
 
+def annotate(
+    folder: str, answers: list[Answers], template: str, max_tokens: int, dtype: torch.dtype, device: torch.device | str
+) -> list[dict]:
+    """Rows {prompt, response, attributes} with an attribute model's predictions, whole numbers from 0 to 4.
+
+    Several responses to a prompt make {prompt, responses: [...], attributes: [...]}.
+    """
+    model, names = load_scorer(folder, dtype, device)
+    known_attributes(names)
+    rows = []
+    for (prompt, responses), found in zip(
+        answers, score(model, Template(template, load_tokenizer(folder)), answers, max_tokens)
+    ):
+        values = [dict(zip(names, map(attributes.whole, one))) for one in found.tolist()]
+        several = {"responses": responses, "attributes": values}
+        rows.append(
+            {
+                "prompt": prompt,
+                **(several if len(responses) > 1 else {"response": responses[0], "attributes": values[0]}),
+            }
+        )
+    return rows
+
+
 @dataclass
 class Flags:
     """Flags of score.py."""
@@ -97,11 +124,7 @@ def main(argv: list[str] | None = None) -> None:
     answers = all_answers(rows, template, flags.data)
     model, names = load_scorer(flags.model, dtype, device)
     scores = score(model, template, answers, flags.max_tokens)
-    partial = Path(flags.out + ".partial")
-    with open(partial, "w") as file:
-        for row, found in zip(rows, scores):
-            file.write(json.dumps({**row, **as_keys(row, found.tolist(), names)}, ensure_ascii=False) + "\n")
-    os.replace(partial, flags.out)
+    write_rows(flags.out, ({**row, **as_keys(row, found.tolist(), names)} for row, found in zip(rows, scores)))
     every = np.concatenate(scores)
     print(f"{len(every)} responses scored in {flags.out}; " + ", ".join(
         f"{name} {mean:.3f} ± {std:.3f}" for name, mean, std in zip(names, every.mean(0), every.std(0))))  # fmt: skip

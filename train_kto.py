@@ -1,7 +1,7 @@
 """Kahneman-Tversky optimisation, arXiv 2402.01306: learn from single answers that are marked good or bad.
 
     python train_kto.py --model sft/final --data thumbs.jsonl --out kto --beta 0.1 --lr 5e-7
-    torchrun --nproc_per_node 1 train_kto.py --model sft/final --data thumbs.jsonl --eval-data test.jsonl --eval-every 50
+    torchrun --nproc_per_node 1 train_kto.py --model sft/final --data thumbs.jsonl --eval-data test.jsonl --out kto
 
 Rows: {prompt, response, label}, text or messages; a row {prompt, chosen, rejected} counts as one good and one bad. The
 implicit reward of an answer y to x is β (log π(y|x) - log π_ref(y|x)); a good one should be above the reference point
@@ -139,6 +139,7 @@ def main(argv: list[str] | None = None) -> None:
     mesh = init_mesh()
     device, dtype = runtime.set_up(config)
     stop = runtime.Stop(config.max_minutes)
+    start = checkpoint.find(config.out, config.resume)
 
     # ---- data --------------------------------------------------------------------------------------------------------
     tokenizer = load_tokenizer(config.model)
@@ -176,13 +177,13 @@ def main(argv: list[str] | None = None) -> None:
         cost = cost or spent
     optimizer = AdamW(model, (config.beta1, config.beta2), config.eps, config.weight_decay)
     state = checkpoint.State()
-    if folder := checkpoint.find(config.out, config.resume):
-        state = checkpoint.load(folder, optimizer)
-        print(f"resumed from {folder} after step {state.step}")
+    if start:
+        state = checkpoint.load(start, optimizer)
+        print(f"resumed from {start} after step {state.step}")
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
     log = runtime.Log(config, state.step, total)
-    if cost:
+    if cost and not start:
         log.row({"step": 0, **cost})
     meter, nonfinite = runtime.Meter(model.c, device), runtime.NonFinite()
     for step in range(state.step, total):

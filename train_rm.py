@@ -13,7 +13,9 @@ Watch eval/rewards/accuracies: one epoch is usually best, a reward model overfit
 Letters: R responses, B = R / 2 pairs of a micro-batch (chosen, rejected, chosen, ...), A attributes.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -27,7 +29,7 @@ from config import RunConfig, parse
 from data.dataset import Dataset, load_dataset
 from data.formats import ATTRIBUTES, known_attributes
 from data.templates import Template
-from data.tokenizer import load_tokenizer
+from data.tokenizer import Tokenizer, load_tokenizer
 from data.trees import TreeBatch, make_batch, micro_batches, pack, step_examples, steps_per_epoch
 from hf import load_model, save_model
 from model import GPT
@@ -115,11 +117,25 @@ def deviation(row: dict[str, float], name: str) -> dict[str, float]:
     return row
 
 
+@torch.no_grad()
+def print_scored(model: GPT, data: Dataset, n: int, tokenizer: Tokenizer, say: Callable[[str], None]) -> None:
+    """Prints the first n held-out prompts, and their answers with the scores they get."""
+    batch = make_batch(data, list(range(min(n, len(data)))))
+    scores = iter(scores_of(model, batch.to(model.embed.weight.device)).tolist())
+    tokens = iter(batch.tokens.tolist())
+    for prompt_len, sizes in batch.spans:
+        say(f"  prompt  {tokenizer.decode(list(islice(tokens, prompt_len)))[-300:].strip()!r}")
+        for size in sizes:
+            found = ", ".join(f"{score:.3f}" for score in next(scores))
+            say(f"  {found}  {tokenizer.decode(list(islice(tokens, size))).strip()!r}")
+
+
 def main(argv: list[str] | None = None) -> None:
     config = parse(Config, __doc__, argv)
     mesh = init_mesh()
     device, dtype = runtime.set_up(config)
     stop = runtime.Stop(config.max_minutes)
+    start = checkpoint.find(config.out, config.resume)
 
     # ---- data --------------------------------------------------------------------------------------------------------
     tokenizer = load_tokenizer(config.model)
@@ -157,9 +173,9 @@ def main(argv: list[str] | None = None) -> None:
     print(f"scores: {', '.join(names)}")
     optimizer = AdamW(model, (config.beta1, config.beta2), config.eps, config.weight_decay)
     state = checkpoint.State()
-    if folder := checkpoint.find(config.out, config.resume):
-        state = checkpoint.load(folder, optimizer)
-        print(f"resumed from {folder} after step {state.step}")
+    if start:
+        state = checkpoint.load(start, optimizer)
+        print(f"resumed from {start} after step {state.step}")
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
     log = runtime.Log(config, state.step, total)
@@ -200,6 +216,8 @@ def main(argv: list[str] | None = None) -> None:
             result = evaluate(model, heldout, names, config, device)
             log.row({"step": state.step, **result})
             log.say(f"step {state.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in result.items()))
+            if config.samples:
+                print_scored(model, heldout, config.samples, tokenizer, log.say)
             if state.best is None or result["eval/loss"] < state.best:
                 state.best, state.best_step = result["eval/loss"], state.step
                 save_model(model, Path(config.out) / "best", config.model, template)

@@ -18,7 +18,6 @@ Letters: R responses, M scored tokens, A attributes.
 """
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -31,7 +30,7 @@ import losses
 import runtime
 from config import RunConfig, parse
 from data import attributes
-from data.dataset import Dataset, from_trees, load_dataset, read_rows
+from data.dataset import Dataset, load_dataset, read_rows, write_rows
 from data.formats import ATTRIBUTES, attribute_row
 from data.templates import Template
 from data.tokenizer import load_tokenizer
@@ -40,15 +39,15 @@ from generate import generate
 from hf import load_model, save_model
 from model import GPT
 from parallel import AdamW, init_mesh
-from score import Answers, all_answers, load_scorer, score
+from score import all_answers, annotate, load_scorer, score
 
 
 @dataclass
 class Config(RunConfig):
     stage: Literal["attributes", "annotate", "sft", "bootstrap"] = "sft"  # which of the four steps above
     loss: Literal["nll", "steerlm2"] = "nll"  # of sft and bootstrap: SteerLM's own, or 2.0 over several answers
-    attribute_template: str = ""  # where the line goes; default: --model's own, else "{prompt}<extra_id_2>{attributes}\n"
-    attribute_dropout: float = 0.0  # sft: share of values left out at random, so that any subset can be asked for later
+    attribute_template: str = ""  # where the line goes; default: --model's, or "{prompt}<extra_id_2>{attributes}\n"
+    attribute_dropout: float = 0.0  # sft: share of values left out at random: subsets can be asked for later
     predictor: str = ""  # bootstrap and steerlm2: folder of the attribute model
     ask: str = ""  # bootstrap: attributes to sample at, "helpfulness:4,verbosity:2"; default: the best of all
     answers: int = 1  # bootstrap: samples a prompt; steerlm2 wants 4 or more
@@ -60,22 +59,6 @@ class Config(RunConfig):
 
 
 # ---- the algorithm ---------------------------------------------------------------------------------------------------
-
-
-def annotate(rows: list[dict], answers: list[Answers], folder: str, config: Config, device, dtype) -> list[dict]:
-    """The rows with the predictor's attributes, whole numbers from 0 to 4; several answers have a list of them."""
-    model, names = load_scorer(folder, dtype, device)
-    template = Template(config.template, load_tokenizer(folder))
-    if unknown := [name for name in names if name not in ATTRIBUTES]:
-        raise ValueError(f"{folder} predicts {unknown[0]}: attributes are {', '.join(ATTRIBUTES)}")
-    labelled = []
-    for row, (prompt, responses), found in zip(rows, answers, score(model, template, answers, config.max_tokens)):
-        values = [dict(zip(names, map(attributes.whole, one))) for one in found.tolist()]
-        keys = {"response": responses[0], "attributes": values[0]}
-        if row.get("responses") is not None or len(responses) > 1:
-            keys = {"responses": responses, "attributes": values}
-        labelled.append({"prompt": prompt, **keys})
-    return labelled
 
 
 def sample(model: GPT, rows: list[dict], names: tuple, line: str, template: Template, config: Config) -> list[dict]:
@@ -96,27 +79,6 @@ def sample(model: GPT, rows: list[dict], names: tuple, line: str, template: Temp
             kept[json.dumps(prompt)].append(text)
     print(f"{sum(map(len, kept.values()))} of {len(found)} samples ended by themselves, at {attributes.line(wanted)}")
     return [{"prompt": unique[key], "responses": texts, "attributes": wanted} for key, texts in kept.items() if texts]
-
-
-def conditioned(rows: list[dict], line: str, config: Config) -> tuple[list[dict], tuple[str, ...]]:
-    """Rows whose prompts carry their attribute line, one a response; and the attributes that occur."""
-    made, seen = [], set()
-    for number, row in enumerate(rows):
-        try:
-            found = attribute_row(row)
-            if found.prompt is None:
-                raise ValueError("a conversation: --stage annotate turns it into `prompt` and `response`")
-        except ValueError as error:
-            raise ValueError(f"row {number + 1} of --data: {error}") from None
-        chance = np.random.default_rng([config.seed, number])
-        for i, response in enumerate(found.responses):
-            values = {name: column[i] for name, column in found.columns.items()}
-            values = {k: v for k, v in values.items() if v == v and chance.random() >= config.attribute_dropout}
-            seen |= values.keys()
-            made.append({"prompt": attributes.condition(found.prompt, values, line), "response": response})
-    if not seen:
-        raise ValueError("no row of --data has an attribute: --stage annotate writes them")
-    return made, tuple(name for name in ATTRIBUTES if name in seen)
 
 
 def weighted(rows: list[dict], line: str, config: Config, device, dtype) -> tuple[list[dict], tuple[str, ...]]:
@@ -143,7 +105,7 @@ def weighted(rows: list[dict], line: str, config: Config, device, dtype) -> tupl
         raise ValueError(f"{config.predictor} does not predict {lacking[0]}, only {', '.join(names)}")
     predicted = score(model, Template(config.template, load_tokenizer(config.predictor)), answers, config.max_tokens)
     model = load_model(config.prior, dtype, device)
-    prior = response_logps(model, Template(config.template, load_tokenizer(config.prior)), answers, config.max_tokens)
+    prior = score(model, Template(config.template, load_tokenizer(config.prior)), answers, config.max_tokens)
     made = []
     for (prompt, responses, wanted), found, logps in zip(groups, predicted, prior):
         target = np.array([wanted.get(name, np.nan) for name in names])
@@ -152,19 +114,6 @@ def weighted(rows: list[dict], line: str, config: Config, device, dtype) -> tupl
         conditional = attributes.condition(prompt, wanted, line)
         made.append({"prompt": conditional, "responses": responses, "weights": weights.tolist()})
     return made, tuple(name for name in ATTRIBUTES if name in seen)
-
-
-@torch.no_grad()
-def response_logps(model: GPT, template: Template, answers: list[Answers], max_tokens: int) -> list[np.ndarray]:
-    """log P(y|x) of every response to every prompt."""
-    data = from_trees(template.pair(prompt, responses)[:2] for prompt, responses in answers)
-    logps: list[np.ndarray] = [np.empty(0)] * len(answers)
-    for items in pack(data.tree_lengths(), max(max_tokens, int(data.tree_lengths().max()))):
-        batch = make_batch(data, items).to(model.embed.weight.device)
-        sums = batch.sum_by_response(model.logps(model(batch), batch)).cpu().numpy()
-        for i, part in zip(items, np.split(sums, np.cumsum([len(answers[i][1]) for i in items])[:-1])):
-            logps[i] = part
-    return logps
 
 
 def item_losses(model: GPT, batch: TreeBatch, names: tuple[str, ...], config: Config) -> tuple[torch.Tensor, int]:
@@ -204,19 +153,12 @@ def evaluate(
     return {"eval/loss": total / max(1, n)}
 
 
-def write_rows(path: Path, rows: list[dict]) -> str:
-    """Writes a JSONL file, whole or not at all; its name."""
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    os.replace(partial, path)
-    return str(path)
-
-
 def main(argv: list[str] | None = None) -> None:
     config = parse(Config, __doc__, argv)
     mesh = init_mesh()
     device, dtype = runtime.set_up(config)
     stop = runtime.Stop(config.max_minutes)
+    start = checkpoint.find(config.out, config.resume)
     out = Path(config.out)
 
     # ---- data --------------------------------------------------------------------------------------------------------
@@ -226,7 +168,8 @@ def main(argv: list[str] | None = None) -> None:
     line = attributes.check_template(config.attribute_template or (trained[0] if trained else attributes.TEMPLATE))
     if config.stage == "annotate":
         rows = [row for file in config.data for row in read_rows(file)]
-        labelled = annotate(rows, all_answers(rows, template, "--data"), config.model, config, device, dtype)
+        answers = all_answers(rows, template, "--data")
+        labelled = annotate(config.model, answers, config.template, config.max_tokens, dtype, device)
         print(f"{len(labelled)} rows in {write_rows(out / 'annotated.jsonl', labelled)}")
         return
     data_files = {"train": config.data, "heldout": config.eval_data}
@@ -239,8 +182,8 @@ def main(argv: list[str] | None = None) -> None:
             rows = [row for file in config.data for row in read_rows(file)]
             rows = sample(load_model(config.model, dtype, device), rows, trained[1], line, template, config)
             if config.loss == "nll":
-                answers = [(row["prompt"], row["responses"]) for row in rows]
-                rows = annotate(rows, answers, config.predictor, config, device, dtype)
+                answers = all_answers(rows, template, "the samples")
+                rows = annotate(config.predictor, answers, config.template, config.max_tokens, dtype, device)
             write_rows(out / "bootstrap.jsonl", rows)
     kind = "attributes"
     if config.stage != "attributes":  # the prompts get their lines; what is trained on lies in OUT for all to see
@@ -250,7 +193,7 @@ def main(argv: list[str] | None = None) -> None:
             if config.loss == "steerlm2" and files:
                 made, found = weighted(rows, line, config, device, dtype)
             elif files:
-                made, found = conditioned(rows, line, config)
+                made, found = attributes.conditioned(rows, line, config.attribute_dropout, config.seed)
             if files:
                 names = names or found
                 data_files[part] = [write_rows(out / f"conditioned_{part}.jsonl", made)]
@@ -284,9 +227,9 @@ def main(argv: list[str] | None = None) -> None:
             data.columns["ref_logps"], _ = runtime.reference_logps(model, "", data, examples, config, print)
     optimizer = AdamW(model, (config.beta1, config.beta2), config.eps, config.weight_decay)
     state = checkpoint.State()
-    if folder := checkpoint.find(config.out, config.resume):
-        state = checkpoint.load(folder, optimizer)
-        print(f"resumed from {folder} after step {state.step}")
+    if start:
+        state = checkpoint.load(start, optimizer)
+        print(f"resumed from {start} after step {state.step}")
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
     log = runtime.Log(config, state.step, total)

@@ -8,9 +8,10 @@ between the prompt and the answer. A model that was trained with such lines has 
 
 import json
 import math
+import random
 from pathlib import Path
 
-from data.formats import ATTRIBUTES, Messages, known_attributes
+from data.formats import ATTRIBUTES, Messages, attribute_row, known_attributes
 
 TEMPLATE = "{prompt}<extra_id_2>{attributes}\n"
 WORST, BEST = 0, 4
@@ -20,7 +21,9 @@ FILE = "attributes.json"
 
 def line(values: dict[str, float]) -> str:
     """Values (NaN = not given) -> "helpfulness:4,verbosity:1", whole numbers in the fixed order."""
-    return ",".join(f"{name}:{whole(values[name])}" for name in ATTRIBUTES if not math.isnan(values.get(name, math.nan)))
+    return ",".join(
+        f"{name}:{whole(values[name])}" for name in ATTRIBUTES if not math.isnan(values.get(name, math.nan))
+    )
 
 
 def whole(value: float) -> int:
@@ -51,6 +54,30 @@ def condition(prompt: str | Messages, values: dict[str, float], template: str) -
         return [*prompt[:-1], {**prompt[-1], "content": condition(prompt[-1]["content"], values, template)}]
     text = line(values)
     return template.replace("{attributes}", text).replace("{prompt}", prompt) if text else prompt
+
+
+def conditioned(rows: list[dict], template: str, dropout: float, seed: int) -> tuple[list[dict], tuple[str, ...]]:
+    """Rows whose prompts carry their attribute line, one a response; and the attributes that occur.
+
+    dropout: share of the values left out of their lines at random, as (seed, row) decides. ValueError names the row.
+    """
+    made, seen = [], set()
+    for number, row in enumerate(rows):
+        try:
+            found = attribute_row(row)
+            if found.prompt is None:
+                raise ValueError("a conversation: --stage annotate turns it into `prompt` and `response`")
+        except ValueError as error:
+            raise ValueError(f"row {number + 1} of --data: {error}") from None
+        chance = random.Random(f"{seed} {number}")
+        for i, response in enumerate(found.responses):
+            given = {name: column[i] for name, column in found.columns.items() if not math.isnan(column[i])}
+            values = {name: value for name, value in given.items() if chance.random() >= dropout}
+            seen |= values.keys()
+            made.append({"prompt": condition(found.prompt, values, template), "response": response})
+    if not seen:
+        raise ValueError("no row of --data has an attribute: --stage annotate writes them")
+    return made, tuple(name for name in ATTRIBUTES if name in seen)
 
 
 def check_template(template: str) -> str:

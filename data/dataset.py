@@ -82,8 +82,9 @@ def load_dataset(
 ) -> Dataset:
     """Rows of the JSONL files (.gz too), in order, as token trees; read from `cache` when they were tokenised before.
 
-    kind: "sft", "preference", "label", "attributes" or "weights" (data/formats.py). A response with its prompt longer than `max_length` tokens: "drop" removes the whole
-    tree, "truncate" cuts the prompt from the left (bos stays) and removes the tree only when no prompt would be left.
+    kind: "sft", "preference", "label", "attributes" or "weights": the rows are in data/formats.py. A response with its
+    prompt longer than `max_length` tokens: "drop" removes the whole tree, "truncate" cuts the prompt from the left (bos
+    stays) and removes the tree only when no prompt would be left.
     The arrays do not depend on `workers` (None: one a core, at most 32).
     Raises FileNotFoundError for a missing file, ValueError for more bad rows than `max_bad_rows` (the message has
     file:line and reason) and when no row is left.
@@ -267,6 +268,14 @@ def read_rows(file: str | Path) -> Iterator[dict[str, Any]]:
             yield _parse(line)
         except ValueError as error:
             raise ValueError(f"{file}:{number}: {error}") from None
+
+
+def write_rows(path: str | Path, rows: Iterable[dict[str, Any]]) -> str:
+    """Writes a JSONL file, whole or not at all; returns its name."""
+    partial = Path(f"{path}.partial")
+    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    partial.replace(path)
+    return str(path)
 
 
 # Lines to chunks, chunks to files: what the parent does.

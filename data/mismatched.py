@@ -22,8 +22,8 @@ def partners(prompts: list[int]) -> list[int]:
         found.append(next(others, None))
         if found[-1] is None:
             raise ValueError(
-                f"{n} example{'s' * (n > 1)} of a single prompt, and KTO takes a response to another prompt from the same "
-                "step"
+                f"{n} example{'s' * (n > 1)} of a single prompt, and KTO takes a response to another prompt from the "
+                "same step"
             )
     return found
 

@@ -1,4 +1,4 @@
-"""KTO: the paper's formula, one z for the whole step however it is cut, and no answer mismatched with its own prompt."""
+"""KTO: the paper's formula, one z for the whole step however it is cut, no answer mismatched with its own prompt."""
 
 import json
 import math
@@ -77,7 +77,16 @@ def test_trees_hold_what_they_say():
         [1, 2, 10, 13, 14, 15], [1, 2, 11, 12, 13, 14, 15], [3, 13, 14, 15, 10],
         [1, 2, 16, 17], [4, 4, 4, 4, 4, 17, 16],
     ]  # fmt: skip
-    assert kto_trees(data, [np.array([4, 2])], max_length=7).tokens.tolist() == [4] * 5 + [17, 13, 14, 3, 13, 14, 15, 17]
+    assert kto_trees(data, [np.array([4, 2])], max_length=7).tokens.tolist() == [4] * 5 + [
+        17,
+        13,
+        14,
+        3,
+        13,
+        14,
+        15,
+        17,
+    ]
     assert trees.columns["label"].tolist() == [1, 1, 0, 0, 1, 1, 0, 0, 1, 1]
     assert trees.scored[trees.tree_start[1] : trees.tree_start[2]].tolist() == [0, 0, 1, 0, 1, 1, 1]
     assert trees.key == kto_trees(data, steps, 7).key != kto_trees(data, steps[::-1], 7).key
@@ -99,7 +108,9 @@ def test_z_and_loss_are_those_of_the_whole_step(tmp_path: Path):
     everything = np.arange(13)
     with torch.no_grad():  # a policy that has moved by 1.5 nats on average
         batch = train_kto.make_batch(data, list(everything))
-        data.columns["ref_logps"] = batch.sum_by_response(model.logps(model(batch), batch)).numpy() - rng.normal(1.5, 3, 26)
+        data.columns["ref_logps"] = batch.sum_by_response(model.logps(model(batch), batch)).numpy() - rng.normal(
+            1.5, 3, 26
+        )
 
     def step(budget: int, ranks: int) -> tuple[float, float, torch.Tensor]:
         config = train_kto.Config(max_tokens=budget, beta=0.3)
@@ -183,7 +194,9 @@ def plain_loop(model, trees, labels, steps, lr, beta, loss="kto"):
             if loss == "kto":
                 total = total + (1.5 if labels[i] else 1.0) * (1 - torch.sigmoid(sign * beta * (ratio - z)))
             else:
-                total = total - (1.5 if labels[i] else 1.0) * torch.nn.functional.logsigmoid(sign * (beta * ratio - delta))
+                total = total - (1.5 if labels[i] else 1.0) * torch.nn.functional.logsigmoid(
+                    sign * (beta * ratio - delta)
+                )
             rewards[bool(labels[i])].append(beta * ratio.item())
         rows.append((*trainer.step(total / len(mine)), z))
     return rows
@@ -209,8 +222,8 @@ def test_five_steps_equal_a_plain_loop_in_float64(loss: str, family: str, dtype:
     assert any(z > 0.01 for *_, z in wanted)
     for run, budget in enumerate((8192, 130)):
         got = train(
-            train_kto, tmp_path / f"out{run}", model=tmp_path / "model", data=tmp_path / "rows.jsonl", lr=1e-2, beta=0.4,
-            batch_size=4, warmup=0.25, weight_decay=0.1, seed=3, max_tokens=budget, dtype="fp64", template="plain",
+            train_kto, tmp_path / f"out{run}", model=tmp_path / "model", data=tmp_path / "rows.jsonl", lr=1e-2,
+            beta=0.4, batch_size=4, warmup=0.25, weight_decay=0.1, seed=3, max_tokens=budget, dtype="fp64", template="plain",
             desirable_weight=1.5, loss=loss,
         )[1:]  # fmt: skip
         for row, (value, norm, z) in zip(got, wanted, strict=True):
@@ -264,7 +277,8 @@ def test_comparisons_give_mixed_steps(toy: Path, tmp_path: Path, train):
 def test_label_rows():
     """label or preference, response or completion, pairs taken apart; anything else is refused with what would do."""
     for row, label in (
-        ({"response": "r", "label": True}, 1), ({"completion": "r", "label": False}, 0), ({"response": "r", "label": 0}, 0),
+        ({"response": "r", "label": True}, 1), ({"completion": "r", "label": False}, 0),
+        ({"response": "r", "label": 0}, 0),
         ({"response": "r", "preference": "chosen"}, 1), ({"response": "r", "preference": "rejected"}, 0),
     ):  # fmt: skip
         assert label_row({"prompt": "p", **row}).columns == {"label": [label]}
@@ -282,8 +296,8 @@ def test_label_rows():
 def test_resumed_is_never_stopped(toy: Path, tmp_path: Path, train):
     """Resumed after 4 of 8 steps over two epochs: all later metrics the same to the last bit, bco's δ included."""
     for loss in ("kto", "bco"):
-        flags = {"model": toy / "model", "data": toy / "world" / "labels.jsonl", "lr": 1e-2, "batch_size": 12, "epochs": 2,
-                 "loss": loss, "cache": tmp_path / loss}  # fmt: skip
+        flags = {"model": toy / "model", "data": toy / "world" / "labels.jsonl", "lr": 1e-2, "batch_size": 12,
+                 "epochs": 2, "loss": loss, "cache": tmp_path / loss}  # fmt: skip
         whole = train(train_kto, tmp_path / f"whole {loss}", **flags, save_every=4)
         again = train(train_kto, tmp_path / f"cut {loss}", **flags, resume=tmp_path / f"whole {loss}" / "step_4")
         rows = [row for row in whole if "loss" in row]

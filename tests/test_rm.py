@@ -21,6 +21,7 @@ from data.templates import Template
 from data.tokenizer import load_tokenizer
 from data.trees import make_batch
 
+
 def rows_of(path: Path, n: int) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()][:n]
 
@@ -92,7 +93,9 @@ class PlainScorer(PlainModel):
 def plain_run(model: PlainScorer, trees: list, loss, batch: int, steps: int, lr: float) -> list[tuple[float, float]]:
     trainer = PlainTrainer(model, total=steps, lr=lr)
     rows = [range(step * batch, step * batch + batch) for step in range(steps)]
-    return [trainer.step(loss([[model.score(trees[i][0], r) for r in trees[i][1]] for i in mine], mine)) for mine in rows]
+    return [
+        trainer.step(loss([[model.score(trees[i][0], r) for r in trees[i][1]] for i in mine], mine)) for mine in rows
+    ]
 
 
 def check(got: list[dict], wanted: list[tuple[float, float]], near: float):
@@ -128,7 +131,9 @@ def test_five_steps_equal_a_plain_loop_in_float64(kind: str, family: str, toy: P
         if pairs:
             gap = [abs(data[i]["chosen_reward"] - data[i]["rejected_reward"]) * (kind == "margin_bt") for i in mine]
             return sum(-torch.nn.functional.logsigmoid(c - r - m)[0] for (c, r), m in zip(scores, gap)) / len(mine)
-        labels = [(s[0][names.index(k)] - v) ** 2 for i, s in zip(mine, scores) for k, v in data[i]["attributes"].items()]
+        labels = [
+            (s[0][names.index(k)] - v) ** 2 for i, s in zip(mine, scores) for k, v in data[i]["attributes"].items()
+        ]
         return sum(labels) / len(labels)
 
     plain = PlainScorer(tmp_path / "model", torch.float64, len(names))
@@ -147,7 +152,9 @@ def test_five_steps_equal_a_plain_loop_in_float64(kind: str, family: str, toy: P
         assert max((mine[name] - w.detach()).abs().max() for name, w in plain.weights.items()) < 1e-10
 
 
-@pytest.mark.parametrize("file", ["gsm8k/pref_train.jsonl", "alpaca_eval/pref_chat.jsonl", "alpaca_eval/attributes.jsonl"])
+@pytest.mark.parametrize(
+    "file", ["gsm8k/pref_train.jsonl", "alpaca_eval/pref_chat.jsonl", "alpaca_eval/attributes.jsonl"]
+)
 def test_real_rows_equal_a_plain_loop(file: str, real_model: Path, tmp_path: Path, train):
     """Five fp32 steps on real rows within 1e-5 of the plain loop."""
     data = [row for row in rows_of(REAL / file, 400) if len(str(row)) < 2500][:10]
@@ -170,16 +177,25 @@ def test_real_rows_equal_a_plain_loop(file: str, real_model: Path, tmp_path: Pat
     check(got, wanted, 1e-5)
 
 
-def test_metrics_and_evaluation(toy: Path, tmp_path: Path, train):
+def test_metrics_and_evaluation(toy: Path, tmp_path: Path, train, capsys):
     """Accuracy, margin, mean and deviation for pairs; error and correlation of each attribute: as numpy has them."""
     world = toy / "world"
     flags = {"model": toy / "model", "lr": 1e-2, "batch_size": 8, "max_tokens": 300}
     *_, found = train(
-        train_rm, tmp_path / "pairs", data=world / "preferences.jsonl", eval_data=world / "preferences_test.jsonl", **flags
+        train_rm,
+        tmp_path / "pairs",
+        data=world / "preferences.jsonl",
+        eval_data=world / "preferences_test.jsonl",
+        samples=2,
+        **flags,
     )
     score.main(["--model", str(tmp_path / "pairs" / "final"), "--data", str(world / "preferences_test.jsonl"), "--out",
                 str(tmp_path / "scored.jsonl")])  # fmt: skip
     pairs = np.array([[r["chosen_reward"], r["rejected_reward"]] for r in rows_of(tmp_path / "scored.jsonl", 99)])
+    shown = capsys.readouterr().out
+    assert shown.count("  prompt  ") == 2  # --samples shows held-out answers with their scores
+    for row in rows_of(tmp_path / "scored.jsonl", 2):
+        assert all(f"  {row[f'{k}_reward']:.3f}  {row[k]!r}" in shown for k in ("chosen", "rejected"))
     assert found["eval/rewards/accuracies"] == (pairs[:, 0] > pairs[:, 1]).mean()
     assert found["eval/rewards/margins"] == pytest.approx((pairs[:, 0] - pairs[:, 1]).mean(), abs=1e-5)
     assert found["eval/rewards/mean"] == pytest.approx(pairs.mean(), abs=1e-5)
@@ -229,7 +245,9 @@ def test_reward_folders_go_both_ways(family: str, tied: bool, tmp_path: Path):
         assert wanted.std() > 0.1  # the comparison means something
         assert (scored(ours, [(row[:-4], [row[-4:]]) for row in ids]) - wanted).abs().max() < 1e-4
         hf.save_model(ours, tmp_path / "ours")
-        again, report = tf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "ours", output_loading_info=True)
+        again, report = tf.AutoModelForSequenceClassification.from_pretrained(
+            tmp_path / "ours", output_loading_info=True
+        )
         assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
         assert again.config.id2label == dict(enumerate(names))
         assert (again(padded, attention_mask=padded != 0).logits - wanted).abs().max() < 1e-5
@@ -336,7 +354,9 @@ def test_resumed_is_never_stopped(toy: Path, tmp_path: Path, train):
 
 def test_rows_are_scored_in_every_form(toy: Path, tmp_path: Path, train, capsys):
     """score.py: one response, several, and pairs give the same number for the same answer."""
-    train(train_rm, tmp_path / "rm", model=toy / "model", data=toy / "world" / "preferences.jsonl", lr=1e-2, batch_size=8)
+    train(
+        train_rm, tmp_path / "rm", model=toy / "model", data=toy / "world" / "preferences.jsonl", lr=1e-2, batch_size=8
+    )
     folder = tmp_path / "rm" / "final"
     one = {"prompt": "Where does Ada live?", "response": "Tower."}
     several = {"prompt": one["prompt"], "responses": ["Tower.", "No idea."]}
@@ -345,7 +365,9 @@ def test_rows_are_scored_in_every_form(toy: Path, tmp_path: Path, train, capsys)
     words = ["--model", str(folder), "--data", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "scored.jsonl")]
     score.main(words)
     a, b, c = rows_of(tmp_path / "scored.jsonl", 3)
-    assert a["score"] == pytest.approx(b["scores"][0], abs=1e-5) and a["score"] == pytest.approx(c["rejected_reward"], abs=1e-5)
+    assert a["score"] == pytest.approx(b["scores"][0], abs=1e-5) and a["score"] == pytest.approx(
+        c["rejected_reward"], abs=1e-5
+    )
     assert b["scores"][1] == pytest.approx(c["chosen_reward"], abs=1e-5) != pytest.approx(a["score"], abs=1e-3)
     assert Template("auto", load_tokenizer(folder)).stop_ids
     (tmp_path / "rows.jsonl").write_text(json.dumps(one) + '\n{"prompt": "x"}\n')

@@ -54,7 +54,9 @@ def steered(toy: Path, tmp_path_factory) -> Path:
     """A model trained on attribute lines for a few steps."""
     out = tmp_path_factory.mktemp("steered")
     words = {"model": toy / "model", "data": toy / "world" / "attributes.jsonl", "lr": 1e-2, "batch-size": 6}
-    train_steerlm.main(["--out", str(out), "--attribute-template", LINE, *(str(w) for k, v in words.items() for w in (f"--{k}", v))])
+    train_steerlm.main(
+        ["--out", str(out), "--attribute-template", LINE, *(str(w) for k, v in words.items() for w in (f"--{k}", v))]
+    )
     return out / "final"
 
 
@@ -69,9 +71,18 @@ def test_the_line_is_nemo_aligners():
     assert attributes.line({"verbosity": 1.0, "quality": math.nan, "helpfulness": 3.0}) == "helpfulness:3,verbosity:1"
     assert attributes.read_line(" verbosity:1, helpfulness:4 ") == {"verbosity": 1, "helpfulness": 4}
     assert attributes.condition("p", {}, LINE) == "p"
-    talk = [{"role": "user", "content": "a {attributes}"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
-    assert attributes.condition(talk, {"quality": 2.0}, LINE) == [*talk[:2], {"role": "user", "content": "c<|attr|>quality:2"}]
-    assert attributes.condition("{prompt} {attributes}", {"quality": 2}, LINE) == "{prompt} {attributes}<|attr|>quality:2"
+    talk = [
+        {"role": "user", "content": "a {attributes}"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+    ]
+    assert attributes.condition(talk, {"quality": 2.0}, LINE) == [
+        *talk[:2],
+        {"role": "user", "content": "c<|attr|>quality:2"},
+    ]
+    assert (
+        attributes.condition("{prompt} {attributes}", {"quality": 2}, LINE) == "{prompt} {attributes}<|attr|>quality:2"
+    )
     assert [attributes.whole(x) for x in (-3, 0.49, 0.5, 2.5, 3.2, 9)] == [0, 0, 1, 3, 3, 4]
     for text, reason in (("kindness:4", "'kindness' is not known: use quality, toxicity"), ("quality", "NAME:VALUE"),
                          ("quality:5", "from 0 to 4"), ("quality:x", "from 0 to 4")):  # fmt: skip
@@ -119,21 +130,28 @@ def test_annotation_is_the_score_rounded(toy: Path, predictor: Path, tmp_path: P
     pair = {"prompt": data[0]["prompt"], "chosen": data[0]["response"], "rejected": data[1]["response"]}
     talk = [{"role": "user", "content": data[0]["prompt"]}, {"role": "assistant", "content": data[0]["response"]}]
     file = write(tmp_path / "rows.jsonl", [*data, pair, {"messages": talk}])
-    train_steerlm.main(["--stage", "annotate", "--model", str(predictor), "--data", str(file), "--out", str(tmp_path / "out")])
+    train_steerlm.main(
+        ["--stage", "annotate", "--model", str(predictor), "--data", str(file), "--out", str(tmp_path / "out")]
+    )
     made = rows_of(tmp_path / "out" / "annotated.jsonl")
     score.main(["--model", str(predictor), "--data", str(file), "--out", str(tmp_path / "scored.jsonl")])
     for row, scored in zip(made[:20], rows_of(tmp_path / "scored.jsonl")):
         raw = scored["scores"]
         assert row["attributes"] == {k: min(4, max(0, math.floor(v + 0.5))) for k, v in raw.items()}
         assert (row["prompt"], row["response"]) == (scored["prompt"], scored["response"])
-    assert made[20]["responses"] == [pair["chosen"], pair["rejected"]] and made[20]["attributes"][0] == made[0]["attributes"]
+    assert (
+        made[20]["responses"] == [pair["chosen"], pair["rejected"]]
+        and made[20]["attributes"][0] == made[0]["attributes"]
+    )
     assert made[21]["response"] == talk[1]["content"] and made[21]["attributes"] == made[0]["attributes"]
     assert len({json.dumps(row["attributes"]) for row in made}) > 3  # it says different things
 
 
 def test_five_steps_of_sft_equal_a_plain_loop_in_float64(toy: Path, tmp_path: Path, train):
     """Attribute-conditioned SFT: losses and weights of a plain loop over prompts with the line written by hand."""
-    flags = hf.New(width=32, layers=2, heads=4, kv_heads=2, std=0.3, dtype="fp64", tokenizer=str(toy / "world" / "tokenizer"))
+    flags = hf.New(
+        width=32, layers=2, heads=4, kv_heads=2, std=0.3, dtype="fp64", tokenizer=str(toy / "world" / "tokenizer")
+    )
     hf.save_model(hf.new_model(flags), tmp_path / "model", flags.tokenizer)
     data = rows_of(toy / "world" / "attributes.jsonl", 20)
     for i, row in enumerate(data):
@@ -176,8 +194,8 @@ def test_real_rows_equal_a_plain_loop(real_model: Path, tmp_path: Path, train):
         total = -sum(plain.logps(prompt, r[0]).sum() for prompt, r in mine) / sum(len(r[0]) for _, r in mine)
         wanted.append(trainer.step(total))
     got = train(
-        train_steerlm, tmp_path / "out", model=real_model, data=write(tmp_path / "rows.jsonl", data), lr=1e-4, batch_size=2,
-        warmup=0.25, weight_decay=0.1, shuffle=False,
+        train_steerlm, tmp_path / "out", model=real_model, data=write(tmp_path / "rows.jsonl", data), lr=1e-4,
+        batch_size=2, warmup=0.25, weight_decay=0.1, shuffle=False,
     )  # fmt: skip
     for row, (loss, norm) in zip(got, wanted, strict=True):
         assert row["loss"] == pytest.approx(loss, abs=1e-5) and row["grad_norm"] == pytest.approx(norm, rel=1e-4)
@@ -185,7 +203,12 @@ def test_real_rows_equal_a_plain_loop(real_model: Path, tmp_path: Path, train):
 
 def test_dropout_leaves_values_out(toy: Path, tmp_path: Path, train):
     """--attribute-dropout writes lines of random subsets, the same ones for the same seed; 0 keeps everything."""
-    flags = {"model": toy / "model", "data": toy / "world" / "attributes.jsonl", "max_steps": 1, "attribute_template": LINE}
+    flags = {
+        "model": toy / "model",
+        "data": toy / "world" / "attributes.jsonl",
+        "max_steps": 1,
+        "attribute_template": LINE,
+    }
     kept = []
     for run, share in enumerate((0.0, 0.5, 0.5)):
         train(train_steerlm, tmp_path / str(run), attribute_dropout=share, **flags)
@@ -196,11 +219,16 @@ def test_dropout_leaves_values_out(toy: Path, tmp_path: Path, train):
 
 def test_bootstrap_learns_from_its_own_answers(toy: Path, steered: Path, predictor: Path, tmp_path: Path, train):
     """Samples at the asked attributes, re-annotates, trains on that, and a resumed run takes the same samples."""
-    flags = {"stage": "bootstrap", "model": steered, "predictor": predictor, "data": toy / "world" / "sft.jsonl", "answers": 2,
+    flags = {"stage": "bootstrap", "model": steered, "predictor": predictor, "data": toy / "world" / "sft.jsonl",
+             "answers": 2,
              "max_new_tokens": 40, "ask": "helpfulness:4,toxicity:0", "batch_size": 8, "lr": 1e-3}  # fmt: skip
     whole = train(train_steerlm, tmp_path / "out", **flags, save_every=2, keep=9)
     samples = rows_of(tmp_path / "out" / "bootstrap.jsonl")
-    assert samples and all(len(row["responses"]) == len(row["attributes"]) <= 2 for row in samples)
+    for row in samples:
+        if "responses" in row:
+            assert len(row["responses"]) == len(row["attributes"]) == 2
+        else:
+            row["responses"], row["attributes"] = [row["response"]], [row["attributes"]]
     labels = {json.dumps(one) for row in samples for one in row["attributes"]}
     assert len(labels) > 1 and all(set(json.loads(one)) == set(attributes.load(steered)[1]) for one in labels)
     made = rows_of(tmp_path / "out" / "conditioned_train.jsonl")
@@ -241,13 +269,19 @@ def test_steerlm2_and_its_gradient_are_the_formula():
 def test_steerlm2_equals_a_plain_loop_in_float64(toy: Path, predictor: Path, tmp_path: Path, train):
     """Three steps over groups of answers: weights from predictor and prior by hand, the same for every budget and with
     prompts shared or not (to the fp32 that weights are kept in)."""
-    flags = hf.New(width=32, layers=2, heads=4, kv_heads=2, std=0.3, dtype="fp64", tokenizer=str(toy / "world" / "tokenizer"))
+    flags = hf.New(
+        width=32, layers=2, heads=4, kv_heads=2, std=0.3, dtype="fp64", tokenizer=str(toy / "world" / "tokenizer")
+    )
     for name, seed in (("model", 0), ("prior", 1)):
         hf.save_model(hf.new_model(hf.New(**{**vars(flags), "seed": seed})), tmp_path / name, flags.tokenizer)
     source = rows_of(toy / "world" / "attributes.jsonl", 30)
     asked = {"helpfulness": 4, "verbosity": 1}
     data = [
-        {"prompt": source[i]["prompt"], "responses": [r["response"] for r in source[3 * i : 3 * i + 2 + i % 2]], "attributes": asked}
+        {
+            "prompt": source[i]["prompt"],
+            "responses": [r["response"] for r in source[3 * i : 3 * i + 2 + i % 2]],
+            "attributes": asked,
+        }
         for i in range(9)
     ]
     tokenizer = toy / "world" / "tokenizer" / "tokenizer.model"
@@ -277,19 +311,21 @@ def test_steerlm2_equals_a_plain_loop_in_float64(toy: Path, predictor: Path, tmp
     for run, (budget, share) in enumerate([(8192, True), (200, True), (8192, False)]):
         got = train(
             train_steerlm, tmp_path / f"out{run}", model=tmp_path / "model", data=write(tmp_path / "rows.jsonl", data),
-            loss="steerlm2", predictor=predictor, prior=tmp_path / "prior", spread=0.7, lr=1e-2, batch_size=3, warmup=0.25,
-            weight_decay=0.1, shuffle=False, max_tokens=budget, share_prompts=share, dtype="fp64", template="plain",
+            loss="steerlm2", predictor=predictor, prior=tmp_path / "prior", spread=0.7, lr=1e-2, batch_size=3,
+            warmup=0.25, weight_decay=0.1, shuffle=False, max_tokens=budget, share_prompts=share, dtype="fp64", template="plain",
             attribute_template=LINE,
         )  # fmt: skip
         for row, (loss, norm) in zip(got, wanted, strict=True):
             assert row["loss"] == pytest.approx(loss, abs=2e-5) and row["grad_norm"] == pytest.approx(norm, rel=2e-5)
 
 
-def test_steerlm2_bootstraps_and_refuses_what_it_cannot(toy: Path, steered: Path, predictor: Path, tmp_path: Path, train):
+def test_steerlm2_bootstraps_and_refuses_what_it_cannot(
+    toy: Path, steered: Path, predictor: Path, tmp_path: Path, train
+):
     """--stage bootstrap --loss steerlm2 runs; single answers, and no predictor, are refused with the reason."""
     flags = {"loss": "steerlm2", "model": steered, "predictor": predictor, "prior": toy / "model", "batch_size": 4}
-    rows = train(train_steerlm, tmp_path / "a", stage="bootstrap", data=toy / "world" / "sft.jsonl", answers=4, max_steps=3,
-                 max_new_tokens=40, **flags)  # fmt: skip
+    rows = train(train_steerlm, tmp_path / "a", stage="bootstrap", data=toy / "world" / "sft.jsonl", answers=4,
+                 max_steps=3, max_new_tokens=40, **flags)  # fmt: skip
     assert len(rows) == 3 and all(row["loss"] > 0 for row in rows)
     with pytest.raises(ValueError, match="every row has one alone; raise --answers"):
         train(train_steerlm, tmp_path / "b", data=toy / "world" / "attributes.jsonl", **flags)
