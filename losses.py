@@ -243,7 +243,7 @@ def bradley_terry(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0
 
 
 def margin_bt(chosen: Tensor, rejected: Tensor, margin: Tensor) -> Tensor:
-    """-log σ(Δ - |m|), (B,): HelpSteer2-Preference, arXiv 2410.01257; m: how much better the chosen was judged."""
+    """-log σ(Δ - |m|), (B,): HelpSteer2-Preference, arXiv 2410.01257; m: how much better it was judged."""
     return bradley_terry(chosen, rejected, margin.abs())
 
 

@@ -223,8 +223,8 @@ def test_five_steps_equal_a_plain_loop_in_float64(loss: str, family: str, dtype:
     for run, budget in enumerate((8192, 130)):
         got = train(
             train_kto, tmp_path / f"out{run}", model=tmp_path / "model", data=tmp_path / "rows.jsonl", lr=1e-2,
-            beta=0.4, batch_size=4, warmup=0.25, weight_decay=0.1, seed=3, max_tokens=budget, dtype="fp64", template="plain",
-            desirable_weight=1.5, loss=loss,
+            beta=0.4, batch_size=4, warmup=0.25, weight_decay=0.1, seed=3, max_tokens=budget, dtype="fp64",
+            template="plain", desirable_weight=1.5, loss=loss,
         )[1:]  # fmt: skip
         for row, (value, norm, z) in zip(got, wanted, strict=True):
             assert row["loss"] == pytest.approx(value, abs=1e-10) and row["grad_norm"] == pytest.approx(norm, rel=1e-10)

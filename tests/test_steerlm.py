@@ -312,8 +312,8 @@ def test_steerlm2_equals_a_plain_loop_in_float64(toy: Path, predictor: Path, tmp
         got = train(
             train_steerlm, tmp_path / f"out{run}", model=tmp_path / "model", data=write(tmp_path / "rows.jsonl", data),
             loss="steerlm2", predictor=predictor, prior=tmp_path / "prior", spread=0.7, lr=1e-2, batch_size=3,
-            warmup=0.25, weight_decay=0.1, shuffle=False, max_tokens=budget, share_prompts=share, dtype="fp64", template="plain",
-            attribute_template=LINE,
+            warmup=0.25, weight_decay=0.1, shuffle=False, max_tokens=budget, share_prompts=share, dtype="fp64",
+            template="plain", attribute_template=LINE,
         )  # fmt: skip
         for row, (loss, norm) in zip(got, wanted, strict=True):
             assert row["loss"] == pytest.approx(loss, abs=2e-5) and row["grad_norm"] == pytest.approx(norm, rel=2e-5)
