@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -51,12 +52,14 @@ def predictor(toy: Path, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def steered(toy: Path, tmp_path_factory) -> Path:
-    """A model trained on attribute lines for a few steps."""
+    """A model trained on attribute lines for a few steps; signal handlers are put back."""
     out = tmp_path_factory.mktemp("steered")
-    words = {"model": toy / "model", "data": toy / "world" / "attributes.jsonl", "lr": 1e-2, "batch-size": 6}
-    train_steerlm.main(
-        ["--out", str(out), "--attribute-template", LINE, *(str(w) for k, v in words.items() for w in (f"--{k}", v))]
-    )
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    data = str(toy / "world" / "attributes.jsonl")
+    words = ["--model", str(toy / "model"), "--data", data, "--lr", "1e-2", "--batch-size", "6"]
+    train_steerlm.main(["--out", str(out), "--attribute-template", LINE, *words])
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     return out / "final"
 
 
