@@ -163,8 +163,9 @@ def main(argv: list[str] | None = None) -> None:
     train = kto_trees(train, steps, config.max_length, config.loss == "kto")
     if heldout:
         heldout = kto_trees(heldout, [np.arange(len(heldout.response_len))], config.max_length, config.loss == "kto")
+    for data in filter(None, (train, heldout)):
+        pack(data.tree_lengths(config.share_prompts), config.max_tokens)  # a row that does not fit is refused here
     lengths = branch_lengths(train, 0)
-    pack(train.tree_lengths(config.share_prompts), config.max_tokens)  # raises now, not in mid-run
 
     # ---- model and reference -----------------------------------------------------------------------------------------
     model = load_model(config.model, dtype, device)

@@ -161,8 +161,9 @@ def main(argv: list[str] | None = None) -> None:
         data.columns["margin"] = margins(data)
         if config.loss != "bradley_terry" and np.isnan(data.columns["margin"]).any():
             raise ValueError(f"--loss {config.loss} needs margin, or chosen_reward and rejected_reward, in every row")
+    for data in filter(None, (train, heldout)):
+        pack(data.tree_lengths(config.share_prompts), config.max_tokens)  # a row that does not fit is refused here
     lengths = train.tree_lengths(config.share_prompts)
-    pack(lengths, config.max_tokens)  # raises now, not in mid-run, if a row does not fit
 
     # ---- model -------------------------------------------------------------------------------------------------------
     model = load_model(config.model, dtype, device, names)

@@ -210,8 +210,9 @@ def main(argv: list[str] | None = None) -> None:
         names = tuple(name for name in ATTRIBUTES if not np.isnan(train.columns[name]).all())
         if not names:
             raise ValueError(f"no row of --data has an attribute: {', '.join(ATTRIBUTES)}")
+    for data in filter(None, (train, heldout)):
+        pack(data.tree_lengths(config.share_prompts), config.max_tokens)  # a row that does not fit is refused here
     lengths = train.tree_lengths(config.share_prompts)
-    pack(lengths, config.max_tokens)  # raises now, not in mid-run, if a row does not fit
 
     # ---- model and reference -----------------------------------------------------------------------------------------
     model = load_model(config.model, dtype, device, names if config.stage == "attributes" else None)
