@@ -1,100 +1,192 @@
 """The whole pipeline in minutes on a laptop, through the very commands a user types; then a table of the truth.
 
-    python demo.py                     three seeds, under 5 minutes on 2 cores      (make demo)
+    python demo.py                     three seeds, about 5 minutes on 2 cores      (make demo)
     python demo.py --quick             one seed, a fraction of the data             (make demo DEMO=quick)
 
-For every seed: a toy world with its tokenizer, a base model from random weights on clean answers, SFT on the answers of
-careless writers, DPO on pairs; then answers to held-out prompts at temperature 0.7, scored against the truth.
+For every seed: a toy world with its tokenizer, a base model from random weights on right answers, SFT on the answers of
+careless writers; from there DPO on pairs, KTO on marked answers and a reward model on the pairs; and SteerLM from the
+base model on answers with attributes. Then answers to held-out prompts at temperature 0.7, scored against the truth.
 """
 
 import argparse
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parent
-STAGES = ["sft", "dpo"]  # rows of the table, in the order of training
 COLUMNS = ["good", "gold", "correct", "complete", "coherent", "polite", "rude", "words"]
+TABLE = ["sft", "dpo", "kto", "steerlm best", "steerlm worst"]  # rows of the table; each has an answers file
+AFTER = {"base": "world", "sft": "base", "dpo": "sft", "kto": "sft", "rm": "sft", "steerlm": "base"}  # stage: needs
 SCRATCH = "--lr 2e-3 --batch-size 8 --warmup 0.05 --weight-decay 0.05"
-QUICK = "--base 8000 --sft 3000 --preferences 1500"
+QUICK = "--base 8000 --sft 3000 --preferences 1500 --labels 3000 --attributes 3000"
+BEST = "helpfulness:4,correctness:4,coherence:4,complexity:2,verbosity:2,toxicity:0"
+ORDERS = {  # what SteerLM is asked for
+    "best": BEST,
+    "worst": "helpfulness:0,correctness:0,coherence:0,complexity:0,verbosity:0,toxicity:4",
+    "short": BEST.replace("complexity:2,verbosity:2", "complexity:0,verbosity:0"),
+    "long": BEST.replace("complexity:2,verbosity:2", "complexity:0,verbosity:4"),
+}
 
 
-def commands(home: Path, seed: int, quick: bool) -> list[tuple[str, str]]:
-    """(stage, command line) of one seed, in order; everything lands under `home`."""
-    world = f"{home}/world"
-    size = "--width 96 --layers 2 --heads 4 --kv-heads 2 --ffn 256 --std 0.1"
-    lines = [
-        ("world", f"-m data.toyworld make --out {world} --seed {seed} {QUICK if quick else ''}"),
-        ("new", f"hf.py new --out {home}/new --family llama {size} --tokenizer {world}/tokenizer --seed {seed}"),
-        ("base", f"train_sft.py --model {home}/new --data {world}/base.jsonl --template plain {SCRATCH}"),
-        ("sft", f"train_sft.py --model {home}/base/final --data {world}/sft.jsonl {SCRATCH}"),
-        ("dpo", f"train_dpo.py --model {home}/sft/final --data {world}/preferences.jsonl --eval-data "
-                f"{world}/preferences_test.jsonl --eval-every 50 --lr 3e-4 --batch-size 16 --beta 0.1 --sft-weight 0.3 "
-                "--warmup 0.05"),
-    ]  # fmt: skip
-    lines = [(name, f"{line} --out {home}/{name} --seed {seed}" if "train_" in line else line) for name, line in lines]
-    for name in STAGES:
-        lines.append((
-            f"answers of {name}",
-            f"generate.py --model {home}/{name}/final --data {world}/prompts_test.jsonl --out {home}/{name}.jsonl "
-            f"--temperature 0.7 --max-new-tokens 64 --seed {seed}",
-        ))  # fmt: skip
-    return lines
+def commands(home: Path, seed: int, quick: bool) -> dict[str, list[str]]:
+    """The command lines of every stage of one seed, in order; everything lands under `home`."""
+    world, end = f"{home}/world", f"--seed {seed}"
+
+    def answers(model: str, name: str, more: str = "") -> str:
+        return (
+            f"generate.py --model {home}/{model}/final --data {world}/prompts_test.jsonl --out {home}/{name}.jsonl "
+            f"--temperature 0.7 --max-new-tokens 64 {end}{more}"
+        )
+
+    pairs = f"--data {world}/preferences.jsonl --eval-data {world}/preferences_test.jsonl"
+    return {
+        "world": [
+            f"-m data.toyworld make --out {world} {end} {QUICK if quick else ''}",
+            f"hf.py new --out {home}/new --family llama --width 96 --layers 2 --heads 4 --kv-heads 2 --ffn 256 "
+            f"--std 0.1 --tokenizer {world}/tokenizer {end}",
+        ],
+        "base": [
+            f"train_sft.py --model {home}/new --data {world}/base.jsonl --out {home}/base --template plain "
+            f"{SCRATCH} {end}"
+        ],
+        "sft": [
+            f"train_sft.py --model {home}/base/final --data {world}/sft.jsonl --out {home}/sft {SCRATCH} {end}",
+            answers("sft", "sft"),
+        ],
+        "dpo": [
+            f"train_dpo.py --model {home}/sft/final {pairs} --eval-every 50 --out {home}/dpo --lr 3e-4 --batch-size 16 "
+            f"--beta 0.1 --sft-weight 0.3 --warmup 0.05 {end}",
+            answers("dpo", "dpo"),
+        ],
+        "kto": [
+            f"train_kto.py --model {home}/sft/final --data {world}/labels.jsonl --out {home}/kto --lr 3e-4 "
+            f"--batch-size 32 --beta 0.1 --desirable-weight 2.2 --warmup 0.05 {end}",
+            answers("kto", "kto"),
+        ],
+        "rm": [
+            f"train_rm.py --model {home}/sft/final {pairs} --eval-every 250 --out {home}/rm --lr 1e-3 --batch-size 16 "
+            f"--epochs 3 --warmup 0.05 --weight-decay 0.01 {end}",
+            f"score.py --model {home}/rm/final --data {home}/sft.jsonl --out {home}/rm.jsonl",
+        ],
+        "steerlm": [
+            f"train_steerlm.py --stage sft --model {home}/base/final --data {world}/attributes.jsonl --out "
+            f"{home}/steerlm --attribute-template {{prompt}}<|attr|>{{attributes}} {SCRATCH} {end}",
+            *(answers("steerlm", f"steerlm {n}", f" --attributes {a}").replace(f"steerlm {n}", f"steerlm_{n}")
+              for n, a in ORDERS.items()),
+        ],
+    }  # fmt: skip
 
 
-def run_seed(home: Path, seed: int, quick: bool, show: bool, stopped: threading.Event) -> dict[str, dict]:
-    """Runs all commands of one seed, output to home/log.txt. Returns {stage: scores} with the seconds it took."""
-    home.mkdir(parents=True)
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}  # one core a seed: seeds run side by side
-    seconds = {}
-    with open(home / "log.txt", "w") as log:
-        for name, line in commands(home, seed, quick):
-            if show:
-                print(f"$ python {line}", flush=True)
-            start = time.monotonic()
-            done = subprocess.run([sys.executable, *line.split()], cwd=ROOT, env=env, stdout=log, stderr=log)
-            seconds[name] = time.monotonic() - start
-            if done.returncode or stopped.is_set():
-                stopped.set()
-                tail = "\n".join((home / "log.txt").read_text().splitlines()[-15:])
-                raise SystemExit(f"seed {seed}: '{name}' failed; the end of {home}/log.txt:\n{tail}")
-    files = [str(home / f"{name}.jsonl") for name in STAGES]
-    table = subprocess.run(
-        [sys.executable, "-m", "data.toyworld", "score", "--json", *files],
-        cwd=ROOT, env=env, check=True, capture_output=True, text=True,
-    )  # fmt: skip
-    return {name: {**row, "seconds": seconds[name]} for name, row in zip(STAGES, json.loads(table.stdout))}
+class Runner:
+    """Runs the stages of all seeds on as many processes as there are cores, each as soon as what it needs is there."""
+
+    def __init__(self, out: Path, seeds: list[int], quick: bool):
+        self.lines = {seed: commands(out / f"seed_{seed}", seed, quick) for seed in seeds}
+        self.out, self.show = out, seeds[0]
+        self.left = [(seed, stage) for stage in ("world", *AFTER) for seed in seeds]
+        self.seconds: dict[tuple[int, str], float] = {}  # of finished stages
+        self.failed = ""
+        self.changed = threading.Condition()
+
+    def run(self) -> None:
+        """Returns when everything is done. SystemExit with the end of the log of a stage that failed."""
+        workers = [threading.Thread(target=self._work) for _ in range(os.cpu_count() or 1)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        if self.failed:
+            raise SystemExit(self.failed)
+
+    def _next(self) -> tuple[int, str] | None:
+        with self.changed:
+            while self.left and not self.failed:
+                for job in self.left:
+                    if job[1] == "world" or (job[0], AFTER[job[1]]) in self.seconds:
+                        self.left.remove(job)
+                        return job
+                self.changed.wait()
+        return None
+
+    def _work(self) -> None:
+        while job := self._next():
+            seed, stage = job
+            start, log = time.monotonic(), self.out / f"seed_{seed}" / f"{stage}.log"
+            log.parent.mkdir(parents=True, exist_ok=True)
+            error = ""
+            for line in self.lines[seed][stage]:
+                if seed == self.show:
+                    print(f"$ python {shlex.join(line.split())}", flush=True)
+                try:
+                    failed = python(line, log).returncode
+                except OSError as reason:  # a full disk, no process to be had: the others must hear of it too
+                    failed = str(reason)
+                if failed:
+                    tail = "\n".join(log.read_text().splitlines()[-15:])
+                    error = f"python {line}\nfailed ({failed}); the end of {log}:\n{tail}"
+                    break
+            with self.changed:
+                self.failed = self.failed or error
+                self.seconds[job] = time.monotonic() - start
+                self.changed.notify_all()
 
 
-def report(results: list[dict[str, dict]], seeds: list[int]) -> str:
-    """The table: mean over seeds, and of `good` every seed's value and its gain over SFT."""
-    lines = [f"{'':<6}" + "".join(f"{c:>10}" for c in COLUMNS) + f"{'seconds':>10}    good by seed"]
-    for name in STAGES:
-        rows = [result[name] for result in results]
-        means = [statistics.mean(row[c] for row in rows) for c in COLUMNS]
-        cells = "".join(f"{mean:>10.1f}" if c == "words" else f"{mean:>10.3f}" for c, mean in zip(COLUMNS, means))
-        by_seed = "  ".join(f"{row['good']:.3f}" for row in rows)
-        lines.append(f"{name:<6}{cells}{statistics.mean(row['seconds'] for row in rows):>10.0f}    {by_seed}")
-    for name in STAGES[1:]:
-        gains = [result[name]["good"] - result["sft"]["good"] for result in results]
-        each = ", ".join(f"{gain:+.3f} (seed {seed})" for gain, seed in zip(gains, seeds))
-        lines.append(f"{name} over sft, share of good answers: {statistics.mean(gains):+.3f} on average; {each}")
+def python(line: str, log: Path | None = None) -> subprocess.CompletedProcess:
+    """Runs `python line` on one core, its output in the log or returned."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, *line.split()]
+    if log is None:
+        return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    with open(log, "a") as file:
+        return subprocess.run(command, cwd=ROOT, env=env, stdout=file, stderr=file)
+
+
+def scores(home: Path, names: list[str]) -> dict[str, dict]:
+    """Ground truth of answer files: {name: averages}."""
+    files = [f"{home}/{name.replace(' ', '_')}.jsonl" for name in names]
+    done = python("-m data.toyworld score --json " + " ".join(files))
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return dict(zip(names, json.loads(done.stdout)))
+
+
+def report(results: dict[int, dict[str, dict]], seconds: dict[tuple[int, str], float]) -> str:
+    """The table: means over the seeds, and every seed's share of good answers."""
+    mean = statistics.mean
+    lines = [f"{'':<14}" + "".join(f"{c:>9}" for c in COLUMNS) + f"{'seconds':>9}    good by seed"]
+    for name in TABLE:
+        rows = [result[name] for result in results.values()]
+        cells = "".join(f"{mean(row[c] for row in rows):>9.{1 if c == 'words' else 3}f}" for c in COLUMNS)
+        time_each = mean(seconds[seed, name.split()[0]] for seed in results)
+        lines.append(f"{name:<14}{cells}{time_each:>9.0f}    " + "  ".join(f"{row['good']:.3f}" for row in rows))
+    for name in TABLE[1:-1]:
+        gains = [result[name]["good"] - result["sft"]["good"] for result in results.values()]
+        each = ", ".join(f"{gain:+.3f} (seed {seed})" for gain, seed in zip(gains, results))
+        lines.append(f"{name} over sft, share of good answers: {mean(gains):+.3f} on average; {each}")
+    lengths = [(result["steerlm short"]["words"], result["steerlm long"]["words"]) for result in results.values()]
+    lines.append("steerlm, words at verbosity 0 and 4: " + ", ".join(f"{a:.1f} and {b:.1f}" for a, b in lengths))
+    judged = [(result["rm"]["accuracy"], result["rm"]["correlation"]) for result in results.values()]
+    lines.append("reward model, accuracy on held-out pairs and correlation with the truth on sft's answers: "
+                 + ", ".join(f"{a:.3f} and {b:.3f}" for a, b in judged))  # fmt: skip
     return "\n".join(lines)
 
 
 def side_by_side(home: Path, n: int) -> str:
     """The answers of every stage to the first n held-out prompts."""
-    answers = {name: [json.loads(line) for line in open(home / f"{name}.jsonl")][:n] for name in STAGES}  # noqa: SIM115
     lines = []
+    answers = {
+        name: [json.loads(line) for line in (home / f"{name.replace(' ', '_')}.jsonl").read_text().splitlines()[:n]]
+        for name in TABLE
+    }
     for i in range(n):
-        lines.append(f"\n{answers[STAGES[0]][i]['prompt']}")
-        lines += [f"  {name}: {answers[name][i]['response']}" for name in STAGES]
+        lines.append(f"\n{answers['sft'][i]['prompt']}")
+        lines += [f"  {name + ':':<15}{answers[name][i]['response']}" for name in TABLE]
     return "\n".join(lines)
 
 
@@ -102,28 +194,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one seed, less data")
     parser.add_argument("--seeds", type=int, nargs="+", help="default: 0 1 2, or 0 with --quick")
-    parser.add_argument("--out", default="runs/demo", help="folder for everything; must not exist yet or hold a demo")
+    parser.add_argument("--out", default="runs/demo", help="folder for everything; a number is added if it exists")
     flags = parser.parse_args()
     seeds = flags.seeds or ([0] if flags.quick else [0, 1, 2])
-    # A demo that ran before stays beside the new one.
-    out = Path(flags.out)
-    while out.exists():
-        stem, _, number = out.name.rpartition("-")
-        out = out.with_name(f"{stem}-{int(number) + 1}" if stem and number.isdigit() else f"{out.name}-2")
-    print(f"everything goes to {out}/; seed {seeds[0]} runs these commands, the other seeds the same:", flush=True)
-    start, stopped = time.monotonic(), threading.Event()
-    with ThreadPoolExecutor(max(1, min(len(seeds), os.cpu_count() or 1))) as pool:
-        jobs = [pool.submit(run_seed, out / f"seed_{s}", s, flags.quick, s == seeds[0], stopped) for s in seeds]
-        results = [job.result() for job in jobs]
+    out, number = Path(flags.out), 1
+    while out.exists():  # a demo that ran before stays beside the new one
+        number += 1
+        out = Path(f"{flags.out}-{number}")
+    print(f"everything goes to {out}/; these are the commands of seed {seeds[0]}:", flush=True)
+    start, runner = time.monotonic(), Runner(out, seeds, flags.quick)
+    runner.run()
+    results = {}
+    for seed in seeds:
+        home = out / f"seed_{seed}"
+        results[seed] = scores(home, [*TABLE, "steerlm short", "steerlm long", "rm"])
+        rows = [json.loads(line) for line in (home / "rm" / "metrics.jsonl").read_text().splitlines()]
+        results[seed]["rm"]["accuracy"] = rows[-1]["eval/rewards/accuracies"]
     print(f"\nheld-out prompts, temperature 0.7, {len(seeds)} seed(s), {time.monotonic() - start:.0f} s in all")
-    print(report(results, seeds))
-    print(side_by_side(out / f"seed_{seeds[0]}", 4))
-    runs = [str(out / f"seed_{seed}" / "dpo") for seed in seeds]
-    plotted = subprocess.run(
-        [sys.executable, "plot.py", *runs, "--out", str(out / "dpo.png")], cwd=ROOT, capture_output=True, text=True
-    )
-    print(f"\ncurves: {out}/dpo.png" if not plotted.returncode else f"\nno picture: {plotted.stderr.strip()}")
-    (out / "scores.json").write_text(json.dumps(dict(zip(map(str, seeds), results)), indent=1))
+    print(report(results, runner.seconds))
+    print(side_by_side(out / f"seed_{seeds[0]}", 3))
+    home = out / f"seed_{seeds[0]}"
+    plotted = python(f"plot.py {home}/sft {home}/dpo {home}/kto {home}/rm {home}/steerlm --out {out}/curves.png")
+    print(f"\ncurves: {out}/curves.png" if not plotted.returncode else f"\nno picture: {plotted.stderr.strip()}")
+    (out / "scores.json").write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":
