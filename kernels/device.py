@@ -1,0 +1,52 @@
+"""Which path an operation takes: its fused Triton kernel or its plain-torch twin in the same file.
+
+    PLUMB_KERNELS=off python train_dpo.py ...      the plain twins on a GPU too: is it a kernel's fault?
+    TRITON_INTERPRET=1 PLUMB_KERNELS=on pytest     the kernels on CPU tensors, in Triton's interpreter: slow and exact
+
+Otherwise tensors on a CUDA device take the kernels, all others the twins. Where no kernel can run, Triton is not even
+imported (there is no wheel for macOS, and the import costs a fifth of a second): kernel files take `triton` and `tl`
+from here, which are stand-ins then.
+"""
+
+import os
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+SWITCH = os.environ.get("PLUMB_KERNELS", "auto")  # auto, on or off
+if SWITCH not in ("auto", "on", "off"):
+    raise ValueError(f"PLUMB_KERNELS={SWITCH} is none of auto, on, off")
+
+triton = SimpleNamespace(jit=lambda kernel: kernel)
+tl = SimpleNamespace(constexpr=None)
+LOADED = False
+if SWITCH == "on" or (SWITCH == "auto" and torch.cuda.is_available()):
+    try:
+        import triton  # noqa: F401
+        import triton.language as tl  # noqa: F401
+
+        LOADED = True
+    except ImportError:
+        if SWITCH == "on":
+            raise
+
+
+def fused(x: Tensor) -> bool:
+    """Whether kernels compute on this tensor. float64 is for tests: its exactness is the twins' business."""
+    if not LOADED or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return False
+    return x.is_cuda or (SWITCH == "on" and x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
+
+
+def architecture(device: torch.device) -> int:
+    """Compute capability as one number (80, 86, 90, 100, ...); the interpreter passes for a 90."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors, over which programs are balanced."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
