@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import tiles
-from kernels.device import architecture, fused, processors, tl, triton
+from kernels.device import architecture, fused, operator, processors, tl, triton, untraced
 
 LOG2E = 1.4426950408889634
 
@@ -57,7 +57,7 @@ class TreeLayout:
                 )
         return self._masks[name]
 
-    @torch.compiler.disable
+    @untraced
     def plan(self, q: Tensor, kv_heads: int, window: int) -> list[Tensor]:
         """What the kernels walk: kv_end, positions, then items and tiles of forward, dQ and dK/dV, and the slots.
 
@@ -78,7 +78,7 @@ class TreeLayout:
             ]
         return self._plans[name]
 
-    @torch.compiler.disable
+    @untraced
     def segments(self) -> tuple[Tensor, int] | None:
         """(starts and end of every segment, the longest) where all trees are plain sequences, else None."""
         if any(len(responses) > 1 for _, responses in self.spans):
@@ -273,10 +273,7 @@ def _common(q: Tensor, k: Tensor, v: Tensor, window: int) -> tuple[tuple, dict, 
     return strides, constants, tiles.tile_sizes(architecture(q.device), size, q.dtype)
 
 
-@torch.library.custom_op(
-    "plumb::tree_attention", mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor[] plan, int window) -> (Tensor, Tensor)",
-)  # fmt: skip
+@operator("tree_attention", "(Tensor q, Tensor k, Tensor v, Tensor[] plan, int window) -> (Tensor, Tensor)")
 def _attention(q, k, v, plan, window):
     kv_end, positions, items, lists = plan[:4]
     tokens, heads, size = q.shape
@@ -296,11 +293,11 @@ def _(q, k, v, plan, window):
     return q.new_empty(tokens, heads, size), q.new_empty((heads, tokens), dtype=torch.float32)
 
 
-@torch.library.custom_op(
-    "plumb::tree_attention_backward", mutates_args=(),
-    schema="(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor[] plan, int window)"
-    " -> (Tensor, Tensor, Tensor)",
-)  # fmt: skip
+@operator(
+    "tree_attention_backward",
+    "(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor[] plan, int window) "
+    "-> (Tensor, Tensor, Tensor)",
+)
 def _attention_backward(d_out, q, k, v, out, lse, plan, window):
     kv_end, positions, _, _, items, lists, key_items, key_lists, slots = plan
     tokens, heads, size = q.shape
@@ -354,7 +351,7 @@ def tree_attention(q: Tensor, k: Tensor, v: Tensor, layout: TreeLayout, window: 
 
     q (T, H, E), k and v (T, G, E) with H a multiple of G; window 0 sees everything. Returns (T, H, E).
     """
-    if not fused(q) or q.shape[2] > 256:
+    if not fused(q) or q.shape[2] > (128 if q.dtype == torch.float32 else 256):  # float32 tiles would not fit
         return _attention_plain(q, k, v, layout, window)
     if _varlen_serves(q, k, window) and (segments := layout.segments()):
         return _varlen(q, k, v, *segments)

@@ -4,11 +4,13 @@
     TRITON_INTERPRET=1 PLUMB_KERNELS=on pytest     the kernels on CPU tensors, in Triton's interpreter: slow and exact
 
 Otherwise tensors on a CUDA device take the kernels, all others the twins. Where no kernel can run, Triton is not even
-imported (there is no wheel for macOS, and the import costs a fifth of a second): kernel files take `triton` and `tl`
+imported (there is no wheel for macOS, and the imports cost a second): kernel files take `triton`, `tl` and decorators
 from here, which are stand-ins then.
 """
 
 import os
+import re
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
@@ -30,6 +32,30 @@ if SWITCH == "on" or (SWITCH == "auto" and torch.cuda.is_available()):
     except ImportError:
         if SWITCH == "on":
             raise
+
+
+class _Nothing:
+    """Stands in for an operator that can never be called."""
+
+    def register_fake(self, fake: Callable) -> Callable:
+        return fake
+
+    def register_autograd(self, backward: Callable, setup_context: Callable) -> None:
+        pass
+
+
+def operator(name: str, schema: str) -> Callable:
+    """Decorator: makes a function torch.ops.plumb.<name>, which torch.compile takes as it is, and which does not alias
+    or change its inputs unless the schema says so."""
+    if not LOADED:
+        return lambda function: _Nothing()
+    changed = re.findall(r"Tensor\(\w!\)\??(?:\[\])? (\w+)", schema)
+    return torch.library.custom_op(f"plumb::{name}", mutates_args=changed, schema=schema)
+
+
+def untraced(function: Callable) -> Callable:
+    """Decorator: torch.compile calls the function and does not look inside."""
+    return torch.compiler.disable(function) if LOADED else function
 
 
 def fused(x: Tensor) -> bool:

@@ -13,10 +13,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import dataset_of
 
-from kernels import attention, tiles
+from kernels import attention, logprob, tiles
+from kernels.rmsnorm import add_rms_norm, rms_norm
+from kernels.rope import rope
+from kernels.swiglu import swiglu
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 law = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that the last test starts")
@@ -102,7 +104,7 @@ def layout_of(spans) -> attention.TreeLayout:
 @pytest.mark.parametrize("window", [0, 1, 13, 32])
 @pytest.mark.parametrize("spans", [ODD, WIDE, LONG])
 def test_the_mask_and_the_tile_lists(spans, window: int, monkeypatch):
-    """j <= i < kv_end[j] is the definition told branch by branch; lists hold all visible pairs; full tiles no others."""
+    """j <= i < kv_end[j] is what is told branch by branch; lists hold all visible pairs, full tiles no others."""
     seen = brute_mask(spans, window)
     kv_end, positions = (torch.from_numpy(x) for x in tiles.host_layout(spans))
     i, j = torch.arange(len(seen))[:, None], torch.arange(len(seen))
@@ -193,3 +195,221 @@ def test_strided_inputs_are_read_where_they_lie():
     q, k, v = whole.split((2, 1, 1), 1)
     out = attention.tree_attention(q, k, v, layout)
     assert torch.equal(out, attention.tree_attention(q.contiguous(), k.contiguous(), v.contiguous(), layout))
+
+
+# ---- linear + log-prob -----------------------------------------------------------------------------------------------
+
+
+@law
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize(("temperature", "entropy"), [(1.0, False), (0.7, True)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logprobs_are_those_of_the_softmax(dtype, temperature, entropy, kept, monkeypatch):
+    """Log-probs, entropies and both gradients equal log_softmax in float64; chunks of odd width, slopes of both signs;
+    two shards of the vocabulary, merged, give the same."""
+    monkeypatch.setattr(logprob, "GPU_CHUNK", 192)
+    monkeypatch.setattr(logprob, "BLOCK", 128)
+    monkeypatch.setattr(logprob, "GPU_KEEP_BYTES", 1 << 30 if kept else 0)
+    torch.manual_seed(0)
+    rows, width, vocab, split = 33, 48, 517, 259
+    hidden, weight = torch.randn(rows, width).to(dtype), (torch.randn(vocab, width) / 8).to(dtype)
+    target = torch.randint(0, vocab, (rows,))
+    target[:4] = torch.tensor([0, split - 1, split, vocab - 1])
+    slopes = (torch.randn(rows), torch.randn(rows))
+    slopes[0][::3] = 0
+
+    def run(function, hidden, weight):
+        leaves = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
+        out = function(*leaves)
+        out = out if entropy else (out,)
+        return [*out, *gradients(out, leaves, [s.to(o.dtype) for o, s in zip(out, slopes)])]
+
+    def dense(h, w):
+        logp = (h @ w.t() / temperature).log_softmax(-1)
+        own = logp.gather(1, target[:, None])[:, 0]
+        return (own, -(logp.exp() * logp).sum(1)) if entropy else own
+
+    wanted = run(dense, hidden.double(), weight.double())
+    ours = run(lambda h, w: logprob.linear_logprob(h, w, target, temperature, entropy), hidden, weight)
+    assert all(o.dtype == torch.float32 for o in ours[: len(ours) - 2])
+    errors = [far(a, b) for a, b in zip(ours, wanted)]
+    assert max(errors) < TOLERANCE[dtype], errors
+
+    cut, partials = (slice(0, split), slice(split, vocab)), []
+    for own in cut:  # what two ranks would send each other
+        logprob.linear_logprob(
+            hidden, weight[own], target, temperature, entropy, own.start, lambda p: partials.append(p) or p
+        )
+    whole = logprob.merge_partials(torch.stack(partials))
+    d_hidden, d_weight = 0, []
+    for own in cut:
+        sharded = run(
+            lambda h, w, own=own: logprob.linear_logprob(
+                h, w, target, temperature, entropy, own.start, lambda p: whole
+            ),
+            hidden, weight[own],
+        )  # fmt: skip
+        assert max(far(a, b) for a, b in zip(sharded[:-2], wanted)) < TOLERANCE[dtype]
+        d_hidden = d_hidden + sharded[-2]
+        d_weight.append(sharded[-1])
+    assert far(d_hidden, wanted[-2]) < TOLERANCE[dtype] and far(torch.cat(d_weight), wanted[-1]) < TOLERANCE[dtype]
+
+
+# ---- the small ones --------------------------------------------------------------------------------------------------
+
+
+def compare(ours, twin, inputs, dtype) -> None:
+    """Outputs and gradients of a kernel in `dtype` against its formula in float64."""
+    leaves = [x.to(dtype).requires_grad_() for x in inputs]
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    a, b = ours(*leaves), twin(*exact)
+    a, b = (x if isinstance(x, tuple) else (x,) for x in (a, b))
+    slopes = [torch.randn(x.shape).to(dtype) for x in a]
+    results = [*a, *gradients(a, leaves, slopes)]
+    wanted = [*b, *gradients(b, exact, [s.double() for s in slopes])]
+    assert all(x.dtype == dtype for x in results)
+    assert max(far(x, y) for x, y in zip(results, wanted)) < TOLERANCE[dtype]
+
+
+@law
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(37, 96), (3, 5, 16), (1, 2500)])
+def test_rms_norms(shape, dtype):
+    """x / √(mean(x²) + eps) · weight, alone and of a sum, with gradients arriving at both outputs."""
+    torch.manual_seed(0)
+    x, more, weight = torch.randn(shape), torch.randn(shape), 1 + 0.3 * torch.randn(shape[-1])
+
+    def norm(x, w):
+        return x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * w
+
+    compare(lambda x, w: rms_norm(x, w, 1e-5), norm, (x, weight), dtype)
+    both = lambda x, m, w: (x + m, norm(x + m, w))  # noqa: E731
+    compare(lambda x, m, w: add_rms_norm(x, m, w, 1e-5), both, (x, more, weight), dtype)
+
+
+@law
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "size", "turned"), [(3, 32, 32), (40, 16, 16), (2, 40, 10)])
+def test_rope_turns_pairs(heads, size, turned, dtype):
+    """Pair (i, i + R/2) is turned by its angle; the rest of a head (GPT-NeoX) stays."""
+    torch.manual_seed(0)
+    angle = torch.rand(29, turned // 2) * 9
+    cos, sin = angle.cos(), angle.sin()
+
+    def turn(x):
+        z = torch.complex(x[..., : turned // 2], x[..., turned // 2 : turned])
+        z = z * torch.complex(cos.double(), sin.double())[:, None]
+        return torch.cat((z.real, z.imag, x[..., turned:]), -1)
+
+    compare(lambda x: rope(x, cos, sin), turn, (torch.randn(29, heads, size),), dtype)
+    strided = torch.randn(29, heads + 1, size)[:, 1:]
+    assert far(rope(strided, cos, sin), turn(strided.double())) < EXACT
+
+
+@law
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_swiglu(dtype):
+    """silu(gate) · up; one block and a bit."""
+    torch.manual_seed(0)
+    inputs = [3 * torch.randn(7, 311), torch.randn(7, 311)]
+    compare(swiglu, lambda gate, up: gate * torch.sigmoid(gate) * up, inputs, dtype)
+
+
+# ---- together --------------------------------------------------------------------------------------------------------
+
+
+def tiny_model(family: str):
+    import model
+
+    sizes = {"vocab": 150, "width": 48, "layers": 2, "heads": 4, "kv_heads": 2, "head_size": 16, "ffn": 80}
+    more = {
+        "llama": {"windows": (0, 9)},
+        "qwen3": {"qk_norm": True, "qkv_bias": True, "tied": True},
+        "gpt_neox": {"norm": "layer", "mlp": "gelu", "rope_size": 4, "parallel_residual": True, "kv_heads": 4},
+    }[family]
+    gpt = model.GPT(model.GPTConfig(family=family, **{**sizes, **more}))
+    gpt.init_weights(0, std=0.2)
+    return gpt
+
+
+def trees_of_a_batch(responses: int):
+    from data.trees import make_batch
+
+    rng = np.random.default_rng(0)
+    sizes = [(11, [5, 9, 3, 1]), (1, [4, 2, 2, 6]), (30, [7, 1, 12, 3])]
+    rows = [([*rng.integers(0, 150, p)], [[*rng.integers(0, 150, n)] for n in ns[:responses]]) for p, ns in sizes]
+    return make_batch(dataset_of(rows), [0, 1, 2])
+
+
+def loss_of(gpt, batch) -> torch.Tensor:
+    """SFT where every tree has one response, DPO on pairs, a weighted sum of log-probs for wider trees."""
+    import losses
+
+    sums = batch.sum_by_response(gpt.logps(gpt(batch), batch))
+    per_tree = len(sums) // len(batch.spans)
+    if per_tree == 1:
+        return -sums.sum() / batch.lengths.sum()
+    if per_tree == 2:
+        chosen, rejected = sums.view(-1, 2).unbind(1)
+        return losses.sigmoid(chosen - 0.3, rejected + 0.2, 0.1).mean()
+    return (sums * torch.linspace(-1, 2, len(sums))).sum() / len(sums)
+
+
+@law
+@pytest.mark.parametrize(("family", "responses"), [("llama", 1), ("llama", 2), ("gpt_neox", 2), ("qwen3", 4)])
+def test_a_model_computes_the_same_with_kernels(family: str, responses: int, monkeypatch):
+    """Loss and every gradient of a model are those of the plain twins in float64."""
+    gpt, batch = tiny_model(family), trees_of_a_batch(responses)
+    loss = loss_of(gpt, batch)
+    ours = [loss, *torch.autograd.grad(loss, list(gpt.parameters()))]
+    gpt = gpt.double()  # float64 is the twins'
+    loss = loss_of(gpt, batch)
+    wanted = [loss, *torch.autograd.grad(loss, list(gpt.parameters()))]
+    assert max(float(w.abs().max()) for w in wanted[1:]) > 0.01
+    for a, b in zip(ours, wanted):
+        assert (a - b).abs().max() < 5e-6 * max(1, b.abs().max())
+
+
+@law
+def test_kernels_are_operators_that_torch_compile_takes():
+    """Schemas, fake implementations and autograd formulas hold (opcheck), and a compiled block gives the same bits."""
+    from torch.library import opcheck
+
+    ops = torch.ops.plumb
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    layout = layout_of([(9, [5, 3]), (0, [4])])
+    q, k, v = (torch.randn(21, h, 32, requires_grad=True) for h in (2, 1, 1))
+    x, w = torch.randn(6, 32, requires_grad=True), torch.randn(32, requires_grad=True)
+    angle = torch.rand(21, 16)
+    z, target = torch.randn(6, 40), torch.randint(0, 40, (6,))
+    for op, inputs in (
+        (ops.tree_attention, (q, k, v, layout.plan(q, 1, 0), 0)),
+        (ops.add_rms_norm, (x, x.detach().clone().requires_grad_(), w, 1e-5)),
+        (ops.add_rms_norm, (x, None, w, 1e-5)),
+        (ops.swiglu, (x, x.detach().clone())),
+        (ops.rope, (q, angle.cos(), angle.sin(), False)),
+        (ops.fold_logits, (z, target, *torch.zeros(4, 6), 0, 1.0)),
+        (ops.logit_slopes, (z, target, *torch.zeros(4, 6), 0, 1.0, torch.bfloat16)),
+    ):
+        opcheck(op, inputs, test_utils=checks)
+
+    gpt, batch = tiny_model("llama"), trees_of_a_batch(2)
+    loss_of(gpt, batch).backward()
+    eager = [p.grad.clone() for p in gpt.parameters()]
+    gpt.zero_grad()
+    for block in gpt.blocks:
+        block.compile(dynamic=True, backend="aot_eager")
+    loss_of(gpt, batch).backward()
+    assert all(torch.equal(a, p.grad) for a, p in zip(eager, gpt.parameters()))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
+def test_the_laws_hold_in_the_interpreter():
+    """All of the above, in a process of its own."""
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PLUMB_KERNELS": "on"}
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", __file__, "-x", "--tb=short", "-p", "no:cacheprovider"],
+        env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0 and " passed" in run.stdout, run.stdout[-6000:] + run.stderr[-2000:]
