@@ -178,11 +178,11 @@ def _columns(target: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
 
 @triton.jit
 def _fold_kernel(
-    Z, TARGET, TOP, TOTAL, MIXED, PICKED, start, C, inverse, ENTROPY: tl.constexpr, BLOCK: tl.constexpr
+    Z, TARGET, TOP, SUM, MIXED, PICKED, start, C, inverse, ENTROPY: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """One row of logits: one pass, the numbers of the row in registers."""
     row = tl.program_id(0).to(tl.int64)
-    top, total = tl.load(TOP + row), tl.load(TOTAL + row)
+    top, total = tl.load(TOP + row), tl.load(SUM + row)
     mixed = 0.0
     if ENTROPY:
         mixed = tl.load(MIXED + row)
@@ -196,7 +196,7 @@ def _fold_kernel(
             mixed = mixed * shrink + tl.sum(powers * z, 0)
         top = new_top
     tl.store(TOP + row, top)
-    tl.store(TOTAL + row, total)
+    tl.store(SUM + row, total)
     if ENTROPY:
         tl.store(MIXED + row, mixed)
     own = tl.load(TARGET + row) - start

@@ -78,7 +78,7 @@ def _shape(x: Tensor) -> tuple[int, int, int, int, int]:
     """N, D, rows a program takes at once, DP, warps."""
     width = x.shape[-1]
     padded = triton.next_power_of_2(width)
-    warps = 4 if padded <= 2048 else 8 if padded <= 8192 else 16
+    warps = 4 if padded <= 2048 else 16
     return x.numel() // width, width, max(1, 2048 // padded), padded, warps
 
 
@@ -107,7 +107,7 @@ def _norm_backward(d_y, d_total, total, weight, scale):
     d_x, d_w = torch.empty_like(total), torch.empty(programs, width, dtype=torch.float32, device=total.device)
     _backward[(programs,)](
         d_y, d_y if d_total is None else d_total.contiguous(), total, weight, scale, d_x, d_w, rows, width, steps,
-        ADD=d_total is not None, ROWS=together, DP=padded, num_warps=warps,
+        ADD=d_total is not None, ROWS=together, DP=padded, num_warps=warps, num_stages=1,
     )  # fmt: skip
     return d_x, d_w.sum(0).to(weight.dtype)
 
