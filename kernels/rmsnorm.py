@@ -55,7 +55,6 @@ def _backward(
 ):
     """`steps` times ROWS rows: D_X with what arrives on the residual stream; this program's share of D_W, (., D)."""
     d = tl.arange(0, DP)[None, :]
-    w = tl.load(W + d, mask=d < D, other=0.0).to(tl.float32)
     d_w = tl.zeros((ROWS, DP), tl.float32)
     for step in tl.range(0, steps):
         row = (tl.program_id(0).to(tl.int64) * steps + step) * ROWS + tl.arange(0, ROWS)
@@ -65,7 +64,7 @@ def _backward(
         unit = tl.load(TOTAL + at, mask=inside, other=0.0).to(tl.float32) * scale
         d_y = tl.load(D_Y + at, mask=inside, other=0.0).to(tl.float32)
         d_w += d_y * unit
-        slope = d_y * w
+        slope = d_y * tl.load(W + d, mask=d < D, other=0.0).to(tl.float32)  # again every time: registers are short
         d_x = (slope - unit * (tl.sum(slope * unit, 1) / D)[:, None]) * scale
         if ADD:
             d_x += tl.load(D_TOTAL + at, mask=inside, other=0.0).to(tl.float32)
@@ -78,7 +77,7 @@ def _shape(x: Tensor) -> tuple[int, int, int, int, int]:
     """N, D, rows a program takes at once, DP, warps."""
     width = x.shape[-1]
     padded = triton.next_power_of_2(width)
-    warps = 4 if padded <= 2048 else 16
+    warps = 4 if padded <= 4096 else 8 if padded <= 8192 else 16
     return x.numel() // width, width, max(1, 2048 // padded), padded, warps
 
 

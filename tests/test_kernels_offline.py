@@ -1,7 +1,7 @@
 """Law 8, second half: every kernel compiles for sm_80, sm_90 and sm_100 with the tiles of its table, on any machine.
 
-    python tests/test_kernels_offline.py                     the table: registers, spills, shared memory, matrix products
-    python tests/test_kernels_offline.py 90 --window         other architectures; the variants with a sliding window
+    python tests/test_kernels_offline.py                 the table: registers, spills, shared memory, products
+    python tests/test_kernels_offline.py 90 --window     other architectures; the variants with a sliding window
 
 No GPU is asked: Triton compiles for a named target, and its wheel brings ptxas, cuobjdump and nvdisasm to look at the
 result. What no run could tell shows here: registers spilled inside a loop, wgmma serialised by ptxas (warning C7515:
@@ -24,8 +24,8 @@ MATRIX = {80: "HMMA", 86: "HMMA", 90: "HGMMA", 100: r"UTC\w*MMA", 120: "HMMA"}
 ALIGNED = {"q_t", "q_h", "k_t", "k_h", "v_t", "v_h", "x_t", "x_h", "D", "C"}  # multiples of 16 in real models
 POINTERS = {
     "*i32": {"KV_END", "ITEMS", "LISTS", "SLOTS"}, "*i64": {"POSITION", "TARGET"},
-    "*fp32": {"LSE", "DELTA", "PARTIAL", "SCALE", "COS", "SIN", "Z", "TOP", "SUM", "MIXED", "PICKED", "GRAD", "ENTROPIES",
-              "D_ENTROPY", "D_W"},
+    "*fp32": {"LSE", "DELTA", "PARTIAL", "SCALE", "COS", "SIN", "Z", "TOP", "SUM", "MIXED", "PICKED", "GRAD",
+              "ENTROPIES", "D_ENTROPY", "D_W"},
 }  # fmt: skip
 
 
