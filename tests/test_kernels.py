@@ -413,3 +413,28 @@ def test_the_laws_hold_in_the_interpreter():
         env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert run.returncode == 0 and " passed" in run.stdout, run.stdout[-6000:] + run.stderr[-2000:]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="starts processes of its own")
+def test_the_gpu_bench_runs_and_survives_a_part_that_dies(tmp_path):
+    """bench/gpu.py finds every kernel right at tiny sizes; a part that is killed is reported, the others still run."""
+    import json
+    from pathlib import Path
+
+    pytest.importorskip("triton")
+    script = Path(__file__).parents[1] / "bench" / "gpu.py"
+    flags = ["--device", "cpu", "--tiny", "--json", tmp_path / "rows.json"]
+    run = subprocess.run([sys.executable, script, *flags], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert sum(row.get("ok", False) for row in rows) == 8
+    assert {row["part"] for row in rows} == {"check", "ceilings", "attention", "logprob", "small", "steps"}
+
+    source = script.read_text().replace('"""Memory-bound ones,', 'os.abort()\n    """Memory-bound ones,')
+    source = source.replace("Path(__file__).resolve().parents[1]", repr(script.parents[1]).replace("PosixPath", "Path"))
+    (tmp_path / "broken.py").write_text(source)
+    flags += ["--parts", "small", "ceilings"]
+    run = subprocess.run([sys.executable, tmp_path / "broken.py", *flags], capture_output=True, text=True)
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert run.returncode == 1 and "failed: small, the whole part" in run.stdout
+    assert [row["part"] for row in rows] == ["small", "ceilings", "ceilings"]
