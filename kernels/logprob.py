@@ -84,24 +84,26 @@ class _LinearLogProb(torch.autograd.Function):
         exact = torch.promote_types(hidden.dtype, torch.float32)
         rows, vocab = hidden.shape[0], weight.shape[0]
         on_gpu = fused(hidden)
-        ctx.chunk = GPU_CHUNK if on_gpu else CHUNK
-        budget = GPU_KEEP_BYTES if on_gpu else KEEP_BYTES
-        keep = any(ctx.needs_input_grad) and rows * vocab * exact.itemsize <= budget
+        ctx.chunk, budget = (GPU_CHUNK, GPU_KEEP_BYTES) if on_gpu else (CHUNK, KEEP_BYTES)
+        keep = any(ctx.needs_input_grad) and rows * vocab * exact.itemsize <= budget and (on_gpu or not entropy)
         top = torch.full((rows,), float("-inf"), dtype=exact, device=hidden.device)
         total, picked = torch.zeros_like(top), torch.zeros_like(top)
         mixed = torch.zeros_like(top) if entropy else None
         kept = []
         for first in range(0, vocab, ctx.chunk):
             z = _matmul(hidden, weight[first : first + ctx.chunk].t(), exact)  # (M, C)
-            _fold(z, target, top, total, mixed, picked, start + first, temperature)
+            if on_gpu:
+                torch.ops.plumb.fold_logits(z, target, top, total, mixed, picked, start + first, temperature)
+            else:
+                top, total, mixed, picked = _fold_plain(
+                    z, target, top, total, mixed, picked, start + first, temperature
+                )
             if keep:
-                kept.append(z)
+                kept += [z] if on_gpu else [z, top]
         lse = top + total.log()
+        mean = [mixed / total] if entropy else []
         if combine is not None:
-            partials = torch.stack((lse, picked, mixed / total) if entropy else (lse, picked), 1)
-            lse, picked, *mean = combine(partials).t().contiguous()
-        else:
-            mean = [mixed / total] if entropy else []
+            lse, picked, *mean = combine(torch.stack((lse, picked, *mean), 1)).t().contiguous()
         entropies = lse - mean[0] if entropy else lse.new_empty(0)
         ctx.temperature, ctx.start, ctx.entropy = temperature, start, entropy
         ctx.save_for_backward(hidden, weight, target, lse, entropies, *kept)
@@ -110,64 +112,57 @@ class _LinearLogProb(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, d_entropy):
         hidden, weight, target, lse, entropies, *kept = ctx.saved_tensors
-        exact = lse.dtype
+        exact, on_gpu = lse.dtype, fused(hidden)
         need_hidden, need_weight, *_ = ctx.needs_input_grad
+        grad = grad.contiguous()
         if not ctx.entropy:
             entropies = d_entropy = None
         d_hidden = torch.zeros(hidden.shape, dtype=exact, device=hidden.device) if need_hidden else None
         d_weight = torch.empty_like(weight) if need_weight else None
         for i, first in enumerate(range(0, weight.shape[0], ctx.chunk)):
-            w = weight[first : first + ctx.chunk]
-            # Kept logits are turned into gradients in place: they serve once, as retain_graph would find out.
-            z = kept[i] if kept else _matmul(hidden, w.t(), exact)
-            d_z = _slopes(z, target, lse, grad, entropies, d_entropy, ctx.start + first, ctx.temperature, weight.dtype)
+            w, here = weight[first : first + ctx.chunk], ctx.start + first
+            if on_gpu:
+                z = kept[i] if kept else _matmul(hidden, w.t(), exact)
+                dz = torch.ops.plumb.logit_slopes(
+                    z, target, lse, grad, entropies, d_entropy, here, ctx.temperature, weight.dtype
+                )
+            elif kept:  # turned into gradients in place: they serve once, as retain_graph would find out
+                p, top = kept[2 * i : 2 * i + 2]
+                dz = p.mul_((-grad * (top - lse).exp())[:, None])
+            else:
+                z = _matmul(hidden, w.t(), exact)
+                z = z.div_(ctx.temperature) if ctx.temperature != 1 else z
+                dz = z.sub_(lse[:, None])
+                mixing = (z + entropies[:, None]).mul_(-d_entropy[:, None]) if ctx.entropy else 0
+                dz = dz.exp_().mul_(mixing - grad[:, None])
+            if not on_gpu:
+                inside, column = _columns(target, here, dz.shape[1])
+                dz.scatter_add_(1, column[:, None], torch.where(inside, grad, 0)[:, None])
+                dz = (dz.div_(ctx.temperature) if ctx.temperature != 1 else dz).to(weight.dtype)
             if need_hidden:
-                _add_matmul(d_hidden, d_z, w)
+                _add_matmul(d_hidden, dz, w)
             if need_weight:
-                if d_z.is_cuda:
-                    torch.mm(d_z.t(), hidden, out=d_weight[first : first + ctx.chunk])
-                else:  # where writing there directly is a third slower
-                    d_weight[first : first + ctx.chunk] = d_z.t() @ hidden
+                torch.mm(dz.t(), hidden, out=d_weight[first : first + ctx.chunk])
         return d_hidden.to(hidden.dtype) if need_hidden else None, d_weight, None, None, None, None, None
 
 
-def _fold(z, target, top, total, mixed, picked, start: int, temperature: float) -> None:
-    """Folds a chunk of logits z (M, C), which begins at token `start`, into the running numbers, (M,), in place."""
-    if fused(z):
-        torch.ops.plumb.fold_logits(z, target, top, total, mixed, picked, start, temperature)
-        return
+def _fold_plain(z, target, top, total, mixed, picked, start: int, temperature: float) -> tuple[Tensor | None, ...]:
+    """The running numbers, (M,) each, with a chunk of logits folded in that begins at token `start`.
+
+    z (M, C) becomes exp(z - max so far): from there softmax(z) is one factor a row, without another exp.
+    """
     if temperature != 1:
-        z = z / temperature
+        z.div_(temperature)
+    inside, column = _columns(target, start, z.shape[1])
+    picked = torch.where(inside, z.gather(1, column[:, None])[:, 0], picked)
     new_top = torch.maximum(top, z.amax(1))
-    shrink, powers = (top - new_top).exp_(), (z - new_top[:, None]).exp_()
-    total.mul_(shrink).add_(powers.sum(1))
+    shrink = (top - new_top).exp_()
+    z.sub_(new_top[:, None])
+    below = z.clone() if mixed is not None else None
+    weight = z.exp_().sum(1)
     if mixed is not None:
-        mixed.mul_(shrink).add_(powers.mul_(z).sum(1))
-    del powers  # before anything else asks for memory
-    top.copy_(new_top)
-    inside, column = _columns(target, start, z.shape[1])
-    picked.copy_(torch.where(inside, z.gather(1, column[:, None])[:, 0], picked))
-
-
-def _slopes(z, target, lse, grad, entropies, d_entropy, start: int, temperature: float, dtype: torch.dtype) -> Tensor:
-    """Gradient of a chunk of logits, (M, C) in `dtype`; z may be overwritten."""
-    if fused(z):
-        return torch.ops.plumb.logit_slopes(
-            z, target, lse, grad.contiguous(), entropies, d_entropy, start, temperature, dtype
-        )
-    if temperature != 1:
-        z.div_(temperature)
-    z.sub_(lse[:, None])
-    if entropies is not None:
-        mixing = (z + entropies[:, None]).mul_(-d_entropy[:, None]).sub_(grad[:, None])
-        z.exp_().mul_(mixing)
-    else:
-        z.exp_().mul_(-grad[:, None])
-    inside, column = _columns(target, start, z.shape[1])
-    z.scatter_add_(1, column[:, None], torch.where(inside, grad, 0)[:, None])
-    if temperature != 1:
-        z.div_(temperature)
-    return z.to(dtype)
+        mixed = mixed * shrink + below.mul_(z).sum(1) + weight * new_top
+    return new_top, total * shrink + weight, mixed, picked
 
 
 def _columns(target: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
