@@ -79,8 +79,8 @@ def visible_tiles(
     rows, cols = np.arange(0, total, m), np.arange(0, total, n)
     end_max, end_min = np.maximum.reduceat(kv_end, cols), np.minimum.reduceat(kv_end, cols)
     seen = (end_max > rows[:, None]) & (cols < rows[:, None] + m)
-    # Rows past T exist in the last tile, so it is never full: their garbage would reach dK and dV.
-    full = (end_min >= rows[:, None] + m) & (cols + n - 1 <= rows[:, None]) & (rows[:, None] + m <= total)
+    # A tile that reaches past T is never full, since kv_end <= T: what lies there would get into dK and dV.
+    full = (end_min >= rows[:, None] + m) & (cols + n - 1 <= rows[:, None])
     if window:
         seen &= np.minimum.reduceat(positions, rows)[:, None] - np.maximum.reduceat(positions, cols) < window
         full &= np.maximum.reduceat(positions, rows)[:, None] - np.minimum.reduceat(positions, cols) < window
