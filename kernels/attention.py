@@ -255,11 +255,12 @@ def _merge(PARTIAL, SLOTS, D_K, D_V, T, G, N: tl.constexpr, E: tl.constexpr, EP:
         total += tl.load(own + tl.arange(0, N)[:, None] * EP + e[None, :])
     j = tile * N + tl.arange(0, N)
     at = (j[:, None].to(tl.int64) * G + g) * E + e[None, :]
-    inside = (j[:, None] < T) & (e[None, :] < E) & (parts > 0)
-    if which == 0:
-        tl.store(D_K + at, total.to(D_K.dtype.element_ty), mask=inside)
-    else:
-        tl.store(D_V + at, total.to(D_V.dtype.element_ty), mask=inside)
+    inside = (j[:, None] < T) & (e[None, :] < E)
+    if parts > 0:
+        if which == 0:
+            tl.store(D_K + at, total.to(D_K.dtype.element_ty), mask=inside)
+        else:
+            tl.store(D_V + at, total.to(D_V.dtype.element_ty), mask=inside)
 
 
 def _common(q: Tensor, k: Tensor, v: Tensor, window: int) -> tuple[tuple, dict, tuple]:

@@ -108,9 +108,11 @@ def inspect(compiled, arch: int) -> dict:
         cubin.write_bytes(compiled.asm["cubin"])
         ptx.write_text(compiled.asm["ptx"])
         name = re.search(r"\.target (\w+)", compiled.asm["ptx"])[1]
-        ptxas = (tool("ptxas-blackwell") if arch >= 100 else None) or tool("ptxas")
-        command = [ptxas, "-v", "--gpu-name", name, ptx, "-o", os.devnull]
-        said = subprocess.run(command, capture_output=True, text=True).stderr
+        for ptxas in filter(None, (tool("ptxas"), tool("ptxas-blackwell"))):  # one of them made the cubin
+            command = [ptxas, "-v", "--gpu-name", name, ptx, "-o", os.devnull]
+            said = subprocess.run(command, capture_output=True, text=True).stderr
+            if "registers" in said:
+                break
         sass = subprocess.run([tool("nvdisasm"), "-c", cubin], capture_output=True, text=True, check=True).stdout
     instructions, labels = [], {}
     for line in sass.splitlines():
@@ -121,7 +123,7 @@ def inspect(compiled, arch: int) -> dict:
     spills = [i for i, text in enumerate(instructions) if re.search(r"\b(STL|LDL)\b", text)]
     loops = loop_ranges(instructions, labels)
     return {
-        "registers": int((re.search(r"Used (\d+) registers", said) or [0, 0])[1]),
+        "registers": int(re.search(r"Used (\d+) registers", said)[1]),
         "spills": len(spills),
         "loop spills": sum(any(a <= i <= b for a, b in loops) for i in spills),
         "products": sum(bool(re.search(MATRIX[arch], text)) for text in instructions),
