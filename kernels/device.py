@@ -24,6 +24,7 @@ triton = SimpleNamespace(jit=lambda kernel: kernel)
 tl = SimpleNamespace(constexpr=None)
 LOADED = False
 if SWITCH == "on" or (SWITCH == "auto" and torch.cuda.is_available()):
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # multiply-adds stay fused; Triton 3.9 wants it said
     try:
         import triton  # noqa: F401
         import triton.language as tl  # noqa: F401
