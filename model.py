@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from data.trees import TreeBatch
 from kernels.attention import tree_attention
 from kernels.logprob import linear_logprob
-from kernels.rmsnorm import rms_norm
+from kernels.rmsnorm import add_rms_norm, rms_norm
 from kernels.rope import rope
 from kernels.swiglu import swiglu
 
@@ -107,6 +107,13 @@ class Norm(nn.Module):
             return rms_norm(x, self.weight, self.eps)
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
+    def after(self, x: Tensor, more: Tensor) -> tuple[Tensor, Tensor]:
+        """(x + more, its norm)."""
+        if self.bias is None:
+            return add_rms_norm(x, more, self.weight, self.eps)
+        x = x + more
+        return x, self(x)
+
 
 class Block(nn.Module):
     """One layer: attention and MLP, one after the other or (GPT-NeoX) side by side."""
@@ -147,8 +154,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         if self.c.parallel_residual:
             return x + self.attention(self.norm1(x), cos, sin, attend) + self.mlp(self.norm2(x))
-        x = x + self.attention(self.norm1(x), cos, sin, attend)
-        return x + self.mlp(self.norm2(x))
+        x, normed = self.norm2.after(x, self.attention(self.norm1(x), cos, sin, attend))
+        return x + self.mlp(normed)
 
 
 class GPT(nn.Module):

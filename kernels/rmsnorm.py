@@ -1,12 +1,142 @@
-"""RMSNorm, arXiv 1910.07467: y = x / √(mean(x²) + eps) · weight, over the last dimension."""
+"""RMSNorm, arXiv 1910.07467: y = x / √(mean(x²) + eps) · weight, over the last dimension; alone, or of a sum that is
+wanted too (the residual stream): the fused form reads and writes each once.
+
+Letters: N rows, D width (DP: rounded up to a power of two).
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.device import fused, operator, processors, tl, triton
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x (..., D), weight (D,) -> (..., D) in x's dtype. Statistics are fp32 at least, as Llama's are."""
+    if fused(x):
+        return torch.ops.plumb.add_rms_norm(x, None, weight, eps)[0]
     if x.dtype in (torch.bfloat16, torch.float16):
         return weight * F.rms_norm(x.float(), weight.shape, None, eps).to(x.dtype)
     return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def add_rms_norm(x: Tensor, more: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(x + more, its rms_norm): x and more (..., D), weight (D,) -> two (..., D)."""
+    if fused(x):
+        y, total, _ = torch.ops.plumb.add_rms_norm(x, more, weight, eps)
+        return total, y
+    total = x + more
+    return total, rms_norm(total, weight, eps)
+
+
+@triton.jit
+def _forward(X, MORE, W, Y, TOTAL, SCALE, N, D, eps, ADD: tl.constexpr, ROWS: tl.constexpr, DP: tl.constexpr):
+    """ROWS rows: TOTAL = x + more, SCALE (N,) = 1 / √(mean(total²) + eps), Y = total · scale · weight."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    d = tl.arange(0, DP)[None, :]
+    inside = (row[:, None] < N) & (d < D)
+    at = row[:, None] * D + d
+    x = tl.load(X + at, mask=inside, other=0.0).to(tl.float32)
+    if ADD:
+        x += tl.load(MORE + at, mask=inside, other=0.0).to(tl.float32)
+        rounded = x.to(TOTAL.dtype.element_ty)
+        tl.store(TOTAL + at, rounded, mask=inside)
+        x = rounded.to(tl.float32)  # the norm is of what the next layer will see
+    scale = tl.rsqrt(tl.sum(x * x, 1) / D + eps)
+    tl.store(SCALE + row, scale, mask=row < N)
+    w = tl.load(W + d, mask=d < D, other=0.0).to(tl.float32)
+    unit = (x * scale[:, None]).to(Y.dtype.element_ty).to(tl.float32)  # rounded before the weight, as Llama's is
+    tl.store(Y + at, (unit * w).to(Y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _backward(
+    D_Y, D_TOTAL, TOTAL, W, SCALE, D_X, D_W, N, D, steps, ADD: tl.constexpr, ROWS: tl.constexpr, DP: tl.constexpr
+):
+    """`steps` times ROWS rows: D_X with what arrives on the residual stream; this program's share of D_W, (., D)."""
+    d = tl.arange(0, DP)[None, :]
+    d_w = tl.zeros((ROWS, DP), tl.float32)
+    for step in tl.range(0, steps):
+        row = (tl.program_id(0).to(tl.int64) * steps + step) * ROWS + tl.arange(0, ROWS)
+        inside = (row[:, None] < N) & (d < D)
+        at = row[:, None] * D + d
+        scale = tl.load(SCALE + row, mask=row < N, other=0.0)[:, None]
+        unit = tl.load(TOTAL + at, mask=inside, other=0.0).to(tl.float32) * scale
+        d_y = tl.load(D_Y + at, mask=inside, other=0.0).to(tl.float32)
+        d_w += d_y * unit
+        slope = d_y * tl.load(W + d, mask=d < D, other=0.0).to(tl.float32)  # again every time: registers are short
+        d_x = (slope - unit * (tl.sum(slope * unit, 1) / D)[:, None]) * scale
+        if ADD:
+            d_x += tl.load(D_TOTAL + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(D_X + at, d_x.to(D_X.dtype.element_ty), mask=inside)
+    at = tl.program_id(0).to(tl.int64) * D + d
+    tl.store(D_W + at, tl.sum(d_w, 0)[None, :], mask=d < D)
+
+
+def _shape(x: Tensor) -> tuple[int, int, int, int, int]:
+    """N, D, rows a program takes at once, DP, warps."""
+    width = x.shape[-1]
+    padded = triton.next_power_of_2(width)
+    warps = 4 if padded <= 4096 else 8 if padded <= 8192 else 16
+    return x.numel() // width, width, max(1, 2048 // padded), padded, warps
+
+
+@operator("add_rms_norm", "(Tensor x, Tensor? more, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)")
+def _norm(x, more, weight, eps):
+    x = x.contiguous()
+    rows, width, together, padded, warps = _shape(x)
+    y, scale = torch.empty_like(x), torch.empty(rows, dtype=torch.float32, device=x.device)
+    total = x.new_empty(0) if more is None else torch.empty_like(x)
+    _forward[(triton.cdiv(rows, together),)](
+        x, x if more is None else more.contiguous(), weight, y, y if more is None else total, scale, rows, width, eps,
+        ADD=more is not None, ROWS=together, DP=padded, num_warps=warps,
+    )  # fmt: skip
+    return y, total, scale
+
+
+@operator(
+    "add_rms_norm_backward",
+    "(Tensor d_y, Tensor? d_total, Tensor total, Tensor weight, Tensor scale) -> (Tensor, Tensor)",
+)
+def _norm_backward(d_y, d_total, total, weight, scale):
+    total, d_y = total.contiguous(), d_y.contiguous()
+    rows, width, together, padded, warps = _shape(total)
+    programs = min(triton.cdiv(rows, together), 4 * processors(total.device))
+    steps = triton.cdiv(rows, programs * together)
+    d_x, d_w = torch.empty_like(total), torch.empty(programs, width, dtype=torch.float32, device=total.device)
+    _backward[(programs,)](
+        d_y, d_y if d_total is None else d_total.contiguous(), total, weight, scale, d_x, d_w, rows, width, steps,
+        ADD=d_total is not None, ROWS=together, DP=padded, num_warps=warps, num_stages=1,
+    )  # fmt: skip
+    return d_x, d_w.sum(0).to(weight.dtype)
+
+
+@_norm.register_fake
+def _(x, more, weight, eps):
+    rows = x.numel() // x.shape[-1]
+    total = x.new_empty(0) if more is None else x.new_empty(x.shape)
+    return x.new_empty(x.shape), total, x.new_empty(rows, dtype=torch.float32)
+
+
+_norm_backward.register_fake(
+    lambda d_y, d_total, total, weight, scale: (total.new_empty(total.shape), weight.new_empty(weight.shape))
+)
+
+
+def _save(ctx, inputs, output):
+    x, more, weight, _ = inputs
+    _, total, scale = output
+    ctx.added = more is not None
+    ctx.save_for_backward(total if ctx.added else x, weight, scale)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx, d_y, d_total, d_scale):
+    total, weight, scale = ctx.saved_tensors
+    if d_y is None:  # the sum alone was used
+        return d_total, d_total, None, None
+    d_x, d_w = torch.ops.plumb.add_rms_norm_backward(d_y, d_total if ctx.added else None, total, weight, scale)
+    return d_x, d_x if ctx.added else None, d_w, None
+
+
+_norm.register_autograd(_gradients, setup_context=_save)

@@ -14,7 +14,8 @@ from config import RunConfig
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(path.name for path in ROOT.glob("train_*.py"))
 LAYERS = [  # a file imports only from lines above its own; on its own line only what is named there before it
-    ["config", "losses", "kernels.rmsnorm", "kernels.rope", "kernels.swiglu", "kernels.attention", "kernels.logprob"],
+    ["config", "losses", "kernels.device", "kernels.tiles", "kernels.rmsnorm", "kernels.rope", "kernels.swiglu",
+     "kernels.attention", "kernels.logprob"],
     ["parallel", "data.tokenizer", "data.templates", "data.formats", "data.attributes", "data.dataset", "data.trees",
      "data.mismatched", "data.toyworld", "data.prepare"],
     ["model"],

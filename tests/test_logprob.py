@@ -48,3 +48,37 @@ def test_gradients_that_are_not_asked_for_are_not_computed():
     assert hidden.grad is not None and weight.grad is None
     with torch.no_grad():
         assert not logprob.linear_logprob(hidden, weight, torch.tensor([1, 2, 3])).requires_grad
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_temperature_entropy_and_shards(keep: bool, monkeypatch):
+    """Scaled logits, entropies and a vocabulary in two shards, merged, are those of the dense softmax; within 1e-12."""
+    monkeypatch.setattr(logprob, "KEEP_BYTES", 1 << 40 if keep else 0)
+    monkeypatch.setattr(logprob, "CHUNK", 7)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(9, 5, dtype=torch.float64), torch.randn(31, 5, dtype=torch.float64)
+    target, slopes = torch.tensor([0, 6, 7, 13, 14, 30, 29, 28, 12]), torch.randn(2, 9, dtype=torch.float64)
+
+    def run(function, *leaves):
+        leaves = [x.detach().requires_grad_() for x in leaves]
+        logps, entropies = function(*leaves)
+        return [logps, entropies, *torch.autograd.grad((logps * slopes[0] + entropies * slopes[1]).sum(), leaves)]
+
+    def dense(h, w):
+        logp = (h @ w.t() / 0.7).log_softmax(-1)
+        return logp.gather(1, target[:, None])[:, 0], -(logp.exp() * logp).sum(1)
+
+    wanted = run(dense, hidden, weight)
+    got = run(lambda h, w: logprob.linear_logprob(h, w, target, 0.7, True), hidden, weight)
+    assert all((a - b).abs().max() < 1e-12 for a, b in zip(got, wanted))
+    cuts, parts = (slice(0, 13), slice(13, 31)), []
+    for cut in cuts:
+        logprob.linear_logprob(hidden, weight[cut], target, 0.7, True, cut.start, lambda x: parts.append(x) or x)
+    whole = logprob.merge_partials(torch.stack(parts))
+    for cut in cuts:
+        got = run(
+            lambda h, w, cut=cut: logprob.linear_logprob(h, w, target, 0.7, True, cut.start, lambda x: whole),
+            hidden, weight[cut],
+        )  # fmt: skip
+        assert all((a - b).abs().max() < 1e-12 for a, b in zip(got[:2], wanted[:2]))
+        assert (got[3] - wanted[3][cut]).abs().max() < 1e-12
