@@ -70,7 +70,7 @@ def commands(home: Path, seed: int, quick: bool) -> dict[str, list[str]]:
             answers("kto", "kto"),
         ],
         "rm": [
-            f"train_rm.py --model {home}/sft/final {pairs} --eval-every 250 --out {home}/rm --lr 1e-3 --batch-size 16 "
+            f"train_rm.py --model {home}/sft/final {pairs} --eval-every 500 --out {home}/rm --lr 1e-3 --batch-size 8 "
             f"--epochs 3 --warmup 0.05 --weight-decay 0.01 {end}",
             f"score.py --model {home}/rm/final --data {home}/sft.jsonl --out {home}/rm.jsonl",
         ],
