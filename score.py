@@ -11,6 +11,7 @@ Letters: R responses, A outputs of the model.
 """
 
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
@@ -64,17 +65,30 @@ def load_scorer(folder: str, dtype: torch.dtype, device: torch.device | str) -> 
     return model, score_names(raw)
 
 
-def all_answers(rows: list[dict], template: Template, file: str) -> list[Answers]:
-    """Prompt and responses of every row of a file. ValueError names the row that has none."""
-    answers = []
+def all_answers(rows: list[dict], template: Template, file: str) -> tuple[list[dict], list[Answers]]:
+    """Rows of a file that can be scored, and their prompts and responses.
+
+    Rows that the template cannot take (a sampler may have said nothing) are counted, reported and left out.
+    ValueError names a row without prompt or response, or the file where nothing is left.
+    """
+    kept, answers, reasons = [], [], Counter()
     for number, row in enumerate(rows, 1):
         try:
-            answers.append(answers_of(row, template.plain))
+            found = answers_of(row, template.plain)
         except ValueError as error:
             raise ValueError(f"row {number} of {file}: {error}") from None
+        try:
+            template.pair(*found)
+        except ValueError as error:
+            reasons[str(error)] += 1
+            continue
+        kept.append(row)
+        answers.append(found)
+    for reason, n in reasons.items():
+        print(f"{file}: {n} of {len(rows)} rows left out: {reason}")
     if not answers:
-        raise ValueError(f"{file} is empty")
-    return answers
+        raise ValueError(f"{file} has no row that can be scored")
+    return kept, answers
 
 
 def annotate(
@@ -120,8 +134,7 @@ def main(argv: list[str] | None = None) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = DTYPES[flags.dtype if flags.dtype != "auto" else "bf16" if device == "cuda" else "fp32"]
     template = Template(flags.template, load_tokenizer(flags.model))
-    rows = list(read_rows(flags.data))
-    answers = all_answers(rows, template, flags.data)
+    rows, answers = all_answers(list(read_rows(flags.data)), template, flags.data)
     model, names = load_scorer(flags.model, dtype, device)
     scores = score(model, template, answers, flags.max_tokens)
     write_rows(flags.out, ({**row, **as_keys(row, found.tolist(), names)} for row, found in zip(rows, scores)))

@@ -168,7 +168,7 @@ def main(argv: list[str] | None = None) -> None:
     line = attributes.check_template(config.attribute_template or (trained[0] if trained else attributes.TEMPLATE))
     if config.stage == "annotate":
         rows = [row for file in config.data for row in read_rows(file)]
-        answers = all_answers(rows, template, "--data")
+        _, answers = all_answers(rows, template, "--data")
         labelled = annotate(config.model, answers, config.template, config.max_tokens, dtype, device)
         print(f"{len(labelled)} rows in {write_rows(out / 'annotated.jsonl', labelled)}")
         return
@@ -182,7 +182,7 @@ def main(argv: list[str] | None = None) -> None:
             rows = [row for file in config.data for row in read_rows(file)]
             rows = sample(load_model(config.model, dtype, device), rows, trained[1], line, template, config)
             if config.loss == "nll":
-                answers = all_answers(rows, template, "the samples")
+                _, answers = all_answers(rows, template, "the samples")
                 rows = annotate(config.predictor, answers, config.template, config.max_tokens, dtype, device)
             write_rows(out / "bootstrap.jsonl", rows)
     kind = "attributes"

@@ -32,7 +32,7 @@ def test_every_command_runs_as_written(tmp_path: Path):
         words = [sys.executable, *shlex.split(line)[1:]]
         if "train_" in words[1]:
             words += ["--max-steps", "3"]
-        if "generate.py" in words[1] and "--data" in words:
+        if words[1] == "generate.py" and "--data" in words:
             words += ["--limit", "8"]
         done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"

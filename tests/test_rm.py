@@ -373,3 +373,19 @@ def test_rows_are_scored_in_every_form(toy: Path, tmp_path: Path, train, capsys)
     (tmp_path / "rows.jsonl").write_text(json.dumps(one) + '\n{"prompt": "x"}\n')
     with pytest.raises(ValueError, match="row 2 of .*rows.jsonl: `prompt` but no `response`"):
         score.main(words)
+
+
+def test_answers_that_say_nothing_are_left_out_and_counted(toy: Path, tmp_path: Path, capsys):
+    """score.py writes every row that can be scored, reports the others, and refuses a file without any."""
+    scorer = hf.load_model(toy / "model", torch.float32, scores=("reward",))
+    hf.save_model(scorer, tmp_path / "rm", toy / "model")
+    rows = [{"prompt": "Where does Ada live?", "response": text} for text in ("Home.", "", " ", "Away.")]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    call = ["--model", str(tmp_path / "rm"), "--out", str(tmp_path / "out.jsonl"), "--data"]
+    score.main([*call, str(tmp_path / "in.jsonl")])
+    assert "2 of 4 rows left out: empty response" in capsys.readouterr().out
+    written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["response"] for row in written] == ["Home.", "Away."] and all("score" in row for row in written)
+    (tmp_path / "none.jsonl").write_text(json.dumps(rows[1]) + "\n")
+    with pytest.raises(ValueError, match="no row that can be scored"):
+        score.main([*call, str(tmp_path / "none.jsonl")])
