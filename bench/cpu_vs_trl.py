@@ -1,20 +1,27 @@
-"""DPO on one CPU thread: train_dpo.py against TRL's DPOTrainer, CPU-seconds an optimizer step and peak memory.
+"""DPO, reward models and KTO on one CPU thread against TRL's trainers: CPU-seconds an optimizer step and peak memory.
 
     python bench/cpu_vs_trl.py --data gsm8k_pairs.jsonl chat_pairs.jsonl --tokenizer tokenizer.model --json out.json
-    python bench/cpu_vs_trl.py --data pairs.jsonl --tokenizer tokenizer.model --tiny       only train_dpo.py, seconds
+    python bench/cpu_vs_trl.py --data pairs.jsonl --tokenizer tokenizer.model --algorithm rm kto
+    python bench/cpu_vs_trl.py --data pairs.jsonl --tokenizer tokenizer.model --tiny       only plumb's side, seconds
 
-Both sides train the same random Llama on the same real pairs in the same order with the same AdamW. Two workloads are
+Both sides train the same random Llama on the same real rows in the same order with the same AdamW. Two workloads are
 taken from the preference files ({prompt, chosen, rejected}, strings or messages):
   long prompts   pairs with short answers, other pairs of the file put before the question as solved examples (few-shot)
   long answers   pairs with a short prompt and answers of some hundred tokens
-TRL runs stock (the reference model scores inside every step) and with precompute_ref_log_probs (once, up front, as
-train_dpo.py does). Every run is its own process; the runs are interleaved, the medians over the repeats are printed.
+--algorithm dpo is train_dpo.py against DPOTrainer, rm is train_rm.py against RewardTrainer, kto is train_kto.py against
+KTOTrainer on the same pairs taken apart, {prompt, completion, label}. TRL runs stock (the reference model scores inside
+every step) and, where it has a reference, with precompute_ref_log_probs (once, up front, as plumb does). Every run is
+its own process; the runs are interleaved, the medians over the repeats are printed.
 
-Only pairs that both tokenise alike are taken, so both sides see the same tokens; the losses of every step are compared,
-which shows that they do the same work.
+Only pairs that both tokenise alike are taken, and TRL's tokens are compared with plumb's before it trains; the losses
+of every step are compared, which shows that they do the same work. Three starting points are made equal for that, none
+of which costs or saves time: TRL's score head starts at zero, as plumb's does; it pads with another token than the end
+token, at which the score is read; and KTO's steps, whose prompts all differ, reach it in reverse, because it takes the
+mismatched answer from the row before and plumb from the row after.
 """
 
 import argparse
+import hashlib
 import importlib.util
 import itertools
 import json
@@ -28,17 +35,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-BATCH, MAX_LENGTH, BETA, LR = 4, 1024, 0.1, 5e-7  # pairs a step, tokens of prompt + answer, DPO's β, AdamW's rate
+BATCH, MAX_LENGTH, BETA = 4, 1024, 0.1  # rows a step, tokens of prompt + answer, β of DPO and KTO
 NEEDED = {"trl": "trl==1.16.0", "transformers": "transformers", "datasets": "datasets", "google": "protobuf"}
 MODEL = {"width": 256, "layers": 6, "heads": 8, "kv-heads": 4, "ffn": 704}
 TINY = {"width": 64, "layers": 2, "heads": 4, "kv-heads": 2, "ffn": 128}
 # glibc gives every large tensor back to the kernel and takes it again, page by page. In a virtual machine that was more
 # than half of TRL's CPU time, so both sides keep what they free unless --malloc default.
 KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_TOP_PAD_": str(2**28)}
-RUNS = {"plumb": "train_dpo.py", "stock": "TRL stock", "precompute": "TRL precompute"}
+RUNS = {"plumb": "plumb", "stock": "TRL stock", "precompute": "TRL precompute"}
+CLOCKS = {"cpu": "cpu_seconds", "wall": "seconds"}  # as metrics.jsonl calls them
+LR = {"dpo": 5e-7, "rm": 1e-5, "kto": 5e-7}  # what is compared, and AdamW's rate for it
 
 
-# ---------------------------------------------------------------------------------------------------------------- pairs
+# ----------------------------------------------------------------------------------------------------------------- rows
 
 
 def read_rows(path: str | Path, limit: int | None = None) -> list[dict]:
@@ -57,9 +66,10 @@ def read_pairs(path: str, limit: int = 400) -> list[tuple[str, str, str]]:
 
 
 def prepare(spec: dict) -> dict:
-    """Write work/<workload>.jsonl for each workload that the files can fill; return (prompt, chosen, rejected) tokens.
+    """Write work/<workload>.jsonl for each workload that the files can fill; return what is in it, by its name.
 
-    The prompts end in a line break, which the tokenizer merges with nothing.
+    counts: tokens of prompt and answers of every row; tokens: what plumb computes in each step; digest: of every token
+    that a step trains on or scores. The prompts end in a line break, which the tokenizer merges with nothing.
     """
     sys.path.insert(0, str(ROOT))
     from data.templates import Template
@@ -102,28 +112,64 @@ def prepare(spec: dict) -> dict:
     files = [[pair for pair in read_pairs(path) if alike(pair[0] + "\n", pair[1:])] for path in spec["data"]]
     found = {}
     for name, workload in {"long prompts": long_prompts, "long answers": long_answers}.items():
-        rows, counts = [], []
+        pairs = []
         for prompt, *answers in itertools.chain.from_iterable(map(workload, files)):
-            if len(rows) == spec["steps"] * BATCH:
+            if len(pairs) == spec["steps"] * BATCH:
                 break
             prompt_ids, ids = tokens(prompt, answers)
             if len(prompt_ids) + max(map(len, ids)) <= MAX_LENGTH and alike(prompt, answers):
-                rows.append({"prompt": prompt, "chosen": answers[0], "rejected": answers[1]})
-                counts.append([len(prompt_ids), *map(len, ids)])
-        if len(rows) < spec["steps"] * BATCH:
-            print(f"{name}: {len(rows)} of {spec['steps'] * BATCH} pairs found: give another --data or fewer --steps")
+                pairs.append((prompt, answers, prompt_ids, ids))
+        if len(pairs) < spec["steps"] * BATCH:
+            print(f"{name}: {len(pairs)} of {spec['steps'] * BATCH} pairs found: give another --data or fewer --steps")
             continue
-        file = Path(spec["work"]) / f"{name.replace(' ', '_')}.jsonl"
+        if spec["algorithm"] == "kto":
+            rows, counts, sequences = take_apart(pairs)
+        else:
+            rows = [{"prompt": prompt, "chosen": good, "rejected": bad} for prompt, (good, bad), _, _ in pairs]
+            counts = [[len(prompt_ids), *map(len, ids)] for _, _, prompt_ids, ids in pairs]
+            sequences = [[prompt_ids + answer for answer in ids] for _, _, prompt_ids, ids in pairs]
+        file = Path(spec["work"]) / f"{spec['algorithm']}_{name.replace(' ', '_')}.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        found[name] = {"file": str(file), "counts": counts}
+        # A pair's prompt is computed once for both answers; KTO computes it with the own and with the other answer.
+        passes = 2 if spec["algorithm"] == "kto" else 1
+        sums = [passes * sum(map(sum, counts[i : i + BATCH])) for i in range(0, len(counts), BATCH)]
+        found[name] = {"data": str(file), "counts": counts, "tokens": sums, "digest": digest(sequences)}
     return found
+
+
+def take_apart(pairs: list[tuple]) -> tuple[list[dict], list, list]:
+    """As many single answers as pairs: (rows, token counts, [own, mismatched] sequences).
+
+    Four pairs fill two steps, good and bad in turn, so that a step holds four prompts: TRL would take the other answer
+    to the same prompt for a mismatched one.
+    """
+    examples = []
+    for i in range(0, len(pairs), BATCH):
+        for first in (0, 1):
+            for j, (prompt, answers, prompt_ids, ids) in enumerate(pairs[i : i + BATCH]):
+                k = (first + j) % 2
+                examples.append(({"prompt": prompt, "completion": answers[k], "label": k == 0}, prompt_ids, ids[k]))
+    examples = examples[: len(pairs)]
+    after = [i + 1 if (i + 1) % BATCH else i + 1 - BATCH for i in range(len(examples))]  # within the step
+    sequences = [[ids + own, ids + examples[j][2]] for (_, ids, own), j in zip(examples, after, strict=True)]
+    return [row for row, _, _ in examples], [[len(ids), len(own)] for _, ids, own in examples], sequences
+
+
+def digest(sequences: list[list[list[int]]]) -> str:
+    """Of the token ids of every sequence of every row."""
+    return hashlib.sha256(json.dumps(sequences).encode()).hexdigest()
+
+
+def steps_reversed(rows: list) -> list:
+    """The same steps, each with its rows from last to first."""
+    return [row for i in range(0, len(rows), BATCH) for row in reversed(rows[i : i + BATCH])]
 
 
 # ------------------------------------------------------------------------------------------------------------- the runs
 
 
 def run_trl(spec: dict) -> dict:
-    """One DPOTrainer run in this process: CPU and wall seconds of every step and of the reference pass, the losses.
+    """A TRL trainer's run in this process: CPU and wall seconds of every step and of the reference pass, the losses.
 
     A step's clock runs from on_step_begin to on_step_end: collating and logging are outside. The reference pass is its
     batches alone, the first one, which is the first to touch the memory, counted as an average one. Both favour TRL.
@@ -131,10 +177,15 @@ def run_trl(spec: dict) -> dict:
     import torch
 
     torch.set_num_threads(1)
+    import trl
     from datasets import Dataset
-    from transformers import PrinterCallback, TrainerCallback
-    from trl import DPOConfig, DPOTrainer
+    from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
 
+    algorithm = spec["algorithm"]
+    name = {"dpo": "DPO", "rm": "Reward", "kto": "KTO"}[algorithm]
+    own = {"beta": BETA, "precompute_ref_log_probs": spec["run"] == "precompute"}
+    if algorithm == "rm":
+        own = {"pad_token": AutoTokenizer.from_pretrained(spec["model"]).unk_token}
     steps, losses, scored = [], [], []
 
     class Clock(TrainerCallback):
@@ -144,7 +195,7 @@ def run_trl(spec: dict) -> dict:
         def on_step_end(self, *_, **__):
             steps.append({"cpu": time.process_time() - self.cpu, "wall": time.perf_counter() - self.wall})
 
-    class Timed(DPOTrainer):
+    class Timed(getattr(trl, f"{name}Trainer")):
         def compute_ref_log_probs(self, *args, **kwargs):
             cpu, wall = time.process_time(), time.perf_counter()
             result = super().compute_ref_log_probs(*args, **kwargs)
@@ -156,49 +207,57 @@ def run_trl(spec: dict) -> dict:
             losses.append(loss.item())
             return loss
 
-    config = DPOConfig(
+    config = getattr(trl, f"{name}Config")(
         output_dir=spec["out"], per_device_train_batch_size=BATCH, max_steps=spec["steps"], max_length=MAX_LENGTH,
-        beta=BETA, learning_rate=LR, lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0, max_grad_norm=1.0,
+        learning_rate=LR[algorithm], lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0, max_grad_norm=1.0,
         adam_beta1=0.9, adam_beta2=0.95, adam_epsilon=1e-8, train_sampling_strategy="sequential", seed=0,
-        precompute_ref_log_probs=spec["run"] == "precompute", gradient_checkpointing=False, bf16=False, use_cpu=True,
-        model_init_kwargs={"dtype": "float32"}, dataloader_pin_memory=False, disable_tqdm=True, report_to="none",
-        logging_steps=1, save_strategy="no",
+        gradient_checkpointing=False, bf16=False, use_cpu=True, model_init_kwargs={"dtype": "float32"},
+        dataloader_pin_memory=False, disable_tqdm=True, report_to="none", logging_steps=1, save_strategy="no", **own,
     )  # fmt: skip
-    rows = read_rows(spec["data"])
+    in_order = steps_reversed if algorithm == "kto" else list
+    rows = in_order(read_rows(spec["data"]))
     trainer = Timed(spec["model"], args=config, train_dataset=Dataset.from_list(rows), callbacks=[Clock()])
     trainer.remove_callback(PrinterCallback)
-    ids = [trainer.train_dataset[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")]
-    counts = [[len(part) for part in row] for row in zip(*ids, strict=True)]
+    if algorithm == "rm":
+        torch.nn.init.zeros_(trainer.model.score.weight)
+    table = trainer.train_dataset
+    prompts = [[]] * len(table) if algorithm == "rm" else table["prompt_ids"]
+    kinds = ("completion_ids", "KL_completion_ids") if algorithm == "kto" else ("chosen_ids", "rejected_ids")
+    answers = zip(*(table[kind] for kind in kinds), strict=True)
+    found = [[prompt + ids for ids in pair] for prompt, pair in zip(prompts, answers, strict=True)]
+    if digest(in_order(found)) != spec["digest"]:
+        raise ValueError("TRL reads other tokens from these rows than plumb does, so the two cannot be compared")
     trainer.train()
     if spec["run"] == "precompute" and len(scored) != spec["steps"]:
         raise ValueError(f"the reference scored {len(scored)} batches, not {spec['steps']}: is this trl 1.16?")
     batches = scored[1:] or [{"cpu": 0.0, "wall": 0.0}]  # stock scores inside its steps
-    reference = {clock: len(scored) * statistics.mean(b[clock] for b in batches) for clock in ("cpu", "wall")}
-    return {"steps": steps, "losses": losses, "reference": reference, "counts": counts}
+    reference = {clock: len(scored) * statistics.mean(b[clock] for b in batches) for clock in CLOCKS}
+    return {"steps": steps, "losses": losses, "reference": reference}
 
 
 def plumb_command(spec: dict) -> list[str]:
-    """train_dpo.py with TRL's settings."""
+    """plumb's script with TRL's settings."""
     flags = {
         "model": spec["model"], "data": spec["data"], "out": spec["out"], "template": "plain", "max-length": MAX_LENGTH,
-        "batch-size": BATCH, "max-tokens": spec["max_tokens"], "max-steps": spec["steps"], "beta": BETA, "lr": LR,
-        "schedule": "constant", "warmup": 0, "weight-decay": 0, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "clip": 1.0,
-        "dtype": "fp32", "device": "cpu", "seed": 0,
+        "batch-size": BATCH, "max-tokens": spec["max_tokens"], "max-steps": spec["steps"],
+        "lr": LR[spec["algorithm"]], "schedule": "constant", "warmup": 0, "weight-decay": 0, "beta1": 0.9,
+        "beta2": 0.95, "eps": 1e-8, "clip": 1.0, "dtype": "fp32", "device": "cpu", "seed": 0,
     }  # fmt: skip
-    command = [sys.executable, str(ROOT / "train_dpo.py"), "--no-shuffle"]
+    flags |= {} if spec["algorithm"] == "rm" else {"beta": BETA}
+    command = [sys.executable, str(ROOT / f"train_{spec['algorithm']}.py"), "--no-shuffle"]
     return command + [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
 
 
 def read_plumb(out: Path) -> dict:
     """The same numbers as run_trl's, from OUT/metrics.jsonl."""
     rows = read_rows(out / "metrics.jsonl")
-    (reference,) = (row for row in rows if "reference_cpu_seconds" in row)
+    reference = next((row for row in rows if "reference_cpu_seconds" in row), {})  # a reward model has none
     rows = [row for row in rows if "loss" in row]
     return {
-        "steps": [{"cpu": row["cpu_seconds"], "wall": row["seconds"]} for row in rows],
+        "steps": [{clock: row[key] for clock, key in CLOCKS.items()} for row in rows],
         "losses": [row["loss"] for row in rows],
-        "reference": {"cpu": reference["reference_cpu_seconds"], "wall": reference["reference_seconds"]},
-        "tokens": [row.get("tokens") for row in rows],
+        "reference": {clock: reference.get(f"reference_{key}", 0.0) for clock, key in CLOCKS.items()},
+        "tokens": [row["tokens"] for row in rows],
     }
 
 
@@ -241,11 +300,9 @@ def measure(run: str, spec: dict, log: Path) -> dict:
     steps = len(result["steps"])
     if steps != spec["steps"]:
         raise ValueError(f"{RUNS[run]} made {steps} steps of {spec['steps']}: its output:\n{log.read_text()[-3000:]}")
-    pairs = [spec["counts"][i : i + BATCH] for i in range(0, steps * BATCH, BATCH)]
-    shared = [sum(map(sum, step)) for step in pairs]  # train_dpo.py's rows count a prompt once for both answers
-    if result.get("counts", spec["counts"]) != spec["counts"] or result.get("tokens", shared) != shared:
-        raise ValueError(f"{RUNS[run]} trained on other tokens than the pairs hold, so the two cannot be compared")
-    for clock in ("cpu", "wall"):
+    if result.get("tokens", spec["tokens"]) != spec["tokens"]:
+        raise ValueError("plumb trained on other tokens than the rows hold, so the two cannot be compared")
+    for clock in CLOCKS:
         result[f"step_{clock}"] = statistics.mean(step[clock] for step in result["steps"][1:])
         result[f"epoch_{clock}"] = result[f"step_{clock}"] + result["reference"][clock] / steps
     return {**result, **usage}
@@ -255,7 +312,7 @@ def measure(run: str, spec: dict, log: Path) -> dict:
 
 
 def profile(spec: dict) -> dict:
-    """Share of train_dpo.py's operator time: attention, matmuls, log-probs, optimizer, the rest."""
+    """Share of plumb's operator time: attention, matmuls, log-probs, optimizer, the rest."""
     import runpy
 
     import torch
@@ -296,9 +353,10 @@ def split(events) -> dict[str, float]:
 
 def report(name: str, workload: dict, results: dict[str, list[dict]], steps: int) -> dict:
     """Print one workload's medians and ratios; return them."""
-    prompt, chosen, rejected = (statistics.mean(column) for column in zip(*workload["counts"], strict=True))
-    print(f"\n{name}: {steps} steps of {BATCH} pairs; mean tokens: prompt {prompt:.0f}, chosen {chosen:.0f}, ", end="")
-    print(f"rejected {rejected:.0f}")
+    lengths = [statistics.mean(column) for column in zip(*workload["counts"], strict=True)]
+    unit, parts = ("pairs", ("chosen", "rejected")) if len(lengths) == 3 else ("examples", ("answer",))
+    print(f"\n{name}: {steps} steps of {BATCH} {unit}; mean tokens: ", end="")
+    print(", ".join(f"{part} {n:.0f}" for part, n in zip(("prompt", *parts), lengths, strict=True)))
     print(" " * 18 + "CPU s/step  with reference  wall s/step  kernel  peak GB  first loss")
     keys = ("step_cpu", "epoch_cpu", "step_wall", "kernel_share", "peak_gb")
     medians = {run: {key: statistics.median(r[key] for r in of) for key in keys} for run, of in results.items()}
@@ -311,7 +369,7 @@ def report(name: str, workload: dict, results: dict[str, list[dict]], steps: int
             continue
         ratio = {key: m[key] / medians["plumb"][key] for key in keys}
         gap = max(abs(a - b) for a, b in zip(ours["losses"], results[run][0]["losses"], strict=True))
-        print(f"{RUNS[run]} / train_dpo.py: {ratio['epoch_cpu']:.2f} times the CPU time (steps only", end="")
+        print(f"{RUNS[run]} / plumb: {ratio['epoch_cpu']:.2f} times the CPU time (steps only", end="")
         print(f" {ratio['step_cpu']:.2f}), {ratio['peak_gb']:.2f} times the memory; losses agree within {gap:.1e}")
         medians[run]["ratios"] = ratio
     return medians
@@ -322,14 +380,15 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", required=True, help="preference JSONL files")
     parser.add_argument("--tokenizer", required=True, help="tokenizer.model, or a folder with a Llama tokenizer")
     parser.add_argument("--model", help="a Hugging Face Llama folder with its tokenizer, instead of new random weights")
-    parser.add_argument("--steps", type=int, default=12, help=f"steps to time, {BATCH} pairs each, after one more")
+    parser.add_argument("--algorithm", nargs="+", choices=LR, default=["dpo"], help="what to compare")
+    parser.add_argument("--steps", type=int, default=12, help=f"steps to time, {BATCH} rows each, after one more")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each kind")
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
-    parser.add_argument("--max-tokens", type=int, default=8192, help="train_dpo.py's micro-batch")
+    parser.add_argument("--max-tokens", type=int, default=8192, help="plumb's micro-batch")
     parser.add_argument("--malloc", choices=("keep", "default"), default="keep", help="keep freed memory")
-    parser.add_argument("--profile", action="store_true", help="also print where train_dpo.py's time goes")
+    parser.add_argument("--profile", action="store_true", help="also print where plumb's time goes")
     parser.add_argument("--json", help="write every number to this file")
-    parser.add_argument("--tiny", action="store_true", help="smoke test: only train_dpo.py, two layers, two steps")
+    parser.add_argument("--tiny", action="store_true", help="smoke test: only plumb's side, two layers, two steps")
     args = parser.parse_args()
     if args.tiny:
         args.steps, args.repeats, args.runs = 1, 1, ["plumb"]
@@ -342,35 +401,41 @@ def main() -> None:
         model = args.model or new_model(args.tokenizer, TINY if args.tiny else MODEL, work)
         spec = {"model": str(model), "steps": args.steps + 1, "max_tokens": args.max_tokens, "tiny": args.tiny}
         spec |= {"work": folder, "malloc": args.malloc}
-        workloads, _ = worker("prepare", {**spec, "data": args.data}, work / "prepare.log")
-        print((work / "prepare.log").read_text(), end="")
         if not args.tiny:
             print("TRL in fp32, without gradient checkpointing: its faster setting (its default has it on).")
         print("CPU s/step: mean of all steps but the first, user and kernel. with reference: plus one scoring of these")
-        print("pairs by the reference, spread over the steps; TRL stock pays it inside them. kernel: its share of the")
+        print("rows by the reference, spread over the steps; TRL stock pays it inside them. kernel: its share of the")
         print(f"process's CPU time. peak GB: the whole process. malloc: {args.malloc}. Medians of {args.repeats} runs.")
         everything = {"settings": vars(args), "workloads": {}}
-        for name, workload in workloads.items():
-            results = {run: [] for run in args.runs}
-            for repeat in range(args.repeats):
-                for run in args.runs:
-                    log = work / f"{Path(workload['file']).stem}_{run}_{repeat}.log"
-                    given = {**spec, "data": workload["file"], "counts": workload["counts"]}
-                    results[run].append(measure(run, given, log))
-                    m = results[run][-1]
-                    print(f"  {name}, {RUNS[run]}: {m['epoch_cpu']:.3f} CPU s/step", file=sys.stderr, flush=True)
-            medians = report(name, workload, results, args.steps)
-            everything["workloads"][name] = {**workload, "medians": medians, "runs": results}
-            if args.profile:
-                log = Path(workload["file"]).with_suffix(".profile.log")
-                given = {**spec, "data": workload["file"], "out": str(log.with_suffix(""))}
-                shares, _ = worker("profile", given, log)
-                total = sum(shares.values())
-                print("where train_dpo.py's operators spend their time (the steps and the reference pass): ", end="")
-                print(", ".join(f"{kind} {seconds / total:.0%}" for kind, seconds in shares.items()))
-                everything["workloads"][name]["profile"] = shares
-            if args.json:
-                Path(args.json).write_text(json.dumps(everything, indent=1))
+        for algorithm in args.algorithm:
+            for name, result in compare({**spec, "algorithm": algorithm}, args):
+                everything["workloads"][name] = result
+                if args.json:
+                    Path(args.json).write_text(json.dumps(everything, indent=1))
+
+
+def compare(spec: dict, args: argparse.Namespace) -> Iterator[tuple[str, dict]]:
+    """Measure and report one algorithm: (workload, every number of it), one workload after the other."""
+    work, algorithm = Path(spec["work"]), spec["algorithm"]
+    workloads, _ = worker("prepare", {**spec, "data": args.data}, work / "prepare.log")
+    print((work / "prepare.log").read_text(), end="")
+    runs = [run for run in args.runs if (algorithm, run) != ("rm", "precompute")]  # nothing to precompute
+    for name, workload in workloads.items():
+        name, stem = f"train_{algorithm}.py, {name}", Path(workload["data"]).stem
+        results = {run: [] for run in runs}
+        for repeat, run in itertools.product(range(args.repeats), runs):
+            results[run].append(measure(run, {**spec, **workload}, work / f"{stem}_{run}_{repeat}.log"))
+            m = results[run][-1]
+            print(f"  {name}, {RUNS[run]}: {m['epoch_cpu']:.3f} CPU s/step", file=sys.stderr, flush=True)
+        result = {**workload, "medians": report(name, workload, results, args.steps), "runs": results}
+        if args.profile:
+            log = work / f"{stem}.profile.log"
+            shares, _ = worker("profile", {**spec, **workload, "out": str(log.with_suffix(""))}, log)
+            total = sum(shares.values())
+            print("where plumb's operators spend their time (the steps and the reference pass): ", end="")
+            print(", ".join(f"{kind} {seconds / total:.0%}" for kind, seconds in shares.items()))
+            result["profile"] = shares
+        yield name, result
 
 
 def new_model(tokenizer: str, sizes: dict[str, int], work: Path) -> Path:
