@@ -4,10 +4,10 @@
     python bench/gpu.py --parts check attention          some parts
     python bench/gpu.py --device cpu --tiny              does this file work? seconds, in Triton's interpreter
 
-Needs torch and triton; what else is importable (Liger) is compared with. Every part runs in a process of its own, so a
-crash or a hang costs that part alone; rows are written as they come. Times are medians of CUDA events around single
-calls with a cold L2. Shares are of what a plain matmul and a plain copy reach here, measured first; that of a training
-step is its MFU by the same yardstick, real tokens only.
+Needs torch and triton; what else is importable (Liger, TRL) is compared with. Every part runs in a process of its own,
+so a crash or a hang costs that part alone; rows are written as they come. Times are medians of CUDA events around
+single calls with a cold L2 (TRL's steps: a clock read after synchronizing). Shares are of what a plain matmul and a
+plain copy reach here, measured first; that of a training step is its MFU by the same yardstick, real tokens only.
 
 Letters: T tokens, H query heads, G key/value heads, E head size, M scored tokens, D width, V vocabulary.
 """
@@ -25,7 +25,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = {"ceilings": 40, "check": 100, "attention": 120, "logprob": 70, "small": 50, "steps": 150}  # seconds at most
+PARTS = {  # seconds at most
+    "ceilings": 40, "check": 100, "attention": 120, "logprob": 70, "small": 50, "steps": 150, "trl": 150,
+}  # fmt: skip
 MODELS = {
     "1B": dict(vocab=128256, width=2048, layers=16, heads=32, kv_heads=8, head_size=64, ffn=8192, tied=True),
     "7B": dict(vocab=32000, width=4096, layers=32, heads=32, kv_heads=8, head_size=128, ffn=14336),
@@ -363,6 +365,34 @@ def small(bench: Bench) -> None:
             bench.attempt("small", f"{name}: {label}", work)
 
 
+def examples(bench: Bench, responses: int):
+    """Token counts of one step's examples, like UltraFeedback's: prompts (n,), answers (n, responses)."""
+    import numpy as np
+
+    rng, count, scale = np.random.default_rng(0), 2 if bench.tiny else 32, 10 if bench.tiny else 1
+
+    def lengths(n: int, median: int) -> np.ndarray:
+        return np.clip(rng.lognormal(np.log(median // scale), 0.8, n).astype(int), 4, 512 // scale)
+
+    return lengths(count, 160), lengths(count * responses, 280).reshape(count, responses)
+
+
+def shapes(bench: Bench):
+    """The Llama shapes to train, with as many layers as fit: (label, GPTConfig, whether activations are recomputed)."""
+    from model import GPTConfig
+
+    for shape in ["tiny"] if bench.tiny else ["1B", "7B"]:
+        sizes = dict(MODELS[shape])
+        label = shape
+        if bench.device.type == "cuda":  # 18 bytes a weight, and room for activations
+            room = bench.torch.cuda.mem_get_info()[1] - 14e9
+            whole = sizes["layers"]
+            while sizes["layers"] > 1 and 18 * GPTConfig(family="llama", **sizes).parameters > room:
+                sizes["layers"] -= 1
+            label += f" shape with {sizes['layers']} of {whole} layers" if sizes["layers"] < whole else ""
+        yield label, GPTConfig(family="llama", **sizes), shape == "7B"
+
+
 def steps(bench: Bench) -> None:
     """Whole optimizer steps of random models on lengths like UltraFeedback's, prompts shared or not."""
     torch = bench.torch
@@ -377,15 +407,8 @@ def steps(bench: Bench) -> None:
     pairs, budget = (2, 200) if bench.tiny else (32, 16384)
 
     def data_of(c: GPTConfig, responses: int) -> Dataset:
-        rng = np.random.default_rng(0)
-
-        def lengths(n: int, median: int, most: int) -> np.ndarray:
-            return np.clip(rng.lognormal(np.log(median), 0.8, n).astype(int), 4, most)
-
-        scale = 10 if bench.tiny else 1
-        prompts = lengths(pairs, 160 // scale, 512 // scale)
-        answers = lengths(pairs * responses, 280 // scale, 512 // scale).reshape(pairs, responses)
-        sizes = [(int(p), [int(n) for n in row]) for p, row in zip(prompts, answers)]
+        rng, (prompts, answers) = np.random.default_rng(0), examples(bench, responses)
+        sizes = [(int(p), [int(n) for n in row]) for p, row in zip(prompts, answers, strict=True)]
         total = [p + sum(row) for p, row in sizes]
         scored = np.concatenate([np.repeat([0, 1], [p, sum(row)]) for p, row in sizes]).astype(np.uint8)
         return Dataset(
@@ -394,22 +417,13 @@ def steps(bench: Bench) -> None:
             answers.ravel().astype(np.int32), {}, {}, "bench",
         )  # fmt: skip
 
-    for shape in ["tiny"] if bench.tiny else ["1B", "7B"]:
-        sizes = dict(MODELS[shape])
-        label = shape
-        if bench.device.type == "cuda":  # 18 bytes a weight, and room for activations
-            room = torch.cuda.mem_get_info()[1] - 14e9
-            whole = sizes["layers"]
-            while sizes["layers"] > 1 and 18 * GPTConfig(family="llama", **sizes).parameters > room:
-                sizes["layers"] -= 1
-            label += f" shape with {sizes['layers']} of {whole} layers" if sizes["layers"] < whole else ""
-        c = GPTConfig(family="llama", **sizes)
+    for label, c, recomputed in shapes(bench):
         try:
             with torch.device(bench.device):
                 model = GPT(c).to(bench.dtype)
             for p in model.parameters():
                 torch.nn.init.normal_(p, std=0.02) if p.dim() > 1 else None
-            model.checkpoint_activations = shape == "7B"
+            model.checkpoint_activations = recomputed
             optimizer = AdamW(model, (0.9, 0.95), 1e-8, 0.0)
         except Exception as error:  # noqa: BLE001
             bench.row("steps", label, error=f"{type(error).__name__}: {str(error)[:300]}")
@@ -457,6 +471,114 @@ def steps(bench: Bench) -> None:
             torch.cuda.empty_cache()
 
 
+def trl(bench: Bench) -> None:
+    """The same examples on the same shapes by TRL's trainers at what is fair to them, and how much faster plumb is.
+
+    Rows are sorted by length, micro-batches hold as many tokens as plumb's, collating is not timed, the reference is
+    computed before. The weights are bf16 without the fp32 master that plumb keeps.
+    """
+    import gc
+    from importlib.util import find_spec
+
+    if missing := [name for name in ("trl", "transformers", "datasets") if not find_spec(name)]:
+        return bench.row("trl", "TRL", skipped=f"not importable: {', '.join(missing)}")
+    for label, c, recomputed in shapes(bench):
+        for task in ("DPO", "SFT"):
+            bench.attempt("trl", f"{label} {task}, TRL", lambda: trl_steps(bench, task, label, c, recomputed))
+            gc.collect()  # a trainer and its model hold each other
+            if bench.device.type == "cuda":
+                bench.torch.cuda.empty_cache()
+
+
+def trl_steps(bench: Bench, task: str, label: str, c, recomputed: bool) -> dict:
+    """Median optimizer step of TRL's DPOTrainer or SFTTrainer on token ids."""
+    torch, cuda = bench.torch, bench.device.type == "cuda"
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    import numpy as np
+    from datasets import Dataset, disable_progress_bars
+    from tokenizers import Tokenizer, models
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
+    from transformers.utils import is_flash_attn_2_available
+    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+    disable_progress_bars()
+    warm, least, budget, times = (1, 1, 0, []) if bench.tiny else (2, 3, 6, [])
+
+    class Clock(TrainerCallback):
+        def now(self) -> float:
+            if cuda:
+                torch.cuda.synchronize()
+            return time.perf_counter()
+
+        def on_step_begin(self, args, state, control, **_):
+            if cuda and len(times) == warm:
+                torch.cuda.reset_peak_memory_stats()
+            self.begin = self.now()
+
+        def on_step_end(self, args, state, control, **_):
+            times.append(self.now() - self.begin)
+            done = len(times) >= warm + least and sum(times[warm:]) > budget
+            control.should_training_stop = done or (len(times) > warm and time.monotonic() > bench.deadline)
+
+    class OnTokens(DPOTrainer):
+        def _prepare_dataset(self, dataset, *_):
+            return dataset  # token ids already; SFTTrainer sees that by itself
+
+    prompts, answers = examples(bench, 2 if task == "DPO" else 1)
+    order, rows = np.argsort(-prompts - answers.max(1)), []
+    for sizes in np.column_stack([prompts, answers])[order].tolist():
+        ids = [torch.randint(2, c.vocab, (n,)).tolist() for n in sizes]
+        if task == "DPO":
+            rows.append(dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), ids, strict=True)))
+        else:
+            rows.append({"input_ids": sum(ids, []), "completion_mask": [0] * sizes[0] + [1] * sizes[1]})
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1}, unk_token="</s>"))
+    words = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>")
+
+    attention = "flash_attention_2" if cuda and is_flash_attn_2_available() else "sdpa"
+    shape = dict(
+        vocab_size=c.vocab, hidden_size=c.width, num_hidden_layers=c.layers, num_attention_heads=c.heads,
+        num_key_value_heads=c.kv_heads, head_dim=c.head_size, intermediate_size=c.ffn, tie_word_embeddings=c.tied,
+        attn_implementation=attention,
+    )  # fmt: skip
+    # TRL hashes all weights of the reference on the CPU. A small one does: it is outside the step.
+    small = dict(hidden_size=64, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, head_dim=64)
+    with torch.device(bench.device):
+        model = LlamaForCausalLM(LlamaConfig(**shape)).to(bench.dtype)
+        reference = LlamaForCausalLM(LlamaConfig(**shape | small | {"intermediate_size": 64})).to(bench.dtype)
+    if model.num_parameters() != c.parameters:
+        raise ValueError(f"transformers' model has {model.num_parameters()} weights, plumb's has {c.parameters}")
+    micro = 1 if bench.tiny else 16 // answers.shape[1]  # sixteen sequences of at most 1024 tokens
+    with tempfile.TemporaryDirectory() as folder:
+        common = dict(
+            output_dir=folder, per_device_train_batch_size=micro, gradient_accumulation_steps=len(rows) // micro,
+            max_steps=100, max_length=None, train_sampling_strategy="sequential", gradient_checkpointing=recomputed,
+            learning_rate=1e-7, bf16=cuda, use_cpu=not cuda, dataloader_pin_memory=cuda,
+            logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True,
+        )  # fmt: skip
+        more = dict(train_dataset=Dataset.from_list(rows), processing_class=words, callbacks=[Clock()])
+        if task == "DPO":
+            config = DPOConfig(precompute_ref_log_probs=True, **common)
+            trainer = OnTokens(model, reference, args=config, **more)
+        else:
+            config = SFTConfig(padding_free=attention != "sdpa", completion_only_loss=True, **common)
+            trainer = SFTTrainer(model, args=config, **more)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    spent, tokens = statistics.median(times[warm:]), int(prompts.sum()) * answers.shape[1] + int(answers.sum())
+    values = {"seconds": spent, "examples_per_s": len(rows) / spent, "tokens_per_s": tokens / spent, "tokens": tokens}
+    if cuda:
+        values["peak_gb"] = torch.cuda.max_memory_allocated() / 2**30
+    ours = f"{label} {task}, {'prompts shared' if task == 'DPO' else 'packed'}"
+    for row in read_rows(bench.out):
+        if row["name"] == ours and "seconds" in row:
+            values["plumb_faster"] = spent / row["seconds"]
+            if cuda:
+                values["plumb_memory_share"] = row["peak_gb"] / values["peak_gb"]
+    how = f"{attention}, {micro} rows x {len(rows) // micro}, {'' if recomputed else 'no '}checkpointing"
+    return values | {"how": how + ", reference precomputed" * (task == "DPO")}
+
+
 # ---- all of them -----------------------------------------------------------------------------------------------------
 
 
@@ -484,7 +606,8 @@ def main() -> int:
         run_part(args)
         return 0
 
-    environment = {**os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "PYTHONUNBUFFERED": "1"}
+    environment = {"CUDA_VISIBLE_DEVICES": "0", **os.environ}  # TRL refuses to see more than one GPU
+    environment |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "PYTHONUNBUFFERED": "1"}
     if args.device == "cpu":
         environment |= {"TRITON_INTERPRET": "1", "PLUMB_KERNELS": "on"}
     end = time.monotonic() + 60 * args.minutes
@@ -524,9 +647,15 @@ def main() -> int:
         values = {k: v for k, v in row.items() if k not in ("part", "name", "errors")}
         print(f"{row['part']:10} {row['name']:58} " + "  ".join(f"{k} {brief(v)}" for k, v in values.items()))
     wrong = [row["name"] for row in found if row.get("ok") is False]
-    broken = [f"{row['part']}, {row['name']}" for row in found if "error" in row and "Liger" not in row["name"]]
+    broken, peers = [], []
+    for row in found:
+        if "error" in row:  # another library's failure is not ours
+            kind = peers if row["part"] == "trl" or "Liger" in row["name"] else broken
+            kind.append(f"{row['part']}, {row['name']}")
     print("every checked kernel is right" if not wrong else f"WRONG: {'; '.join(wrong)}")
     print("every part ran" if not broken else f"failed: {'; '.join(broken)}")
+    if peers:
+        print(f"not compared with: {'; '.join(peers)}")
     return int(bool(wrong or (broken and args.tiny)))
 
 

@@ -418,6 +418,7 @@ def test_the_laws_hold_in_the_interpreter():
 @pytest.mark.skipif(INTERPRETED, reason="starts processes of its own")
 def test_the_gpu_bench_runs_and_survives_a_part_that_dies(tmp_path):
     """bench/gpu.py finds every kernel right at tiny sizes; a part that is killed is reported, the others still run."""
+    import importlib.util
     import json
     from pathlib import Path
 
@@ -428,7 +429,12 @@ def test_the_gpu_bench_runs_and_survives_a_part_that_dies(tmp_path):
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert sum(row.get("ok", False) for row in rows) == 8
-    assert {row["part"] for row in rows} == {"check", "ceilings", "attention", "logprob", "small", "steps"}
+    assert {row["part"] for row in rows} == {"check", "ceilings", "attention", "logprob", "small", "steps", "trl"}
+    theirs = [row for row in rows if row["part"] == "trl"]
+    if importlib.util.find_spec("trl"):
+        assert ["seconds" in row for row in theirs] == [True, True] and theirs[0]["plumb_faster"] > 0, theirs
+    else:
+        assert "not importable: trl" in theirs[0]["skipped"]
 
     source = script.read_text().replace('"""Memory-bound ones,', 'os.abort()\n    """Memory-bound ones,')
     source = source.replace("Path(__file__).resolve().parents[1]", repr(script.parents[1]).replace("PosixPath", "Path"))
