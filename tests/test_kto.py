@@ -160,6 +160,8 @@ def test_steps_do_not_depend_on_micro_batches(loss: str, rows: str, toy: Path, t
     for other in runs[1:]:
         for one, many in zip(runs[0], other, strict=True):
             one.pop("tokens", 0), many.pop("tokens", 0)
+            if one["step"] == 1:  # every reward is 0 but for rounding, which side of 0 is chance
+                one.pop("rewards/accuracies", 0), many.pop("rewards/accuracies", 0)
             assert one == pytest.approx(many, abs=1e-10)
     steps = [row for row in runs[0] if "loss" in row]
     assert len({row["loss"] for row in steps}) == 4

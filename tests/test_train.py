@@ -116,6 +116,8 @@ def test_losses_do_not_depend_on_micro_batches(loss: str, toy: Path, tmp_path: P
     rows = [[row for row in run if "loss" in row] for run in runs]
     assert len(rows[0]) == 3 and rows[0][-1]["loss"] != rows[0][0]["loss"]
     for one, many in zip(*rows, strict=True):
+        if one["step"] == 1:  # every reward is 0 but for rounding, which side of 0 is chance
+            one.pop("rewards/accuracies"), many.pop("rewards/accuracies")
         assert one == pytest.approx(many, abs=1e-10)
 
 
