@@ -56,7 +56,7 @@ class TreeBatch:
 
         moved = {name: move(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
         columns = {name: move(value) for name, value in self.columns.items()}
-        layout = TreeLayout(self.spans, moved["kv_end"], moved["positions"])
+        layout = TreeLayout(self.spans, moved["kv_end"], moved["positions"], self.layout.rows)
         return replace(self, **moved, columns=columns, layout=layout)
 
 
