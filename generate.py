@@ -45,8 +45,8 @@ class Cache:
     """Keys and values of B prompts and what was sampled after them, a row each, from position 0 on."""
 
     def __init__(self, model: GPT, rows: int, length: int):
-        c, weight = model.c, model.embed.weight
-        shape = (c.layers, rows, c.kv_heads, length, c.head_size)
+        c, weight = model.c, next(model.parameters())
+        shape = (c.layers, rows, model.kv_heads, length, c.head_size)
         self.model = model
         self.keys = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
         self.values = torch.zeros_like(self.keys)
@@ -56,7 +56,7 @@ class Cache:
         self.keys, self.values = self.keys[:, rows], self.values[:, rows]
 
     def prefill(self, prompts: list[list[int]]) -> Tensor:
-        """Runs all prompts as one flat row and fills the cache. Returns the last hidden state of each, (B, D)."""
+        """Runs all prompts as one flat row and fills the cache. Returns the logits after each, (B, V)."""
         device = self.keys.device
         sizes = [len(p) for p in prompts]
         ends = np.cumsum(sizes)
@@ -71,14 +71,15 @@ class Cache:
             self.values[layer, rows, :, positions] = v
             return tree_attention(q, k, v, layout, self.model.c.window(layer))
 
-        return self.model.run(tokens, positions, attend)[torch.tensor(ends - 1, device=device)]
+        hidden = self.model.run(tokens, positions, attend)
+        return self.model.logits(hidden, torch.tensor(ends - 1, device=device))
 
     def step(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Runs one token a row, (B,), at its position, (B,). Returns hidden states, (B, D)."""
+        """Runs one token a row, (B,), at its position, (B,). Returns logits, (B, V)."""
         length = int(positions.max()) + 1
         slots = torch.arange(length, device=positions.device)
         rows = torch.arange(len(tokens), device=positions.device)
-        group = self.model.c.heads // self.model.c.kv_heads
+        group = self.model.heads // self.model.kv_heads
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             self.keys[layer, rows, :, positions] = k
@@ -87,12 +88,12 @@ class Cache:
             window = self.model.c.window(layer)
             seen = (ago >= 0) & (ago < window) if window else ago >= 0
             # The query heads of one key/value head are rows of one small matrix: (B, G, H/G, E).
-            q = q.view(len(tokens), self.model.c.kv_heads, group, -1)
+            q = q.view(len(tokens), self.model.kv_heads, group, -1)
             keys, values = self.keys[layer, :, :, :length], self.values[layer, :, :, :length]
             out = F.scaled_dot_product_attention(q, keys, values, attn_mask=seen[:, None, None])
-            return out.reshape(len(tokens), self.model.c.heads, -1)
+            return out.reshape(len(tokens), self.model.heads, -1)
 
-        return self.model.run(tokens, positions, attend)
+        return self.model.logits(self.model.run(tokens, positions, attend), rows)
 
 
 @torch.no_grad()
@@ -131,15 +132,15 @@ def generate(
 
 
 def _generate_batch(model, prompts, max_new_tokens, temperature, top_k, top_p, stop_ids, draws) -> list[Sample]:
-    device = model.embed.weight.device
+    device = model.device
     cache = Cache(model, len(prompts), max(map(len, prompts)) + max_new_tokens)
     answers = [Sample([], [], False) for _ in prompts]
     alive = list(range(len(prompts)))  # which prompt each row of the cache belongs to
     positions = torch.tensor([len(p) for p in prompts], device=device)
-    hidden = cache.prefill(prompts)
+    logits = cache.prefill(prompts)
     for i in range(max_new_tokens):
         uniform = torch.tensor(draws[alive, i], device=device)
-        tokens, logps = sample(model.logits(hidden), uniform, temperature, top_k, top_p)
+        tokens, logps = sample(logits, uniform, temperature, top_k, top_p)
         going = []
         for row, (token, logp) in enumerate(zip(tokens.tolist(), logps.tolist())):
             answer = answers[alive[row]]
@@ -155,7 +156,7 @@ def _generate_batch(model, prompts, max_new_tokens, temperature, top_k, top_p, s
             rows = torch.tensor(going, device=device)
             cache.keep(rows)
             tokens, positions, alive = tokens[rows], positions[rows], [alive[row] for row in going]
-        hidden = cache.step(tokens, positions)
+        logits = cache.step(tokens, positions)
         positions = positions + 1
     return answers
 

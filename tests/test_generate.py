@@ -24,7 +24,7 @@ def model_of(family: str, folder: Path):
 def next_logp(model, ids: list[int]) -> torch.Tensor:
     """Log-probs of the next token, without a cache."""
     batch = make_batch(dataset_of([(ids, [[0]])]), [0])
-    return model.logits(model(batch))[len(ids) - 1].log_softmax(-1)
+    return model.logits(model(batch), torch.tensor([len(ids) - 1]))[0].log_softmax(-1)
 
 
 @pytest.mark.parametrize("family", ["llama3", "mistral_window", "qwen3", "gpt_neox"])
