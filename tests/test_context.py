@@ -20,6 +20,17 @@ def layout_of(spans) -> TreeLayout:
     return TreeLayout(spans, torch.from_numpy(kv_end).int(), torch.from_numpy(positions))
 
 
+def dense(q, k, v, layout, window: int, slope) -> list[torch.Tensor]:
+    """Result and gradients by the definition of the mask: j <= i < kv_end[j], position[i] - position[j] < window."""
+    q, k, v = leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    i, ago = torch.arange(len(q)), layout.positions[:, None] - layout.positions
+    seen = (i <= i[:, None]) & (i[:, None] < layout.kv_end) & ((ago < window) if window else True)
+    scores = torch.einsum("ihe,jhe->hij", q, k) / q.shape[2] ** 0.5
+    out = torch.einsum("hij,jhe->ihe", scores.masked_fill(~seen, float("-inf")).softmax(-1), v)
+    return [out.detach(), *torch.autograd.grad(out, leaves, slope)]
+
+
 def run(q, k, v, layout, window, slope) -> list[torch.Tensor]:
     """Result and gradients, of fresh leaves."""
     leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
@@ -30,15 +41,16 @@ def run(q, k, v, layout, window, slope) -> list[torch.Tensor]:
 @pytest.mark.parametrize("window", [0, 1, 13])
 @pytest.mark.parametrize("name", TREES)
 def test_shares_add_up_to_the_whole(name: str, window: int):
-    """Out and dQ of every share are those rows of the whole; its dK and dV add up to the whole: float64, 1e-12. For the
-    shares of share_rows, and for any partition: single rows, one rank with nothing."""
+    """Out and dQ of the shares, put together, and dK and dV, added up, are those of dense attention and of all rows at
+    once: float64, 1e-12. For shares of share_rows, and for any partition: single rows, one rank with nothing."""
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     layout = layout_of(TREES[name])
     total = len(layout.kv_end)
     q, k, v = (torch.randn(total, heads, 8, dtype=torch.float64) for heads in (4, 2, 2))
     slope = torch.randn_like(q)
-    whole = run(q, k, v, layout, window, slope)
+    whole = dense(q, k, v, layout, window, slope)
+    assert all((a - b).abs().max() < 1e-12 for a, b in zip(run(q, k, v, layout, window, slope), whole))
     owner = rng.integers(0, 3, total)
     for shares in (
         tiles.share_rows(TREES[name], 2, window),
@@ -144,6 +156,8 @@ def test_a_zig_zag_and_rows_that_are_few():
     all leaves all without."""
     first, second = tiles.share_rows([(0, [1024])], 2)
     assert (first[::128] // 128).tolist() == [0, 3, 4, 7] and (second[::128] // 128).tolist() == [1, 2, 5, 6]
+    first, second = tiles.share_rows([(0, [1024])], 2, window=1)  # all blocks weigh the same: as they come
+    assert (first[::128] // 128).tolist() == [0, 2, 4, 6] and (second[::128] // 128).tolist() == [1, 3, 5, 7]
     assert sorted(len(rows) for rows in tiles.share_rows([(1, [1, 1])], 5)) == [0, 0, 1, 1, 1]
     assert [rows.shape for rows in tiles.share_rows([], 3)] == [(0,)] * 3
 
