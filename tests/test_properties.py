@@ -553,7 +553,7 @@ def damaged(draw, content: bytes) -> bytes:
         if what == "shape":
             entry["shape"] = draw(st.lists(st.sampled_from(OFFERS), max_size=4) | st.sampled_from(OFFERS))
         elif what == "reshape" and "query_key_value" not in name:
-            before = entry["shape"]
+            before = header_of(content)[0][name]["shape"]
             entry["shape"] = draw(st.sampled_from([[math.prod(before)], [1, *before], before[::-1]]))
         elif what == "dtype":
             entry["dtype"] = draw(st.sampled_from(DTYPES))
