@@ -112,7 +112,7 @@ def from_file(cls: type, path: str) -> dict[str, Any]:
         values = json.loads(Path(path).read_text())
     except OSError as error:
         raise ValueError(f"--config {path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"--config {path} is not JSON: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"--config {path} must hold one JSON object of flags")
@@ -208,7 +208,8 @@ def _read_flags(cls: type, argv: list[str]) -> dict[str, Any]:
                 break
         if not words:
             raise ValueError(f"--{name.replace('_', '-')} needs a value")
-        values[name] = _convert(cls, name, words, f"--{name.replace('_', '-')}")
+        value = _convert(cls, name, words, f"--{name.replace('_', '-')}")
+        values[name] = value if positive else not value
     return values
 
 

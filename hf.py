@@ -118,13 +118,41 @@ ONLY = {
     "quantization_config": (None,),
     "use_mrope": (False, None),
 }
+# What kind of value a key takes, where null says no more than leaving it out.
+SIZES = set(
+    "hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim intermediate_size vocab_size "
+    "max_position_embeddings sliding_window max_window_layers num_labels original_max_position_embeddings".split()
+)
+NUMBERS = set(
+    "rope_theta rotary_emb_base rotary_pct partial_rotary_factor layer_norm_eps rms_norm_eps factor low_freq_factor "
+    "high_freq_factor".split()
+)
+SWITCHES = set("use_parallel_residual attention_bias mlp_bias use_sliding_window tie_word_embeddings".split())
+MOST = {"num_hidden_layers": 1000, "num_labels": 10_000}  # of other sizes 2**24; absurd ones would only eat memory
+
+
+def _check_kinds(raw: dict) -> None:
+    """ValueError for the first value of config.json that cannot be what its key says."""
+    for key, value in raw.items():
+        most = MOST.get(key, 1 << 24)
+        if value is None:
+            continue
+        if key in SIZES and not (type(value) is int and (value > 0 or key == "sliding_window") and value <= most):
+            raise ValueError(f"config.json: {key} = {value!r} is no whole number from 1 to {most}")
+        if key in NUMBERS and not (type(value) in (int, float) and 0 < value < 1e18):
+            raise ValueError(f"config.json: {key} = {value!r} is no number above 0")
+        if key in SWITCHES and type(value) is not bool:
+            raise ValueError(f"config.json: {key} = {value!r} is neither true nor false")
+        if key in ("rope_parameters", "rope_scaling"):
+            _check_kinds(dict(value))
 
 
 def _take(raw: dict, family: str) -> GPTConfig:
+    _check_kinds(raw)
     known = dict(raw)
 
     def get(key, *default):
-        if key not in known and not default:
+        if known.get(key) is None and not default:
             raise ValueError(f"config.json has no {key}")
         return known.pop(key, *default)
 
@@ -162,6 +190,8 @@ def _take(raw: dict, family: str) -> GPTConfig:
     else:
         types = ["sliding_attention"] * layers
     types = get("layer_types", types) or types
+    if len(types) != layers:
+        raise ValueError(f"config.json: layer_types names {len(types)} layers, num_hidden_layers is {layers}")
     for kind in types:
         _one_of("layer_types", kind, {"sliding_attention": 1, "full_attention": 1})
     config = GPTConfig(
@@ -191,7 +221,7 @@ def _take(raw: dict, family: str) -> GPTConfig:
             f"config.json: plumb does not know the option {unknown[0]} = {raw[unknown[0]]!r} of this {family} model; "
             "if it does not change the arithmetic, remove it from the file"
         )
-    if config.rope_size % 2:
+    if rope_share > 1 or config.rope_size % 2:
         raise ValueError(f"config.json: an odd number of rotated components a head ({config.rope_size}) cannot be")
     if heads % kv_heads:
         raise ValueError(f"config.json: {heads} attention heads are no multiple of {kv_heads} key/value heads")
@@ -229,19 +259,32 @@ def read_config(folder: str | Path) -> tuple[GPTConfig, dict]:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: --model takes a Hugging Face folder (hf.py new makes one)")
+    raw = _json(path)
     try:
-        raw = json.loads(path.read_text())
+        family = raw.get("model_type")
+        if family not in ARCHITECTURES:
+            known = ", ".join(ARCHITECTURES)
+            raise ValueError(f"config.json: plumb does not know model_type {family!r}: only {known}")
+        classes = (ARCHITECTURES[family], _classifier(family))
+        for architecture in raw.get("architectures") or []:
+            if architecture not in classes:
+                raise ValueError(f"config.json: plumb does not know {architecture}, only {' and '.join(classes)}")
+        return _take(raw, family), raw
     except ValueError as error:
+        raise ValueError(f"{folder}/{error}") from None
+    except (TypeError, AttributeError) as error:  # a list where a word should be, a word where an object should be
+        raise ValueError(f"{path} holds a value of the wrong kind ({error}): fetch it again") from None
+
+
+def _json(path: Path) -> dict:
+    """The JSON object in a file. ValueError names the file that holds none."""
+    try:
+        value = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
-    family = raw.get("model_type")
-    if family not in ARCHITECTURES:
-        raise ValueError(f"{path}: plumb does not know model_type {family!r}: only {', '.join(ARCHITECTURES)}")
-    for architecture in raw.get("architectures") or []:
-        if architecture not in (ARCHITECTURES[family], _classifier(family)):
-            raise ValueError(
-                f"{path}: plumb does not know {architecture}, only {ARCHITECTURES[family]} and {_classifier(family)}"
-            )
-    return _take(raw, family), raw
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold one JSON object")
+    return value
 
 
 def _classifier(family: str) -> str:
@@ -276,7 +319,15 @@ def weight_files(folder: str | Path) -> dict[str, Path]:
     folder = Path(folder)
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if index.is_file():
-        files = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+        listed = _json(index).get("weight_map")
+        if not isinstance(listed, dict) or not all(isinstance(f, str) and f == Path(f).name for f in listed.values()):
+            raise ValueError(f"{index} must hold a weight_map from names to files in the same folder: fetch it again")
+        files = {name: folder / file for name, file in listed.items()}
+        for path in set(files.values()):
+            with _open(path) as file:
+                lacks = {name for name in files if files[name] == path} - set(file.keys())
+            if lacks:
+                raise ValueError(f"{path} lacks {min(lacks)}, which {index.name} says it holds: fetch both again")
     elif single.is_file():
         with _open(single) as file:
             files = dict.fromkeys(file.keys(), single)
@@ -291,11 +342,16 @@ def weight_files(folder: str | Path) -> dict[str, Path]:
 
 def _open(path: Path):
     try:
-        return safe_open(path, framework="pt")
+        file = safe_open(path, framework="pt")
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing: the folder is incomplete, fetch it again") from None
-    except SafetensorError as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}): fetch it again") from None
+    for name in file.keys():  # noqa: SIM118 - no dict
+        kind = file.get_slice(name).get_dtype()
+        if kind not in ("F64", "F32", "F16", "BF16") and not name.endswith(NOT_WEIGHTS):
+            raise ValueError(f"{path}: {name} is {kind}: plumb reads F64, F32, F16 and BF16, nothing quantized")
+    return file
 
 
 def fingerprint(folder: str | Path) -> str:

@@ -289,7 +289,9 @@ def read_rows(file: str | Path) -> Iterator[dict[str, Any]]:
 def write_rows(path: str | Path, rows: Iterable[dict[str, Any]]) -> str:
     """Writes a JSONL file, whole or not at all; returns its name."""
     partial = Path(f"{path}.partial")
-    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    # Half of a surrogate pair is no UTF-8, but JSON has an escape for it, and this is how Python spells it too.
+    partial.write_text(text, encoding="utf-8", errors="backslashreplace")
     partial.replace(path)
     return str(path)
 
