@@ -174,6 +174,16 @@ class GPT(nn.Module):
         self._frequencies: Tensor | None = None
 
     @property
+    def heads(self) -> int:
+        """Query heads on this rank."""
+        return self.c.heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads on this rank: what a KV cache is sized by."""
+        return self.c.kv_heads
+
+    @property
     def head_weight(self) -> Tensor:
         """(V, D), the embedding itself where the two are tied."""
         return self.embed.weight if self.head is None else self.head.weight
@@ -219,9 +229,10 @@ class GPT(nn.Module):
         """Log-prob of each scored token, (M,), fp32 at least. Only scored tokens reach the vocabulary."""
         return linear_logprob(self.norm(hidden.index_select(0, batch.logit_index)), self.head_weight, batch.target)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(n, D) -> (n, V), fp32 at least: for sampling and for tests, never in a training step."""
-        z = F.linear(self.norm(hidden), self.head_weight)
+    def logits(self, hidden: Tensor, index: Tensor) -> Tensor:
+        """Logits of some tokens of the flat row, index (n,) -> (n, V), fp32 at least: for sampling and for tests, never
+        in a training step."""
+        z = F.linear(self.norm(hidden.index_select(0, index)), self.head_weight)
         return z.to(torch.promote_types(z.dtype, torch.float32))
 
     def score(self, hidden: Tensor, index: Tensor) -> Tensor:
