@@ -112,7 +112,7 @@ def test_the_command_writes_a_row_for_every_row(toy: Path, tmp_path: Path, capsy
     capsys.readouterr()
     generate.main([*call, "--prompt", "Where does Ada live?"])
     assert len(capsys.readouterr().out.strip().splitlines()) == 1
-    with pytest.raises(ValueError, match="either --prompt TEXT or --data FILE"):
+    with pytest.raises(ValueError, match="one of --prompt TEXT, --data FILE"):
         generate.main(call)
     (tmp_path / "bad.jsonl").write_text('{"prompt": "x"}\n{"text": "y"}\n')
     with pytest.raises(ValueError, match="row 2 of .*bad.jsonl has no prompt"):
