@@ -67,11 +67,12 @@ def sample(model: GPT, rows: list[dict], names: tuple, line: str, template: Temp
     unique = {json.dumps(row["prompt"]): row["prompt"] for row in rows if row.get("prompt")}
     if not unique:
         raise ValueError("--stage bootstrap: no row of --data has a prompt")
-    prompts = [prompt for prompt in unique.values() for _ in range(config.answers)]
-    ids = [template.prompt(attributes.condition(prompt, wanted, line)) for prompt in prompts]
+    ids = [template.prompt(attributes.condition(prompt, wanted, line)) for prompt in unique.values()]
     found = generate(
-        model, ids, config.max_new_tokens, config.temperature, stop_ids=template.stop_ids, seed=config.seed
-    )
+        model, ids, config.max_new_tokens, config.temperature, stop_ids=template.stop_ids, seed=config.seed,
+        n=config.answers,
+    )  # fmt: skip
+    prompts = [prompt for prompt in unique.values() for _ in range(config.answers)]
     kept: dict[str, list[str]] = {key: [] for key in unique}
     for prompt, answer in zip(prompts, found):
         text = template.tokenizer.decode(answer.tokens).strip()
