@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import parallel
 from config import RunConfig, to_json
-from data.dataset import Dataset
+from data.dataset import Dataset, load_dataset
 from data.templates import Template
 from data.tokenizer import Tokenizer
 from data.trees import TreeBatch, make_batch, micro_batches
@@ -142,6 +142,15 @@ def _wandb() -> Any:
 def cache_folder(config: RunConfig) -> Path:
     """Where tokenised data and reference log-probs are kept."""
     return Path(config.cache or Path(config.out) / "cache")
+
+
+def load_rows(files: list[str], kind: str, template: Template, config: RunConfig) -> Dataset | None:
+    """The rows of some files as token trees, by the flags of the run; None without files. `kind`: see load_dataset."""
+    if not files:
+        return None
+    return load_dataset(
+        files, kind, template, config.max_length, config.overlong, config.max_bad_rows, cache_folder(config)
+    )
 
 
 def prepare_model(model: GPT, config: RunConfig, tokenizer: Tokenizer) -> None:
