@@ -330,11 +330,11 @@ def table(c: GPTConfig, flags: Plan) -> str:
         "modelled GiB of the fullest GPU, modelled seconds of a step:",
     ]
     titles = ("tp", "cp", "pp", "dp", "zero", "max-tokens", "recompute", *fitting[0].memory, "all", *fitting[0].times)
-    widths = [max(6, len(title) + 2) for title in (*titles, "seconds")]
+    widths = [max(7, len(title) + 2) for title in (*titles, "seconds")]
     cells = [[*titles, "seconds"]]
     for row in fitting[:12]:
-        gib = [f"{n / GIB:.1f}" for n in (*row.memory.values(), row.total)]
-        seconds = [f"{n:.2f}" for n in (*row.times.values(), row.seconds)]
+        gib = [f"{n / GIB:.2f}" for n in (*row.memory.values(), row.total)]
+        seconds = [f"{n:.3g}" for n in (*row.times.values(), row.seconds)]
         recompute = "yes" if row.checkpointing else "no"
         cells.append([*map(str, dataclasses.astuple(row.layout)), str(row.max_tokens), recompute, *gib, *seconds])
     lines += ["".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in cells]
