@@ -187,8 +187,9 @@ def memory(
     under_way = min(layout.pp - mesh.pp_rank, micro_batches)
     found["activations"] = (last - first) * under_way * (shard * size if checkpointing else block)
     found["activations"] += (3 * rows * f + 2 * rows * c.width) * size + block * checkpointing  # one block's backward
-    if layout.zero == 2:  # gradients on their way: a bucket that fills, two that are being summed
-        found["activations"] += 3 * exact * max(n for n, ranks in flat if ranks > 1)
+    if layout.zero == 2:  # gradients on their way: a bucket that fills, two at most that are being summed
+        moving = sorted((n for n, ranks in flat if ranks > 1), reverse=True)
+        found["activations"] += exact * (moving[0] + sum(moving[:2]))
     found["logits"] = 0
     if mesh.last_stage and not c.outputs:
         m = -(-scored // layout.cp)
