@@ -614,6 +614,8 @@ class AdamW:
         bucket.missing -= 1
         while self.early and self.next < len(self.buckets) and self.buckets[self.next].missing == 0:
             self.buckets[self.next].start_reduce()
+            if self.zero == 2 and self.next > 1:  # two on their way at most, or whole gradients would pile up in them
+                self.buckets[self.next - 2].finish_reduce()
             self.next += 1
 
     def collect(self) -> None:

@@ -331,13 +331,13 @@ def table(c: GPTConfig, flags: Plan) -> str:
         "modelled GiB of the fullest GPU, modelled seconds of a step:",
     ]
     titles = ("tp", "cp", "pp", "dp", "zero", "max-tokens", "recompute", *fitting[0].memory, "all", *fitting[0].times)
-    widths = [max(7, len(title) + 2) for title in (*titles, "seconds")]
     cells = [[*titles, "seconds"]]
     for row in fitting[:12]:
         gib = [f"{n / GIB:.2f}" for n in (*row.memory.values(), row.total)]
         seconds = [f"{n:.3g}" for n in (*row.times.values(), row.seconds)]
         recompute = "yes" if row.checkpointing else "no"
         cells.append([*map(str, dataclasses.astuple(row.layout)), str(row.max_tokens), recompute, *gib, *seconds])
+    widths = [max(map(len, column)) + 2 for column in zip(*cells)]
     lines += ["".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in cells]
     lines += [f"{len(fitting)} of {len(fitting) + len(others)} layouts fit as modelled; the first line's command:", ""]
     start = f"torchrun --nproc_per_node {flags.gpus}"

@@ -95,6 +95,29 @@ def test_memory_is_that_of_the_real_buffers(c: GPTConfig, layout: Layout, dtype:
         assert seen == {kind: expected[kind] for kind in seen}, f"rank {rank}"
 
 
+def test_zero_2_never_holds_all_gradients(small_buckets, monkeypatch):
+    """However many buckets there are, two at most are being summed while a third fills, as plan.memory has it."""
+    mesh, held = pretend(Layout(dp=2, zero=2), 0), []
+    try:
+        model = GPT(ODD, mesh)
+        model.init_weights(0)
+        optimizer = parallel.AdamW(model, (0.9, 0.95), 1e-8, 0.1, 2)
+        start = parallel.Bucket.start_reduce
+
+        def watched(bucket: parallel.Bucket) -> None:
+            start(bucket)
+            held.append(sum(bool(b.incoming) for b in optimizer.buckets))
+
+        monkeypatch.setattr(parallel.Bucket, "start_reduce", watched)
+        for batch, hidden in parallel.pipeline(model, [make_batch(dataset_of(TREES), [0, 1])], optimizer):
+            model.logps(hidden, batch).sum().backward()
+            assert len(held) == len(optimizer.buckets) > 6
+        assert max(held) <= 3 and not any(b.incoming for b in optimizer.buckets)
+        assert all(p.grad is None for p in model.parameters())
+    finally:
+        dist.destroy_process_group()
+
+
 @pytest.mark.parametrize("c", [ODD, TIED, NEOX, REWARD, seven()])
 def test_every_parameter_is_somewhere_once(c: GPTConfig):
     """Over all ranks, with copies taken out, the weights are the model's."""
