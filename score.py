@@ -43,10 +43,10 @@ def score(model: GPT, template: Template, answers: list[Answers], max_tokens: in
     scores = [np.empty(0)] * len(answers)
     lengths = data.tree_lengths()
     for items in tqdm(pack(lengths, max(max_tokens, int(lengths.max()))), "scoring", disable=None, leave=False):
-        batch = make_batch(data, items).to(model.embed.weight.device)
+        batch = make_batch(data, items).to(model.device)
         hidden = model(batch)
         if model.c.outputs:
-            found = model.score(hidden, batch.last)
+            found = model.score(hidden, batch, batch.last)
         else:
             found = batch.sum_by_response(model.logps(hidden, batch))
         sizes = [len(answers[i][1]) for i in items]

@@ -21,10 +21,11 @@ import uuid
 import zlib
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any, BinaryIO, NamedTuple
@@ -67,6 +68,21 @@ class Dataset:
         """Tokens of each tree, (n,) int64; `shared` False counts the prompt once for every response."""
         lengths = np.diff(self.tree_start)
         return lengths if shared else lengths + self.prompt_len * (np.diff(self.response_start) - 1)
+
+    @cached_property
+    def scored_len(self) -> np.ndarray:
+        """Scored tokens of each response, (R,) int64."""
+        prompts = np.repeat(np.cumsum(self.prompt_len), np.diff(self.response_start))  # tokens of all up to its own
+        starts = prompts + np.cumsum(self.response_len) - self.response_len
+        counts, full = np.zeros(len(starts), np.int64), np.asarray(self.response_len) > 0
+        if full.any():  # what lies between two responses is a prompt, which is not scored
+            counts[full] = np.add.reduceat(self.scored, starts[full], dtype=np.int64)
+        return counts
+
+    def responses_of(self, examples: Sequence[int]) -> np.ndarray:
+        """Numbers of all responses of some trees, in order."""
+        starts, ends = self.response_start[:-1], self.response_start[1:]
+        return np.concatenate([np.arange(starts[i], ends[i]) for i in examples] or [np.empty(0, np.int64)])
 
 
 def load_dataset(
