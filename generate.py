@@ -38,6 +38,7 @@ class Sample(NamedTuple):
 
     tokens: list[int]
     logps: list[float]
+    policy_logps: list[float]
     ended: bool
 
 
@@ -106,12 +107,15 @@ def generate(
     stop_ids: Collection[int] = (),
     seed: int = 0,
     batch_size: int = 64,
+    n: int = 1,
+    seeds: list[int] | None = None,
 ) -> list[Sample]:
     """Answers to prompts of token ids, in their order. temperature 0 takes the likeliest token.
 
     Sample i is drawn with numbers of its own, from (seed, i): it is the same whatever batch_size is, but for the
     rounding of sums. ValueError: an empty prompt, or settings that cannot be.
     """
+    prompts = [p for p in prompts for _ in range(n)]
     if any(len(p) == 0 for p in prompts):
         raise ValueError("a prompt has no token to go on from: give it a bos or some text")
     if temperature < 0 or not 0 < top_p <= 1 or top_k < 0 or max_new_tokens < 1:
@@ -121,7 +125,8 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        draws = np.stack([np.random.default_rng([seed, i]).random(max_new_tokens) for i in batch])
+        draws = np.stack([np.random.default_rng([seed, i] if seeds is None else seeds[i]).random(max_new_tokens)
+                          for i in batch])  # fmt: skip
         answers = _generate_batch(
             model, [prompts[i] for i in batch], max_new_tokens, temperature, top_k, top_p, set(stop_ids), draws
         )
@@ -133,7 +138,7 @@ def generate(
 def _generate_batch(model, prompts, max_new_tokens, temperature, top_k, top_p, stop_ids, draws) -> list[Sample]:
     device = model.embed.weight.device
     cache = Cache(model, len(prompts), max(map(len, prompts)) + max_new_tokens)
-    answers = [Sample([], [], False) for _ in prompts]
+    answers = [Sample([], [], [], False) for _ in prompts]
     alive = list(range(len(prompts)))  # which prompt each row of the cache belongs to
     positions = torch.tensor([len(p) for p in prompts], device=device)
     hidden = cache.prefill(prompts)
@@ -145,6 +150,7 @@ def _generate_batch(model, prompts, max_new_tokens, temperature, top_k, top_p, s
             answer = answers[alive[row]]
             answer.tokens.append(token)
             answer.logps.append(logp)
+            answer.policy_logps.append(logp)
             if token in stop_ids:
                 answers[alive[row]] = answer._replace(ended=True)
             else:

@@ -215,9 +215,10 @@ class GPT(nn.Module):
                 x = block(x, cos, sin, attend)
         return x
 
-    def logps(self, hidden: Tensor, batch: TreeBatch) -> Tensor:
+    def logps(self, hidden: Tensor, batch: TreeBatch, temperature: float = 1.0, entropy: bool = False) -> Tensor:
         """Log-prob of each scored token, (M,), fp32 at least. Only scored tokens reach the vocabulary."""
-        return linear_logprob(self.norm(hidden.index_select(0, batch.logit_index)), self.head_weight, batch.target)
+        rows = self.norm(hidden.index_select(0, batch.logit_index))
+        return linear_logprob(rows, self.head_weight, batch.target, temperature, entropy)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(n, D) -> (n, V), fp32 at least: for sampling and for tests, never in a training step."""

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from config import parse
 from data import attributes
-from data.dataset import from_trees, read_rows, write_rows
+from data.dataset import Dataset, from_trees, read_rows, write_rows
 from data.formats import answers_of, known_attributes
 from data.templates import Template
 from data.tokenizer import load_tokenizer
@@ -39,8 +39,14 @@ def score(model: GPT, template: Template, answers: list[Answers], max_tokens: in
     Of a language model, which scores nothing, it is log P(response | prompt): (responses,) arrays. Trees are packed
     into flat rows of at most max_tokens tokens (more where a single tree has more).
     """
-    data = from_trees(template.pair(prompt, responses)[:2] for prompt, responses in answers)
-    scores = [np.empty(0)] * len(answers)
+    trees = from_trees(template.pair(prompt, responses)[:2] for prompt, responses in answers)
+    return score_trees(model, trees, max_tokens)
+
+
+@torch.no_grad()
+def score_trees(model: GPT, data: Dataset, max_tokens: int = 8192) -> list[np.ndarray]:
+    """`score` of trees of token ids, as they are."""
+    scores = [np.empty(0)] * len(data)
     lengths = data.tree_lengths()
     for items in tqdm(pack(lengths, max(max_tokens, int(lengths.max()))), "scoring", disable=None, leave=False):
         batch = make_batch(data, items).to(model.embed.weight.device)
@@ -49,7 +55,7 @@ def score(model: GPT, template: Template, answers: list[Answers], max_tokens: in
             found = model.score(hidden, batch.last)
         else:
             found = batch.sum_by_response(model.logps(hidden, batch))
-        sizes = [len(answers[i][1]) for i in items]
+        sizes = [int(data.response_start[i + 1] - data.response_start[i]) for i in items]
         for i, part in zip(items, np.split(found.cpu().numpy(), np.cumsum(sizes)[:-1])):
             scores[i] = part
     return scores
