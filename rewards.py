@@ -45,7 +45,7 @@ def load_reward(
     kind, colon, rest = name.partition(":")
     if kind in BUILT_IN:
         return _each(name, {"exact": exact, "regex": regex, "length": length}[kind](rest))
-    if Path(name).is_dir():
+    if name and Path(name).is_dir():
         return reward_model(name, template, template_name, dtype, device, max_tokens)
     file, colon, function = name.rpartition(":")
     if colon and file.endswith(".py"):
@@ -92,7 +92,8 @@ def load_function(file: str, name: str) -> Callable[[str | list, str, dict], flo
     except Exception as error:  # whatever the file trips over is the file's
         raise ValueError(f"--reward {file}:{name}: {file} cannot be run: {type(error).__name__}: {error}") from error
     if not callable(getattr(module, name, None)):
-        have = ", ".join(k for k, v in vars(module).items() if callable(v) and k[0] != "_" and not isinstance(v, type))
+        own = [k for k, v in vars(module).items() if getattr(v, "__module__", "") == spec.name]
+        have = ", ".join(k for k in own if not isinstance(getattr(module, k), type))
         raise ValueError(f"--reward {file}:{name}: {file} has no function {name}" + (f", only {have}" if have else ""))
     return getattr(module, name)
 

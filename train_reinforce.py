@@ -24,6 +24,7 @@ import torch
 
 import checkpoint
 import losses
+import rollout
 import runtime
 from config import parse
 from data.dataset import load_prompts
@@ -34,19 +35,7 @@ from hf import load_model, save_model
 from model import GPT
 from parallel import AdamW, Mesh, init_mesh
 from rewards import load_reward
-from rollout import (
-    Rollout,
-    RolloutConfig,
-    Server,
-    check,
-    collect,
-    evaluate,
-    forget_samples,
-    local,
-    log_samples,
-    seeds,
-    token_logps,
-)
+from rollout import Rollout, RolloutConfig
 
 
 @dataclass
@@ -90,13 +79,13 @@ def judge(
     first_pass = [items for _, bins in plan[: len(plan) // config.rollout_epochs] for items in bins]
     logps, row = found.logps, {}  # (M,)
     if len(plan) > 1 or np.isnan(logps).any():
-        sampled, logps = logps, token_logps(model, found.data, first_pass, config, device, mesh)
+        sampled, logps = logps, rollout.token_logps(model, found.data, first_pass, config, device, mesh)
         row["sampler_gap"] = float(np.abs(sampled - logps).mean())
     found.data.add_tokens("old_logps", logps)
     row["entropy"] = -logps.mean().item()  # of a token: the mean over samples of -log π is an unbiased estimate
     kl = np.zeros_like(logps)
     if ref is not None:
-        ref_logps = token_logps(ref, found.data, first_pass, config, device, mesh)
+        ref_logps = rollout.token_logps(ref, found.data, first_pass, config, device, mesh)
         found.data.add_tokens("ref_logps", ref_logps)
         both = torch.from_numpy(logps), torch.from_numpy(ref_logps)
         kl = losses.kl_estimate(*both, config.kl_estimator).numpy()
@@ -159,7 +148,7 @@ def main(argv: list[str] | None = None) -> None:
         else None
         for files in (config.data, config.eval_data)
     )
-    check(train, config)
+    rollout.check(train, config)
     reward = load_reward(config.reward, template, config.template, dtype, device, config.max_tokens)
 
     # ---- model and reference -----------------------------------------------------------------------------------------
@@ -173,14 +162,14 @@ def main(argv: list[str] | None = None) -> None:
     if config.kl or config.ref:  # the folder itself: a resumed run must not take the half-trained policy
         ref = load_model(config.ref or config.model, dtype, device).requires_grad_(False)
         runtime.prepare_model(ref, config, tokenizer)
-    server = Server(template, config) if config.rollout_url else None
-    sample = server.sample if server else local(model, template, config)
+    server = rollout.Server(template, config) if config.rollout_url else None
+    sample = server.sample if server else rollout.local(model, template, config)
     optimizer = AdamW(model, (config.beta1, config.beta2), config.eps, config.weight_decay)
     state = checkpoint.State()
     if start:
         state = checkpoint.load(start, optimizer)
         print(f"resumed from {start} after step {state.step}")
-    forget_samples(config.out, state.step)
+    rollout.forget_samples(config.out, state.step)
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
     log = runtime.Log(config, state.step, total)
@@ -188,13 +177,13 @@ def main(argv: list[str] | None = None) -> None:
     if server:
         server.push(model, mesh)
     if heldout and not state.step:
-        result, _ = evaluate(heldout, sample, reward, template, config, mesh)
+        result, _ = rollout.evaluate(heldout, sample, reward, template, config, mesh)
         log.row({"step": 0, **result})
     for step in range(state.step, total):
         meter.start()
         examples = step_examples(len(train.ids), config.batch_size, step, config.seed, config.shuffle)
-        own = seeds(config.seed, step + 1, len(examples), config.group_size)
-        found = collect(train.take(examples), sample, reward, template, config, mesh, own, config.temperature)
+        own = rollout.seeds(config.seed, step + 1, len(examples), config.group_size)
+        found = rollout.collect(train.take(examples), sample, reward, template, config, mesh, own, config.temperature)
         began = time.perf_counter()
         plan = updates(found, step, config, mesh)
         row = {"step": step + 1, **found.metrics(), **judge(found, plan, model, ref, config, device, mesh)}
@@ -231,13 +220,13 @@ def main(argv: list[str] | None = None) -> None:
         if runtime.due(config.log_every, state.step) or state.step == total:
             log.row(row)
         if runtime.due(config.log_samples, state.step) or (config.log_samples and state.step == 1):
-            log_samples(config.out, state.step, found)
+            rollout.log_samples(config.out, state.step, found)
         log.progress(row)
 
         if server:
             server.push(model, mesh)
         if heldout and (runtime.due(config.eval_every, state.step) or state.step == total):
-            result, answers = evaluate(heldout, sample, reward, template, config, mesh)
+            result, answers = rollout.evaluate(heldout, sample, reward, template, config, mesh)
             log.row({"step": state.step, **result})
             log.say(f"step {state.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in result.items()))
             for i in range(min(config.samples, len(answers.texts))):
