@@ -185,7 +185,7 @@ def main(argv: list[str] | None = None) -> None:
         own = rollout.seeds(config.seed, step + 1, len(examples), config.group_size)
         found = rollout.collect(train.take(examples), sample, reward, template, config, mesh, own, config.temperature)
         began = time.perf_counter()
-        plan = updates(found, step, config, mesh)
+        plan, lengths = updates(found, step, config, mesh), found.data.tree_lengths(config.share_prompts)
         row = {"step": step + 1, **found.metrics(), **judge(found, plan, model, ref, config, device, mesh)}
         found.seconds["scoring"] += time.perf_counter() - began
         began = time.perf_counter()
@@ -193,6 +193,7 @@ def main(argv: list[str] | None = None) -> None:
         lr = runtime.learning_rate(config, step, total)
         totals: dict[str, torch.Tensor] = {}
         norms, tokens, context = [], 0, 0.0
+        n_tokens = int(found.lengths.sum()) * config.rollout_epochs
         for part, bins in plan:
             # Counted over the whole update, so that the loss does not depend on how it is cut into micro-batches.
             step_lengths = torch.from_numpy(found.lengths.reshape(len(examples), -1)[part].ravel()).double().to(device)
@@ -200,8 +201,7 @@ def main(argv: list[str] | None = None) -> None:
                 batch = make_batch(found.data, items, config.share_prompts).to(device)
                 loss, metrics = policy_loss(model, batch, step_lengths, config, len(plan) > 1)
                 loss.backward()
-                n_tokens = step_lengths.sum()
-                runtime.add(totals, {"loss": loss, **{name: value / n_tokens for name, value in metrics.items()}})
+                runtime.add(totals, {"loss": loss * n_tokens / len(plan), **metrics})
                 tokens, context = tokens + len(batch.tokens), context + batch.context * len(batch.tokens)
             norms.append(optimizer.step(lr, config.clip))
             if nonfinite.check(norms[-1], step + 1):
@@ -209,12 +209,11 @@ def main(argv: list[str] | None = None) -> None:
                 log.say(f"step {step + 1}: the gradient is not finite, no update ({state.skipped} so far)")
 
         state.step = step + 1
-        row |= {**runtime.means(totals, len(plan)), "grad_norm": sum(norms) / len(norms), "lr": lr}
+        row |= {**runtime.means(totals, n_tokens), "grad_norm": sum(norms) / len(norms), "lr": lr}
         found.seconds["training"] = time.perf_counter() - began
-        drawn = int(found.lengths.sum())
-        for name, n_tokens in (("rollout", drawn), ("scoring", tokens), ("training", tokens)):
-            row |= {f"{name}_seconds": found.seconds[name]}
-            row |= {f"{name}_tokens_per_second": n_tokens / found.seconds[name]}
+        for name, seconds in found.seconds.items():
+            done = {"rollout": int(found.lengths.sum()), "scoring": int(lengths.sum()), "training": tokens}[name]
+            row |= {f"{name}_seconds": seconds, f"{name}_tokens_per_second": done / seconds}
         row |= {"epoch": state.step / per_epoch, **meter.read(tokens, context / tokens)}
         state.tokens += tokens
         if runtime.due(config.log_every, state.step) or state.step == total:
