@@ -88,8 +88,8 @@ def best_of_n(
             print(f"{start + len(part.ids)} of {len(mine)} prompts sampled, {len(kept)} answers kept", flush=True)
     if not kept:
         raise ValueError(
-            f"none of {len(mine) * config.group_size} samples is worth keeping, {np.concatenate(ended).mean():.0%} ended: "
-            "lower --min-reward or raise --max-new-tokens"
+            f"none of {len(mine) * config.group_size} samples is worth keeping ({np.concatenate(ended).mean():.0%} "
+            "ended): lower --min-reward or raise --max-new-tokens"
         )
     if mesh.main:
         write_rows(Path(config.out) / "pairs.jsonl", pairs)
