@@ -72,6 +72,13 @@ class RunConfig:
     checkpoint_activations: bool = False  # recompute each layer in the backward: a third more time, far less memory
     compile: bool = False  # torch.compile the model: slow start, faster steps
 
+    # many processes (torchrun); what --tp x --cp x --pp leaves of them is data parallel
+    tp: int = 1  # ranks that share every matrix: as few as make the model fit, within one node
+    cp: int = 1  # ranks that share one flat row of tokens: for very long prompts
+    pp: int = 1  # stages of layers: for models that --tp within a node cannot hold; wants many micro-batches a step
+    zero: Literal[1, 2] = 1  # 2 keeps only a piece of the gradients, and adds them up after every micro-batch
+    timeout_minutes: float = 30.0  # how long a rank may let the others wait before the run ends and names it
+
     # watching and saving
     eval_every: int = 0  # optimizer steps between evaluations; 0 = only at the end when there is --eval-data
     samples: int = 0  # answers to held-out prompts to print at every evaluation
@@ -105,7 +112,7 @@ def from_file(cls: type, path: str) -> dict[str, Any]:
         values = json.loads(Path(path).read_text())
     except OSError as error:
         raise ValueError(f"--config {path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"--config {path} is not JSON: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"--config {path} must hold one JSON object of flags")
@@ -201,7 +208,8 @@ def _read_flags(cls: type, argv: list[str]) -> dict[str, Any]:
                 break
         if not words:
             raise ValueError(f"--{name.replace('_', '-')} needs a value")
-        values[name] = _convert(cls, name, words, f"--{name.replace('_', '-')}")
+        value = _convert(cls, name, words, f"--{name.replace('_', '-')}")
+        values[name] = value if positive else not value
     return values
 
 

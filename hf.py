@@ -10,6 +10,7 @@ not be computed silently. Weights are read from safetensors only, which cannot r
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -25,7 +26,8 @@ from torch import Tensor
 from config import parse
 from data.templates import Template
 from data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, shapes, shard
+from parallel import Mesh, split
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 ARCHITECTURES = {
@@ -41,11 +43,13 @@ SHARD_BYTES = 5 << 30  # of one weight file, as transformers splits them
 
 
 class Row(NamedTuple):
-    """One weight under both names, {i} the layer. `part`: which of q, k, v it is inside a fused tensor of theirs."""
+    """One weight under both names, {i} the layer. `part`: which of q, k, v it is inside a fused tensor of theirs.
+    `shape`: of the whole tensor on disk, once the table is that of a model."""
 
     ours: str
     theirs: str
     part: str = ""
+    shape: tuple[int, ...] = ()
 
 
 LLAMA = [
@@ -84,18 +88,16 @@ NOT_WEIGHTS = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")
 
 
 def weight_table(c: GPTConfig) -> dict[str, Row]:
-    """our name of every weight the model has -> its row with the layer filled in."""
+    """our name of every weight the model has -> its row with the layer and the shape filled in."""
     table = {}
-    with torch.device("meta"):
-        ours = [name for name, _ in GPT(c).named_parameters()]
     rows = {row.ours: row for row in (GPT_NEOX if c.family == "gpt_neox" else LLAMA)}
-    for name in ours:
+    for name, shape in shapes(c).items():
         words = name.split(".")
         layer = words[1] if words[0] == "blocks" else ""
         generic = ".".join(["blocks", "{i}", *words[2:]]) if layer else name
         row = rows.get(generic) or rows[generic.rpartition(".")[0] + ".*"]
         theirs = row.theirs.replace("{i}", layer).replace("*", words[-1])
-        table[name] = Row(name, theirs, row.part)
+        table[name] = Row(name, theirs, row.part, (3 * shape[0], *shape[1:]) if row.part else shape)
     return table
 
 
@@ -116,13 +118,41 @@ ONLY = {
     "quantization_config": (None,),
     "use_mrope": (False, None),
 }
+# What kind of value a key takes, where null says no more than leaving it out.
+SIZES = set(
+    "hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim intermediate_size vocab_size "
+    "max_position_embeddings sliding_window max_window_layers num_labels original_max_position_embeddings".split()
+)
+NUMBERS = set(
+    "rope_theta rotary_emb_base rotary_pct partial_rotary_factor layer_norm_eps rms_norm_eps factor low_freq_factor "
+    "high_freq_factor".split()
+)
+SWITCHES = set("use_parallel_residual attention_bias mlp_bias use_sliding_window tie_word_embeddings".split())
+MOST = {"num_hidden_layers": 1000, "num_labels": 10_000}  # of other sizes 2**24; absurd ones would only eat memory
+
+
+def _check_kinds(raw: dict) -> None:
+    """ValueError for the first value of config.json that cannot be what its key says."""
+    for key, value in raw.items():
+        most = MOST.get(key, 1 << 24)
+        if value is None:
+            continue
+        if key in SIZES and not (type(value) is int and (value > 0 or key == "sliding_window") and value <= most):
+            raise ValueError(f"config.json: {key} = {value!r} is no whole number from 1 to {most}")
+        if key in NUMBERS and not (type(value) in (int, float) and 0 < value < 1e18):
+            raise ValueError(f"config.json: {key} = {value!r} is no number above 0")
+        if key in SWITCHES and type(value) is not bool:
+            raise ValueError(f"config.json: {key} = {value!r} is neither true nor false")
+        if key in ("rope_parameters", "rope_scaling"):
+            _check_kinds(dict(value))
 
 
 def _take(raw: dict, family: str) -> GPTConfig:
+    _check_kinds(raw)
     known = dict(raw)
 
     def get(key, *default):
-        if key not in known and not default:
+        if known.get(key) is None and not default:
             raise ValueError(f"config.json has no {key}")
         return known.pop(key, *default)
 
@@ -160,6 +190,8 @@ def _take(raw: dict, family: str) -> GPTConfig:
     else:
         types = ["sliding_attention"] * layers
     types = get("layer_types", types) or types
+    if len(types) != layers:
+        raise ValueError(f"config.json: layer_types names {len(types)} layers, num_hidden_layers is {layers}")
     for kind in types:
         _one_of("layer_types", kind, {"sliding_attention": 1, "full_attention": 1})
     config = GPTConfig(
@@ -189,7 +221,7 @@ def _take(raw: dict, family: str) -> GPTConfig:
             f"config.json: plumb does not know the option {unknown[0]} = {raw[unknown[0]]!r} of this {family} model; "
             "if it does not change the arithmetic, remove it from the file"
         )
-    if config.rope_size % 2:
+    if rope_share > 1 or config.rope_size % 2:
         raise ValueError(f"config.json: an odd number of rotated components a head ({config.rope_size}) cannot be")
     if heads % kv_heads:
         raise ValueError(f"config.json: {heads} attention heads are no multiple of {kv_heads} key/value heads")
@@ -227,19 +259,32 @@ def read_config(folder: str | Path) -> tuple[GPTConfig, dict]:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: --model takes a Hugging Face folder (hf.py new makes one)")
+    raw = _json(path)
     try:
-        raw = json.loads(path.read_text())
+        family = raw.get("model_type")
+        if family not in ARCHITECTURES:
+            known = ", ".join(ARCHITECTURES)
+            raise ValueError(f"config.json: plumb does not know model_type {family!r}: only {known}")
+        classes = (ARCHITECTURES[family], _classifier(family))
+        for architecture in raw.get("architectures") or []:
+            if architecture not in classes:
+                raise ValueError(f"config.json: plumb does not know {architecture}, only {' and '.join(classes)}")
+        return _take(raw, family), raw
     except ValueError as error:
+        raise ValueError(f"{folder}/{error}") from None
+    except (TypeError, AttributeError) as error:  # a list where a word should be, a word where an object should be
+        raise ValueError(f"{path} holds a value of the wrong kind ({error}): fetch it again") from None
+
+
+def _json(path: Path) -> dict:
+    """The JSON object in a file. ValueError names the file that holds none."""
+    try:
+        value = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
-    family = raw.get("model_type")
-    if family not in ARCHITECTURES:
-        raise ValueError(f"{path}: plumb does not know model_type {family!r}: only {', '.join(ARCHITECTURES)}")
-    for architecture in raw.get("architectures") or []:
-        if architecture not in (ARCHITECTURES[family], _classifier(family)):
-            raise ValueError(
-                f"{path}: plumb does not know {architecture}, only {ARCHITECTURES[family]} and {_classifier(family)}"
-            )
-    return _take(raw, family), raw
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold one JSON object")
+    return value
 
 
 def _classifier(family: str) -> str:
@@ -274,7 +319,15 @@ def weight_files(folder: str | Path) -> dict[str, Path]:
     folder = Path(folder)
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if index.is_file():
-        files = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+        listed = _json(index).get("weight_map")
+        if not isinstance(listed, dict) or not all(isinstance(f, str) and f == Path(f).name for f in listed.values()):
+            raise ValueError(f"{index} must hold a weight_map from names to files in the same folder: fetch it again")
+        files = {name: folder / file for name, file in listed.items()}
+        for path in set(files.values()):
+            with _open(path) as file:
+                lacks = {name for name in files if files[name] == path} - set(file.keys())
+            if lacks:
+                raise ValueError(f"{path} lacks {min(lacks)}, which {index.name} says it holds: fetch both again")
     elif single.is_file():
         with _open(single) as file:
             files = dict.fromkeys(file.keys(), single)
@@ -289,11 +342,16 @@ def weight_files(folder: str | Path) -> dict[str, Path]:
 
 def _open(path: Path):
     try:
-        return safe_open(path, framework="pt")
+        file = safe_open(path, framework="pt")
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing: the folder is incomplete, fetch it again") from None
-    except SafetensorError as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}): fetch it again") from None
+    for name in file.keys():  # noqa: SIM118 - no dict
+        kind = file.get_slice(name).get_dtype()
+        if kind not in ("F64", "F32", "F16", "BF16") and not name.endswith(NOT_WEIGHTS):
+            raise ValueError(f"{path}: {name} is {kind}: plumb reads F64, F32, F16 and BF16, nothing quantized")
+    return file
 
 
 def fingerprint(folder: str | Path) -> str:
@@ -310,8 +368,10 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     scores: tuple[str, ...] | None = None,
+    mesh: Mesh = Mesh(),  # noqa: B008 - a mesh of one never changes
 ) -> GPT:
-    """Reads a Hugging Face folder into a model of the given type on the given device, one weight at a time.
+    """Reads a Hugging Face folder into a model of the given type on the given device, one weight at a time: of the
+    stage and the slices that are this rank's, so that no rank ever holds the whole model.
 
     scores: None loads a language model; () a reward model with whatever outputs it has; names a reward model with just
     these, whose score head starts at zero where the folder is a language model's (so every first score is 0).
@@ -343,7 +403,7 @@ def load_model(
     if spare:
         raise ValueError(f"{folder}: plumb does not know the weight {min(spare)} ({len(spare)} in all)")
     with torch.device("meta"):
-        model = GPT(c)
+        model = GPT(c, mesh)
     handles = {path: _open(path) for path in sorted(set(files.values()))}
     weights = {}
     for name, p in model.named_parameters():
@@ -351,12 +411,19 @@ def load_model(
             weights[name] = torch.zeros(p.shape, dtype=dtype, device=device)
             continue
         row = table[name]
-        tensor = handles[files[row.theirs]].get_tensor(row.theirs)
-        tensor = _unfuse(tensor, row.part, c) if row.part else tensor
-        if tensor.shape != p.shape:
+        stored, cut = handles[files[row.theirs]].get_slice(row.theirs), shard(c, name, mesh)
+        if tuple(stored.get_shape()) != row.shape:
             raise ValueError(
-                f"{folder}: {row.theirs} is {tuple(tensor.shape)}, but config.json makes it {tuple(p.shape)}"
+                f"{folder}: {row.theirs} is {tuple(stored.get_shape())}, but config.json makes it {row.shape}"
             )
+        # Of a weight that is shared out only this rank's slice is ever read.
+        if cut is None:
+            tensor = stored[:]
+        elif cut[0] == 0:
+            tensor = stored[3 * cut[1] : 3 * cut[2]] if row.part else stored[cut[1] : cut[2]]
+        else:
+            tensor = stored[:, cut[1] : cut[2]]
+        tensor = _unfuse(tensor, row.part, c) if row.part else tensor
         weights[name] = tensor.to(device=device, dtype=dtype, copy=True)
     model.load_state_dict(weights, assign=True)
     model.requires_grad_(True)
@@ -365,9 +432,9 @@ def load_model(
 
 
 def _unfuse(fused: Tensor, part: str, c: GPTConfig) -> Tensor:
-    """q, k or v out of GPT-NeoX's query_key_value: rows lie as (head, q|k|v, head size)."""
-    rows = fused.view(c.heads, 3, c.head_size, *fused.shape[1:])
-    return rows[:, "qkv".index(part)].reshape(c.heads * c.head_size, *fused.shape[1:])
+    """q, k or v out of GPT-NeoX's query_key_value, or some heads of it: rows lie as (head, q|k|v, head size)."""
+    rows = fused.view(-1, 3, c.head_size, *fused.shape[1:])
+    return rows[:, "qkv".index(part)].flatten(0, 1)
 
 
 def _fuse(parts: list[Tensor], c: GPTConfig) -> Tensor:
@@ -375,16 +442,29 @@ def _fuse(parts: list[Tensor], c: GPTConfig) -> Tensor:
     return torch.stack(rows, 1).reshape(3 * c.heads * c.head_size, *parts[0].shape[1:])
 
 
-def to_theirs(model: GPT) -> dict[str, Tensor]:
-    """The weights under Hugging Face's names, on the CPU."""
+def to_theirs(model: GPT, names: list[str] | None = None, keep: bool = True) -> dict[str, Tensor]:
+    """The weights under Hugging Face's names (all of this rank's stage, or some), whole, on the CPU.
+
+    Every tensor rank calls it, slices are gathered one weight at a time; those with keep=False get nothing for it.
+    """
+    model.wait()
     weights, fused = {}, {}
-    for name, row in weight_table(model.c).items():
-        tensor = model.get_parameter(name).detach().cpu().contiguous()
+    here, c = dict(model.named_parameters()), model.c
+    for name, row in weight_table(c).items():
+        if name not in here or names is not None and row.theirs not in names:
+            continue
+        tensor, cut = here[name].detach(), shard(c, name, model.mesh)
+        if cut:
+            total = shapes(c)[name][cut[0]]
+            units = c.kv_heads if name.split(".")[-2] in ("q", "k", "v", "out") else total
+            tensor = model.whole(tensor, cut[0], units, total // units)
+        if not keep:
+            continue
         if row.part:
-            fused.setdefault(row.theirs, {})[row.part] = tensor
+            fused.setdefault(row.theirs, {})[row.part] = tensor.cpu().contiguous()
         else:
-            weights[row.theirs] = tensor
-    weights.update({name: _fuse([parts[p] for p in "qkv"], model.c) for name, parts in fused.items()})
+            weights[row.theirs] = tensor.cpu().contiguous()
+    weights.update({name: _fuse([parts[p] for p in "qkv"], c) for name, parts in fused.items()})
     return weights
 
 
@@ -395,16 +475,19 @@ def save_model(
 
     tokenizer_from: the folder whose tokenizer files and generation_config.json go along. template: the chat template
     that the model was trained with, so that whoever serves the folder uses it too, and stops where it stops.
+    Every rank calls it, and writes its share of the files. OSError, the same on every rank: what to do.
     """
     folder = Path(folder)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        _write_weights(to_theirs(model), partial)
+    partial, mesh = folder.with_name(f".{folder.name}.partial"), model.mesh
+
+    def begin() -> None:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+
+    def write_rest() -> None:
+        _write_index(model, partial)
         raw = dict(model.hf_config)
-        dtype = str(model.embed.weight.dtype).removeprefix("torch.")
-        raw["dtype" if "dtype" in raw else "torch_dtype"] = dtype
+        raw["dtype" if "dtype" in raw else "torch_dtype"] = str(model.dtype).removeprefix("torch.")
         padding = _padding(load_tokenizer(tokenizer_from), template) if model.c.outputs and tokenizer_from else None
         if padding:
             raw["pad_token_id"] = padding[0]
@@ -424,15 +507,77 @@ def save_model(
         for file in partial.iterdir():
             with open(file, "rb") as f:
                 os.fsync(f.fileno())
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
+
+    def commit() -> None:
+        old = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
+        partial.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+    try:
+        mesh.ask(begin)
+        problem = next(filter(None, mesh.everyone(_write_weights(model, partial))), None)
+        if problem:
+            raise OSError(problem)
+        mesh.ask(write_rest)
+    except OSError as error:
+        if mesh.main:
+            shutil.rmtree(partial, ignore_errors=True)
         raise OSError(f"could not write {folder} ({error}): free space on the disk; the old one is untouched") from None
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    partial.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    mesh.ask(commit)
+
+
+def _weight_plan(model: GPT) -> list[tuple[int, list[str], str]]:
+    """(stage, names, file) of every weight file, the same on every rank: whole weights, no more than SHARD_BYTES."""
+    c, stages = model.c, model.mesh.pp
+    files: list[tuple[int, list[str]]] = []
+    size = 0
+    for name, row in weight_table(c).items():
+        if files and row.theirs in files[-1][1]:
+            continue
+        words = name.split(".")
+        stage = 0 if words[0] == "embed" else stages - 1
+        if words[0] == "blocks":
+            stage = next(i for i in range(stages) if int(words[1]) < split(c.layers, stages, i)[1])
+        nbytes = math.prod(row.shape) * model.dtype.itemsize
+        if not files or files[-1][0] != stage or size + nbytes > SHARD_BYTES:
+            files.append((stage, []))
+            size = 0
+        files[-1][1].append(row.theirs)
+        size += nbytes
+    if len(files) == 1:
+        return [(0, files[0][1], "model.safetensors")]
+    return [(s, names, f"model-{i + 1:05d}-of-{len(files):05d}.safetensors") for i, (s, names) in enumerate(files)]
+
+
+def _write_weights(model: GPT, folder: Path) -> str:
+    """Writes this rank's share of the files. Returns what went wrong, "" if nothing."""
+    mesh, problem = model.mesh, ""
+    for i, (stage, names, file) in enumerate(_weight_plan(model)):
+        # A file is gathered by the tensor ranks of one replica, and written by one of them.
+        replica, writer = i % (mesh.dp * mesh.cp), i // (mesh.dp * mesh.cp) % mesh.tp
+        if (stage, replica) != (mesh.pp_rank, mesh.dp_rank * mesh.cp + mesh.cp_rank):
+            continue
+        weights = to_theirs(model, names, keep=writer == mesh.tp_rank)
+        try:
+            if writer == mesh.tp_rank and not problem:
+                save_file({name: weights[name] for name in names}, folder / file, metadata={"format": "pt"})
+        except (OSError, SafetensorError) as error:
+            problem = f"rank {mesh.rank}: {error}" if mesh.world > 1 else str(error)
+    return problem
+
+
+def _write_index(model: GPT, folder: Path) -> None:
+    """The table of which weight is in which file, where there are several."""
+    plan = _weight_plan(model)
+    if len(plan) == 1:
+        return
+    sizes = {row.theirs: math.prod(row.shape) * model.dtype.itemsize for row in weight_table(model.c).values()}
+    weight_map = {name: file for _, names, file in plan for name in names}
+    text = json.dumps({"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}, indent=2)
+    (folder / "model.safetensors.index.json").write_text(text)
 
 
 def _padding(tokenizer: Tokenizer, template: Template | None) -> tuple[int, str] | None:
@@ -447,28 +592,6 @@ def _padding(tokenizer: Tokenizer, template: Template | None) -> tuple[int, str]
     named = [text for text in ids if "pad" in text.lower()]
     rest = [text for text in ids if "unk" in text.lower() or ids[text] == tokenizer.bos]
     return next(((ids[text], text) for text in own + named + rest), None)
-
-
-def _write_weights(weights: dict[str, Tensor], folder: Path) -> None:
-    shards: list[dict[str, Tensor]] = [{}]
-    size = 0
-    for name, tensor in weights.items():
-        if size and size + tensor.nbytes > SHARD_BYTES:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
-    if len(shards) == 1:
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        return
-    index = {}
-    for i, shard in enumerate(shards):
-        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, folder / file, metadata={"format": "pt"})
-        index.update(dict.fromkeys(shard, file))
-    total = sum(tensor.nbytes for tensor in weights.values())
-    text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2)
-    (folder / "model.safetensors.index.json").write_text(text)
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ import torch
 from data.dataset import Dataset
 from data.templates import Template
 from data.tokenizer import Tokenizer, load_tokenizer
+from parallel import Mesh
 from score import load_scorer, score_trees
 
 # (prompts, responses, rows, trees): R prompts as the rows have them, R texts, R rows, and the same as a data set of
@@ -40,27 +41,38 @@ def load_reward(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     max_tokens: int = 8192,
+    mesh: Mesh = Mesh(),  # noqa: B008 - a mesh of one never changes
 ) -> Reward:
-    """The reward that --reward names; template is the policy's. ValueError or OSError says what is wrong with it."""
+    """The reward that --reward names; template is the policy's. ValueError or OSError says what is wrong with it.
+
+    Every rank that shares some examples calls it on them; only a `leader`'s numbers mean anything.
+    """
     kind, colon, rest = name.partition(":")
     if kind in BUILT_IN:
-        return _each(name, {"exact": exact, "regex": regex, "length": length}[kind](rest))
+        return _each(name, {"exact": exact, "regex": regex, "length": length}[kind](rest), mesh)
     if name and Path(name).is_dir():
-        return reward_model(name, template, template_name, dtype, device, max_tokens)
+        return reward_model(name, template, template_name, dtype, device, max_tokens, mesh)
     file, colon, function = name.rpartition(":")
     if colon and file.endswith(".py"):
-        return _each(name, load_function(file, function))
+        return _each(name, load_function(file, function), mesh)
     raise ValueError(
         f"--reward {name or '(missing)'} is no folder of a reward model, no file.py:function, and none of "
         + ", ".join(f"{kind}:..." for kind in BUILT_IN)
     )
 
 
-def _each(name: str, function: Callable[[str | list, str, dict], float]) -> Reward:
+def leader(mesh: Mesh) -> bool:
+    """Whether this rank speaks for those that share its examples: it sees final hidden states, and is the first to."""
+    return mesh.last_stage and mesh.tp_rank == mesh.cp_rank == 0
+
+
+def _each(name: str, function: Callable[[str | list, str, dict], float], mesh: Mesh) -> Reward:
     """A reward from a function of one answer. ValueError names the answer whose reward is no finite number."""
 
     def reward(prompts: list, responses: list[str], rows: list[dict], trees: Dataset) -> np.ndarray:
-        found = np.empty(len(responses))
+        found = np.zeros(len(responses))
+        if not leader(mesh):  # a judge that costs money, or has moods, is asked once
+            return found
         for i, answer in enumerate(zip(prompts, responses, rows)):
             value = function(*answer)
             try:
@@ -146,8 +158,9 @@ def length(words: str) -> Callable[[str | list, str, dict], float]:
 
 
 def reward_model(
-    folder: str, template: Template, template_name: str, dtype: torch.dtype, device: torch.device | str, max_tokens: int
-) -> Reward:
+    folder: str, template: Template, template_name: str, dtype: torch.dtype, device: torch.device | str,
+    max_tokens: int, mesh: Mesh,
+) -> Reward:  # fmt: skip
     """A reward-model folder, which stays in memory; each answer is scored at its last token.
 
     ValueError: it has several outputs, or its tokenizer is not the policy's, so that it could not read the samples.
@@ -162,13 +175,16 @@ def reward_model(
         print(
             f"warning: the reward model {folder} was made with another chat template than the policy", file=sys.stderr
         )
-    model, names = load_scorer(folder, dtype, device)
+    model, names = load_scorer(folder, dtype, device, mesh)
     if len(names) != 1:
         raise ValueError(f"the reward model {folder} scores {', '.join(names)}: a reward is one number")
     model.requires_grad_(False)
 
     def reward(prompts: list, responses: list[str], rows: list[dict], trees: Dataset) -> np.ndarray:
-        found = np.concatenate(score_trees(model, trees, max_tokens))[:, 0].astype(np.float64)
+        scores = score_trees(model, trees, max_tokens)
+        if not mesh.last_stage:
+            return np.zeros(len(responses))
+        found = np.concatenate(scores)[:, 0].astype(np.float64)
         if not np.isfinite(found).all():
             bad = responses[int(np.flatnonzero(~np.isfinite(found))[0])]
             raise ValueError(f"the reward model {folder} scores {bad[:80]!r} with a number that is not finite")

@@ -1,7 +1,7 @@
 """Rollouts: the prompts of a step -> samples, rewards and a data set of prompt trees to train on.
 
     prompts = load_prompts(...)                                      data/dataset.py
-    sample = local(model, template, config)                          or Server(...).sample: an engine of the user's
+    sample = sampler(model, template, config, server)                the policy as it is now, here or on a server
     found = collect(prompts.take(examples), sample, reward, template, config, mesh, seeds(config.seed, step, n, G))
     found.data                                                       n trees of G responses, on every rank the same
 
@@ -34,10 +34,10 @@ from data.dataset import Dataset, Prompts, from_trees
 from data.templates import Template
 from data.trees import make_batch
 from generate import Sample, generate
-from hf import save_model
+from hf import load_model, save_model
 from model import GPT
-from parallel import Mesh
-from rewards import Reward
+from parallel import Mesh, pipeline
+from rewards import Reward, leader
 
 # (prompts of token ids, a seed for each of their samples, samples a prompt, temperature) -> samples, prompt by prompt.
 Sampler = Callable[[list[list[int]], list[int], int, float], list[Sample]]
@@ -117,6 +117,25 @@ def local(model: GPT, template: Template, config: RolloutConfig) -> Sampler:
     return sample
 
 
+def sampler(model: GPT, template: Template, config: RolloutConfig, server: "Server | None" = None) -> Sampler:
+    """What draws samples of the policy as it is now; collective. Only a `leader`'s samples mean anything.
+
+    A server is given the new weights (with --rollout-reload). With pipeline stages no rank has a model to sample from:
+    the leaders load all of it, by way of OUT/rollout, for as long as they sample. Where it is too large, take a server.
+    """
+    mesh = model.mesh
+    if server is None and mesh.pp == 1:
+        return local(model, template, config)
+    if server is None or config.rollout_reload:
+        folder = Path(config.out).resolve() / "rollout"
+        save_model(model, folder, config.model, template)
+        if server:
+            mesh.ask(lambda: server.reload(folder))
+    if not leader(mesh):
+        return lambda ids, seeds, n, temperature: []
+    return server.sample if server else local(load_model(folder, model.dtype, model.device), template, config)
+
+
 def collect(
     prompts: Prompts, sample: Sampler, reward: Reward, template: Template, config: RolloutConfig, mesh: Mesh,
     seeds: list[int], temperature: float,
@@ -150,9 +169,8 @@ def collect(
 
 
 def _exchange(mesh: Mesh, places: list[int], values: list) -> list:
-    """The values of all ranks, in the order of their places. Of ranks that share examples the first one counts."""
-    first = mesh.tp_rank == mesh.cp_rank == mesh.pp_rank == 0
-    parts = mesh.everyone(dict(zip(places, values)) if first else {})
+    """The values of all ranks, in the order of their places. Of ranks that share examples the leader's count."""
+    parts = mesh.everyone(dict(zip(places, values)) if leader(mesh) else {})
     return [value for _, value in sorted((item for part in parts for item in part.items()), key=lambda item: item[0])]
 
 
@@ -166,19 +184,17 @@ def trees(prompts: list[list[int]], samples: list[Sample]) -> Dataset:
 
 
 @torch.no_grad()
-def token_logps(
-    model: GPT, data: Dataset, bins: list[list[int]], config: RolloutConfig, device: torch.device, mesh: Mesh
-) -> np.ndarray:
+def token_logps(model: GPT, data: Dataset, bins: list[list[int]], config: RolloutConfig) -> np.ndarray:
     """Log-prob of every sampled token under a model, (M,) fp64, by the path that training takes; collective.
 
     bins: this rank's micro-batches. Those of the first update give the very bits that its forward pass will.
     """
     found = torch.zeros(int(data.scored.sum()), dtype=torch.float64)
-    for items in bins:
-        batch = make_batch(data, items, config.share_prompts).to(device)
-        logps = model.logps(model(batch), batch, config.temperature)
+    batches = (make_batch(data, items, config.share_prompts) for items in bins)
+    for batch, hidden in pipeline(model, batches):
+        logps = model.logps(hidden, batch, config.temperature)
         found[batch.token_columns["place"].cpu()] = logps.double().cpu()
-    return mesh.sum(found).numpy()  # a token lies on one rank only, the others have 0 there
+    return model.mesh.sum(found).numpy()  # a token lies on one rank only, the others have 0 there
 
 
 def evaluate(
@@ -252,13 +268,8 @@ class Server:
             parts = pool.map(lambda i: self._complete(ids[i], seeds[i * n], n, temperature), range(len(ids)))
             return [sample for part in parts for sample in part]
 
-    def push(self, model: GPT, mesh: Mesh) -> None:
-        """Writes the weights to OUT/rollout and has the server load them; collective. OSError: what went wrong."""
-        folder = Path(self.config.out).resolve() / "rollout"
-        save_model(model, folder, self.config.model, self.template)
-        mesh.ask(lambda: self._reload(folder))
-
-    def _reload(self, folder: Path) -> None:
+    def reload(self, folder: Path) -> None:
+        """Has the server load the weights in a folder, by the user's command. OSError: what went wrong."""
         command = self.config.rollout_reload.replace("{folder}", shlex.quote(str(folder)))
         try:
             done = subprocess.run(

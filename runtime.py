@@ -14,7 +14,8 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,16 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+import parallel
 from config import RunConfig, to_json
 from data.dataset import Dataset
 from data.templates import Template
 from data.tokenizer import Tokenizer
-from data.trees import make_batch, micro_batches
+from data.trees import TreeBatch, make_batch, micro_batches
 from generate import generate
 from hf import DTYPES, fingerprint, load_model
 from model import GPT, GPTConfig
+from parallel import Mesh, pipeline
 
 # bf16 matmul peaks without sparsity, TFLOP/s, from the makers' data sheets: the yardstick of `mfu`.
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "H800": 989, "A100": 312, "A800": 312, "L40S": 362, "B200": 2250, "4090": 165}
@@ -40,22 +43,42 @@ NONFINITE_LIMIT = 5  # steps in a row with a NaN or infinite gradient before a r
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs a script's main; what a user can mend is printed as one line. PLUMB_TRACEBACK=1 shows where it came from."""
+    """Runs a script's main; what a user can mend is printed as one line. PLUMB_TRACEBACK=1 shows where it came from.
+
+    A rank that fails leaves its last words where the others find them, so that each can say who failed first.
+    """
     try:
         main()
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("PLUMB_TRACEBACK"):
             raise
-        sys.exit(f"error: {error}")
+        _leave(str(error))
     except torch.cuda.OutOfMemoryError as error:
-        sys.exit(f"error: out of GPU memory ({error}): lower --max-tokens or add --checkpoint-activations")
+        _leave(f"out of GPU memory ({error}): lower --max-tokens or add --checkpoint-activations")
+    except Exception as error:
+        if parallel.here().world == 1:
+            raise
+        traceback.print_exc()
+        _leave(f"{type(error).__name__}: {error}".splitlines()[0], ask_others=isinstance(error, RuntimeError))
 
 
-def set_up(config: RunConfig, say: Callable[[str], Any] = print) -> tuple[torch.device, torch.dtype]:
-    """Checks what every run needs, seeds every generator and makes OUT with its config.json.
+def _leave(reason: str, ask_others: bool = False) -> None:
+    """Ends the process with one line on what went wrong, here or on another rank."""
+    mesh = parallel.here()
+    if mesh.world == 1:
+        sys.exit(f"error: {reason}")
+    others = parallel.last_words(mesh, reason, patience=10.0 if ask_others else 0.0)
+    print(f"error on rank {mesh.rank}: {reason}" + (f"\n  {others}" if ask_others else ""), file=sys.stderr, flush=True)
+    os._exit(1)  # not through c10d's tear-down, which may wait for ranks that are gone
+
+
+def set_up(config: RunConfig, mesh: Mesh, say: Callable[[str], Any] = print) -> tuple[torch.device, torch.dtype]:
+    """Checks what every run needs, seeds every generator and makes OUT with its config.json. Silences all ranks but 0.
 
     Returns the device and the type of weights and activations. ValueError names the flag to mend.
     """
+    if not mesh.main:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
     for flag in ("model", "data"):
         if not getattr(config, flag):
             raise ValueError(f"--{flag} is missing; --help lists the flags")
@@ -66,13 +89,26 @@ def set_up(config: RunConfig, say: Callable[[str], Any] = print) -> tuple[torch.
         raise ValueError(f"--warmup {config.warmup} is a share of all steps: between 0 and 1")
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda, but torch sees no GPU: install a CUDA build of torch, or take --device cpu")
-    device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+    if config.samples and config.pp > 1:
+        raise ValueError("--samples cannot be had from pipeline stages: leave it out, or --pp")
+    on_gpu = config.device != "cpu" and torch.cuda.is_available()
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     dtype = DTYPES[config.dtype if config.dtype != "auto" else "bf16" if device.type == "cuda" else "fp32"]
     if device.type == "cpu":
         _keep_freed_memory()
     random.seed(config.seed)
     np.random.seed(config.seed)
     torch.manual_seed(config.seed)
+    mesh.ask(lambda: _make_out(config, say))
+    if not all(mesh.everyone((Path(config.out) / "config.json").exists())):
+        raise ValueError(f"--out {config.out} is not the same folder on every node: take one on a shared file system")
+    layout = f"{mesh.world} ranks: dp {mesh.dp}, tp {mesh.tp}, cp {mesh.cp}, pp {mesh.pp}; " if mesh.world > 1 else ""
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    say(f"{name}, {layout}{str(dtype)[6:]}, output in {config.out}/")
+    return device, dtype
+
+
+def _make_out(config: RunConfig, say: Callable[[str], Any]) -> None:
     out = Path(config.out)
     if not config.resume and (out / "metrics.jsonl").exists():
         raise ValueError(f"{out} holds a run already: --resume auto goes on with it, another --out starts afresh")
@@ -85,8 +121,6 @@ def set_up(config: RunConfig, say: Callable[[str], Any] = print) -> tuple[torch.
             if name not in ("resume", "config") and name in before and before[name] != value:
                 say(f"warning: resuming with another --{name.replace('_', '-')}: {value}, it was {before[name]}")
     (out / "config.json").write_text(to_json(config))
-    say(f"{torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}, {str(dtype)[6:]}, output in {out}/")
-    return device, dtype
 
 
 def _keep_freed_memory() -> None:
@@ -116,7 +150,7 @@ def prepare_model(model: GPT, config: RunConfig, tokenizer: Tokenizer) -> None:
         raise ValueError(f"the tokenizer has {tokenizer.size} ids, the embedding {model.c.vocab}: not from one folder?")
     model.checkpoint_activations = config.checkpoint_activations
     if config.compile:
-        for block in model.blocks:
+        for block in model.blocks.values():
             block.compile(dynamic=True)
 
 
@@ -138,12 +172,15 @@ def learning_rate(config: RunConfig, step: int, total: int) -> float:
 
 def describe(config: RunConfig, model: GPT, lengths: np.ndarray, total: int) -> str:
     """What the run will be, in three lines: sizes, steps and the memory that weights and optimizer take."""
-    weights = sum(p.numel() for p in model.parameters())
-    size = model.embed.weight.dtype.itemsize
-    bytes_each = size + max(4, size) * 3 + (4 if size < 4 else 0)  # weights; gradient and two means; fp32 master
+    own, size, ranks = sum(p.numel() for p in model.parameters()), model.dtype.itemsize, model.mesh.dp * model.mesh.cp
+    whole, pieces = size + max(4, size), 2 * max(4, size) + (4 if size < 4 else 0)  # weights, gradient | means, master
+    if config.zero == 2 and ranks > 1:
+        whole, pieces = size, pieces + max(4, size)
+    memory = own * (whole + pieces / ranks) / 2**30
     step_tokens = lengths.mean() * min(config.batch_size, len(lengths))
     lines = [
-        f"{weights / 1e6:,.2f}M parameters; weights, gradients and AdamW take {weights * bytes_each / 2**30:.2f} GB",
+        f"{model.c.parameters / 1e6:,.2f}M parameters; weights, gradients and AdamW take {memory:.2f} GB"
+        + (" on this rank" if model.mesh.world > 1 else ""),
         f"{total} steps of {config.batch_size} examples, about {step_tokens:,.0f} tokens each in micro-batches of at "
         f"most {config.max_tokens:,}",
     ]
@@ -158,12 +195,15 @@ def due(every: int, step: int) -> bool:
 
 
 class Stop:
-    """Tells a loop to save and leave: SIGTERM, SIGINT or --max-minutes. A second signal ends the process at once."""
+    """Tells a loop to save and leave: SIGTERM, SIGUSR1, SIGINT or --max-minutes. A second one ends the process at once.
+
+    Ranks agree in optimizer.step: one that wants to stop stops them all, after the same step.
+    """
 
     def __init__(self, max_minutes: float):
-        self.reason = ""
+        self.reason = ""  # stays empty where another rank was told
         self.deadline = time.monotonic() + 60 * max_minutes if max_minutes else float("inf")
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._signal)
 
     def _signal(self, number: int, frame: Any) -> None:
@@ -200,9 +240,13 @@ def add(totals: dict[str, Tensor], values: dict[str, Tensor]) -> None:
         totals[name] = totals[name] + total if name in totals else total
 
 
-def means(totals: dict[str, Tensor], n: float) -> dict[str, float]:
-    """Running totals over n examples as plain numbers."""
-    return dict(zip(totals, (torch.stack(list(totals.values())) / n).tolist()))
+def means(totals: dict[str, Tensor], n: float, mesh: Mesh) -> dict[str, float]:
+    """Running totals of all ranks over the n examples of them all, as plain numbers on every rank."""
+    values: dict[str, float] = {}
+    if mesh.last_stage:  # elsewhere nothing was counted
+        summed = mesh.group("dp").all_reduce(torch.stack(list(totals.values())), "sum")
+        values = dict(zip(totals, (summed / n).tolist()))
+    return mesh.metrics(values)
 
 
 @torch.no_grad()
@@ -214,45 +258,56 @@ def reference_logps(
 
     The reference is the policy before its first update, or the folder `other`, which is loaded, scores, and is freed.
     The result is kept in the cache under the hash of weights, tokens and type: a resumed run reads it and cannot take
-    a half-trained policy for its reference.
+    a half-trained policy for its reference. Every rank scores its share and gets all of it.
     """
-    dtype, device = policy.embed.weight.dtype, policy.embed.weight.device
-    key = hashlib.sha256(f"{fingerprint(other or config.model)} {dataset.key} {dtype}".encode())
+    dtype, device, mesh = policy.dtype, policy.device, policy.mesh
+    key = hashlib.sha256(f"{mesh.ask(lambda: fingerprint(other or config.model))} {dataset.key} {dtype}".encode())
     key = hashlib.sha256(key.digest() + np.sort(examples).astype(np.int64).tobytes()).hexdigest()[:24]
     path = cache_folder(config) / f"reference-{key}.safetensors"
-    if path.exists():
-        try:
-            cached = load_file(path)["logps"]
-            if len(cached) == len(dataset.response_len):
-                say(f"reference: {len(examples)} examples from {path}")
-                return cached, {}
-        except (SafetensorError, KeyError):
-            say(f"warning: {path} is damaged, scoring again")
-    model = load_model(other, dtype, device) if other else policy
+    cached = _cached_logps(path, len(dataset.response_len), say)
+    if all(mesh.everyone(cached is not None)):
+        say(f"reference: {len(examples)} examples from {path}")
+        return cached, {}
+    model = load_model(other, dtype, device, mesh=mesh) if other else policy
     if model.c.vocab != policy.c.vocab:
         raise ValueError(f"--ref {other} has a vocabulary of {model.c.vocab}, the policy {policy.c.vocab}: not a pair")
-    meter = Meter(model.c, device)
-    logps = np.full(len(dataset.response_len), np.nan)
+    meter = Meter(model.c, device, mesh)
+    logps = np.zeros(len(dataset.response_len))
     lengths = dataset.tree_lengths(config.share_prompts)
-    for items in tqdm(micro_batches(lengths, examples, config.max_tokens), "reference", disable=None):
-        batch = make_batch(dataset, items, config.share_prompts).to(device)
-        sums = batch.sum_by_response(model.logps(model(batch), batch)).cpu().numpy()
-        rows = [np.arange(dataset.response_start[i], dataset.response_start[i + 1]) for i in items]
-        logps[np.concatenate(rows)] = sums
-    cost = meter.read(int(lengths[examples].sum()), 0.0)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    save_file({"logps": logps}, partial)
-    partial.replace(path)
+    bins = micro_batches(lengths, examples, config.max_tokens, mesh.dp_rank, mesh.dp)
+    batches = (make_batch(dataset, items, config.share_prompts) for items in bins)
+    shown = tqdm(pipeline(model, batches), "reference", len(bins), disable=None if mesh.main else True)
+    for batch, hidden in shown:
+        logps[dataset.responses_of(batch.examples)] = batch.sum_by_response(model.logps(hidden, batch)).cpu().numpy()
+    logps = mesh.sum(torch.from_numpy(logps)).numpy()
+    unseen = np.ones(len(logps), bool)
+    unseen[dataset.responses_of(examples)] = False
+    logps[unseen] = np.nan
+    cost = meter.read(int(lengths[examples].sum()))
+    if mesh.main:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        save_file({"logps": logps}, partial)
+        partial.replace(path)
     say(f"reference: {len(examples)} examples scored in {cost['seconds']:.1f} s, kept in {path}")
     return logps, {f"reference_{k}": cost[k] for k in ("seconds", "cpu_seconds") if k in cost}
 
 
-class Meter:
-    """Time, tokens and memory of the steps, from one reading to the next."""
+def _cached_logps(path: Path, n: int, say: Callable[[str], Any]) -> np.ndarray | None:
+    """The cached log-probs of n responses, None where there are none or the file is damaged."""
+    try:
+        cached = load_file(path)["logps"] if path.exists() else None
+    except (SafetensorError, KeyError):
+        say(f"warning: {path} is damaged, scoring again")
+        return None
+    return cached if cached is not None and len(cached) == n else None
 
-    def __init__(self, model: GPTConfig, device: torch.device):
-        self.model, self.device = model, device
+
+class Meter:
+    """Time, tokens and memory of the steps, from one reading to the next. Tokens are those of all ranks."""
+
+    def __init__(self, model: GPTConfig, device: torch.device, mesh: Mesh):
+        self.model, self.device, self.ranks = model, device, mesh.world
         name = torch.cuda.get_device_name() if device.type == "cuda" else ""
         self.peak = next((peak for key, peak in PEAK_TFLOPS.items() if key in name), None)
         self.start()
@@ -263,8 +318,8 @@ class Meter:
             torch.cuda.synchronize()
         self.wall, self.cpu = time.perf_counter(), time.process_time()
 
-    def read(self, tokens: int, context: float) -> dict[str, float]:
-        """Ends a step of `tokens` real tokens that saw `context` keys on average."""
+    def read(self, tokens: int, batches: Sequence[TreeBatch] = ()) -> dict[str, float]:
+        """Ends a step of `tokens` real tokens, some of them in `batches`: what those saw stands for all."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - self.wall
@@ -272,7 +327,10 @@ class Meter:
         if self.device.type == "cuda":
             row["memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
             if self.peak:
-                row["mfu"] = tokens / seconds * self.model.flops_per_token(context) / (self.peak * 1e12)
+                here = max(1, sum(len(batch.tokens) for batch in batches))
+                context = sum(batch.context * len(batch.tokens) for batch in batches) / here
+                flops = tokens * self.model.flops_per_token(context)
+                row["mfu"] = flops / seconds / (self.peak * 1e12 * self.ranks)
         else:
             row["cpu_seconds"] = time.process_time() - self.cpu
             row["memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -280,16 +338,18 @@ class Meter:
 
 
 class Log:
-    """OUT/metrics.jsonl, the progress bar and, if asked for, Weights & Biases."""
+    """OUT/metrics.jsonl, the progress bar and, if asked for, Weights & Biases; all of it on rank 0 only."""
 
-    def __init__(self, config: RunConfig, first_step: int, total: int):
-        self.path = Path(config.out) / "metrics.jsonl"
-        self._forget_after(first_step)
+    def __init__(self, config: RunConfig, first_step: int, total: int, mesh: Mesh):
+        self.path = Path(config.out) / "metrics.jsonl" if mesh.main else Path(os.devnull)
+        if mesh.main:
+            self._forget_after(first_step)
         self.file = open(self.path, "a")  # noqa: SIM115 - closed in close()
         self.first, self.total, self.started = first_step, total, time.monotonic()
-        self.bar = tqdm(total=total, initial=first_step, unit="step", dynamic_ncols=True, disable=None)
+        hidden = None if mesh.main else True
+        self.bar = tqdm(total=total, initial=first_step, unit="step", dynamic_ncols=True, disable=hidden)
         self.wandb = None
-        if config.wandb:
+        if config.wandb and mesh.main:
             self.wandb = _wandb().init(project=config.wandb, name=Path(config.out).name, config=vars(config))
 
     def _forget_after(self, step: int) -> None:
@@ -328,7 +388,7 @@ class Log:
 
     def say(self, text: str) -> None:
         """Prints a line without tearing the bar."""
-        tqdm.write(text)
+        tqdm.write(text, file=sys.stdout)
 
     def close(self) -> None:
         self.bar.close()

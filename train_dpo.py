@@ -30,7 +30,7 @@ from data.trees import TreeBatch, make_batch, micro_batches, pack, step_examples
 from hf import load_model, save_model
 from losses import Pairs
 from model import GPT
-from parallel import AdamW, init_mesh
+from parallel import AdamW, init_mesh, pipeline
 
 
 @dataclass
@@ -49,9 +49,9 @@ class Config(RunConfig):
 # ---- the algorithm ---------------------------------------------------------------------------------------------------
 
 
-def policy_pairs(model: GPT, batch: TreeBatch) -> Pairs:
-    """Runs the policy on a batch of pairs: summed log-probs beside the reference's, every field (B,)."""
-    logps = model.logps(model(batch), batch)  # (M,)
+def policy_pairs(model: GPT, hidden: torch.Tensor, batch: TreeBatch) -> Pairs:
+    """The policy's summed log-probs of a batch of pairs beside the reference's, every field (B,)."""
+    logps = model.logps(hidden, batch)  # (M,)
     chosen, rejected = batch.sum_by_response(logps).view(-1, 2).unbind(1)  # (B,)
     ref = batch.columns["ref_logps"].view(-1, 2)
     lengths, gt = batch.lengths.view(-1, 2), batch.columns["reward"].view(-1, 2)
@@ -66,50 +66,59 @@ def pair_losses(pairs: Pairs, config: Config, running_mean: float) -> tuple[torc
     )  # fmt: skip
 
 
-def whole_step(
-    model: GPT, batches: list[TreeBatch], config: Config, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Losses (pairs,) and their slopes by log-probs (pairs, 2), for losses that sort over the whole step.
+@torch.no_grad()
+def all_pairs(model: GPT, data: Dataset, examples: np.ndarray, config: Config) -> Pairs:
+    """The pairs of some examples, those of other ranks among them; every field (n,), in the order of `examples`."""
+    mesh = model.mesh
+    lengths = data.tree_lengths(config.share_prompts)
+    bins = micro_batches(lengths, examples, config.max_tokens, mesh.dp_rank, mesh.dp)
+    found = torch.zeros(len(data), len(Pairs._fields), dtype=torch.float64, device=model.device)
+    batches = (make_batch(data, items, config.share_prompts) for items in bins)
+    for batch, hidden in pipeline(model, batches):
+        found[batch.examples] = torch.stack([field.double() for field in policy_pairs(model, hidden, batch)], 1)
+    return Pairs(*mesh.sum(found[torch.from_numpy(examples).to(found.device)]).unbind(1))
+
+
+def whole_step(model: GPT, data: Dataset, examples: np.ndarray, config: Config) -> torch.Tensor:
+    """Losses and their slopes by both log-probs, (n, 3), of the examples of a step, for losses that sort all of them.
 
     One pass without gradients finds the log-probs; the slopes then stand in for the loss, micro-batch by micro-batch.
     """
-    with torch.no_grad():
-        parts = [policy_pairs(model, batch.to(device)) for batch in batches]
-    pairs = Pairs(*(torch.cat(field) for field in zip(*parts)))
+    pairs = all_pairs(model, data, examples, config)
     pairs = pairs._replace(chosen=pairs.chosen.requires_grad_(), rejected=pairs.rejected.requires_grad_())
     per_pair, _ = pair_losses(pairs, config, 0.0)
-    return per_pair, torch.stack(torch.autograd.grad(per_pair.sum(), (pairs.chosen, pairs.rejected)), 1)
+    slopes = torch.autograd.grad(per_pair.sum(), (pairs.chosen, pairs.rejected))
+    return torch.stack((per_pair.detach(), *slopes), 1)
 
 
 @torch.no_grad()
-def evaluate(model: GPT, data: Dataset, config: Config, running_mean: float, device: torch.device) -> dict[str, float]:
+def evaluate(model: GPT, data: Dataset, config: Config, running_mean: float) -> dict[str, float]:
     """Loss and metrics over a whole data set, under eval/."""
-    bins = pack(data.tree_lengths(config.share_prompts), config.max_tokens)
-    parts = [policy_pairs(model, make_batch(data, items, config.share_prompts).to(device)) for items in bins]
-    per_pair, metrics = pair_losses(Pairs(*(torch.cat(field) for field in zip(*parts))), config, running_mean)
+    per_pair, metrics = pair_losses(all_pairs(model, data, np.arange(len(data)), config), config, running_mean)
     return {f"eval/{name}": value.mean().item() for name, value in {"loss": per_pair, **metrics}.items()}
 
 
 def main(argv: list[str] | None = None) -> None:
     config = parse(Config, __doc__, argv)
-    mesh = init_mesh()
-    device, dtype = runtime.set_up(config)
+    mesh = init_mesh(config.tp, config.cp, config.pp, config.device, config.timeout_minutes)
+    device, dtype = runtime.set_up(config, mesh)
     stop = runtime.Stop(config.max_minutes)
-    start = checkpoint.find(config.out, config.resume)
+    start = checkpoint.find(config.out, config.resume, mesh=mesh)
     pair_losses(Pairs(*torch.ones(8, 1)), config, 0.0)  # settings that the loss cannot take are refused here
 
     # ---- data --------------------------------------------------------------------------------------------------------
     tokenizer = load_tokenizer(config.model)
     template = Template(config.template, tokenizer)
-    train, heldout = (
-        load_dataset(
-            files, "preference", template, config.max_length, config.overlong, config.max_bad_rows,
-            runtime.cache_folder(config),
-        )
-        if files
-        else None
-        for files in (config.data, config.eval_data)
-    )  # fmt: skip
+    with mesh.one_first():  # the others find it in the cache
+        train, heldout = (
+            load_dataset(
+                files, "preference", template, config.max_length, config.overlong, config.max_bad_rows,
+                runtime.cache_folder(config),
+            )
+            if files
+            else None
+            for files in (config.data, config.eval_data)
+        )  # fmt: skip
     for data in filter(None, (train, heldout)):
         pack(data.tree_lengths(config.share_prompts), config.max_tokens)  # a pair that does not fit is refused here
         if config.loss in losses.REWARD_LOSSES and np.isnan(data.columns["reward"]).any():
@@ -117,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
     lengths = train.tree_lengths(config.share_prompts)
 
     # ---- model and reference -----------------------------------------------------------------------------------------
-    model = load_model(config.model, dtype, device)
+    model = load_model(config.model, dtype, device, mesh=mesh)
     runtime.prepare_model(model, config, tokenizer)
     per_epoch = steps_per_epoch(len(train), config.batch_size)
     total = runtime.total_steps(config, per_epoch)
@@ -131,17 +140,17 @@ def main(argv: list[str] | None = None) -> None:
             scored, spent = runtime.reference_logps(model, config.ref, data, examples, config, print)
             data.columns["ref_logps"] = scored
             cost = cost or spent
-    optimizer = AdamW(model, (config.beta1, config.beta2), config.eps, config.weight_decay)
+    optimizer = AdamW(model, (config.beta1, config.beta2), config.eps, config.weight_decay, config.zero)
     state = checkpoint.State()
     if start:
         state = checkpoint.load(start, optimizer)
         print(f"resumed from {start} after step {state.step}")
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
-    log = runtime.Log(config, state.step, total)
+    log = runtime.Log(config, state.step, total, mesh)
     if cost and not start:
         log.row({"step": 0, **cost})
-    meter, nonfinite = runtime.Meter(model.c, device), runtime.NonFinite()
+    meter, nonfinite = runtime.Meter(model.c, device, mesh), runtime.NonFinite()
     for step in range(state.step, total):
         meter.start()
         examples = step_examples(len(train), config.batch_size, step, config.seed, config.shuffle)
@@ -149,38 +158,34 @@ def main(argv: list[str] | None = None) -> None:
         batches = [make_batch(train, items, config.share_prompts) for items in bins]
         # Counted over the whole step, so that the loss does not depend on how it is cut into micro-batches.
         n_pairs = len(examples)
-        n_chosen = mesh.sum(sum(batch.lengths[::2].sum() for batch in batches)).item()
+        n_chosen = int(train.scored_len[train.responses_of(examples)[::2]].sum())
         running_mean = state.extra.get("running_mean", 0.0)
-        slopes = None
-        if config.loss in losses.WHOLE_STEP_LOSSES and len(batches) > 1:
-            step_losses, slopes = whole_step(model, batches, config, device)
-            sizes = [len(items) for items in bins]
-            step_losses, slopes = iter(step_losses.split(sizes)), iter(slopes.split(sizes))
+        known, place = None, {example: i for i, example in enumerate(examples.tolist())}
+        if config.loss in losses.WHOLE_STEP_LOSSES and len(batches) * mesh.dp > 1:
+            known = whole_step(model, train, examples, config)
 
         totals: dict[str, torch.Tensor] = {}
-        for batch in batches:
-            pairs = policy_pairs(model, batch.to(device))
+        for batch, hidden in pipeline(model, batches, optimizer):
+            pairs = policy_pairs(model, hidden, batch)
             per_pair, metrics = pair_losses(pairs, config, running_mean)
-            if slopes is None:
-                loss = per_pair.sum() / n_pairs
-            else:
-                per_pair = next(step_losses)
-                loss = (next(slopes) * torch.stack((pairs.chosen, pairs.rejected), 1)).sum() / n_pairs
+            loss = per_pair.sum() / n_pairs
+            if known is not None:
+                per_pair, *slopes = known[[place[example] for example in batch.examples]].unbind(1)
+                loss = (slopes[0] * pairs.chosen + slopes[1] * pairs.rejected).sum() / n_pairs
             if config.sft_weight:
                 loss = loss - config.sft_weight * pairs.chosen.sum() / n_chosen
                 metrics["nll"] = -pairs.chosen * n_pairs / n_chosen
             loss.backward()
             runtime.add(totals, {"loss": per_pair, **metrics})
         lr = runtime.learning_rate(config, step, total)
-        norm = optimizer.step(lr, config.clip)
+        norm, stopping = optimizer.step(lr, config.clip, stop)
 
         state.step = step + 1
-        row = {"step": state.step, **runtime.means(totals, n_pairs), "grad_norm": norm, "lr": lr}
+        row = {"step": state.step, **runtime.means(totals, n_pairs, mesh), "grad_norm": norm, "lr": lr}
         if config.sft_weight:
             row["loss"] += config.sft_weight * row["nll"]
-        tokens = sum(len(batch.tokens) for batch in batches)
-        row |= {"epoch": state.step / per_epoch}
-        row |= meter.read(tokens, sum(batch.context * len(batch.tokens) for batch in batches) / tokens)
+        tokens = int(lengths[examples].sum())
+        row |= {"epoch": state.step / per_epoch, **meter.read(tokens, batches)}
         state.tokens += tokens
         if nonfinite.check(norm, state.step):
             state.skipped += 1
@@ -194,7 +199,7 @@ def main(argv: list[str] | None = None) -> None:
         log.progress(row)
 
         if heldout and (runtime.due(config.eval_every, state.step) or state.step == total):
-            result = evaluate(model, heldout, config, running_mean, device)
+            result = evaluate(model, heldout, config, running_mean)
             log.row({"step": state.step, **result})
             log.say(f"step {state.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in result.items()))
             if config.samples:
@@ -202,10 +207,12 @@ def main(argv: list[str] | None = None) -> None:
             if state.best is None or result["eval/loss"] < state.best:
                 state.best, state.best_step = result["eval/loss"], state.step
                 save_model(model, Path(config.out) / "best", config.model, template)
-        if runtime.due(config.save_every, state.step) or (stop and state.step < total):
+        stopping = stopping and state.step < total
+        if runtime.due(config.save_every, state.step) or stopping:
             checkpoint.save(config.out, state, optimizer, config.keep)
-        if stop and state.step < total:
-            log.say(f"stopped by {stop.reason} after step {state.step} of {total}; --resume auto goes on from here")
+        if stopping:
+            why = stop.reason or "another rank"
+            log.say(f"stopped by {why} after step {state.step} of {total}; --resume auto goes on from here")
             log.close()
             return
     log.close()

@@ -31,7 +31,7 @@ from data.tokenizer import load_tokenizer
 from data.trees import TreeBatch, make_batch, micro_batches, pack, step_examples, steps_per_epoch
 from hf import load_model, save_model
 from model import GPT
-from parallel import AdamW, Mesh, init_mesh
+from parallel import AdamW, init_mesh, pipeline
 
 
 @dataclass
@@ -46,30 +46,34 @@ class Config(RunConfig):
 # ---- the algorithm ---------------------------------------------------------------------------------------------------
 
 
-def log_ratios(model: GPT, batch: TreeBatch) -> torch.Tensor:
+def log_ratios(model: GPT, hidden: torch.Tensor, batch: TreeBatch) -> torch.Tensor:
     """log π(y|x) - log π_ref(y|x) of every response of a batch, (B,)."""
-    return batch.sum_by_response(model.logps(model(batch), batch)) - batch.columns["ref_logps"]
+    return batch.sum_by_response(model.logps(hidden, batch)) - batch.columns["ref_logps"]
 
 
 @torch.no_grad()
-def reference_point(
-    model: GPT, data: Dataset, examples: np.ndarray, config: Config, mesh: Mesh, device: torch.device
-) -> tuple[torch.Tensor, int]:
-    """z of the examples of a whole step, over all micro-batches and ranks; and the tokens that it took here.
+def reference_point(model: GPT, data: Dataset, examples: np.ndarray, config: Config) -> torch.Tensor:
+    """z of the examples of a whole step, over all micro-batches and ranks.
 
     A pass of its own over prompt and mismatched answer: the loss of the first example needs z of all of them. It has
     no gradient, so this is far cheaper than to carry mismatched answers through the backward pass as well.
     """
+    mesh = model.mesh
     bins = micro_batches(branch_lengths(data, 1), examples, config.max_tokens, mesh.dp_rank, mesh.dp)
-    batches = [make_batch(data, items, only=1).to(device) for items in bins]
-    zero = torch.zeros((), dtype=torch.float64, device=device)
-    ratio_sum = sum((log_ratios(model, batch).sum() for batch in batches), zero)
-    return losses.reference_point(mesh.sum(ratio_sum), len(examples)), sum(len(batch.tokens) for batch in batches)
+    ratio_sum = torch.zeros((), dtype=torch.float64, device=model.device)
+    for batch, hidden in pipeline(model, (make_batch(data, items, only=1) for items in bins)):
+        ratio_sum += log_ratios(model, hidden, batch).sum()
+    return losses.reference_point(mesh.sum(ratio_sum), len(examples))
 
 
 def branch_lengths(data: Dataset, k: int) -> np.ndarray:
     """Tokens of each tree's prompt with its response k alone, (n,)."""
     return data.prompt_len + data.response_len[data.response_start[:-1] + k]
+
+
+def good_among(data: Dataset, examples: np.ndarray) -> float:
+    """How many of some examples are desirable."""
+    return float(data.columns["label"][data.response_start[examples]].sum())
 
 
 def example_losses(
@@ -114,45 +118,43 @@ def balance(good: float, bad: float, config: Config) -> str:
 
 
 @torch.no_grad()
-def evaluate(
-    model: GPT, data: Dataset, config: Config, delta: float, mesh: Mesh, device: torch.device
-) -> dict[str, float]:
+def evaluate(model: GPT, data: Dataset, config: Config, delta: float) -> dict[str, float]:
     """Loss and metrics over a whole data set, taken for one large step, under eval/."""
-    everything = np.arange(len(data))
-    z = torch.zeros((), device=device)
+    mesh, everything = model.mesh, np.arange(len(data))
+    z = torch.zeros((), device=model.device)
     if config.loss == "kto":
-        z, _ = reference_point(model, data, everything, config, mesh, device)
+        z = reference_point(model, data, everything, config)
     totals: dict[str, torch.Tensor] = {}
-    n_good = 0.0
-    for items in micro_batches(branch_lengths(data, 0), everything, config.max_tokens, mesh.dp_rank, mesh.dp):
-        batch = make_batch(data, items, only=0).to(device)
-        per_example, metrics = example_losses(log_ratios(model, batch), batch.columns["label"], z, config, delta)
-        n_good += batch.columns["label"].sum().item()
+    bins = micro_batches(branch_lengths(data, 0), everything, config.max_tokens, mesh.dp_rank, mesh.dp)
+    for batch, hidden in pipeline(model, (make_batch(data, items, only=0) for items in bins)):
+        ratio, label = log_ratios(model, hidden, batch), batch.columns["label"]
+        per_example, metrics = example_losses(ratio, label, z, config, delta)
         runtime.add(totals, {"loss": per_example, **metrics})
-    row = by_class(runtime.means(totals, len(data)), len(data), n_good)
+    row = by_class(runtime.means(totals, len(data), mesh), len(data), good_among(data, everything))
     row |= {"kl": z.item()} if config.loss == "kto" else {}
     return {f"eval/{name}": value for name, value in row.items()}
 
 
 def main(argv: list[str] | None = None) -> None:
     config = parse(Config, __doc__, argv)
-    mesh = init_mesh()
-    device, dtype = runtime.set_up(config)
+    mesh = init_mesh(config.tp, config.cp, config.pp, config.device, config.timeout_minutes)
+    device, dtype = runtime.set_up(config, mesh)
     stop = runtime.Stop(config.max_minutes)
-    start = checkpoint.find(config.out, config.resume)
+    start = checkpoint.find(config.out, config.resume, mesh=mesh)
 
     # ---- data --------------------------------------------------------------------------------------------------------
     tokenizer = load_tokenizer(config.model)
     template = Template(config.template, tokenizer)
-    train, heldout = (
-        load_dataset(
-            files, "label", template, config.max_length, config.overlong, config.max_bad_rows,
-            runtime.cache_folder(config),
-        )
-        if files
-        else None
-        for files in (config.data, config.eval_data)
-    )  # fmt: skip
+    with mesh.one_first():  # the others find it in the cache
+        train, heldout = (
+            load_dataset(
+                files, "label", template, config.max_length, config.overlong, config.max_bad_rows,
+                runtime.cache_folder(config),
+            )
+            if files
+            else None
+            for files in (config.data, config.eval_data)
+        )  # fmt: skip
     print(balance(train.columns["label"].sum(), (1 - train.columns["label"]).sum(), config))
     n = len(train.response_len)  # a comparison is two examples
     per_epoch = steps_per_epoch(n, config.batch_size)
@@ -168,7 +170,7 @@ def main(argv: list[str] | None = None) -> None:
     lengths = branch_lengths(train, 0)
 
     # ---- model and reference -----------------------------------------------------------------------------------------
-    model = load_model(config.model, dtype, device)
+    model = load_model(config.model, dtype, device, mesh=mesh)
     runtime.prepare_model(model, config, tokenizer)
     print(runtime.describe(config, model, lengths, total))
     cost = {}
@@ -176,17 +178,17 @@ def main(argv: list[str] | None = None) -> None:
         scored, spent = runtime.reference_logps(model, config.ref, data, np.arange(len(data)), config, print)
         data.columns["ref_logps"] = scored
         cost = cost or spent
-    optimizer = AdamW(model, (config.beta1, config.beta2), config.eps, config.weight_decay)
+    optimizer = AdamW(model, (config.beta1, config.beta2), config.eps, config.weight_decay, config.zero)
     state = checkpoint.State()
     if start:
         state = checkpoint.load(start, optimizer)
         print(f"resumed from {start} after step {state.step}")
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
-    log = runtime.Log(config, state.step, total)
+    log = runtime.Log(config, state.step, total, mesh)
     if cost and not start:
         log.row({"step": 0, **cost})
-    meter, nonfinite = runtime.Meter(model.c, device), runtime.NonFinite()
+    meter, nonfinite = runtime.Meter(model.c, device, mesh), runtime.NonFinite()
     for step in range(state.step, total):
         meter.start()
         examples = np.arange(starts[step], starts[step + 1])
@@ -194,32 +196,30 @@ def main(argv: list[str] | None = None) -> None:
         batches = [make_batch(train, items, only=0) for items in bins]
         # Counted over the whole step, so that the loss does not depend on how it is cut into micro-batches.
         n_examples = len(examples)
-        n_good = mesh.sum(sum(batch.columns["label"].sum() for batch in batches)).item()
+        n_good = good_among(train, examples)
         seen = state.extra or dict.fromkeys(("good", "n_good", "bad", "n_bad"), 0.0)  # bco: sums of all rewards so far
         means = [seen[c] / seen[f"n_{c}"] for c in ("good", "bad") if seen[f"n_{c}"]]
         delta = sum(means) / max(1, len(means))
-        z, tokens = torch.zeros((), device=device), 0
+        z, tokens = torch.zeros((), device=device), int(lengths[examples].sum())
         if config.loss == "kto":
-            z, tokens = reference_point(model, train, examples, config, mesh, device)
+            z = reference_point(model, train, examples, config)
+            tokens += int(branch_lengths(train, 1)[examples].sum())
 
         totals: dict[str, torch.Tensor] = {}
-        for batch in batches:
-            batch = batch.to(device)
-            ratio, label = log_ratios(model, batch), batch.columns["label"]
+        for batch, hidden in pipeline(model, batches, optimizer):
+            ratio, label = log_ratios(model, hidden, batch), batch.columns["label"]
             per_example, metrics = example_losses(ratio, label, z, config, delta)
             (per_example.sum() / n_examples).backward()
             runtime.add(totals, {"loss": per_example, **metrics})
         lr = runtime.learning_rate(config, step, total)
-        norm = optimizer.step(lr, config.clip)
+        norm, stopping = optimizer.step(lr, config.clip, stop)
 
         state.step = step + 1
-        row = {"step": state.step, **runtime.means(totals, n_examples), "grad_norm": norm, "lr": lr}
+        row = {"step": state.step, **runtime.means(totals, n_examples, mesh), "grad_norm": norm, "lr": lr}
         sums = {"good": row["rewards/chosen"] * n_examples, "bad": row["rewards/rejected"] * n_examples}
         row = by_class(row, n_examples, n_good)
         row |= {"kl": z.item()} if config.loss == "kto" else {}
-        tokens += sum(len(batch.tokens) for batch in batches)
-        row |= {"epoch": state.step / per_epoch}
-        row |= meter.read(tokens, sum(batch.context * len(batch.tokens) for batch in batches) / tokens)
+        row |= {"epoch": state.step / per_epoch, **meter.read(tokens, batches)}
         state.tokens += tokens
         if nonfinite.check(norm, state.step):
             state.skipped += 1
@@ -232,7 +232,7 @@ def main(argv: list[str] | None = None) -> None:
         log.progress(row)
 
         if heldout and (runtime.due(config.eval_every, state.step) or state.step == total):
-            result = evaluate(model, heldout, config, delta, mesh, device)
+            result = evaluate(model, heldout, config, delta)
             log.row({"step": state.step, **result})
             log.say(f"step {state.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in result.items()))
             if config.samples:
@@ -240,10 +240,12 @@ def main(argv: list[str] | None = None) -> None:
             if state.best is None or result["eval/loss"] < state.best:
                 state.best, state.best_step = result["eval/loss"], state.step
                 save_model(model, Path(config.out) / "best", config.model, template)
-        if runtime.due(config.save_every, state.step) or (stop and state.step < total):
+        stopping = stopping and state.step < total
+        if runtime.due(config.save_every, state.step) or stopping:
             checkpoint.save(config.out, state, optimizer, config.keep)
-        if stop and state.step < total:
-            log.say(f"stopped by {stop.reason} after step {state.step} of {total}; --resume auto goes on from here")
+        if stopping:
+            why = stop.reason or "another rank"
+            log.say(f"stopped by {why} after step {state.step} of {total}; --resume auto goes on from here")
             log.close()
             return
     log.close()

@@ -33,7 +33,7 @@ from data.tokenizer import load_tokenizer
 from data.trees import TreeBatch, make_batch, micro_batches, step_examples, steps_per_epoch
 from hf import load_model, save_model
 from model import GPT
-from parallel import AdamW, Mesh, init_mesh
+from parallel import AdamW, Mesh, init_mesh, pipeline
 from rewards import load_reward
 from rollout import Rollout, RolloutConfig
 
@@ -69,9 +69,7 @@ def updates(found: Rollout, step: int, config: Config, mesh: Mesh) -> list[tuple
     return [(part, micro_batches(lengths, part, config.max_tokens, mesh.dp_rank, mesh.dp)) for part in parts]
 
 
-def judge(
-    found: Rollout, plan: list, model: GPT, ref: GPT | None, config: Config, device: torch.device, mesh: Mesh
-) -> dict[str, float]:
+def judge(found: Rollout, plan: list, model: GPT, ref: GPT | None, config: Config) -> dict[str, float]:
     """Puts advantage, old and reference log-probs of every token beside the samples; returns metrics of the policy.
 
     The policy's log-probs are computed again where the ratio needs them: a sampler's arithmetic is not training's.
@@ -79,13 +77,13 @@ def judge(
     first_pass = [items for _, bins in plan[: len(plan) // config.rollout_epochs] for items in bins]
     logps, row = found.logps, {}  # (M,)
     if len(plan) > 1 or np.isnan(logps).any():
-        sampled, logps = logps, rollout.token_logps(model, found.data, first_pass, config, device, mesh)
+        sampled, logps = logps, rollout.token_logps(model, found.data, first_pass, config)
         row["sampler_gap"] = float(np.abs(sampled - logps).mean())
     found.data.add_tokens("old_logps", logps)
     row["entropy"] = -logps.mean().item()  # of a token: the mean over samples of -log π is an unbiased estimate
     kl = np.zeros_like(logps)
     if ref is not None:
-        ref_logps = rollout.token_logps(ref, found.data, first_pass, config, device, mesh)
+        ref_logps = rollout.token_logps(ref, found.data, first_pass, config)
         found.data.add_tokens("ref_logps", ref_logps)
         both = torch.from_numpy(logps), torch.from_numpy(ref_logps)
         kl = losses.kl_estimate(*both, config.kl_estimator).numpy()
@@ -99,10 +97,9 @@ def judge(
 
 
 def policy_loss(
-    model: GPT, batch: TreeBatch, step_lengths: torch.Tensor, config: Config, several: bool
+    logps: torch.Tensor, batch: TreeBatch, step_lengths: torch.Tensor, config: Config, several: bool
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """A micro-batch's share of the update's loss, a scalar, and metrics (M,); step_lengths: of all its responses."""
-    logps = model.logps(model(batch), batch, config.temperature)  # (M,)
     known = batch.token_columns
     old = known["old_logps"] if several else logps.detach()
     per_token, metrics = losses.policy_gradient(
@@ -134,10 +131,10 @@ def refuse(config: Config) -> None:
 def main(argv: list[str] | None = None) -> None:
     config = parse(Config, __doc__, argv)
     refuse(config)
-    mesh = init_mesh()
-    device, dtype = runtime.set_up(config)
+    mesh = init_mesh(config.tp, config.cp, config.pp, config.device, config.timeout_minutes)
+    device, dtype = runtime.set_up(config, mesh)
     stop = runtime.Stop(config.max_minutes)
-    start = checkpoint.find(config.out, config.resume)
+    start = checkpoint.find(config.out, config.resume, mesh=mesh)
 
     # ---- data --------------------------------------------------------------------------------------------------------
     tokenizer = load_tokenizer(config.model)
@@ -149,10 +146,10 @@ def main(argv: list[str] | None = None) -> None:
         for files in (config.data, config.eval_data)
     )
     rollout.check(train, config)
-    reward = load_reward(config.reward, template, config.template, dtype, device, config.max_tokens)
+    reward = load_reward(config.reward, template, config.template, dtype, device, config.max_tokens, mesh)
 
     # ---- model and reference -----------------------------------------------------------------------------------------
-    model = load_model(config.model, dtype, device)
+    model = load_model(config.model, dtype, device, mesh=mesh)
     runtime.prepare_model(model, config, tokenizer)
     per_epoch = steps_per_epoch(len(train.ids), config.batch_size)
     total = runtime.total_steps(config, per_epoch)
@@ -160,71 +157,71 @@ def main(argv: list[str] | None = None) -> None:
     print(runtime.describe(config, model, longest, total))
     ref = None
     if config.kl or config.ref:  # the folder itself: a resumed run must not take the half-trained policy
-        ref = load_model(config.ref or config.model, dtype, device).requires_grad_(False)
+        ref = load_model(config.ref or config.model, dtype, device, mesh=mesh).requires_grad_(False)
         runtime.prepare_model(ref, config, tokenizer)
     server = rollout.Server(template, config) if config.rollout_url else None
-    sample = server.sample if server else rollout.local(model, template, config)
-    optimizer = AdamW(model, (config.beta1, config.beta2), config.eps, config.weight_decay)
+    optimizer = AdamW(model, (config.beta1, config.beta2), config.eps, config.weight_decay, config.zero)
     state = checkpoint.State()
     if start:
         state = checkpoint.load(start, optimizer)
         print(f"resumed from {start} after step {state.step}")
-    rollout.forget_samples(config.out, state.step)
+    if mesh.main:
+        rollout.forget_samples(config.out, state.step)
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
-    log = runtime.Log(config, state.step, total)
-    meter, nonfinite = runtime.Meter(model.c, device), runtime.NonFinite()
-    if server:
-        server.push(model, mesh)
+    log = runtime.Log(config, state.step, total, mesh)
+    meter, nonfinite = runtime.Meter(model.c, device, mesh), runtime.NonFinite()
     if heldout and not state.step:
+        sample = rollout.sampler(model, template, config, server)
         result, _ = rollout.evaluate(heldout, sample, reward, template, config, mesh)
         log.row({"step": 0, **result})
     for step in range(state.step, total):
         meter.start()
         examples = step_examples(len(train.ids), config.batch_size, step, config.seed, config.shuffle)
         own = rollout.seeds(config.seed, step + 1, len(examples), config.group_size)
+        sample = rollout.sampler(model, template, config, server)
         found = rollout.collect(train.take(examples), sample, reward, template, config, mesh, own, config.temperature)
         began = time.perf_counter()
         plan, lengths = updates(found, step, config, mesh), found.data.tree_lengths(config.share_prompts)
-        row = {"step": step + 1, **found.metrics(), **judge(found, plan, model, ref, config, device, mesh)}
+        row = {"step": step + 1, **found.metrics(), **judge(found, plan, model, ref, config)}
         found.seconds["scoring"] += time.perf_counter() - began
         began = time.perf_counter()
 
         lr = runtime.learning_rate(config, step, total)
         totals: dict[str, torch.Tensor] = {}
-        norms, tokens, context = [], 0, 0.0
-        n_tokens = int(found.lengths.sum()) * config.rollout_epochs
+        n_tokens, norms, batches = int(found.lengths.sum()) * config.rollout_epochs, [], []
         for part, bins in plan:
             # Counted over the whole update, so that the loss does not depend on how it is cut into micro-batches.
             step_lengths = torch.from_numpy(found.lengths.reshape(len(examples), -1)[part].ravel()).double().to(device)
-            for items in bins:
-                batch = make_batch(found.data, items, config.share_prompts).to(device)
-                loss, metrics = policy_loss(model, batch, step_lengths, config, len(plan) > 1)
+            batches = [make_batch(found.data, items, config.share_prompts) for items in bins]
+            for batch, hidden in pipeline(model, batches, optimizer):
+                logps = model.logps(hidden, batch, config.temperature)  # (M,)
+                loss, metrics = policy_loss(logps, batch, step_lengths, config, len(plan) > 1)
                 loss.backward()
                 runtime.add(totals, {"loss": loss * n_tokens / len(plan), **metrics})
-                tokens, context = tokens + len(batch.tokens), context + batch.context * len(batch.tokens)
-            norms.append(optimizer.step(lr, config.clip))
-            if nonfinite.check(norms[-1], step + 1):
+            norm, stopping = optimizer.step(lr, config.clip, stop)
+            norms.append(norm)
+            if nonfinite.check(norm, step + 1):
                 state.skipped += 1
                 log.say(f"step {step + 1}: the gradient is not finite, no update ({state.skipped} so far)")
 
         state.step = step + 1
-        row |= {**runtime.means(totals, n_tokens), "grad_norm": sum(norms) / len(norms), "lr": lr}
+        row |= {**runtime.means(totals, n_tokens, mesh), "grad_norm": sum(norms) / len(norms), "lr": lr}
         found.seconds["training"] = time.perf_counter() - began
+        tokens = int(lengths.sum()) * config.rollout_epochs
         for name, seconds in found.seconds.items():
             done = {"rollout": int(found.lengths.sum()), "scoring": int(lengths.sum()), "training": tokens}[name]
             row |= {f"{name}_seconds": seconds, f"{name}_tokens_per_second": done / seconds}
-        row |= {"epoch": state.step / per_epoch, **meter.read(tokens, context / tokens)}
+        row |= {"epoch": state.step / per_epoch, **meter.read(tokens, batches)}
         state.tokens += tokens
         if runtime.due(config.log_every, state.step) or state.step == total:
             log.row(row)
-        if runtime.due(config.log_samples, state.step) or (config.log_samples and state.step == 1):
+        if mesh.main and (runtime.due(config.log_samples, state.step) or config.log_samples and state.step == 1):
             rollout.log_samples(config.out, state.step, found)
         log.progress(row)
 
-        if server:
-            server.push(model, mesh)
         if heldout and (runtime.due(config.eval_every, state.step) or state.step == total):
+            sample = rollout.sampler(model, template, config, server)
             result, answers = rollout.evaluate(heldout, sample, reward, template, config, mesh)
             log.row({"step": state.step, **result})
             log.say(f"step {state.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in result.items()))
@@ -233,10 +230,12 @@ def main(argv: list[str] | None = None) -> None:
             if state.best is None or -result["eval/reward"] < state.best:
                 state.best, state.best_step = -result["eval/reward"], state.step
                 save_model(model, Path(config.out) / "best", config.model, template)
-        if runtime.due(config.save_every, state.step) or (stop and state.step < total):
+        stopping = stopping and state.step < total
+        if runtime.due(config.save_every, state.step) or stopping:
             checkpoint.save(config.out, state, optimizer, config.keep)
-        if stop and state.step < total:
-            log.say(f"stopped by {stop.reason} after step {state.step} of {total}; --resume auto goes on from here")
+        if stopping:
+            why = stop.reason or "another rank"
+            log.say(f"stopped by {why} after step {state.step} of {total}; --resume auto goes on from here")
             log.close()
             return
     log.close()

@@ -29,7 +29,7 @@ from data.templates import Template
 from data.tokenizer import load_tokenizer
 from data.trees import make_batch, micro_batches, pack, step_examples, steps_per_epoch
 from hf import load_model, save_model
-from parallel import AdamW, Mesh, init_mesh
+from parallel import AdamW, Mesh, init_mesh, pipeline
 from rewards import Reward, load_reward
 from rollout import Rollout, RolloutConfig, Sampler
 
@@ -106,10 +106,10 @@ def main(argv: list[str] | None = None) -> None:
     config = parse(Config, __doc__, argv)
     if config.group_size < 2 or not 1 <= config.top <= config.group_size:
         raise ValueError("the best of n needs --group-size 2 or more, and --top between 1 and --group-size")
-    mesh = init_mesh()
-    device, dtype = runtime.set_up(config)
+    mesh = init_mesh(config.tp, config.cp, config.pp, config.device, config.timeout_minutes)
+    device, dtype = runtime.set_up(config, mesh)
     stop = runtime.Stop(config.max_minutes)
-    start = checkpoint.find(config.out, config.resume)
+    start = checkpoint.find(config.out, config.resume, mesh=mesh)
     out = Path(config.out)
 
     # ---- data --------------------------------------------------------------------------------------------------------
@@ -121,23 +121,23 @@ def main(argv: list[str] | None = None) -> None:
         else None
         for files in (config.data, config.eval_data)
     )
-    reward = load_reward(config.reward, template, config.template, dtype, device, config.max_tokens)
+    reward = load_reward(config.reward, template, config.template, dtype, device, config.max_tokens, mesh)
     # The samples are drawn before the first update, by the model as it is then.
-    model = load_model(config.model, dtype, device)
-    sample = rollout.local(model, template, config)
-    if config.rollout_url:
-        sample = rollout.Server(template, config).sample
+    model = load_model(config.model, dtype, device, mesh=mesh)
     drawn = {}
-    if not (out / "kept.jsonl").exists():  # a resumed run trains on the same samples
+    if not mesh.ask((out / "kept.jsonl").exists):  # a resumed run trains on the same samples
+        server = rollout.Server(template, config) if config.rollout_url else None
+        sample = rollout.sampler(model, template, config, server)
         drawn = best_of_n(prompts, sample, reward, template, config, mesh)
         print(", ".join(f"{name} {value:.4g}" for name, value in drawn.items()))
     if not config.train:
         print(f"the best are in {out}/kept.jsonl, pairs for train_dpo.py in {out}/pairs.jsonl")
         return
-    train = load_dataset(
-        [out / "kept.jsonl"], "sft", template, config.max_length, config.overlong, config.max_bad_rows,
-        runtime.cache_folder(config),
-    )  # fmt: skip
+    with mesh.one_first():  # the others find it in the cache
+        train = load_dataset(
+            [out / "kept.jsonl"], "sft", template, config.max_length, config.overlong, config.max_bad_rows,
+            runtime.cache_folder(config),
+        )  # fmt: skip
     lengths = train.tree_lengths(config.share_prompts)
     pack(lengths, config.max_tokens)  # a row that does not fit is refused here
 
@@ -146,19 +146,19 @@ def main(argv: list[str] | None = None) -> None:
     per_epoch = steps_per_epoch(len(train), config.batch_size)
     total = runtime.total_steps(config, per_epoch)
     print(runtime.describe(config, model, lengths, total))
-    optimizer = AdamW(model, (config.beta1, config.beta2), config.eps, config.weight_decay)
+    optimizer = AdamW(model, (config.beta1, config.beta2), config.eps, config.weight_decay, config.zero)
     state = checkpoint.State()
     if start:
         state = checkpoint.load(start, optimizer)
         print(f"resumed from {start} after step {state.step}")
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
-    log = runtime.Log(config, state.step, total)
-    meter, nonfinite = runtime.Meter(model.c, device), runtime.NonFinite()
-    sample = rollout.local(model, template, config)  # evaluation: the server knows nothing of the new weights
+    log = runtime.Log(config, state.step, total, mesh)
+    meter, nonfinite = runtime.Meter(model.c, device, mesh), runtime.NonFinite()
     if drawn and not start:
         log.row({"step": 0, **drawn})
     if heldout and not state.step:
+        sample = rollout.sampler(model, template, config)
         result, _ = rollout.evaluate(heldout, sample, reward, template, config, mesh)
         log.row({"step": 0, **result})
     for step in range(state.step, total):
@@ -167,22 +167,20 @@ def main(argv: list[str] | None = None) -> None:
         bins = micro_batches(lengths, examples, config.max_tokens, mesh.dp_rank, mesh.dp)
         batches = [make_batch(train, items, config.share_prompts) for items in bins]
         # Counted over the whole step, so that the loss does not depend on how it is cut into micro-batches.
-        n_scored = mesh.sum(torch.tensor(float(sum(len(batch.target) for batch in batches)))).item()
+        n_scored = int(train.scored_len[train.responses_of(examples)].sum())
 
         totals: dict[str, torch.Tensor] = {}
-        for batch in batches:
-            batch = batch.to(device)
-            nll = -model.logps(model(batch), batch)  # (M,)
+        for batch, hidden in pipeline(model, batches, optimizer):
+            nll = -model.logps(hidden, batch)  # (M,)
             (nll.sum() / n_scored).backward()
             runtime.add(totals, {"loss": nll})
         lr = runtime.learning_rate(config, step, total)
-        norm = optimizer.step(lr, config.clip)
+        norm, stopping = optimizer.step(lr, config.clip, stop)
 
         state.step = step + 1
-        row = {"step": state.step, **runtime.means(totals, n_scored), "grad_norm": norm, "lr": lr}
-        tokens = sum(len(batch.tokens) for batch in batches)
-        row |= {"epoch": state.step / per_epoch}
-        row |= meter.read(tokens, sum(batch.context * len(batch.tokens) for batch in batches) / tokens)
+        row = {"step": state.step, **runtime.means(totals, n_scored, mesh), "grad_norm": norm, "lr": lr}
+        tokens = int(lengths[examples].sum())
+        row |= {"epoch": state.step / per_epoch, **meter.read(tokens, batches)}
         state.tokens += tokens
         if nonfinite.check(norm, state.step):
             state.skipped += 1
@@ -192,6 +190,7 @@ def main(argv: list[str] | None = None) -> None:
         log.progress(row)
 
         if heldout and (runtime.due(config.eval_every, state.step) or state.step == total):
+            sample = rollout.sampler(model, template, config)
             result, answers = rollout.evaluate(heldout, sample, reward, template, config, mesh)
             log.row({"step": state.step, **result})
             log.say(f"step {state.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in result.items()))
@@ -200,10 +199,12 @@ def main(argv: list[str] | None = None) -> None:
             if state.best is None or -result["eval/reward"] < state.best:
                 state.best, state.best_step = -result["eval/reward"], state.step
                 save_model(model, out / "best", config.model, template)
-        if runtime.due(config.save_every, state.step) or (stop and state.step < total):
+        stopping = stopping and state.step < total
+        if runtime.due(config.save_every, state.step) or stopping:
             checkpoint.save(config.out, state, optimizer, config.keep)
-        if stop and state.step < total:
-            log.say(f"stopped by {stop.reason} after step {state.step} of {total}; --resume auto goes on from here")
+        if stopping:
+            why = stop.reason or "another rank"
+            log.say(f"stopped by {why} after step {state.step} of {total}; --resume auto goes on from here")
             log.close()
             return
     log.close()

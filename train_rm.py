@@ -33,7 +33,7 @@ from data.tokenizer import Tokenizer, load_tokenizer
 from data.trees import TreeBatch, make_batch, micro_batches, pack, step_examples, steps_per_epoch
 from hf import load_model, save_model
 from model import GPT
-from parallel import AdamW, init_mesh
+from parallel import AdamW, init_mesh, pipeline
 
 
 @dataclass
@@ -45,11 +45,6 @@ class Config(RunConfig):
 
 
 # ---- the algorithm ---------------------------------------------------------------------------------------------------
-
-
-def scores_of(model: GPT, batch: TreeBatch) -> torch.Tensor:
-    """Scores of every response of a batch, (R, outputs)."""
-    return model.score(model(batch), batch.last)
 
 
 def margins(data: Dataset) -> np.ndarray:
@@ -75,32 +70,33 @@ def score_losses(
     return losses.pairwise_reward(scores.view(-1, 2), margin, config.loss, config.centering)
 
 
-def items_in(batch: TreeBatch, names: tuple[str, ...], config: Config) -> torch.Tensor:
-    """What a loss is averaged over: pairs, or attributes that the data has."""
+def items_in(data: Dataset, examples: np.ndarray, names: tuple[str, ...], config: Config) -> int:
+    """What the loss of some examples is averaged over: pairs, or attributes that the data has."""
     if config.loss == "regression":
-        return (~wanted_of(batch, names).isnan()).sum()
-    return torch.tensor(len(batch.lengths) // 2)
+        rows = data.responses_of(examples)
+        return int(sum((~np.isnan(data.columns[name][rows])).sum() for name in names))
+    return len(examples)
 
 
 @torch.no_grad()
-def evaluate(
-    model: GPT, data: Dataset, names: tuple[str, ...], config: Config, device: torch.device
-) -> dict[str, float]:
+def evaluate(model: GPT, data: Dataset, names: tuple[str, ...], config: Config) -> dict[str, float]:
     """Loss and metrics over a whole data set, under eval/; for attributes the error and correlation of each."""
-    totals: dict[str, torch.Tensor] = {}
-    scores, wanted, n = [], [], 0
-    for items in pack(data.tree_lengths(config.share_prompts), config.max_tokens):
-        batch = make_batch(data, items, config.share_prompts).to(device)
-        scores.append(scores_of(model, batch))
-        per_item, metrics = score_losses(scores[-1], batch, names, config)
-        n += items_in(batch, names, config).item()
+    mesh, everything, totals = model.mesh, np.arange(len(data)), {}
+    scores = torch.zeros(len(data.response_len), len(names), dtype=torch.float64, device=model.device)
+    lengths = data.tree_lengths(config.share_prompts)
+    bins = micro_batches(lengths, everything, config.max_tokens, mesh.dp_rank, mesh.dp)
+    batches = (make_batch(data, items, config.share_prompts) for items in bins)
+    for batch, hidden in pipeline(model, batches):
+        found = model.score(hidden, batch, batch.last)
+        scores[data.responses_of(batch.examples)] = found.double()
+        per_item, metrics = score_losses(found, batch, names, config)
         runtime.add(totals, {"loss": per_item, **metrics})
-        if config.loss == "regression":
-            wanted.append(wanted_of(batch, names))
-    row = {f"eval/{name}": value for name, value in runtime.means(totals, n).items()}
+    means = runtime.means(totals, items_in(data, everything, names, config), mesh)
+    row = {f"eval/{name}": value for name, value in means.items()}
     if config.loss != "regression":
         return deviation(row, "eval/rewards")
-    for name, got, right in zip(names, torch.cat(scores).double().T, torch.cat(wanted).double().T):
+    for name, got in zip(names, mesh.sum(scores).cpu().T):
+        right = torch.from_numpy(np.array(data.columns[name], np.float64))
         known = ~right.isnan()
         if known.any():
             row[f"eval/error/{name}"] = (got - right)[known].abs().mean().item()
@@ -120,8 +116,8 @@ def deviation(row: dict[str, float], name: str) -> dict[str, float]:
 @torch.no_grad()
 def print_scored(model: GPT, data: Dataset, n: int, tokenizer: Tokenizer, say: Callable[[str], None]) -> None:
     """Prints the first n held-out prompts, and their answers with the scores they get."""
-    batch = make_batch(data, list(range(min(n, len(data)))))
-    scores = iter(scores_of(model, batch.to(model.embed.weight.device)).tolist())
+    batch = make_batch(data, list(range(min(n, len(data))))).to(model.device)
+    scores = iter(model.score(model(batch), batch, batch.last).tolist())
     tokens = iter(batch.tokens.tolist())
     for prompt_len, sizes in batch.spans:
         say(f"  prompt  {tokenizer.decode(list(islice(tokens, prompt_len)))[-300:].strip()!r}")
@@ -132,24 +128,25 @@ def print_scored(model: GPT, data: Dataset, n: int, tokenizer: Tokenizer, say: C
 
 def main(argv: list[str] | None = None) -> None:
     config = parse(Config, __doc__, argv)
-    mesh = init_mesh()
-    device, dtype = runtime.set_up(config)
+    mesh = init_mesh(config.tp, config.cp, config.pp, config.device, config.timeout_minutes)
+    device, dtype = runtime.set_up(config, mesh)
     stop = runtime.Stop(config.max_minutes)
-    start = checkpoint.find(config.out, config.resume)
+    start = checkpoint.find(config.out, config.resume, mesh=mesh)
 
     # ---- data --------------------------------------------------------------------------------------------------------
     tokenizer = load_tokenizer(config.model)
     template = Template(config.template, tokenizer)
     kind = "attributes" if config.loss == "regression" else "preference"
-    train, heldout = (
-        load_dataset(
-            files, kind, template, config.max_length, config.overlong, config.max_bad_rows,
-            runtime.cache_folder(config),
-        )
-        if files
-        else None
-        for files in (config.data, config.eval_data)
-    )  # fmt: skip
+    with mesh.one_first():  # the others find it in the cache
+        train, heldout = (
+            load_dataset(
+                files, kind, template, config.max_length, config.overlong, config.max_bad_rows,
+                runtime.cache_folder(config),
+            )
+            if files
+            else None
+            for files in (config.data, config.eval_data)
+        )  # fmt: skip
     names = ("reward",)
     if config.loss == "regression":
         known_attributes(config.attributes)
@@ -166,45 +163,44 @@ def main(argv: list[str] | None = None) -> None:
     lengths = train.tree_lengths(config.share_prompts)
 
     # ---- model -------------------------------------------------------------------------------------------------------
-    model = load_model(config.model, dtype, device, names)
+    model = load_model(config.model, dtype, device, names, mesh)
     runtime.prepare_model(model, config, tokenizer)
     per_epoch = steps_per_epoch(len(train), config.batch_size)
     total = runtime.total_steps(config, per_epoch)
     print(runtime.describe(config, model, lengths, total))
     print(f"scores: {', '.join(names)}")
-    optimizer = AdamW(model, (config.beta1, config.beta2), config.eps, config.weight_decay)
+    optimizer = AdamW(model, (config.beta1, config.beta2), config.eps, config.weight_decay, config.zero)
     state = checkpoint.State()
     if start:
         state = checkpoint.load(start, optimizer)
         print(f"resumed from {start} after step {state.step}")
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
-    log = runtime.Log(config, state.step, total)
-    meter, nonfinite = runtime.Meter(model.c, device), runtime.NonFinite()
+    log = runtime.Log(config, state.step, total, mesh)
+    meter, nonfinite = runtime.Meter(model.c, device, mesh), runtime.NonFinite()
     for step in range(state.step, total):
         meter.start()
         examples = step_examples(len(train), config.batch_size, step, config.seed, config.shuffle)
         bins = micro_batches(lengths, examples, config.max_tokens, mesh.dp_rank, mesh.dp)
         batches = [make_batch(train, items, config.share_prompts) for items in bins]
         # Counted over the whole step, so that the loss does not depend on how it is cut into micro-batches.
-        n_items = mesh.sum(torch.stack([items_in(batch, names, config) for batch in batches]).sum()).item()
+        n_items = items_in(train, examples, names, config)
         n_items = max(1, n_items)  # a step without any attribute is no step
 
         totals: dict[str, torch.Tensor] = {}
-        for batch in batches:
-            batch = batch.to(device)
-            per_item, metrics = score_losses(scores_of(model, batch), batch, names, config)
+        for batch, hidden in pipeline(model, batches, optimizer):
+            scores = model.score(hidden, batch, batch.last)  # (R, outputs)
+            per_item, metrics = score_losses(scores, batch, names, config)
             (per_item.sum() / n_items).backward()
             runtime.add(totals, {"loss": per_item, **metrics})
         lr = runtime.learning_rate(config, step, total)
-        norm = optimizer.step(lr, config.clip)
+        norm, stopping = optimizer.step(lr, config.clip, stop)
 
         state.step = step + 1
-        row = {"step": state.step, **runtime.means(totals, n_items), "grad_norm": norm, "lr": lr}
+        row = {"step": state.step, **runtime.means(totals, n_items, mesh), "grad_norm": norm, "lr": lr}
         row = deviation(row, "rewards")
-        tokens = sum(len(batch.tokens) for batch in batches)
-        row |= {"epoch": state.step / per_epoch}
-        row |= meter.read(tokens, sum(batch.context * len(batch.tokens) for batch in batches) / tokens)
+        tokens = int(lengths[examples].sum())
+        row |= {"epoch": state.step / per_epoch, **meter.read(tokens, batches)}
         state.tokens += tokens
         if nonfinite.check(norm, state.step):
             state.skipped += 1
@@ -214,7 +210,7 @@ def main(argv: list[str] | None = None) -> None:
         log.progress(row)
 
         if heldout and (runtime.due(config.eval_every, state.step) or state.step == total):
-            result = evaluate(model, heldout, names, config, device)
+            result = evaluate(model, heldout, names, config)
             log.row({"step": state.step, **result})
             log.say(f"step {state.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in result.items()))
             if config.samples:
@@ -222,10 +218,12 @@ def main(argv: list[str] | None = None) -> None:
             if state.best is None or result["eval/loss"] < state.best:
                 state.best, state.best_step = result["eval/loss"], state.step
                 save_model(model, Path(config.out) / "best", config.model, template)
-        if runtime.due(config.save_every, state.step) or (stop and state.step < total):
+        stopping = stopping and state.step < total
+        if runtime.due(config.save_every, state.step) or stopping:
             checkpoint.save(config.out, state, optimizer, config.keep)
-        if stop and state.step < total:
-            log.say(f"stopped by {stop.reason} after step {state.step} of {total}; --resume auto goes on from here")
+        if stopping:
+            why = stop.reason or "another rank"
+            log.say(f"stopped by {why} after step {state.step} of {total}; --resume auto goes on from here")
             log.close()
             return
     log.close()

@@ -14,6 +14,7 @@ Letters: M scored tokens, R responses.
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import checkpoint
@@ -25,7 +26,7 @@ from data.tokenizer import load_tokenizer
 from data.trees import make_batch, micro_batches, pack, step_examples, steps_per_epoch
 from hf import load_model, save_model
 from model import GPT
-from parallel import AdamW, init_mesh
+from parallel import AdamW, init_mesh, pipeline
 
 
 @dataclass
@@ -37,76 +38,75 @@ class Config(RunConfig):
 
 
 @torch.no_grad()
-def evaluate(model: GPT, data: Dataset, config: Config, device: torch.device) -> dict[str, float]:
+def evaluate(model: GPT, data: Dataset, config: Config) -> dict[str, float]:
     """Mean loss a response token over a whole data set, under eval/."""
-    nll = tokens = 0.0
-    for items in pack(data.tree_lengths(config.share_prompts), config.max_tokens):
-        batch = make_batch(data, items, config.share_prompts).to(device)
-        nll -= model.logps(model(batch), batch).double().sum().item()
-        tokens += len(batch.target)
-    return {"eval/loss": nll / tokens}
+    mesh, lengths = model.mesh, data.tree_lengths(config.share_prompts)
+    bins = micro_batches(lengths, np.arange(len(data)), config.max_tokens, mesh.dp_rank, mesh.dp)
+    nll = torch.zeros((), dtype=torch.float64, device=model.device)
+    for batch, hidden in pipeline(model, (make_batch(data, items, config.share_prompts) for items in bins)):
+        nll -= model.logps(hidden, batch).double().sum()
+    return {"eval/loss": mesh.sum(nll).item() / int(data.scored_len.sum())}
 
 
 def main(argv: list[str] | None = None) -> None:
     config = parse(Config, __doc__, argv)
-    mesh = init_mesh()
-    device, dtype = runtime.set_up(config)
+    mesh = init_mesh(config.tp, config.cp, config.pp, config.device, config.timeout_minutes)
+    device, dtype = runtime.set_up(config, mesh)
     stop = runtime.Stop(config.max_minutes)
-    start = checkpoint.find(config.out, config.resume)
+    start = checkpoint.find(config.out, config.resume, mesh=mesh)
 
     # ---- data --------------------------------------------------------------------------------------------------------
     tokenizer = load_tokenizer(config.model)
     template = Template(config.template, tokenizer)
-    train, heldout = (
-        load_dataset(
-            files, "sft", template, config.max_length, config.overlong, config.max_bad_rows,
-            runtime.cache_folder(config),
-        )
-        if files
-        else None
-        for files in (config.data, config.eval_data)
-    )  # fmt: skip
+    with mesh.one_first():  # the others find it in the cache
+        train, heldout = (
+            load_dataset(
+                files, "sft", template, config.max_length, config.overlong, config.max_bad_rows,
+                runtime.cache_folder(config),
+            )
+            if files
+            else None
+            for files in (config.data, config.eval_data)
+        )  # fmt: skip
     for data in filter(None, (train, heldout)):
         pack(data.tree_lengths(config.share_prompts), config.max_tokens)  # a row that does not fit is refused here
     lengths = train.tree_lengths(config.share_prompts)
 
     # ---- model -------------------------------------------------------------------------------------------------------
-    model = load_model(config.model, dtype, device)
+    model = load_model(config.model, dtype, device, mesh=mesh)
     runtime.prepare_model(model, config, tokenizer)
     per_epoch = steps_per_epoch(len(train), config.batch_size)
     total = runtime.total_steps(config, per_epoch)
     print(runtime.describe(config, model, lengths, total))
-    optimizer = AdamW(model, (config.beta1, config.beta2), config.eps, config.weight_decay)
+    optimizer = AdamW(model, (config.beta1, config.beta2), config.eps, config.weight_decay, config.zero)
     state = checkpoint.State()
     if start:
         state = checkpoint.load(start, optimizer)
         print(f"resumed from {start} after step {state.step}")
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
-    log = runtime.Log(config, state.step, total)
-    meter, nonfinite = runtime.Meter(model.c, device), runtime.NonFinite()
+    log = runtime.Log(config, state.step, total, mesh)
+    meter, nonfinite = runtime.Meter(model.c, device, mesh), runtime.NonFinite()
     for step in range(state.step, total):
         meter.start()
         examples = step_examples(len(train), config.batch_size, step, config.seed, config.shuffle)
         bins = micro_batches(lengths, examples, config.max_tokens, mesh.dp_rank, mesh.dp)
         batches = [make_batch(train, items, config.share_prompts) for items in bins]
         # Counted over the whole step, so that the loss does not depend on how it is cut into micro-batches.
-        n_scored = mesh.sum(torch.tensor(float(sum(len(batch.target) for batch in batches)))).item()
+        n_scored = int(train.scored_len[train.responses_of(examples)].sum())
 
         totals: dict[str, torch.Tensor] = {}
-        for batch in batches:
-            batch = batch.to(device)
-            nll = -model.logps(model(batch), batch)  # (M,)
+        for batch, hidden in pipeline(model, batches, optimizer):
+            nll = -model.logps(hidden, batch)  # (M,)
             (nll.sum() / n_scored).backward()
             runtime.add(totals, {"loss": nll})
         lr = runtime.learning_rate(config, step, total)
-        norm = optimizer.step(lr, config.clip)
+        norm, stopping = optimizer.step(lr, config.clip, stop)
 
         state.step = step + 1
-        row = {"step": state.step, **runtime.means(totals, n_scored), "grad_norm": norm, "lr": lr}
-        tokens = sum(len(batch.tokens) for batch in batches)
-        row |= {"epoch": state.step / per_epoch}
-        row |= meter.read(tokens, sum(batch.context * len(batch.tokens) for batch in batches) / tokens)
+        row = {"step": state.step, **runtime.means(totals, n_scored, mesh), "grad_norm": norm, "lr": lr}
+        tokens = int(lengths[examples].sum())
+        row |= {"epoch": state.step / per_epoch, **meter.read(tokens, batches)}
         state.tokens += tokens
         if nonfinite.check(norm, state.step):
             state.skipped += 1
@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
         log.progress(row)
 
         if heldout and (runtime.due(config.eval_every, state.step) or state.step == total):
-            result = evaluate(model, heldout, config, device)
+            result = evaluate(model, heldout, config)
             log.row({"step": state.step, **result})
             log.say(f"step {state.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in result.items()))
             if config.samples:
@@ -124,10 +124,12 @@ def main(argv: list[str] | None = None) -> None:
             if state.best is None or result["eval/loss"] < state.best:
                 state.best, state.best_step = result["eval/loss"], state.step
                 save_model(model, Path(config.out) / "best", config.model, template)
-        if runtime.due(config.save_every, state.step) or (stop and state.step < total):
+        stopping = stopping and state.step < total
+        if runtime.due(config.save_every, state.step) or stopping:
             checkpoint.save(config.out, state, optimizer, config.keep)
-        if stop and state.step < total:
-            log.say(f"stopped by {stop.reason} after step {state.step} of {total}; --resume auto goes on from here")
+        if stopping:
+            why = stop.reason or "another rank"
+            log.say(f"stopped by {why} after step {state.step} of {total}; --resume auto goes on from here")
             log.close()
             return
     log.close()

@@ -38,7 +38,7 @@ from data.trees import TreeBatch, make_batch, micro_batches, pack, step_examples
 from generate import generate
 from hf import load_model, save_model
 from model import GPT
-from parallel import AdamW, init_mesh
+from parallel import AdamW, init_mesh, pipeline
 from score import all_answers, annotate, load_scorer, score
 
 
@@ -67,11 +67,12 @@ def sample(model: GPT, rows: list[dict], names: tuple, line: str, template: Temp
     unique = {json.dumps(row["prompt"]): row["prompt"] for row in rows if row.get("prompt")}
     if not unique:
         raise ValueError("--stage bootstrap: no row of --data has a prompt")
-    prompts = [prompt for prompt in unique.values() for _ in range(config.answers)]
-    ids = [template.prompt(attributes.condition(prompt, wanted, line)) for prompt in prompts]
+    ids = [template.prompt(attributes.condition(prompt, wanted, line)) for prompt in unique.values()]
     found = generate(
-        model, ids, config.max_new_tokens, config.temperature, stop_ids=template.stop_ids, seed=config.seed
-    )
+        model, ids, config.max_new_tokens, config.temperature, stop_ids=template.stop_ids, seed=config.seed,
+        n=config.answers,
+    )  # fmt: skip
+    prompts = [prompt for prompt in unique.values() for _ in range(config.answers)]
     kept: dict[str, list[str]] = {key: [] for key in unique}
     for prompt, answer in zip(prompts, found):
         text = template.tokenizer.decode(answer.tokens).strip()
@@ -116,68 +117,24 @@ def weighted(rows: list[dict], line: str, config: Config, device, dtype) -> tupl
     return made, tuple(name for name in ATTRIBUTES if name in seen)
 
 
-def item_losses(model: GPT, batch: TreeBatch, names: tuple[str, ...], config: Config) -> tuple[torch.Tensor, int]:
-    """Losses of a batch, unreduced, and how many things they are averaged over.
+def label(config: Config, template: Template, device, dtype) -> None:
+    """Writes the rows of --data with what the attribute model finds in them."""
+    rows = [row for file in config.data for row in read_rows(file)]
+    _, answers = all_answers(rows, template, "--data")
+    labelled = annotate(config.model, answers, config.template, config.max_tokens, dtype, device)
+    print(f"{len(labelled)} rows in {write_rows(Path(config.out) / 'annotated.jsonl', labelled)}")
 
-    attributes: squared errors (R, A), over labels that are there. nll: (M,), over tokens. steerlm2: terms (R,) of a
-    divergence, over prompts.
+
+def prepare(config: Config, template: Template, trained: tuple | None, line: str, device, dtype) -> tuple:
+    """Samples, labels and puts lines into prompts; what is trained on lies in OUT for all to see.
+
+    Returns the files to train and to evaluate on, and the attributes in them.
     """
-    if config.stage == "attributes":
-        wanted = torch.stack([batch.columns[name] for name in names], 1)
-        return losses.regression(model.score(model(batch), batch.last), wanted), int((~wanted.isnan()).sum())
-    logps = model.logps(model(batch), batch)
-    if config.loss == "nll":
-        return -logps, len(batch.target)
-    q_logps = batch.columns["ref_logps"]
-    _, group = batch.columns["group"].unique(return_inverse=True)
-    wanted = batch.columns["weight"] - q_logps
-    return losses.steerlm2(batch.sum_by_response(logps), q_logps, wanted, group), int(group.max()) + 1
-
-
-def count(batch: TreeBatch, names: tuple[str, ...], config: Config) -> int:
-    """What `item_losses` will be averaged over, known before it is computed."""
-    if config.stage == "attributes":
-        return sum(int((~batch.columns[name].isnan()).sum()) for name in names)
-    return len(batch.target) if config.loss == "nll" else len(batch.columns["group"].unique())
-
-
-@torch.no_grad()
-def evaluate(
-    model: GPT, data: Dataset, names: tuple[str, ...], config: Config, device: torch.device
-) -> dict[str, float]:
-    """Mean loss over a whole data set, under eval/."""
-    total, n = 0.0, 0
-    for items in pack(data.tree_lengths(config.share_prompts), config.max_tokens):
-        per_item, here = item_losses(model, make_batch(data, items, config.share_prompts).to(device), names, config)
-        total, n = total + per_item.double().sum().item(), n + here
-    return {"eval/loss": total / max(1, n)}
-
-
-def main(argv: list[str] | None = None) -> None:
-    config = parse(Config, __doc__, argv)
-    mesh = init_mesh()
-    device, dtype = runtime.set_up(config)
-    stop = runtime.Stop(config.max_minutes)
-    start = checkpoint.find(config.out, config.resume)
-    out = Path(config.out)
-
-    # ---- data --------------------------------------------------------------------------------------------------------
-    tokenizer = load_tokenizer(config.model)
-    template = Template(config.template, tokenizer)
-    trained = attributes.load(config.model)
-    line = attributes.check_template(config.attribute_template or (trained[0] if trained else attributes.TEMPLATE))
-    if config.stage == "annotate":
-        rows = [row for file in config.data for row in read_rows(file)]
-        _, answers = all_answers(rows, template, "--data")
-        labelled = annotate(config.model, answers, config.template, config.max_tokens, dtype, device)
-        print(f"{len(labelled)} rows in {write_rows(out / 'annotated.jsonl', labelled)}")
-        return
-    data_files = {"train": config.data, "heldout": config.eval_data}
-    names: tuple[str, ...] = ()
+    out, files, names = Path(config.out), {"train": config.data, "heldout": config.eval_data}, ()
     if config.stage == "bootstrap":
         if not trained or not config.predictor:
             raise ValueError("--stage bootstrap needs a --model of --stage sft and a --predictor of --stage attributes")
-        data_files["train"] = [str(out / "bootstrap.jsonl")]
+        files["train"] = [str(out / "bootstrap.jsonl")]
         if not (out / "bootstrap.jsonl").exists():  # a resumed run trains on the same samples
             rows = [row for file in config.data for row in read_rows(file)]
             rows = sample(load_model(config.model, dtype, device), rows, trained[1], line, template, config)
@@ -185,27 +142,87 @@ def main(argv: list[str] | None = None) -> None:
                 _, answers = all_answers(rows, template, "the samples")
                 rows = annotate(config.predictor, answers, config.template, config.max_tokens, dtype, device)
             write_rows(out / "bootstrap.jsonl", rows)
-    kind = "attributes"
-    if config.stage != "attributes":  # the prompts get their lines; what is trained on lies in OUT for all to see
+    for part, given in files.items():
+        rows = [row for file in given for row in read_rows(file)]
+        if rows and config.loss == "steerlm2":
+            made, found = weighted(rows, line, config, device, dtype)
+        elif rows:
+            made, found = attributes.conditioned(rows, line, config.attribute_dropout, config.seed)
+        if rows:
+            names = names or found
+            files[part] = [write_rows(out / f"conditioned_{part}.jsonl", made)]
+    return files, names
+
+
+def item_losses(
+    model: GPT, hidden: torch.Tensor, batch: TreeBatch, names: tuple[str, ...], config: Config
+) -> torch.Tensor:
+    """Losses of a batch, unreduced.
+
+    attributes: squared errors (R, A), over labels that are there. nll: (M,), over tokens. steerlm2: terms (R,) of a
+    divergence, over prompts.
+    """
+    if config.stage == "attributes":
+        wanted = torch.stack([batch.columns[name] for name in names], 1)
+        return losses.regression(model.score(hidden, batch, batch.last), wanted)
+    logps = model.logps(hidden, batch)
+    if config.loss == "nll":
+        return -logps
+    q_logps = batch.columns["ref_logps"]
+    _, group = batch.columns["group"].unique(return_inverse=True)
+    wanted = batch.columns["weight"] - q_logps
+    return losses.steerlm2(batch.sum_by_response(logps), q_logps, wanted, group)
+
+
+def items_in(data: Dataset, examples: np.ndarray, names: tuple[str, ...], config: Config) -> int:
+    """What the loss of some examples is averaged over: labels, tokens or prompts."""
+    rows = data.responses_of(examples)
+    if config.stage == "attributes":
+        return int(sum((~np.isnan(data.columns[name][rows])).sum() for name in names))
+    return int(data.scored_len[rows].sum()) if config.loss == "nll" else len(examples)
+
+
+@torch.no_grad()
+def evaluate(model: GPT, data: Dataset, names: tuple[str, ...], config: Config) -> dict[str, float]:
+    """Mean loss over a whole data set, under eval/."""
+    mesh, everything = model.mesh, np.arange(len(data))
+    lengths = data.tree_lengths(config.share_prompts)
+    bins = micro_batches(lengths, everything, config.max_tokens, mesh.dp_rank, mesh.dp)
+    total = torch.zeros((), dtype=torch.float64, device=model.device)
+    for batch, hidden in pipeline(model, (make_batch(data, items, config.share_prompts) for items in bins)):
+        total += item_losses(model, hidden, batch, names, config).double().sum()
+    return {"eval/loss": mesh.sum(total).item() / max(1, items_in(data, everything, names, config))}
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse(Config, __doc__, argv)
+    mesh = init_mesh(config.tp, config.cp, config.pp, config.device, config.timeout_minutes)
+    device, dtype = runtime.set_up(config, mesh)
+    stop = runtime.Stop(config.max_minutes)
+    start = checkpoint.find(config.out, config.resume, mesh=mesh)
+
+    # ---- data --------------------------------------------------------------------------------------------------------
+    tokenizer = load_tokenizer(config.model)
+    template = Template(config.template, tokenizer)
+    trained = attributes.load(config.model)
+    line = attributes.check_template(config.attribute_template or (trained[0] if trained else attributes.TEMPLATE))
+    if config.stage == "annotate":
+        mesh.ask(lambda: label(config, template, device, dtype))
+        return
+    kind, names, data_files = "attributes", (), {"train": config.data, "heldout": config.eval_data}
+    if config.stage != "attributes":  # rank 0 makes the data with whole models, the others wait
         kind = "sft" if config.loss == "nll" else "weights"
-        for part, files in data_files.items():
-            rows = [row for file in files for row in read_rows(file)]
-            if config.loss == "steerlm2" and files:
-                made, found = weighted(rows, line, config, device, dtype)
-            elif files:
-                made, found = attributes.conditioned(rows, line, config.attribute_dropout, config.seed)
-            if files:
-                names = names or found
-                data_files[part] = [write_rows(out / f"conditioned_{part}.jsonl", made)]
-    train, heldout = (
-        load_dataset(
-            files, kind, template, config.max_length, config.overlong, config.max_bad_rows,
-            runtime.cache_folder(config),
-        )
-        if files
-        else None
-        for files in data_files.values()
-    )  # fmt: skip
+        data_files, names = mesh.ask(lambda: prepare(config, template, trained, line, device, dtype))
+    with mesh.one_first():  # the others find it in the cache
+        train, heldout = (
+            load_dataset(
+                files, kind, template, config.max_length, config.overlong, config.max_bad_rows,
+                runtime.cache_folder(config),
+            )
+            if files
+            else None
+            for files in data_files.values()
+        )  # fmt: skip
     if config.stage == "attributes":
         names = tuple(name for name in ATTRIBUTES if not np.isnan(train.columns[name]).all())
         if not names:
@@ -215,7 +232,7 @@ def main(argv: list[str] | None = None) -> None:
     lengths = train.tree_lengths(config.share_prompts)
 
     # ---- model and reference -----------------------------------------------------------------------------------------
-    model = load_model(config.model, dtype, device, names if config.stage == "attributes" else None)
+    model = load_model(config.model, dtype, device, names if config.stage == "attributes" else None, mesh)
     runtime.prepare_model(model, config, tokenizer)
     per_epoch = steps_per_epoch(len(train), config.batch_size)
     total = runtime.total_steps(config, per_epoch)
@@ -226,37 +243,36 @@ def main(argv: list[str] | None = None) -> None:
         for data, examples in [(train, seen)] + ([(heldout, np.arange(len(heldout)))] if heldout else []):
             data.columns["group"] = np.repeat(np.arange(len(data)), np.diff(data.response_start))
             data.columns["ref_logps"], _ = runtime.reference_logps(model, "", data, examples, config, print)
-    optimizer = AdamW(model, (config.beta1, config.beta2), config.eps, config.weight_decay)
+    optimizer = AdamW(model, (config.beta1, config.beta2), config.eps, config.weight_decay, config.zero)
     state = checkpoint.State()
     if start:
         state = checkpoint.load(start, optimizer)
         print(f"resumed from {start} after step {state.step}")
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
-    log = runtime.Log(config, state.step, total)
-    meter, nonfinite = runtime.Meter(model.c, device), runtime.NonFinite()
+    log = runtime.Log(config, state.step, total, mesh)
+    meter, nonfinite = runtime.Meter(model.c, device, mesh), runtime.NonFinite()
     for step in range(state.step, total):
         meter.start()
         examples = step_examples(len(train), config.batch_size, step, config.seed, config.shuffle)
         bins = micro_batches(lengths, examples, config.max_tokens, mesh.dp_rank, mesh.dp)
         batches = [make_batch(train, items, config.share_prompts) for items in bins]
         # Counted over the whole step, so that the loss does not depend on how it is cut into micro-batches.
-        n_items = mesh.sum(torch.tensor(float(sum(count(batch, names, config) for batch in batches)))).item()
+        n_items = items_in(train, examples, names, config)
         n_items = max(1, n_items)  # a step without any attribute is no step
 
         totals: dict[str, torch.Tensor] = {}
-        for batch in batches:
-            per_item, _ = item_losses(model, batch.to(device), names, config)
+        for batch, hidden in pipeline(model, batches, optimizer):
+            per_item = item_losses(model, hidden, batch, names, config)
             (per_item.sum() / n_items).backward()
             runtime.add(totals, {"loss": per_item})
         lr = runtime.learning_rate(config, step, total)
-        norm = optimizer.step(lr, config.clip)
+        norm, stopping = optimizer.step(lr, config.clip, stop)
 
         state.step = step + 1
-        row = {"step": state.step, **runtime.means(totals, n_items), "grad_norm": norm, "lr": lr}
-        tokens = sum(len(batch.tokens) for batch in batches)
-        row |= {"epoch": state.step / per_epoch}
-        row |= meter.read(tokens, sum(batch.context * len(batch.tokens) for batch in batches) / tokens)
+        row = {"step": state.step, **runtime.means(totals, n_items, mesh), "grad_norm": norm, "lr": lr}
+        tokens = int(lengths[examples].sum())
+        row |= {"epoch": state.step / per_epoch, **meter.read(tokens, batches)}
         state.tokens += tokens
         if nonfinite.check(norm, state.step):
             state.skipped += 1
@@ -266,7 +282,7 @@ def main(argv: list[str] | None = None) -> None:
         log.progress(row)
 
         if heldout and (runtime.due(config.eval_every, state.step) or state.step == total):
-            result = evaluate(model, heldout, names, config, device)
+            result = evaluate(model, heldout, names, config)
             log.row({"step": state.step, **result})
             log.say(f"step {state.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in result.items()))
             if config.samples and config.stage != "attributes":
@@ -276,10 +292,12 @@ def main(argv: list[str] | None = None) -> None:
                 save_model(model, Path(config.out) / "best", config.model, template)
                 if config.stage != "attributes":
                     attributes.save(Path(config.out) / "best", line, names)
-        if runtime.due(config.save_every, state.step) or (stop and state.step < total):
+        stopping = stopping and state.step < total
+        if runtime.due(config.save_every, state.step) or stopping:
             checkpoint.save(config.out, state, optimizer, config.keep)
-        if stop and state.step < total:
-            log.say(f"stopped by {stop.reason} after step {state.step} of {total}; --resume auto goes on from here")
+        if stopping:
+            why = stop.reason or "another rank"
+            log.say(f"stopped by {why} after step {state.step} of {total}; --resume auto goes on from here")
             log.close()
             return
     log.close()

@@ -127,6 +127,7 @@ def check(bench: Bench) -> None:
     from kernels.rmsnorm import add_rms_norm, rms_norm
     from kernels.rope import rope
     from kernels.swiglu import swiglu
+    from kernels.tiles import share_rows
 
     # torch.empty gives NaN in this mode: what a kernel forgets to write shows.
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -161,14 +162,16 @@ def check(bench: Bench) -> None:
         layout, _ = layout_of(bench, spans)
         total = len(layout.kv_end)
         q, k, v = (torch.randn(total, h, size, device=bench.device) for h in (heads, kv_heads, kv_heads))
+        third = share_rows(spans, 3)[1]
         for dtype in types:
             if dtype == torch.float32 and size > 128:
                 continue
             name = f"attention T{total} H{heads} G{kv_heads} E{size} window {window}"
-            compare(
-                name, lambda *x, at=layout, w=window: tree_attention_fused(*x, at, w),
-                lambda *x, at=layout, w=window: tree_attention(*x, at, w), q, k, v, dtype=dtype,
-            )  # fmt: skip
+            for share, at, own in (("", layout, q), (", a third of the queries", layout.shard(third), q[third])):
+                compare(
+                    name + share, lambda *x, at=at, w=window: tree_attention_fused(*x, at, w),
+                    lambda *x, at=at, w=window: tree_attention(*x, at, w), own, k, v, dtype=dtype,
+                )  # fmt: skip
     if bench.device.type == "cuda":
         plain = [(0, [700]), (300, [724]), (1, [1])]
         layout, _ = layout_of(bench, plain)

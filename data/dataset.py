@@ -21,10 +21,11 @@ import uuid
 import zlib
 from array import array
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any, BinaryIO, NamedTuple
@@ -74,6 +75,21 @@ class Dataset:
         column = np.zeros(len(self.tokens), values.dtype)
         column[self.scored == 1] = values
         self.token_columns[name] = column
+
+    @cached_property
+    def scored_len(self) -> np.ndarray:
+        """Scored tokens of each response, (R,) int64."""
+        prompts = np.repeat(np.cumsum(self.prompt_len), np.diff(self.response_start))  # tokens of all up to its own
+        starts = prompts + np.cumsum(self.response_len) - self.response_len
+        counts, full = np.zeros(len(starts), np.int64), np.asarray(self.response_len) > 0
+        if full.any():  # what lies between two responses is a prompt, which is not scored
+            counts[full] = np.add.reduceat(self.scored, starts[full], dtype=np.int64)
+        return counts
+
+    def responses_of(self, examples: Sequence[int]) -> np.ndarray:
+        """Numbers of all responses of some trees, in order."""
+        starts, ends = self.response_start[:-1], self.response_start[1:]
+        return np.concatenate([np.arange(starts[i], ends[i]) for i in examples] or [np.empty(0, np.int64)])
 
 
 def load_dataset(
@@ -334,7 +350,9 @@ def read_rows(file: str | Path) -> Iterator[dict[str, Any]]:
 def write_rows(path: str | Path, rows: Iterable[dict[str, Any]]) -> str:
     """Writes a JSONL file, whole or not at all; returns its name."""
     partial = Path(f"{path}.partial")
-    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    # Half of a surrogate pair is no UTF-8, but JSON has an escape for it, and this is how Python spells it too.
+    partial.write_text(text, encoding="utf-8", errors="backslashreplace")
     partial.replace(path)
     return str(path)
 

@@ -131,11 +131,11 @@ def attribute_row(row: dict[str, Any]) -> Row:
 
 def weight_row(row: dict[str, Any]) -> Row:
     """Several responses to a prompt with a number for each (column `weight`)."""
-    weights = row.get("weights")
-    if not isinstance(weights, list) or len(weights) != len(row.get("responses") or ()):
+    plain, weights = attribute_row({**row, "attributes": {}}), row.get("weights")
+    if not isinstance(weights, list) or len(weights) != len(plain.responses):
         raise ValueError("`weights` must be a list of numbers, one for each of `responses`")
     numbers = [_number({"weights": weight}, ("weights",)) for weight in weights]
-    return attribute_row({**row, "attributes": {}})._replace(columns={"weight": numbers})
+    return plain._replace(columns={"weight": numbers})
 
 
 def answers_of(row: dict[str, Any], plain: bool = False) -> tuple[str | Messages, list[str | Messages]]:

@@ -74,7 +74,10 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of a text. Special tokens written in it are recognised; no bos or eos is added."""
         if self.fast:
-            return self.fast.encode(text, add_special_tokens=False).ids
+            try:
+                return self.fast.encode(text, add_special_tokens=False).ids
+            except TypeError:  # as sentencepiece: a ValueError, since that is what a UnicodeEncodeError is
+                raise ValueError("a text holds half of a surrogate pair, which is no character") from None
         ids, start = [], 0
         while match := self.pattern.search(text, start):
             token = self.added[match[0]]

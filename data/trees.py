@@ -10,7 +10,7 @@ run alone.
 Letters: T tokens, M scored tokens, R responses, n examples.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from data.dataset import Dataset
 from kernels.attention import TreeLayout
+from kernels.tiles import share_rows
 
 
 @dataclass
@@ -37,6 +38,22 @@ class TreeBatch:
     token_columns: dict[str, Tensor]  # (M,) each: what the script knows of every scored token
     spans: list[tuple[int, list[int]]]  # of every tree: prompt length, response lengths
     layout: TreeLayout  # the same for the attention kernel
+    examples: list[int]  # of the data set, whose trees these are
+    _shares: dict[int, list[Tensor]] = field(default_factory=dict)
+    _layouts: dict[tuple[int, int], TreeLayout] = field(default_factory=dict)
+
+    def shares(self, ranks: int) -> list[Tensor]:
+        """Places of the rows of every rank, ascending, where several share the flat row: about equal work for each."""
+        if ranks not in self._shares:
+            rows = share_rows(self.spans, ranks)
+            self._shares[ranks] = [torch.from_numpy(own).to(self.tokens.device) for own in rows]
+        return self._shares[ranks]
+
+    def share_layout(self, ranks: int, rank: int) -> TreeLayout:
+        """Attention of the queries of one rank's share."""
+        if (ranks, rank) not in self._layouts:
+            self._layouts[ranks, rank] = self.layout.shard(share_rows(self.spans, ranks)[rank])
+        return self._layouts[ranks, rank]
 
     def sum_by_response(self, values: Tensor) -> Tensor:
         """Adds up (M,) values a response, (R,) in fp64: losses live on small differences of sums in the hundreds."""
@@ -59,7 +76,8 @@ class TreeBatch:
         columns = {name: move(value) for name, value in self.columns.items()}
         token_columns = {name: move(value) for name, value in self.token_columns.items()}
         layout = TreeLayout(self.spans, moved["kv_end"], moved["positions"])
-        return replace(self, **moved, columns=columns, token_columns=token_columns, layout=layout)
+        own = {"columns": columns, "token_columns": token_columns, "layout": layout}
+        return replace(self, **moved, **own, _shares={}, _layouts={})
 
 
 def make_batch(dataset: Dataset, examples: list[int], share_prompts: bool = True, only: int | None = None) -> TreeBatch:
@@ -124,6 +142,7 @@ def make_batch(dataset: Dataset, examples: list[int], share_prompts: bool = True
         token_columns={name: torch.from_numpy(values[place]) for name, values in dataset.token_columns.items()},
         spans=spans,
         layout=TreeLayout(spans, flat_kv_end, flat_positions),
+        examples=[int(example) for example in examples],
     )
 
 

@@ -31,13 +31,31 @@ class TreeLayout:
     """Where the trees of a batch lie, and the masks that attention needs: built once a batch, used by every layer.
 
     spans: for every tree (prompt length, [response lengths]), in the order of the flat row.
+    rows: under context parallelism the places in the flat row of the queries that are here, (n,) int64, ascending, on
+    the host; None: all of them. Spans, kv_end and positions are those of the whole row all the same.
+    index: rows on the device.
     """
 
-    def __init__(self, spans: list[tuple[int, list[int]]], kv_end: Tensor, positions: Tensor):
-        self.spans, self.kv_end, self.positions = spans, kv_end, positions
+    def __init__(self, spans: tiles.Spans, kv_end: Tensor, positions: Tensor, rows: np.ndarray | None = None):
+        self.spans, self.kv_end, self.positions, self.rows, self.index = spans, kv_end, positions, rows, None
         self.sizes = [n for prompt, responses in spans for n in (prompt, *responses)]
+        self.runs = tiles.query_runs(spans, rows)
+        if rows is not None:
+            self.index = torch.from_numpy(rows)
+            if kv_end.is_cuda:
+                self.index = self.index.pin_memory().to(kv_end.device, non_blocking=True)
         self._masks: dict[tuple[int, int, int, torch.dtype], Tensor | None] = {}
         self._plans: dict[tuple, list[Tensor]] = {}
+
+    def shard(self, rows: np.ndarray) -> "TreeLayout":
+        """The same trees where only the queries at `rows` are here: one of the shares of tiles.share_rows.
+
+        ValueError: rows are not ascending places of the flat row.
+        """
+        rows = np.asarray(rows, np.int64)
+        if (np.diff(rows, prepend=-1, append=len(self.kv_end)) <= 0).any():
+            raise ValueError(f"rows must be ascending and each once, from 0 to {len(self.kv_end) - 1}: sort them")
+        return TreeLayout(self.spans, self.kv_end, self.positions, rows)
 
     def mask(self, queries: int, keys: int, window: int, dtype: torch.dtype) -> Tensor | None:
         """What the last `queries` of `keys` tokens in a row see, (queries, keys), added to the scores.
@@ -67,7 +85,7 @@ class TreeLayout:
         sizes = tiles.tile_sizes(architecture(device), q.shape[2], q.dtype)
         name = (sizes, heads, kv_heads, window, tiles.SPLIT)
         if name not in self._plans:
-            arrays = tiles.plan(self.spans, sizes, heads, kv_heads, window, processors(device))
+            arrays = tiles.plan(self.spans, sizes, heads, kv_heads, window, processors(device), self.rows)
             padded = [np.pad(x.ravel(), (0, -x.size % 4)) for x in arrays]  # 16 bytes: what fast loads are aligned to
             flat = torch.from_numpy(np.concatenate(padded).astype(np.int32))
             if device.type == "cuda":
@@ -351,18 +369,27 @@ def tree_attention(q: Tensor, k: Tensor, v: Tensor, layout: TreeLayout, window: 
     """softmax(q kᵀ / √E + mask) v over the trees of `layout`.
 
     q (T, H, E), k and v (T, G, E) with H a multiple of G; window 0 sees everything. Returns (T, H, E).
+    Of a layout.shard(rows), q and the result are those n rows, (n, H, E), while k and v stay whole; the gradients of k
+    and v are then what these queries alone give: a part of the sum over the ranks.
     """
-    if not fused(q) or q.shape[2] > (128 if q.dtype == torch.float32 else 256):  # float32 tiles would not fit
+    if q.shape[0] == 0 or not fused(q) or q.shape[2] > (128 if q.dtype == torch.float32 else 256):  # would not fit
         return _attention_plain(q, k, v, layout, window)
-    if _varlen_serves(q, k, window) and (segments := layout.segments()):
+    if layout.rows is None and _varlen_serves(q, k, window) and (segments := layout.segments()):
         return _varlen(q, k, v, *segments)
     return tree_attention_fused(q, k, v, layout, window)
 
 
 def tree_attention_fused(q: Tensor, k: Tensor, v: Tensor, layout: TreeLayout, window: int = 0) -> Tensor:
-    """The same by plumb's own kernels, whatever the layout."""
+    """The same by plumb's own kernels, whatever the layout.
+
+    They count queries as they count keys, from the start of the flat row: rows of a shard are first put in their
+    places. The zeros between are computed only where they share a tile with own rows, and no slope comes back to them.
+    """
+    if layout.index is not None:
+        q = q.new_zeros(len(k), *q.shape[1:]).index_copy(0, layout.index, q)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    return torch.ops.plumb.tree_attention(q, k, v, layout.plan(q, k.shape[1], window), window)[0]
+    out = torch.ops.plumb.tree_attention(q, k, v, layout.plan(q, k.shape[1], window), window)[0]
+    return out if layout.index is None else out.index_select(0, layout.index)
 
 
 @functools.cache
@@ -393,25 +420,21 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int) -> Te
 
 
 def _attention_plain(q: Tensor, k: Tensor, v: Tensor, layout: TreeLayout, window: int) -> Tensor:
-    """One scaled_dot_product_attention a response: its keys are [prompt; response].
+    """One scaled_dot_product_attention a run of queries: its keys are [prompt; response] up to the last one it sees.
 
-    The first response of a tree carries the prompt's own queries along: the two are one causal sequence. `split`, not
-    slices: its backward is one concatenation, where every slice would fill a whole (T, H, E) of zeros.
+    `split`, not slices: its backward is one concatenation, where every slice would fill a whole (T, H, E) of zeros.
     """
     q, k, v = (x.transpose(0, 1) for x in (q, k, v))  # (heads, T, E)
     if k.shape[0] != q.shape[0]:
         k, v = (x.repeat_interleave(q.shape[0] // x.shape[0], 0) for x in (k, v))
-    parts = zip(*(x.split(layout.sizes, 1) for x in (q, k, v)))
+    if not layout.runs:  # still a function of all three: other ranks wait for these gradients
+        return (q * k[:, :0] * v[:, :0]).transpose(0, 1)
+    queries = q.split([run[0] for run in layout.runs], 1)
+    k, v = k.split(layout.sizes, 1), v.split(layout.sizes, 1)
     out = []
-    for _, responses in layout.spans:
-        prompt_q, prompt_k, prompt_v = next(parts)
-        if not responses:
-            out.append(_attend(prompt_q, prompt_k, prompt_v, layout, window))
-        for i in range(len(responses)):
-            own_q, own_k, own_v = next(parts)
-            queries = torch.cat((prompt_q, own_q), 1) if i == 0 else own_q
-            keys, values = torch.cat((prompt_k, own_k), 1), torch.cat((prompt_v, own_v), 1)
-            out.append(_attend(queries, keys, values, layout, window))
+    for own, (_, seen, branch) in zip(queries, layout.runs):
+        keys, values = (torch.cat([x[part] for part in branch], 1)[:, :seen] for x in (k, v))
+        out.append(_attend(own, keys, values, layout, window))
     return torch.cat(out, 1).transpose(0, 1)
 
 

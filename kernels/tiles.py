@@ -6,8 +6,11 @@ Letters: T tokens, M queries and N keys of a tile, W work items, S slots.
 import numpy as np
 import torch
 
+Spans = list[tuple[int, list[int]]]  # of every tree: prompt length, response lengths
+
 ITEM = 8  # ints a work item: tile, first entry of its list, full tiles, all tiles, first step, last step, slot, -
 SPLIT = 16  # steps of a dK/dV program below which splitting its list costs more than the balance gains
+BLOCK = 128  # consecutive rows that go to one rank: every query tile below divides it, so that no two ranks share one
 
 # (M, N, warps, stages) of forward, dQ and dK/dV by architecture and head size (rounded up to a power of two), for
 # 2-byte types: the largest tiles that tests/test_kernels_offline.py sees without spills in a loop.
@@ -49,17 +52,34 @@ def tile_sizes(arch: int, head_size: int, dtype: torch.dtype) -> tuple[tuple[int
 
 
 def plan(
-    spans: list[tuple[int, list[int]]], sizes: tuple, heads: int, kv_heads: int, window: int, processors: int
+    spans: Spans, sizes: tuple, heads: int, kv_heads: int, window: int, processors: int, rows: np.ndarray | None = None
 ) -> list[np.ndarray]:
-    """Items and lists of the forward, of dQ and of dK/dV with the slots of its split tiles."""
+    """Items and lists of the forward, of dQ and of dK/dV with the slots of its split tiles.
+
+    rows: the queries to compute, all by default; tiles without any of them are left out.
+    """
     kv_end, positions = host_layout(spans)
-    forward, dq, dkdv = (visible_tiles(kv_end, positions, m, n, window) for m, n, _, _ in sizes)
+    wanted = np.ones(len(kv_end), bool)
+    if rows is not None:
+        wanted[:] = False
+        wanted[rows] = True
+    tiles = []
+    for m, n, _, _ in reversed(sizes):
+        mine = np.logical_or.reduceat(wanted, np.arange(0, len(wanted), m))
+        # dK and dV read what dQ and the forward left for every row of a tile, dQ what the forward did: so each computes
+        # all rows that a later one touches. What nobody wrote may be NaN, and 0 · NaN is no 0.
+        wanted = np.repeat(mine, m)[: len(wanted)]
+        tiles.append([which & mine[:, None] for which in visible_tiles(kv_end, positions, m, n, window)])
+    dkdv, dq, forward = tiles
     share = int(dkdv[0].sum()) * heads / processors  # steps of the dK/dV loops on each processor
     keys = work_items(dkdv[0].T, dkdv[1].T, heads // kv_heads, max(SPLIT, int(share) // 4))
-    return [*work_items(*forward)[:2], *work_items(*dq)[:2], *keys]
+    queries = []
+    for items, lists, _ in (work_items(*forward), work_items(*dq)):
+        queries += [items[items[:, 3] > 0], lists]
+    return [*queries, *keys]
 
 
-def host_layout(spans: list[tuple[int, list[int]]]) -> tuple[np.ndarray, np.ndarray]:
+def host_layout(spans: Spans) -> tuple[np.ndarray, np.ndarray]:
     """kv_end and positions of the flat row, (T,) each, from the spans alone."""
     sizes, ends, first, start = [], [], [], 0
     for prompt, responses in spans:
@@ -68,7 +88,54 @@ def host_layout(spans: list[tuple[int, list[int]]]) -> tuple[np.ndarray, np.ndar
         ends += [own[-1], *own[1:]]
         first += [start] + [int(at) - prompt for at in own[:-1]]
         start = int(own[-1])
+    ends, first, sizes = (np.array(x, np.int64) for x in (ends, first, sizes))
     return np.repeat(ends, sizes), np.arange(start) - np.repeat(first, sizes)
+
+
+def share_rows(spans: Spans, ranks: int, window: int = 0) -> list[np.ndarray]:
+    """Which rows of the flat row each of `ranks` computes the queries of (context parallelism), ascending, (n,) int64.
+
+    Together every row once; no rank has more than one row more than another (some have none where T < ranks); and about
+    as many visible (query, key) pairs everywhere: blocks of consecutive rows go round by falling work, in each round
+    the heaviest to the rank with the least so far. On one long sequence that is the zig-zag of Llama 3 (section 3.3.2).
+    What is left after the last whole round, the lightest blocks and the short one at the end, is cut in equal pieces.
+    """
+    _, positions = host_layout(spans)
+    rows = np.arange(len(positions))
+    pairs = np.minimum(positions + 1, window) if window else positions + 1  # keys that each query sees
+    size = min(BLOCK, 1 << max(0, (len(rows) // (4 * ranks)).bit_length() - 1))  # four rounds at least
+    blocks = rows[: len(rows) // size * size].reshape(-1, size)
+    blocks = blocks[np.argsort(-pairs[blocks].sum(1), kind="stable")]
+    dealt = len(blocks) // ranks * ranks
+    rest = np.setdiff1d(rows, blocks[:dealt])
+    shares, work = [[] for _ in range(ranks)], np.zeros(ranks, np.int64)
+    for pieces in (*blocks[:dealt].reshape(-1, ranks, size), np.array_split(rest, ranks)):
+        own = np.array([pairs[piece].sum() for piece in pieces])
+        for rank, piece in zip(np.argsort(work, kind="stable"), np.argsort(-own, kind="stable")):
+            shares[rank].append(pieces[piece])
+            work[rank] += own[piece]
+    return [np.sort(np.concatenate(share)) for share in shares]
+
+
+def query_runs(spans: Spans, rows: np.ndarray | None = None) -> list[tuple[int, int, tuple[int, ...]]]:
+    """Cuts rows (all by default) into runs of consecutive queries of one branch, in order: (how many they are, how many
+    keys of the branch their last one sees, which parts of the flat row make up the branch).
+
+    A part is a prompt or a response. The prompt's own queries go with the first response: the two are one causal row.
+    """
+    lengths, before, branches, part = [], [], [], 0
+    for prompt, responses in spans:
+        lengths += [prompt + sum(responses[:1]), *responses[1:]]
+        before += [0, *[prompt] * len(responses[1:])]  # keys of the branch that lie elsewhere
+        branches += [(part, part + 1 + i) for i in range(len(responses))] or [(part,)]
+        part += 1 + len(responses)
+    lengths, before = np.array(lengths, np.int64), np.array(before, np.int64)
+    rows = np.arange(lengths.sum()) if rows is None else rows
+    branch = np.repeat(np.arange(len(lengths)), lengths)[rows]
+    ends = np.flatnonzero((np.diff(rows, append=-1) != 1) | (np.diff(branch, append=-1) != 0))
+    counts, last = np.diff(ends, prepend=-1), branch[ends]
+    seen = rows[ends] + 1 - (np.cumsum(lengths) - lengths)[last] + before[last]
+    return [(n, keys, branches[i]) for n, keys, i in zip(counts.tolist(), seen.tolist(), last)]
 
 
 def visible_tiles(
@@ -99,7 +166,7 @@ def work_items(seen: np.ndarray, full: np.ndarray, group: int = 1, limit: int | 
     items, slots = [], []
     for tile in range(len(seen)):
         steps = int(total[tile]) * group
-        pieces = -(-steps // limit) if limit else 1
+        pieces = max(1, -(-steps // limit)) if limit else 1  # keys that no query here sees still get their zeros
         size = -(-steps // pieces)
         for piece in range(pieces):
             slot = len(slots) if pieces > 1 else -1

@@ -24,7 +24,7 @@ def model_of(family: str, folder: Path):
 def next_logp(model, ids: list[int]) -> torch.Tensor:
     """Log-probs of the next token, without a cache."""
     batch = make_batch(dataset_of([(ids, [[0]])]), [0])
-    return model.logits(model(batch))[len(ids) - 1].log_softmax(-1)
+    return model.logits(model(batch), torch.tensor([len(ids) - 1]))[0].log_softmax(-1)
 
 
 @pytest.mark.parametrize("family", ["llama3", "mistral_window", "qwen3", "gpt_neox"])
@@ -82,7 +82,7 @@ def test_draws_follow_the_distribution(temperature: float, top_k: int, top_p: fl
     wanted[keep] = p[keep] / p[keep].sum()
     n = 40_000
     uniform = torch.tensor(np.random.default_rng(0).random(n))
-    tokens, logps = generate.sample(logits.expand(n, -1), uniform, temperature, top_k, top_p)
+    tokens, logps, _ = generate.sample(logits.expand(n, -1), uniform, temperature, top_k, top_p)
     counts = Counter(tokens.tolist())
     assert set(counts) == set(keep.tolist())
     chi = sum((counts[t] - n * wanted[t]) ** 2 / (n * wanted[t]) for t in keep)
@@ -112,7 +112,7 @@ def test_the_command_writes_a_row_for_every_row(toy: Path, tmp_path: Path, capsy
     capsys.readouterr()
     generate.main([*call, "--prompt", "Where does Ada live?"])
     assert len(capsys.readouterr().out.strip().splitlines()) == 1
-    with pytest.raises(ValueError, match="either --prompt TEXT or --data FILE"):
+    with pytest.raises(ValueError, match="one of --prompt TEXT, --data FILE"):
         generate.main(call)
     (tmp_path / "bad.jsonl").write_text('{"prompt": "x"}\n{"text": "y"}\n')
     with pytest.raises(ValueError, match="row 2 of .*bad.jsonl has no prompt"):

@@ -129,14 +129,18 @@ def test_the_mask_and_the_tile_lists(spans, window: int, monkeypatch):
         assert len(own) == 1 or sorted(own[:, 6]) == list(np.flatnonzero(slots[:, 0] == tile))
 
 
-def attention_errors(spans, heads, kv_heads, size, dtype, window=0) -> list[float]:
-    """How far out, dq, dk and dv are from the dense float64 reference."""
+def attention_errors(spans, heads, kv_heads, size, dtype, window=0, shares=None) -> list[float]:
+    """How far out, dq, dk and dv are from the dense float64 reference; computed share by share of the rows if given."""
     torch.manual_seed(0)
     layout = layout_of(spans)
     total = len(layout.kv_end)
     q, k, v = (torch.randn(total, h, size).to(dtype).requires_grad_() for h in (heads, kv_heads, kv_heads))
     slope = torch.randn(total, heads, size).to(dtype)
-    out = attention.tree_attention(q, k, v, layout, window)
+    if shares is None:
+        out = attention.tree_attention(q, k, v, layout, window)
+    else:
+        parts = [attention.tree_attention(q[rows], k, v, layout.shard(rows), window) for rows in shares]
+        out = torch.cat(parts)[np.argsort(np.concatenate(shares))]
     ours = [out, *gradients(out, (q, k, v), slope)]
     exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
     wide = [exact[0], *(x.repeat_interleave(heads // kv_heads, 1) for x in exact[1:])]
@@ -185,6 +189,67 @@ def test_split_tiles_add_up(monkeypatch):
         q2, k2 = q.clone().requires_grad_(), k.clone().requires_grad_()
         runs.append(gradients(attention.tree_attention(q2, k2, k2, layout), (q2, k2), slope))
     assert all(torch.equal(a, b) for a, b in zip(*runs))
+
+
+def dealt(spans, size: int, ranks: int = 2) -> list[np.ndarray]:
+    """Blocks of `size` rows go to the ranks by chance."""
+    total = sum(p + sum(rs) for p, rs in spans)
+    owner = np.random.default_rng(size).permutation(-(-total // size))[np.arange(total) // size] % ranks
+    return [np.flatnonzero(owner == rank) for rank in range(ranks)]
+
+
+@pytest.fixture
+def fresh_memory_is_nan():
+    """torch.empty gives NaN: what a kernel reads and nobody wrote shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(8).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@law
+@pytest.mark.parametrize(
+    ("spans", "heads", "kv_heads", "size", "dtype", "window", "block"),
+    [
+        (ODD, 4, 2, 32, torch.float32, 0, 32),  # as long as a tile
+        (ODD, 2, 1, 32, torch.float32, 13, 64),
+        (LONG, 2, 2, 40, torch.float32, 0, 7),  # blocks and tiles cut each other
+        (WIDE, 4, 1, 32, torch.float32, 20, 1),
+        (LONG, 4, 2, 64, torch.bfloat16, 0, 128),  # tiles of 128, 128 and 64 queries
+        (LONG, 4, 2, 64, torch.bfloat16, 33, 16),
+        ([(0, [300])], 1, 1, 32, torch.float32, 0, 0),
+        (WIDE, 2, 1, 32, torch.float32, 0, 0),
+    ],
+)
+def test_shares_of_the_queries_add_up(spans, heads, kv_heads, size, dtype, window, block, fresh_memory_is_nan):
+    """Out and dQ of the shares, put together, and dK and dV, added up, are those of dense float64 attention. Blocks of
+    a length that tiles do not know, or (0) as share_rows deals them."""
+    shares = dealt(spans, block) if block else tiles.share_rows(spans, 3)
+    assert min(map(len, shares))
+    limit = 2 * TOLERANCE[dtype]  # parts are rounded before they are added up
+    assert max(attention_errors(spans, heads, kv_heads, size, dtype, window, shares)) < limit
+
+
+@law
+def test_a_lone_query_reads_nothing_that_nobody_wrote(fresh_memory_is_nan, monkeypatch):
+    """Whatever tiles the three kernels have: where a later one has larger tiles, those before it compute more rows."""
+    rest = (torch.float32, 0, [np.array([100]), np.delete(np.arange(130), 100)])
+    for m in ((16, 32, 64), (64, 32, 16), (32, 16, 64)):
+        sizes = tuple((x, 16, 4, 1) for x in m)
+        monkeypatch.setattr(tiles, "tile_sizes", lambda *_, sizes=sizes: sizes)
+        assert max(attention_errors([(70, [40, 20])], 1, 1, 32, *rest)) < EXACT
+
+
+@law
+def test_a_share_walks_its_own_tiles_only():
+    """Programs of forward and dQ are those of tiles with own rows, dK and dV read no other; all keys get a sum."""
+    layout = layout_of([(0, [512])])
+    rows = np.r_[64:128, 300:310]
+    q = torch.empty(512, 1, 32)
+    _, _, items, _, dq_items, _, key_items, key_lists, _ = (x.numpy() for x in layout.shard(rows).plan(q, 1, 0))
+    assert {*items[:, 0]} == {*dq_items[:, 0]} == {*key_lists} == {2, 3, 9}  # of 32 rows
+    assert {*key_items[:, 0]} == set(range(16))
+    assert int(items[:, 3].sum()) == 3 + 4 + 10 == len(key_lists)
 
 
 @law
@@ -428,7 +493,7 @@ def test_the_gpu_bench_runs_and_survives_a_part_that_dies(tmp_path):
     run = subprocess.run([sys.executable, script, *flags], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
-    assert sum(row.get("ok", False) for row in rows) == 8
+    assert sum(row.get("ok", False) for row in rows) == 10
     assert {row["part"] for row in rows} == {"check", "ceilings", "attention", "logprob", "small", "steps", "trl"}
     theirs = [row for row in rows if row["part"] == "trl"]
     if importlib.util.find_spec("trl"):

@@ -18,7 +18,7 @@ from model import GPT
 def logits_of(model: GPT, ids: list[int]) -> torch.Tensor:
     """Logits of one sequence, through a batch whose single tree is all prompt but for the last token."""
     batch = make_batch(dataset_of([(ids[:-1], [ids[-1:]])]), [0])
-    return model.logits(model(batch))
+    return model.logits(model(batch), torch.arange(len(batch.tokens)))
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -220,7 +220,7 @@ def test_metrics_and_evaluation(toy: Path, tmp_path: Path, train, capsys):
 def scored(model, trees: list, **how) -> torch.Tensor:
     batch = make_batch(dataset_of(trees), list(range(len(trees))), **how)
     with torch.no_grad():
-        return model.score(model(batch), batch.last)
+        return model.score(model(batch), batch, batch.last)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -300,7 +300,7 @@ def test_scores_depend_on_nothing_but_the_answer(tmp_path: Path):
     assert (scored(model, trees, share_prompts=False) - alone).abs().max() < 1e-12
     assert (scored(model, trees[::-1]) - alone[[5, 2, 3, 4, 0, 1]]).abs().max() < 1e-12
     only = make_batch(dataset_of(trees[:2]), [1, 0], only=1)
-    assert (model.score(model(only), only.last) - alone[[3, 1]]).abs().max() < 1e-12
+    assert (model.score(model(only), only, only.last) - alone[[3, 1]]).abs().max() < 1e-12
 
 
 def test_the_wrong_kind_of_model_is_refused_by_name(toy: Path, tmp_path: Path, train):

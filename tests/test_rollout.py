@@ -79,7 +79,7 @@ def test_a_rollout_is_its_samples_side_by_side(toy: Path):
     assert row["completions/mean_length"] == np.mean([len(s.tokens) for s in found.samples])
     # What the sampler says of its samples is what the path of training says of them.
     bins = [[2], [0, 1]]
-    logps = rollout.token_logps(model, found.data, bins, config, torch.device("cpu"), Mesh())
+    logps = rollout.token_logps(model, found.data, bins, config)
     assert logps.tolist() == pytest.approx(found.logps.tolist(), abs=1e-9)
     assert found.metrics()["frac_reward_zero_std"] == np.mean([len(set(g)) == 1 for g in found.rewards.reshape(3, 4)])
 
@@ -93,8 +93,8 @@ def test_two_ranks_draw_what_one_draws(toy: Path):
     said: dict[int, list] = {0: [], 1: []}
 
     class Pair:
-        tp_rank = cp_rank = pp_rank = 0
-        dp = 2
+        tp_rank = cp_rank = 0
+        dp, last_stage = 2, True
 
         def __init__(self, rank: int, others: list | None):
             self.dp_rank, self.others, self.calls = rank, others, -1
@@ -279,7 +279,7 @@ def test_training_through_a_server_pushes_its_weights(toy: Path, engine, tmp_pat
     rows = train(train_reinforce, tmp_path / "out", **flags, rollout_reload=reload)
     steps = [row for row in rows if "loss" in row]
     assert len(steps) == 3 and all(row["sampler_gap"] < 1e-5 for row in steps)
-    assert server.loaded[1:] == [str((tmp_path / "out" / "rollout").resolve())] * 4
+    assert server.loaded[1:] == [str((tmp_path / "out" / "rollout").resolve())] * 5  # 3 rollouts, 2 evaluations
     final, pushed = (hf.fingerprint(tmp_path / "out" / name) for name in ("final", "rollout"))
     assert final == pushed != hf.fingerprint(toy / "model")
     with pytest.raises(ValueError, match="without --rollout-reload"):
