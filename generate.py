@@ -452,19 +452,21 @@ def sample(
 
     The order is Hugging Face's: temperature, then the top_k likeliest, then the smallest set with probability top_p.
     """
-    top, best = logits.max(-1, keepdim=True)
-    logits = logits - top
     if temperature == 0:
-        return best[:, 0], torch.zeros_like(top[:, 0]), -logits.logsumexp(-1)
-    policy = logits.exp()
-    total = policy.sum(-1)  # (B,)
-    heated = policy if temperature == 1 else (logits / temperature).exp_()
-    if top_k and top_k < logits.shape[1] or top_p < 1:
-        token, share = _draw_filtered(heated, uniform, top_k, top_p)
-    else:
-        token, share = _draw(heated, uniform)
-    chosen = logits.gather(1, token)
-    return token[:, 0], (chosen / temperature - share.log())[:, 0], chosen[:, 0] - total.log()
+        top, best = logits.max(-1)
+        return best, torch.zeros_like(top), top - logits.logsumexp(-1)
+    top = logits.amax(-1, keepdim=True)
+    filtered = 0 < top_k < logits.shape[1] or top_p < 1
+    weights, total = logits - top, None  # in place from here on: (B, V) is large
+    if temperature != 1 or filtered:
+        heated = weights / temperature
+        total = weights.exp_().sum(-1, keepdim=True)  # (B, 1)
+        weights = heated
+    draw = functools.partial(_draw_filtered, top_k=top_k, top_p=top_p) if filtered else _draw
+    token, share = draw(weights.exp_(), uniform)
+    chosen = logits.gather(1, token) - top
+    total = share if total is None else total
+    return token[:, 0], (chosen / temperature - share.log())[:, 0], (chosen - total.log())[:, 0]
 
 
 def _draw(weights: Tensor, uniform: Tensor, block: int = 256) -> tuple[Tensor, Tensor]:
