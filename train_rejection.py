@@ -75,9 +75,12 @@ def best_of_n(
     n = len(prompts.ids)
     mine = step_examples(n, min(config.prompts or n, n), 0, config.seed, config.prompts > 0)
     kept, pairs, rewards, ended = [], [], [], []
+    if mesh.main:
+        rollout.forget_samples(config.out, 0)
     for start in range(0, len(mine), config.batch_size):
         part = prompts.take(mine[start : start + config.batch_size])
-        own = rollout.seeds(config.seed, 1 + start // config.batch_size, len(part.ids), config.group_size)
+        number = 1 + start // config.batch_size
+        own = rollout.seeds(config.seed, number, len(part.ids), config.group_size)
         found = rollout.collect(part, sample, reward, template, config, mesh, own, config.temperature)
         more = choose(found, config)
         kept += more[0]
@@ -85,6 +88,8 @@ def best_of_n(
         rewards.append(found.rewards)
         ended.append(found.ended)
         if mesh.main:
+            if runtime.due(config.log_samples, number) or config.log_samples and number == 1:
+                rollout.log_samples(config.out, number, found)
             print(f"{start + len(part.ids)} of {len(mine)} prompts sampled, {len(kept)} answers kept", flush=True)
     if not kept:
         raise ValueError(
