@@ -4,8 +4,9 @@
     python demo.py --quick             one seed, a fraction of the data             (make demo DEMO=quick)
 
 For every seed: a toy world with its tokenizer, a base model from random weights on right answers, SFT on the answers of
-careless writers; from there DPO on pairs, KTO on marked answers and a reward model on the pairs; and SteerLM from the
-base model on answers with attributes. Then answers to held-out prompts at temperature 0.7, scored against the truth.
+careless writers; from there DPO on pairs, KTO on marked answers, a reward model on the pairs, REINFORCE for what that
+model likes, and for the truth; and SteerLM from the base model on answers with attributes. Then answers to held-out
+prompts at temperature 0.7, scored against the truth.
 """
 
 import argparse
@@ -21,8 +22,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent
 COLUMNS = ["good", "gold", "correct", "complete", "coherent", "polite", "rude", "words"]
-TABLE = ["sft", "dpo", "kto", "steerlm best", "steerlm worst"]  # rows of the table; each has an answers file
-AFTER = {"base": "world", "sft": "base", "dpo": "sft", "kto": "sft", "rm": "sft", "steerlm": "base"}  # stage: needs
+# Rows of the table; each has an answers file.
+TABLE = ["sft", "dpo", "kto", "reinforce", "reinforce truth", "steerlm best", "steerlm worst"]
+AFTER = {  # stage: needs
+    "base": "world", "sft": "base", "rm": "sft", "dpo": "sft", "kto": "sft", "steerlm": "base", "reinforce": "rm"
+}  # fmt: skip
 SCRATCH = "--lr 2e-3 --batch-size 8 --warmup 0.05 --weight-decay 0.05"
 QUICK = "--base 8000 --sft 3000 --preferences 1500 --labels 3000 --attributes 3000"
 BEST = "helpfulness:4,correctness:4,coherence:4,complexity:2,verbosity:2,toxicity:0"
@@ -44,6 +48,10 @@ def commands(home: Path, seed: int, quick: bool) -> dict[str, list[str]]:
             f"--temperature 0.7 --max-new-tokens 64 {end}{more}"
         )
 
+    online = (
+        f"train_reinforce.py --model {home}/sft/final --data {world}/sft.jsonl --lr 1e-3 --batch-size 16 "
+        "--group-size 4 --no-eos-penalty 1 --max-new-tokens 48 --warmup 0.05"
+    )
     pairs = f"--data {world}/preferences.jsonl --eval-data {world}/preferences_test.jsonl"
     return {
         "world": [
@@ -73,6 +81,12 @@ def commands(home: Path, seed: int, quick: bool) -> dict[str, list[str]]:
             f"train_rm.py --model {home}/sft/final {pairs} --eval-every 500 --out {home}/rm --lr 1e-3 --batch-size 8 "
             f"--epochs 3 --warmup 0.05 --weight-decay 0.01 {end}",
             f"score.py --model {home}/rm/final --data {home}/sft.jsonl --out {home}/rm.jsonl",
+        ],
+        "reinforce": [
+            f"{online} --reward {home}/rm/final --out {home}/reinforce --kl 0.2 --max-steps 60 {end}",
+            answers("reinforce", "reinforce"),
+            f"{online} --reward data/toyworld.py:reward --out {home}/reinforce_truth --kl 0.06 --max-steps 80 {end}",
+            answers("reinforce_truth", "reinforce_truth"),
         ],
         "steerlm": [
             f"train_steerlm.py --stage sft --model {home}/base/final --data {world}/attributes.jsonl --out "
@@ -214,7 +228,9 @@ def main() -> None:
     print(report(results, runner.seconds))
     print(side_by_side(out / f"seed_{seeds[0]}", 3))
     home = out / f"seed_{seeds[0]}"
-    plotted = python(f"plot.py {home}/sft {home}/dpo {home}/kto {home}/rm {home}/steerlm --out {out}/curves.png")
+    plotted = python(
+        f"plot.py {home}/sft {home}/dpo {home}/kto {home}/rm {home}/reinforce {home}/steerlm --out {out}/curves.png"
+    )
     print(f"\ncurves: {out}/curves.png" if not plotted.returncode else f"\nno picture: {plotted.stderr.strip()}")
     (out / "scores.json").write_text(json.dumps(results, indent=1))
 

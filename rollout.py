@@ -59,7 +59,7 @@ class RolloutConfig(RunConfig):
     reward: str = ""  # reward-model folder, file.py:function, exact:MARKER, regex:PATTERN or length:WORDS (rewards.py)
     no_eos_penalty: float = 0.0  # taken off the reward of a sample that did not end; about the reward's deviation
     eval_temperature: float = 0.7  # of one sample to each prompt of --eval-data, whose mean reward is eval/reward
-    log_samples: int = 10  # steps between samples written to OUT/samples.jsonl; 0 = never
+    log_samples: int = 10  # steps between samples written to OUT/samples.jsonl, the first besides; 0 = never
     rollout_url: str = ""  # sample from this OpenAI-compatible server instead (vLLM, SGLang): http://host:8000
     rollout_reload: str = ""  # command that makes the server load new weights, "{folder}" stands for where they are
     rollout_timeout: float = 600.0  # seconds that a request or a reload may take
@@ -220,7 +220,7 @@ def check(prompts: Prompts, config: RolloutConfig) -> None:
         )
 
 
-def log_samples(out: str, step: int, found: Rollout, advantages: np.ndarray | None = None) -> None:
+def log_samples(out: str, step: int, found: Rollout) -> None:
     """Appends the samples of the first prompts of a step to OUT/samples.jsonl."""
     group = len(found.samples) // len(found.prompts.ids)
     with open(Path(out) / "samples.jsonl", "a", encoding="utf-8") as file:

@@ -86,9 +86,9 @@ def best_of_n(
         pairs += more[1]
         rewards.append(found.rewards)
         ended.append(found.ended)
-        if mesh.main and runtime.due(config.log_samples, number):
-            rollout.log_samples(config.out, number, found)
         if mesh.main:
+            if runtime.due(config.log_samples, number) or config.log_samples and number == 1:
+                rollout.log_samples(config.out, number, found)
             print(f"{start + len(part.ids)} of {len(mine)} prompts sampled, {len(kept)} answers kept", flush=True)
     if not kept:
         raise ValueError(

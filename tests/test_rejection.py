@@ -72,6 +72,9 @@ def test_it_is_sft_on_what_it_kept(toy: Path, tmp_path: Path, train):
     first, evaluated, *steps = rows
     kept = rows_of(tmp_path / "out" / "kept.jsonl")
     assert first["kept/reward"] > first["reward"] + first["reward_std"] / 2 and first["kept/rows"] == len(kept) > 10
+    logged = rows_of(tmp_path / "out" / "samples.jsonl")  # of the first eight prompts, 6 samples of 4 of them
+    best = max(row["reward"] for row in logged[:6] if row["ended"])
+    assert len(logged) == 24 and kept[0]["prompt"] == logged[0]["prompt"] and kept[0]["reward"] == best
     assert len({row["prompt"] for row in kept}) == len(kept) and "eval/reward" in evaluated and len(steps) > 2
     same = train(
         train_sft, tmp_path / "sft", model=toy / "model", data=tmp_path / "out" / "kept.jsonl", batch_size=8, lr=1e-2,
