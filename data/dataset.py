@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from data.formats import Row, attribute_row, label_row, preference_row, prompt_of, sft_row, weight_row
 
-FORMAT = 1  # raise it whenever the same rows would give other arrays, here or in data/formats.py
+FORMAT = 2  # raise it whenever the same rows would give other arrays, here or in data/formats.py
 SHOWN = 10  # bad rows printed, and kept in the cache
 CHUNK_ROWS, CHUNK_BYTES = 256, 1 << 19  # what a worker is handed at a time; a file of one chunk needs no workers
 
@@ -112,14 +112,14 @@ def load_dataset(
     Raises FileNotFoundError for a missing file, ValueError for more bad rows than `max_bad_rows` (the message has
     file:line and reason) and when no row is left.
     """
-    files = [Path(f) for f in ([files] if isinstance(files, (str, Path)) else files)]
+    paths = [Path(f) for f in ([files] if isinstance(files, (str, Path)) else files)]
     for name, value, known in (("kind", kind, tuple(ROWS)), ("overlong", overlong, ("drop", "truncate"))):
         if value not in known:
             raise ValueError(f"{name} {value!r} is not known: use {' or '.join(known)}")
-    for file in files:
+    for file in paths:
         if not file.is_file():
             raise FileNotFoundError(f"{file}: no such file: give JSONL files, one JSON object a line")
-    decides = [FORMAT, kind, [_sha256(f) for f in files], template.hash, template.tokenizer.hash, max_length, overlong]
+    decides = [FORMAT, kind, [_sha256(f) for f in paths], template.hash, template.tokenizer.hash, max_length, overlong]
     key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()
     folder = Path(cache) / key[:32]
     began = time.perf_counter()
@@ -129,14 +129,14 @@ def load_dataset(
         if meta is None:
             log(f"warning: {folder} is damaged (a file is missing or has the wrong size): tokenising again")
     if meta is None:
-        meta = _build(folder, key, _Job(files, kind, template, max_length, overlong), max_bad_rows, workers, log)
+        meta = _build(folder, key, _Job(paths, kind, template, max_length, overlong), max_bad_rows, workers, log)
         source = f"tokenised in {time.perf_counter() - began:.1f} s"
     else:
-        _check_bad(meta["bad"], meta["counts"]["bad"], files, max_bad_rows, log)
+        _check_bad(meta["bad"], meta["counts"]["bad"], paths, max_bad_rows, log)
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in (*DTYPES, *meta["columns"])}
     columns = {name.removeprefix("column_"): arrays.pop(name) for name in meta["columns"]}
     dataset = Dataset(**arrays, columns=columns, counts=meta["counts"], key=key)
-    log(_summary(dataset, files, max_length, source))
+    log(_summary(dataset, paths, max_length, source))
     return dataset
 
 
@@ -469,9 +469,9 @@ def _build(
         sizes = {name: (temporary / f"{name}.npy").stat().st_size for name in streams}
         columns = [name for name in streams if name not in DTYPES]
         meta = {"key": key, "counts": counts, "bad": bad, "columns": columns, "bytes": sizes}
-        with open(temporary / "meta.json", "w") as stream:
-            json.dump(meta, stream, indent=1)
-            _sync(stream)
+        with open(temporary / "meta.json", "w") as file:
+            json.dump(meta, file, indent=1)
+            _sync(file)
         _publish(temporary, folder, key)
         return meta
     finally:

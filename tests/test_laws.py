@@ -19,7 +19,7 @@ LAYERS = [  # a file imports only from lines above its own; on its own line only
     ["parallel", "data.tokenizer", "data.templates", "data.formats", "data.attributes", "data.dataset", "data.trees",
      "data.mismatched", "data.toyworld", "data.prepare"],
     ["model"],
-    ["hf", "checkpoint", "generate", "score", "rewards"],
+    ["hf", "plan", "checkpoint", "generate", "score", "rewards"],
     ["rollout", "runtime"],
 ]  # fmt: skip
 

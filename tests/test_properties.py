@@ -510,6 +510,8 @@ def test_any_config_file_is_taken_or_refused_by_name(tmp_path: Path, content: by
     path.write_bytes(content)
     found, said = parsed(train_dpo.Config, ["--config", str(path)])
     assert found or said.startswith("error: ") and "config.json" in said
+    for value in json.loads(content).values() if found else ():  # nothing else has a place in a flag
+        assert all(isinstance(v, (str, int, float)) for v in (value if isinstance(value, list) else [value]))
 
 
 # ---- folders of weights ----------------------------------------------------------------------------------------------

@@ -2,13 +2,17 @@
 
 import json
 import math
+import multiprocessing
+import os
+import socket
 import statistics
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import REAL
+from conftest import REAL, read_metrics
 from plain import PlainModel, PlainTrainer
 from safetensors.torch import load_file
 
@@ -34,7 +38,8 @@ def flags_of(toy: Path, **more) -> dict:
 
 
 def weights(out: Path) -> dict:
-    return load_file(out / "final" / "model.safetensors")
+    files = sorted((out / "final").glob("*.safetensors"))  # a file a pipeline stage
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
 # ---- the same as a plain loop ----------------------------------------------------------------------------------------
@@ -268,3 +273,66 @@ def test_settings_that_cannot_be_are_refused(toy: Path, tmp_path: Path, train):
     ):
         with pytest.raises(ValueError, match=words):
             train(train_reinforce, tmp_path / words, **flags_of(toy, **more))
+
+
+# ---- on several ranks ------------------------------------------------------------------------------------------------
+
+
+def one_rank(rank: int, world: int, port: int, words: list[str]) -> None:
+    """What torchrun would start."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    train_reinforce.main(words)
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def on_ranks(world: int, out: Path, **flags) -> list[dict]:
+    """Rows of a run on several forked processes."""
+    warm = torch.nn.Linear(2, 2)  # AdamW starts threads that a fork would lose
+    warm(torch.ones(1, 2)).sum().backward()
+    torch.optim.AdamW(warm.parameters()).step()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = ["--out", str(out), *(word for name, value in flags.items() for word in (f"--{name}", str(value)))]
+    fork = multiprocessing.get_context("fork")
+    ranks = [fork.Process(target=one_rank, args=(rank, world, port, words)) for rank in range(world)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+        assert process.exitcode == 0, "a rank failed"
+    return read_metrics(out)
+
+
+@pytest.fixture(scope="module")
+def judge_folder(double: Path, tmp_path_factory) -> Path:
+    """A reward model of random weights in float64."""
+    folder = tmp_path_factory.mktemp("judge") / "rm"
+    model = hf.load_model(double, torch.float64, scores=("reward",))
+    with torch.no_grad():
+        model.score_head.weight.normal_(generator=torch.Generator().manual_seed(0))
+    hf.save_model(model, folder, double)
+    return folder
+
+
+@pytest.mark.parametrize("layout", [{}, {"tp": 2}, {"cp": 2}, {"pp": 2}], ids=lambda layout: next(iter(layout), "dp"))
+def test_two_ranks_do_what_one_does(layout: dict, toy: Path, double: Path, judge_folder: Path, tmp_path: Path, train):
+    """Samples of their own, a sharded reward model, two updates a rollout: metrics and weights agree within 1e-9."""
+    flags = flags_of(
+        toy, model=double, dtype="fp64", minibatches=2, reward=judge_folder, max_steps=2, batch_size=5,
+        no_eos_penalty=0.3, kl_in="loss", kl_estimator="k3", eval_data=toy / "world" / "prompts_test.jsonl",
+    )  # fmt: skip
+    wanted = train(train_reinforce, tmp_path / "one", **flags)
+    got = on_ranks(2, tmp_path / "two", **flags, **layout)
+    for row, like in zip(got, wanted, strict=True):
+        assert row.keys() == like.keys()
+        for key in row:
+            assert row[key] == pytest.approx(like[key], abs=1e-9), key
+    a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert a.keys() == b.keys() and max((a[k] - b[k]).abs().max() for k in a) < 1e-9
+    texts = [(tmp_path / name / "samples.jsonl").read_text().splitlines() for name in ("one", "two")]
+    one, two = ([json.loads(line)["response"] for line in lines] for lines in texts)
+    assert one == two and len(one) == 16
