@@ -2,7 +2,7 @@
 
     python train_ppo.py --model sft/final --data prompts.jsonl --reward rm/final --out ppo --kl 0.05 --lr 1e-6
     python train_ppo.py --model sft/final --data prompts.jsonl --reward my.py:f --critic rm/final --kl-target 6
-    torchrun --nproc_per_node 1 train_ppo.py --model sft/final --data prompts.jsonl --reward rm/final --group-size 4
+    torchrun --nproc_per_node 8 train_ppo.py --model sft/final --data prompts.jsonl --reward rm/final --group-size 4
 
 Rows: {prompt}, text or messages, with whatever the reward wants to see. A step samples answers, scores them, and asks a
 critic what was to be expected before each of their tokens: a token is pushed up or down by how much better it went from
@@ -35,7 +35,7 @@ from data.trees import TreeBatch, make_batch, micro_batches, step_examples, step
 from hf import load_model, save_model
 from model import GPT
 from parallel import AdamW, Mesh, init_mesh, pipeline
-from rewards import load_reward
+from rewards import load_reward, same_tokens
 from rollout import Rollout, RolloutConfig
 
 
@@ -138,9 +138,7 @@ def value_losses(
 
 
 def adapted(beta: float, kl: float, config: Config) -> float:
-    """β for the next step by the nats of this one: Ziegler et al., arXiv 1909.08593 Sec. 2.2."""
-    if not config.kl_target:
-        return beta
+    """β for the next step by the nats a response of this one: Ziegler et al., arXiv 1909.08593 Sec. 2.2."""
     error = min(max(kl / config.kl_target - 1, -0.2), 0.2)
     return beta * (1 + config.kl_gain * error)
 
@@ -175,7 +173,7 @@ def main(argv: list[str] | None = None) -> None:
     rollout.check(train, config)
     reward = load_reward(config.reward, template, config.template, dtype, device, config.max_tokens, mesh)
 
-    # ---- model, critic and reference ---------------------------------------------------------------------------------
+    # ---- model and critic and reference ------------------------------------------------------------------------------
     model = load_model(config.model, dtype, device, mesh=mesh)
     runtime.prepare_model(model, config, tokenizer)
     per_epoch = steps_per_epoch(len(train.ids), config.batch_size)
@@ -183,6 +181,8 @@ def main(argv: list[str] | None = None) -> None:
     longest = np.array([len(ids) + config.group_size * config.max_new_tokens for ids in train.ids])
     print(runtime.describe(config, model, longest, total))
     judged_by = config.critic or (config.reward if Path(config.reward).is_dir() else config.model)
+    if not same_tokens(tokenizer, load_tokenizer(judged_by)):
+        raise ValueError(f"--critic {judged_by} has another tokenizer than the policy: take a model of its family")
     critic = load_model(judged_by, dtype, device, ("value",), mesh)
     runtime.prepare_model(critic, config, tokenizer)
     print(f"the critic starts from {judged_by}")
@@ -193,7 +193,7 @@ def main(argv: list[str] | None = None) -> None:
     server = rollout.Server(template, config) if config.rollout_url else None
     settings = (config.beta1, config.beta2), config.eps, config.weight_decay, config.zero
     optimizer, critic_optimizer = AdamW(model, *settings), AdamW(critic, *settings)
-    state = checkpoint.State(extra={"kl": config.kl})
+    state = checkpoint.State()
     if start:
         state = checkpoint.load(start, (optimizer, critic_optimizer))
         print(f"resumed from {start} after step {state.step}")
@@ -213,7 +213,7 @@ def main(argv: list[str] | None = None) -> None:
         own = rollout.seeds(config.seed, step + 1, len(examples), config.group_size)
         sample = rollout.sampler(model, template, config, server)
         found = rollout.collect(train.take(examples), sample, reward, template, config, mesh, own, config.temperature)
-        began, beta = time.perf_counter(), state.extra["kl"]
+        began, beta = time.perf_counter(), state.extra.get("beta", config.kl)
         plan, lengths = updates(found, step, config, mesh), found.data.tree_lengths(config.share_prompts)
         judged = judge(found, plan, model, critic, ref, beta, config)
         row = {"step": step + 1, **found.metrics(), "beta": beta, **judged}
@@ -248,10 +248,10 @@ def main(argv: list[str] | None = None) -> None:
         state.step = step + 1
         row |= runtime.means(totals, int(found.lengths.sum()) * config.ppo_epochs, mesh)
         row |= {**dict(zip(("grad_norm", "value/grad_norm"), np.mean(norms, 0).tolist())), "lr": lr}
-        if step >= config.critic_warmup:
-            state.extra["kl"] = adapted(beta, row.get("kl", 0.0), config)
-        tokens = int(lengths.sum()) * config.ppo_epochs
+        if config.kl_target and step >= config.critic_warmup:
+            state.extra["beta"] = adapted(beta, row["kl"], config)
         found.seconds["training"] = time.perf_counter() - began
+        tokens = int(lengths.sum()) * config.ppo_epochs
         for name, seconds in found.seconds.items():
             done = {"rollout": int(found.lengths.sum()), "scoring": int(lengths.sum()), "training": tokens}[name]
             row |= {f"{name}_seconds": seconds, f"{name}_tokens_per_second": done / seconds}

@@ -100,8 +100,8 @@ def test_a_step_equals_a_plain_loop_in_float64(
     loops in plain Python, responses one by one, no trees."""
     flags = flags_of(
         toy, model=double / "model", ref=double / "ref", critic=double / "judge", dtype="fp64", max_steps=1,
-        gamma=gamma, shuffle=False, lam=lam, kl_estimator=kind, entropy_weight=entropy_weight, clip_value=clip_value, kl=0.3,
-        minibatches=minibatches, ppo_epochs=epochs, no_eos_penalty=0.2, clip_ratio=0.02, warmup=0.0,
+        gamma=gamma, shuffle=False, lam=lam, kl_estimator=kind, entropy_weight=entropy_weight, clip_value=clip_value,
+        kl=0.3, minibatches=minibatches, ppo_epochs=epochs, no_eos_penalty=0.2, clip_ratio=0.02, warmup=0.0,
         schedule="constant",
     )  # fmt: skip
     (row,) = train(train_ppo, tmp_path / "out", **flags)
@@ -285,7 +285,7 @@ def test_resumed_is_never_stopped_bit_for_bit(toy: Path, tmp_path: Path, train):
     for name in ("final", "critic"):
         assert largest_gap(weights(tmp_path / "whole", name), weights(tmp_path / "part", name)) == 0.0
     betas = [row["beta"] for row in whole if "beta" in row]
-    assert json.loads((tmp_path / "gone4" / "state.json").read_text())["extra"]["kl"] == betas[4] != betas[3]
+    assert json.loads((tmp_path / "gone4" / "state.json").read_text())["extra"]["beta"] == betas[4] != betas[3]
     assert whole[0]["step"] == 0 and "eval/reward" in whole[0]
 
 
@@ -328,8 +328,8 @@ def test_the_critic_starts_from_the_reward_model(toy: Path, double: Path, tmp_pa
 def test_what_pays_is_learned(toy: Path, tmp_path: Path, train):
     """From random weights: answers with an e at a word's end become the rule within a few steps."""
     flags = flags_of(
-        toy, max_steps=15, batch_size=8, group_size=4, epochs=2, kl=0.0, reward="regex:e ", lr=1e-2, critic_lr=1e-2,
-        weight_decay=0.0, log_samples=0,
+        toy, max_steps=15, batch_size=8, group_size=4, epochs=2, kl=0.0, reward="regex:e ", lr=2e-2, critic_lr=1e-3,
+        weight_decay=0.0, warmup=0.1, minibatches=2, clip_value=0.0, log_samples=0,
     )  # fmt: skip
     rows = train(train_ppo, tmp_path / "out", **flags)
     first, last = (np.mean([row["reward"] for row in part]) for part in (rows[:3], rows[-3:]))
