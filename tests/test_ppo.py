@@ -289,11 +289,14 @@ def test_resumed_is_never_stopped_bit_for_bit(toy: Path, tmp_path: Path, train):
     assert whole[0]["step"] == 0 and "eval/reward" in whole[0]
 
 
-def test_beta_follows_the_target(toy: Path, tmp_path: Path, train):
-    """Ziegler et al.: β times 1 + K clip(KL / target - 1, ±0.2), in all steps but those of the critic alone."""
+def test_beta_follows_the_target(toy: Path, tmp_path: Path, train, monkeypatch):
+    """Ziegler et al.: β times 1 + K clip(KL / target - 1, ±0.2), in all steps but those of the critic alone; and it is
+    what a nat costs."""
+    paid, token_rewards = [], losses.token_rewards
+    monkeypatch.setattr(losses, "token_rewards", lambda *args: paid.append(args[3]) or token_rewards(*args))
     rows = train(train_ppo, tmp_path / "out", **flags_of(toy, max_steps=5, kl_target=2.0, kl_gain=0.5, critic_warmup=1))
     betas, kls = [row["beta"] for row in rows], [row["kl"] for row in rows]
-    assert betas[0] == betas[1] == 0.1 and kls[0] == kls[1] == 0
+    assert paid == betas and betas[0] == betas[1] == 0.1 and kls[0] == kls[1] == 0
     errors = [max(-0.2, min(0.2, kl / 2 - 1)) for kl in kls[1:4]]
     assert betas[2:] == pytest.approx([b * (1 + 0.5 * e) for b, e in zip(betas[1:4], errors)], rel=1e-12)
     assert errors[0] < 0 < errors[-1]  # from far below to above
@@ -334,6 +337,12 @@ def test_what_pays_is_learned(toy: Path, tmp_path: Path, train):
     rows = train(train_ppo, tmp_path / "out", **flags)
     first, last = (np.mean([row["reward"] for row in part]) for part in (rows[:3], rows[-3:]))
     assert first < 0.6 and last > 0.9 and "kl" not in rows[0] and not (tmp_path / "out" / "samples.jsonl").exists()
+
+
+def test_a_critic_that_reads_other_tokens_is_refused(toy: Path, real_model: Path, tmp_path: Path, train):
+    """Its values would be of other words."""
+    with pytest.raises(ValueError, match="has another tokenizer than the policy"):
+        train(train_ppo, tmp_path / "out", **flags_of(toy, critic=real_model))
 
 
 def test_settings_that_cannot_be_are_refused(toy: Path, tmp_path: Path, train):
