@@ -51,6 +51,7 @@ def run(main: Callable[[], None]) -> None:
     """
     try:
         main()
+        parallel.close()
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("PLUMB_TRACEBACK"):
             raise
