@@ -497,9 +497,11 @@ def clipped_surrogate(ratio: Tensor, advantage: Tensor, clip_low: float, clip_hi
 
 def clipped_value(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> tuple[Tensor, Tensor]:
     """½ max((V - R)², (V_old + clip(V - V_old, ±ε) - R)²), as PPO's own code has it, and where it held; (M,) each."""
-    near = old_values + (values - old_values).clamp(-clip, clip)
+    moved = values - old_values
+    near = old_values + moved.clamp(-clip, clip)
     plain, clipped = (values - returns).square(), (near - returns).square()
-    return 0.5 * torch.maximum(plain, clipped), (clipped > plain).to(values.dtype)
+    held = (moved.abs() > clip) & (clipped > plain)  # within the clip the two differ by rounding
+    return 0.5 * torch.maximum(plain, clipped), held.to(values.dtype)
 
 
 def sequence_ratio(log_ratio: Tensor, response: Tensor, lengths: Tensor) -> Tensor:

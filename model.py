@@ -184,7 +184,8 @@ class Block(nn.Module):
         """x (T / tp, D) -> (T / tp, D); in between (T, H, E) with this rank's heads."""
         tokens, size = len(cos), self.c.head_size
         x = enter(x, tokens, self.tp)  # (T, D)
-        q, k, v = (project(x).view(tokens, -1, size) for project in (self.q, self.k, self.v))
+        # No -1 in this view: a rank without examples runs on zero tokens, of which no size can be told.
+        q, k, v = (p(x).view(tokens, p.out_features // size, size) for p in (self.q, self.k, self.v))
         if self.c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         y = attend(self.layer, rope(q, cos, sin), rope(k, cos, sin), v)

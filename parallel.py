@@ -256,6 +256,13 @@ def _join(rows: list[list[int]], rank: int) -> Group:
     return mine
 
 
+def close() -> None:
+    """Leaves the others in good order: nobody's connections go while somebody still needs them."""
+    if _here.world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def last_words(mesh: Mesh, words: str, patience: float) -> str:
     """Leaves this rank's last words in the store, and reads the others': who failed first, and who does not answer.
 

@@ -169,7 +169,7 @@ def memory(
     mesh, flat = layout.mesh(rank), buckets(c, layout, rank)
     size, exact = dtype.itemsize, max(4, dtype.itemsize)
     owned = sum(n // ranks for n, ranks in flat)
-    whole = sum(n if layout.zero == 1 or ranks == 1 else n // ranks for n, ranks in flat)
+    whole = sum(n if layout.zero == 1 else n // ranks for n, ranks in flat)
     found = {
         "weights": sum(n for n, _ in flat) * size,
         "gradients": whole * exact,

@@ -90,10 +90,11 @@ class Rollout:
     def metrics(self) -> dict[str, float]:
         """Means over the samples."""
         groups = self.rewards.reshape(len(self.prompts.ids), -1)
+        alike = {"frac_reward_zero_std": float((np.ptp(groups, 1) == 0).mean())}  # groups that teach nothing
         return {
             "reward": self.rewards.mean().item(),
             "reward_std": self.rewards.std().item(),
-            "frac_reward_zero_std": float((np.ptp(groups, 1) == 0).mean()),  # groups that teach nothing
+            **(alike if groups.shape[1] > 1 else {}),
             "completions/mean_length": self.lengths.mean().item(),
             "completions/ended": self.ended.mean().item(),
         }
@@ -203,9 +204,7 @@ def evaluate(
     """Mean reward of one sample to each prompt at --eval-temperature, under eval/; the same draws every time."""
     own = seeds(config.seed, 0, len(prompts.ids), 1)
     found = collect(prompts, sample, reward, template, config, mesh, own, config.eval_temperature)
-    row = found.metrics()
-    del row["frac_reward_zero_std"]
-    return {f"eval/{name}": value for name, value in row.items()}, found
+    return {f"eval/{name}": value for name, value in found.metrics().items()}, found
 
 
 def check(prompts: Prompts, config: RolloutConfig) -> None:

@@ -41,6 +41,7 @@ from parallel import Mesh, pipeline
 # bf16 matmul peaks without sparsity, TFLOP/s, from the makers' data sheets: the yardstick of `mfu`.
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "H800": 989, "A100": 312, "A800": 312, "L40S": 362, "B200": 2250, "4090": 165}
 _running: RunConfig | None = None  # what this process was asked to do, for advice when memory runs out
+ECHO_SECONDS = 3.0  # within this the same signal may come twice
 NONFINITE_LIMIT = 5  # steps in a row with a NaN or infinite gradient before a run gives up
 
 
@@ -51,6 +52,7 @@ def run(main: Callable[[], None]) -> None:
     """
     try:
         main()
+        parallel.close()
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("PLUMB_TRACEBACK"):
             raise
@@ -210,20 +212,25 @@ def due(every: int, step: int) -> bool:
 
 
 class Stop:
-    """Tells a loop to save and leave: SIGTERM, SIGUSR1, SIGINT or --max-minutes. A second one ends the process at once.
+    """Tells a loop to save and leave: SIGTERM, SIGUSR1, SIGINT or --max-minutes. A second one ends the process at once,
+    unless it is an echo: Slurm signals every process of a job, and torchrun then passes on to its own what it got.
 
     Ranks agree in optimizer.step: one that wants to stop stops them all, after the same step.
     """
 
     def __init__(self, max_minutes: float):
         self.reason = ""  # stays empty where another rank was told
+        self.told = float("inf")  # when the first signal came
         self.deadline = time.monotonic() + 60 * max_minutes if max_minutes else float("inf")
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._signal)
 
     def _signal(self, number: int, frame: Any) -> None:
-        self.reason = signal.Signals(number).name
-        signal.signal(number, signal.SIG_DFL)
+        self.told = min(self.told, time.monotonic())
+        self.reason = self.reason or signal.Signals(number).name
+        if time.monotonic() > self.told + ECHO_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     def __bool__(self) -> bool:
         if not self.reason and time.monotonic() > self.deadline:

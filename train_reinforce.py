@@ -2,7 +2,7 @@
 
     python train_reinforce.py --model sft/final --data prompts.jsonl --reward rm/final --out rloo --kl 0.05 --lr 1e-6
     python train_reinforce.py --model sft/final --data gsm8k.jsonl --reward "exact:####" --advantage grpo --group-size 8
-    torchrun --nproc_per_node 1 train_reinforce.py --model sft/final --data prompts.jsonl --reward my.py:f --loss dapo
+    torchrun --nproc_per_node 8 train_reinforce.py --model sft/final --data prompts.jsonl --reward my.py:f --loss dapo
 
 Rows: {prompt}, text or messages, with whatever the reward wants to see. A step samples G answers to each prompt, scores
 them, takes what its siblings got as the baseline of an answer, and pushes its tokens up or down by the difference. The

@@ -2,7 +2,7 @@
 
     python train_rejection.py --model sft/final --data prompts.jsonl --reward rm/final --out best --group-size 8
     python train_rejection.py --model sft/final --data prompts.jsonl --reward rm/final --out pairs --no-train
-    torchrun --nproc_per_node 1 train_rejection.py --model sft/final --data prompts.jsonl --reward "exact:####"
+    torchrun --nproc_per_node 8 train_rejection.py --model sft/final --data prompts.jsonl --reward "exact:####"
 
 Rows: {prompt}, text or messages, with whatever the reward wants to see. The model samples --group-size answers to each
 prompt, the reward ranks those that ended, the best --top of them are learned as by train_sft.py. OUT/kept.jsonl holds
@@ -24,7 +24,7 @@ import checkpoint
 import rollout
 import runtime
 from config import parse
-from data.dataset import Prompts, load_dataset, load_prompts, write_rows
+from data.dataset import Prompts, load_prompts, write_rows
 from data.templates import Template
 from data.tokenizer import load_tokenizer
 from data.trees import make_batch, micro_batches, pack, step_examples, steps_per_epoch
@@ -77,9 +77,8 @@ def best_of_n(
     kept, pairs, rewards, ended = [], [], [], []
     if mesh.main:
         rollout.forget_samples(config.out, 0)
-    for start in range(0, len(mine), config.batch_size):
+    for number, start in enumerate(range(0, len(mine), config.batch_size), 1):
         part = prompts.take(mine[start : start + config.batch_size])
-        number = 1 + start // config.batch_size
         own = rollout.seeds(config.seed, number, len(part.ids), config.group_size)
         found = rollout.collect(part, sample, reward, template, config, mesh, own, config.temperature)
         more = choose(found, config)
@@ -139,10 +138,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"the best are in {out}/kept.jsonl, pairs for train_dpo.py in {out}/pairs.jsonl")
         return
     with mesh.one_first():  # the others find it in the cache
-        train = load_dataset(
-            [out / "kept.jsonl"], "sft", template, config.max_length, config.overlong, config.max_bad_rows,
-            runtime.cache_folder(config),
-        )  # fmt: skip
+        train = runtime.load_rows([str(out / "kept.jsonl")], "sft", template, config)
     lengths = train.tree_lengths(config.share_prompts)
     pack(lengths, config.max_tokens)  # a row that does not fit is refused here
 
