@@ -4,9 +4,9 @@
     python demo.py --quick             one seed, a fraction of the data             (make demo DEMO=quick)
 
 For every seed: a toy world with its tokenizer, a base model from random weights on right answers, SFT on the answers of
-careless writers; from there DPO on pairs, KTO on marked answers, a reward model on the pairs, REINFORCE for what that
-model likes, and for the truth; and SteerLM from the base model on answers with attributes. Then answers to held-out
-prompts at temperature 0.7, scored against the truth.
+careless writers; from there DPO on pairs, KTO on marked answers, a reward model on the pairs, PPO and REINFORCE for
+what that model likes, and for the truth; and SteerLM from the base model on answers with attributes. Then answers to
+held-out prompts at temperature 0.7, scored against the truth.
 """
 
 import argparse
@@ -23,9 +23,12 @@ from pathlib import Path
 ROOT = Path(__file__).parent
 COLUMNS = ["good", "gold", "correct", "complete", "coherent", "polite", "rude", "words"]
 # Rows of the table; each has an answers file.
-TABLE = ["sft", "dpo", "kto", "reinforce", "reinforce truth", "steerlm best", "steerlm worst"]
+TABLE = [
+    "sft", "dpo", "kto", "ppo", "ppo truth", "reinforce", "reinforce truth", "steerlm best", "steerlm worst"
+]  # fmt: skip
 AFTER = {  # stage: needs
-    "base": "world", "sft": "base", "rm": "sft", "dpo": "sft", "kto": "sft", "steerlm": "base", "reinforce": "rm"
+    "base": "world", "sft": "base", "rm": "sft", "dpo": "sft", "kto": "sft", "steerlm": "base", "ppo": "rm",
+    "reinforce": "rm",
 }  # fmt: skip
 SCRATCH = "--lr 2e-3 --batch-size 8 --warmup 0.05 --weight-decay 0.05"
 QUICK = "--base 8000 --sft 3000 --preferences 1500 --labels 3000 --attributes 3000"
@@ -49,9 +52,10 @@ def commands(home: Path, seed: int, quick: bool) -> dict[str, list[str]]:
         )
 
     online = (
-        f"train_reinforce.py --model {home}/sft/final --data {world}/sft.jsonl --lr 1e-3 --batch-size 16 "
+        f"--model {home}/sft/final --data {world}/sft.jsonl --lr 1e-3 --batch-size 16 "
         "--group-size 4 --no-eos-penalty 1 --max-new-tokens 48 --warmup 0.05"
     )
+    twice = "--ppo-epochs 2 --minibatches 2 --max-steps 40"
     pairs = f"--data {world}/preferences.jsonl --eval-data {world}/preferences_test.jsonl"
     return {
         "world": [
@@ -82,10 +86,19 @@ def commands(home: Path, seed: int, quick: bool) -> dict[str, list[str]]:
             f"--epochs 3 --warmup 0.05 --weight-decay 0.01 {end}",
             f"score.py --model {home}/rm/final --data {home}/sft.jsonl --out {home}/rm.jsonl",
         ],
+        "ppo": [
+            f"train_ppo.py {online} --reward {home}/rm/final --out {home}/ppo --critic-lr 1e-3 --kl 0.4 {twice} {end}",
+            answers("ppo", "ppo"),
+            f"train_ppo.py {online} --reward data/toyworld.py:reward --out {home}/ppo_truth --critic-lr 2e-3 --kl 0.06 "
+            f"{twice} {end}",
+            answers("ppo_truth", "ppo_truth"),
+        ],
         "reinforce": [
-            f"{online} --reward {home}/rm/final --out {home}/reinforce --kl 0.2 --max-steps 60 {end}",
+            f"train_reinforce.py {online} --reward {home}/rm/final --out {home}/reinforce --kl 0.2 --max-steps 60 "
+            f"{end}",
             answers("reinforce", "reinforce"),
-            f"{online} --reward data/toyworld.py:reward --out {home}/reinforce_truth --kl 0.06 --max-steps 80 {end}",
+            f"train_reinforce.py {online} --reward data/toyworld.py:reward --out {home}/reinforce_truth --kl 0.06 "
+            f"--max-steps 80 {end}",
             answers("reinforce_truth", "reinforce_truth"),
         ],
         "steerlm": [
@@ -229,7 +242,8 @@ def main() -> None:
     print(side_by_side(out / f"seed_{seeds[0]}", 3))
     home = out / f"seed_{seeds[0]}"
     plotted = python(
-        f"plot.py {home}/sft {home}/dpo {home}/kto {home}/rm {home}/reinforce {home}/steerlm --out {out}/curves.png"
+        f"plot.py {home}/sft {home}/dpo {home}/kto {home}/rm {home}/ppo {home}/reinforce {home}/steerlm "
+        f"--out {out}/curves.png"
     )
     print(f"\ncurves: {out}/curves.png" if not plotted.returncode else f"\nno picture: {plotted.stderr.strip()}")
     (out / "scores.json").write_text(json.dumps(results, indent=1))
