@@ -130,7 +130,8 @@ def test_the_loop_of_the_readme_runs(toy: Path, tmp_path: Path):
     text = (ROOT / "README.md").read_text()
     loop = next(block for block in re.findall(r"```sh\n(.*?)```", text, re.S) if "train_rejection.py" in block)
     for old, new in (
-        ("1 2 3", "1"), ("--prompts 512", "--prompts 30"), ("runs/sft/final", str(toy / "model")), ("runs/toy/sft.jsonl", str(toy / "world/sft.jsonl")),
+        ("1 2 3", "1"), ("--prompts 512", "--prompts 30"), ("runs/sft/final", str(toy / "model")),
+        ("runs/toy/sft.jsonl", str(toy / "world/sft.jsonl")),
         ("runs/rm/final", "length:20"), ("runs/", f"{tmp_path}/"), ("python ", f"{sys.executable} "),
     ):  # fmt: skip
         assert old in loop
