@@ -348,16 +348,17 @@ class _Batch:
         rows = len(self.holds)
         return torch.from_numpy(self.uniform[np.arange(rows), self.drawn[:rows]])
 
-    def feed(self, row: int, token: int) -> None:
-        """A row's answer goes on with a token."""
-        self.at[row] += self.drawn[row] > 0
-        self.fed[row] = token
-        self.drawn[row] += 1
+    def feed(self, tokens: list[float]) -> None:
+        """Every row's answer goes on with a token."""
+        rows, going = len(tokens), np.greater_equal(self.holds, 0)
+        self.at[:rows] += going & (self.drawn[:rows] > 0)
+        self.fed[:rows] = tokens
+        self.drawn[:rows] += going
 
     def end(self, row: int) -> None:
         """A row's answer has come to its end."""
         prompt = self.holds[row] // self.n
-        self.holds[row] = -1
+        self.holds[row], self.drawn[row] = -1, 0
         self.undone[prompt] -= 1
         if self.shared and not self.undone[prompt]:
             self.free.add(self.place.pop(prompt))
@@ -412,8 +413,9 @@ def generate(
     while batch.refill():
         logits = batch.logits()
         drawn = sample(logits, batch.numbers().to(logits.device), temperature, top_k, top_p)
-        # One copy from the device a step, and no tensor a row.
-        for row, (token, logp, policy_logp) in enumerate(zip(*torch.stack([x.double() for x in drawn]).tolist())):
+        drawn = torch.stack([x.double() for x in drawn]).tolist()  # one copy from the device a step, no tensor a row
+        batch.feed(drawn[0])
+        for row, (token, logp, policy_logp) in enumerate(zip(*drawn)):
             i, token = batch.holds[row], int(token)
             if i < 0:
                 continue
@@ -421,7 +423,6 @@ def generate(
             answer.tokens.append(token)
             answer.logps.append(logp)
             answer.policy_logps.append(policy_logp)
-            batch.feed(row, token)
             if on_token:
                 on_token(i, token)
             ended = token in stop_ids
@@ -451,19 +452,21 @@ def sample(
 
     The order is Hugging Face's: temperature, then the top_k likeliest, then the smallest set with probability top_p.
     """
-    top, best = logits.max(-1, keepdim=True)
-    logits = logits - top
     if temperature == 0:
-        return best[:, 0], torch.zeros_like(top[:, 0]), -logits.logsumexp(-1)
-    policy = logits.exp()
-    total = policy.sum(-1)  # (B,)
-    heated = policy if temperature == 1 else (logits / temperature).exp_()
-    if top_k and top_k < logits.shape[1] or top_p < 1:
-        token, share = _draw_filtered(heated, uniform, top_k, top_p)
-    else:
-        token, share = _draw(heated, uniform)
-    chosen = logits.gather(1, token)
-    return token[:, 0], (chosen / temperature - share.log())[:, 0], chosen[:, 0] - total.log()
+        top, best = logits.max(-1)
+        return best, torch.zeros_like(top), top - logits.logsumexp(-1)
+    top = logits.amax(-1, keepdim=True)
+    filtered = 0 < top_k < logits.shape[1] or top_p < 1
+    weights, total = logits - top, None  # in place from here on: (B, V) is large
+    if temperature != 1 or filtered:
+        heated = weights / temperature
+        total = weights.exp_().sum(-1, keepdim=True)  # (B, 1)
+        weights = heated
+    draw = functools.partial(_draw_filtered, top_k=top_k, top_p=top_p) if filtered else _draw
+    token, share = draw(weights.exp_(), uniform)
+    chosen = logits.gather(1, token) - top
+    total = share if total is None else total
+    return token[:, 0], (chosen / temperature - share.log())[:, 0], (chosen - total.log())[:, 0]
 
 
 def _draw(weights: Tensor, uniform: Tensor, block: int = 256) -> tuple[Tensor, Tensor]:

@@ -351,3 +351,207 @@ def steerlm2(pi_logps: Tensor, q_logps: Tensor, wanted: Tensor, group: Tensor) -
     log_w = group_log_softmax(wanted, group).detach()
     log_b = group_log_softmax(pi_logps - q_logps, group)
     return log_w.exp() * (log_w - log_b)
+
+
+# ---- online algorithms: what a sample is worth -----------------------------------------------------------------------
+# M sampled tokens, response by response and in order; R responses; lengths (R,) their tokens, response (M,) whose each
+# is; n prompts with G responses each, R = n G. Sampled quantities carry no gradient: these run under no_grad.
+
+KL_ESTIMATORS = ("k1", "k2", "k3", "abs")
+ADVANTAGES = ("rloo", "grpo", "dr_grpo", "reinforce++")
+
+
+def kl_estimate(logps: Tensor, ref_logps: Tensor, kind: str = "k1") -> Tensor:
+    """KL(policy ‖ reference) at each token sampled from the policy, (M,); Schulman, joschu.net/blog/kl-approx.html.
+
+    x = log π - log π_ref. k1 = x, unbiased and noisy; k2 = x²/2, biased, but its gradient is the KL's; k3 =
+    e^(-x) - 1 + x, unbiased and never negative; abs = |x|, NeMo-Aligner's penalty. As a term of the loss k1 pulls
+    nowhere: its expected gradient is zero. ValueError: unknown kind.
+    """
+    x = logps - ref_logps
+    match kind:
+        case "k1":
+            return x
+        case "k2":
+            return 0.5 * x.square()
+        case "k3":
+            return torch.expm1(-x) + x
+        case "abs":
+            return x.abs()
+    raise ValueError(f"unknown KL estimator {kind!r}: take one of {', '.join(KL_ESTIMATORS)}")
+
+
+def token_rewards(rewards: Tensor, kl: Tensor, lengths: Tensor, beta: float) -> Tensor:
+    """-β kl_t at every token, and the response's reward at its last, (M,): InstructGPT, arXiv 2203.02155 Eq. 2.
+
+    rewards (R,), kl (M,), lengths (R,).
+    """
+    found = -beta * kl
+    found[lengths.long().cumsum(0) - 1] += rewards.to(found.dtype)
+    return found
+
+
+def gae(
+    rewards: Tensor, values: Tensor, lengths: Tensor, gamma: float = 1.0, lam: float = 0.95
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation, arXiv 1506.02438 Eq. 16, response by response: (advantages, returns), (M,).
+
+    δ_t = r_t + γ V_{t+1} - V_t, A_t = δ_t + γ λ A_{t+1}, with V = A = 0 beyond the end; returns = A + V.
+    values (M,): V of the state that each token was chosen in. With V = 0 and λ = 1 it is the (discounted) reward to go.
+    """
+    lengths = lengths.long()
+    place = torch.arange(len(rewards), device=rewards.device)
+    starts = lengths.cumsum(0) - lengths  # (R,)
+    response = torch.repeat_interleave(torch.arange(len(lengths), device=rewards.device), lengths)  # (M,)
+    column = place - starts[response]  # (M,) of each token in its response
+    shape = (int(lengths.max()) + 1, len(lengths))  # one column more: beyond the end all is zero
+    r, v = rewards.new_zeros(shape), rewards.new_zeros(shape)
+    r[column, response], v[column, response] = rewards, values
+    advantages = torch.zeros_like(r)
+    for t in range(shape[0] - 2, -1, -1):
+        advantages[t] = r[t] + gamma * v[t + 1] - v[t] + gamma * lam * advantages[t + 1]
+    found = advantages[column, response]
+    return found, found + values
+
+
+def moments(values: Tensor) -> Tensor:
+    """(count, sum, sum of squares) in fp64, (3,): add them up over micro-batches and ranks, then `whiten`."""
+    x = values.double()
+    return torch.stack((torch.full_like(x.sum(), x.numel()), x.sum(), x.square().sum()))
+
+
+def whiten(values: Tensor, totals: Tensor, shift: bool = True) -> Tensor:
+    """(x - mean) / deviation, in x's shape, by the `moments` of ALL that is to be whitened; shift=False keeps the mean.
+
+    The deviation is that of a sample (n - 1), as NeMo-Aligner's, OpenRLHF's and TRL's are.
+    """
+    n, total, squares = totals
+    mean = total / n
+    variance = ((squares - total * mean) / (n - 1).clamp(min=1)).clamp(min=0)
+    found = (values - mean) * (variance + 1e-8).rsqrt()
+    return (found if shift else found + mean).to(values.dtype)
+
+
+def rloo(rewards: Tensor) -> Tensor:
+    """Leave-one-out, arXiv 2402.14740 Eq. 8: r_i minus the mean of the others' rewards; (n, G) -> (n, G). G >= 2."""
+    others = (rewards.sum(1, keepdim=True) - rewards) / (rewards.shape[1] - 1)
+    return rewards - others
+
+
+def dr_grpo(rewards: Tensor) -> Tensor:
+    """Dr. GRPO, arXiv 2503.20783 Sec. 3.2: r_i - mean of its group; (n, G) -> (n, G). It is rloo times (G - 1) / G."""
+    return rewards - rewards.mean(1, keepdim=True)
+
+
+def grpo(rewards: Tensor, eps: float = 1e-4) -> Tensor:
+    """GRPO, arXiv 2402.03300 Sec. 4.1.2: (r_i - mean) / (deviation + ε) of its group; (n, G) -> (n, G). G >= 2.
+
+    Deviation (n - 1) and ε as in TRL. A group whose rewards are all alike teaches nothing: 0.
+    """
+    return dr_grpo(rewards) / (rewards.std(1, keepdim=True) + eps)
+
+
+def reinforce_plus_plus(token_rewards: Tensor, lengths: Tensor) -> Tensor:
+    """REINFORCE++, arXiv 2501.03262 Eq. 7-8: every token's reward to go, whitened over ALL tokens; (M,) -> (M,)."""
+    to_go, _ = gae(token_rewards, torch.zeros_like(token_rewards), lengths, 1.0, 1.0)
+    return whiten(to_go, moments(to_go))
+
+
+def advantages(name: str, rewards: Tensor, kl: Tensor, lengths: Tensor, group: int, beta: float = 0.0) -> Tensor:
+    """What each token of a WHOLE step is worth, (M,), by the name of the baseline.
+
+    rewards (R,), groups of `group` side by side; kl (M,) and β make a penalty inside the reward: of the response as a
+    whole (its sum), or with reinforce++ token by token. ValueError: unknown name, or a group of one with nothing to
+    compare it to.
+    """
+    if name not in ADVANTAGES:
+        raise ValueError(f"unknown advantage {name!r}: take one of {', '.join(ADVANTAGES)}")
+    if name == "reinforce++":
+        return reinforce_plus_plus(token_rewards(rewards, kl, lengths, beta), lengths)
+    if group < 2:
+        raise ValueError(
+            f"advantage {name} compares the answers to a prompt: it needs a group of 2 or more, not {group}"
+        )
+    response = torch.repeat_interleave(torch.arange(len(lengths), device=kl.device), lengths.long())
+    penalty = kl.new_zeros(len(lengths)).index_add(0, response, kl)
+    grouped = (rewards.to(kl.dtype) - beta * penalty).view(-1, group)
+    return {"rloo": rloo, "grpo": grpo, "dr_grpo": dr_grpo}[name](grouped).flatten()[response]
+
+
+# ---- online algorithms: what the policy learns -----------------------------------------------------------------------
+
+POLICY_LOSSES = {  # name: clip_low, clip_high as the papers have them
+    "grpo": (0.2, 0.2), "dapo": (0.2, 0.28), "gspo": (3e-4, 4e-4), "cispo": (float("inf"), 4.0),
+    "reinforce": (float("inf"), float("inf")),
+}  # fmt: skip
+AGGREGATES = ("token", "sequence", "constant")
+
+
+def clipped_surrogate(ratio: Tensor, advantage: Tensor, clip_low: float, clip_high: float) -> tuple[Tensor, Tensor]:
+    """PPO, arXiv 1707.06347 Eq. 7: -min(ρ A, clip(ρ, 1 - low, 1 + high) A), (M,); and where the clip held, (M,)."""
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    with torch.no_grad():
+        held = torch.where(advantage > 0, ratio > 1 + clip_high, (ratio < 1 - clip_low) & (advantage < 0))
+    return -torch.minimum(ratio * advantage, clipped * advantage), held.to(ratio.dtype)
+
+
+def clipped_value(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+    """½ max((V - R)², (V_old + clip(V - V_old, ±ε) - R)²), as PPO's own code has it, and where it held; (M,) each."""
+    near = old_values + (values - old_values).clamp(-clip, clip)
+    plain, clipped = (values - returns).square(), (near - returns).square()
+    return 0.5 * torch.maximum(plain, clipped), (clipped > plain).to(values.dtype)
+
+
+def sequence_ratio(log_ratio: Tensor, response: Tensor, lengths: Tensor) -> Tensor:
+    """GSPO, arXiv 2507.18071 Eq. 7: s_i = exp(mean over the tokens of response i of log ratio), at its tokens, (M,)."""
+    total = log_ratio.new_zeros(len(lengths)).index_add(0, response, log_ratio)
+    return (total / lengths.to(total.dtype)).exp()[response]
+
+
+def policy_gradient(
+    logps: Tensor,
+    old_logps: Tensor,
+    advantage: Tensor,
+    response: Tensor,
+    lengths: Tensor,
+    loss: str = "grpo",
+    clip_low: float | None = None,
+    clip_high: float | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """One policy-gradient loss, by name: per-token losses (M,), to be weighted by `token_weights`; metrics (M,) each.
+
+    grpo: PPO's clipped surrogate with ρ a token's ratio π / π_old. dapo: the same, clipped further up than down
+    (arXiv 2503.14476 Eq. 8). gspo: the same with ρ the whole response's, length-normalised (arXiv 2507.18071 Eq. 5).
+    cispo: -sg(min(ρ, 1 + high)) A log π, so that no token loses its gradient (MiniMax-M1, arXiv 2506.13585 Eq. 4; no
+    lower bound, as there). reinforce: -A log π, for one update a rollout. Clips: None takes the paper's.
+    ValueError: unknown loss.
+    """
+    if loss not in POLICY_LOSSES:
+        raise ValueError(f"unknown loss {loss!r}: take one of {', '.join(POLICY_LOSSES)}")
+    low, high = (own if given is None else given for own, given in zip(POLICY_LOSSES[loss], (clip_low, clip_high)))
+    log_ratio = logps - old_logps
+    ratio = sequence_ratio(log_ratio, response, lengths) if loss == "gspo" else log_ratio.exp()
+    if loss == "reinforce":
+        losses, held = -advantage * logps, torch.zeros_like(ratio)
+    elif loss == "cispo":
+        losses = -ratio.detach().clamp(max=1 + high) * advantage * logps
+        held = (ratio > 1 + high).to(ratio.dtype)
+    else:
+        losses, held = clipped_surrogate(ratio, advantage, low, high)
+    return losses, {"ratio": ratio.detach(), "clip_fraction": held.detach()}
+
+
+def token_weights(lengths: Tensor, step_lengths: Tensor, how: str = "token", constant: int = 1) -> Tensor:
+    """What one token of each response counts in the sum that is the loss, (R,), by the lengths of the WHOLE step.
+
+    token: 1 / tokens of the step (DAPO). sequence: 1 / (responses · own length): the mean of the responses' means
+    (GRPO, GSPO). constant: 1 / (responses · constant), the longest answer allowed (Dr. GRPO). ValueError: unknown.
+    """
+    match how:
+        case "token":
+            return torch.ones_like(lengths) / step_lengths.sum()
+        case "sequence":
+            return 1 / (len(step_lengths) * lengths)
+        case "constant":
+            return torch.ones_like(lengths) / (len(step_lengths) * constant)
+    raise ValueError(f"unknown aggregate {how!r}: take one of {', '.join(AGGREGATES)}")

@@ -256,6 +256,13 @@ def _join(rows: list[list[int]], rank: int) -> Group:
     return mine
 
 
+def close() -> None:
+    """Leaves the others in good order: nobody's connections go while somebody still needs them."""
+    if _here.world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def last_words(mesh: Mesh, words: str, patience: float) -> str:
     """Leaves this rank's last words in the store, and reads the others': who failed first, and who does not answer.
 
@@ -421,7 +428,6 @@ def _one_forward_one_backward(model: Any, batches: list[Any], optimizer: "AdamW"
         x, y = waiting.popleft()
         optimizer.expect(last=i + 1 == n)
         y.backward(grad)
-        optimizer.collect()
         return None if x is None else x.grad
 
     for i in range(ahead):
@@ -444,10 +450,12 @@ def _one_forward_one_backward(model: Any, batches: list[Any], optimizer: "AdamW"
         if not first:
             following = (-1, batches[i + 1]) if i + 1 < n else None
             x = _exchange(model, send=(-1, down), receive=following)
+        optimizer.collect()  # not before: a tied embedding waits for stage 0, which waits for this stage's `down`
     for i in range(n - ahead, n):
         down = backward(i, _exchange(model, receive=(1, batches[i])))
         if not first:
             _exchange(model, send=(-1, down))
+        optimizer.collect()
 
 
 def _exchange(model: Any, send: tuple[int, Tensor] | None = None, receive: tuple[int, Any] | None = None):
@@ -613,6 +621,8 @@ class AdamW:
         bucket.missing -= 1
         while self.early and self.next < len(self.buckets) and self.buckets[self.next].missing == 0:
             self.buckets[self.next].start_reduce()
+            if self.zero == 2 and self.next > 1:  # two on their way at most, or whole gradients would pile up in them
+                self.buckets[self.next - 2].finish_reduce()
             self.next += 1
 
     def collect(self) -> None:

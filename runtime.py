@@ -27,8 +27,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import parallel
+import plan
 from config import RunConfig, to_json
-from data.dataset import Dataset
+from data.dataset import Dataset, load_dataset
 from data.templates import Template
 from data.tokenizer import Tokenizer
 from data.trees import TreeBatch, make_batch, micro_batches
@@ -39,6 +40,7 @@ from parallel import Mesh, pipeline
 
 # bf16 matmul peaks without sparsity, TFLOP/s, from the makers' data sheets: the yardstick of `mfu`.
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "H800": 989, "A100": 312, "A800": 312, "L40S": 362, "B200": 2250, "4090": 165}
+_running: RunConfig | None = None  # what this process was asked to do, for advice when memory runs out
 NONFINITE_LIMIT = 5  # steps in a row with a NaN or infinite gradient before a run gives up
 
 
@@ -49,12 +51,15 @@ def run(main: Callable[[], None]) -> None:
     """
     try:
         main()
+        parallel.close()
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("PLUMB_TRACEBACK"):
             raise
         _leave(str(error))
     except torch.cuda.OutOfMemoryError as error:
-        _leave(f"out of GPU memory ({error}): lower --max-tokens or add --checkpoint-activations")
+        world, memory = parallel.here().world, torch.cuda.mem_get_info()[1] / 2**30
+        advice = plan.suggest(_running, world, memory) if _running else "lower --max-tokens"
+        _leave(f"out of GPU memory ({error}): {advice}")
     except Exception as error:
         if parallel.here().world == 1:
             raise
@@ -77,6 +82,8 @@ def set_up(config: RunConfig, mesh: Mesh, say: Callable[[str], Any] = print) -> 
 
     Returns the device and the type of weights and activations. ValueError names the flag to mend.
     """
+    global _running
+    _running = config
     if not mesh.main:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
     for flag in ("model", "data"):
@@ -142,6 +149,15 @@ def _wandb() -> Any:
 def cache_folder(config: RunConfig) -> Path:
     """Where tokenised data and reference log-probs are kept."""
     return Path(config.cache or Path(config.out) / "cache")
+
+
+def load_rows(files: list[str], kind: str, template: Template, config: RunConfig) -> Dataset | None:
+    """The rows of some files as token trees, by the flags of the run; None without files. `kind`: see load_dataset."""
+    if not files:
+        return None
+    return load_dataset(
+        files, kind, template, config.max_length, config.overlong, config.max_bad_rows, cache_folder(config)
+    )
 
 
 def prepare_model(model: GPT, config: RunConfig, tokenizer: Tokenizer) -> None:

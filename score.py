@@ -21,13 +21,14 @@ from tqdm import tqdm
 
 from config import parse
 from data import attributes
-from data.dataset import from_trees, read_rows, write_rows
+from data.dataset import Dataset, from_trees, read_rows, write_rows
 from data.formats import answers_of, known_attributes
 from data.templates import Template
 from data.tokenizer import load_tokenizer
 from data.trees import make_batch, pack
 from hf import DTYPES, load_model, score_names
 from model import GPT
+from parallel import Mesh, pipeline
 
 Answers = tuple[str | list, list]  # a prompt and its responses, text or messages
 
@@ -39,25 +40,36 @@ def score(model: GPT, template: Template, answers: list[Answers], max_tokens: in
     Of a language model, which scores nothing, it is log P(response | prompt): (responses,) arrays. Trees are packed
     into flat rows of at most max_tokens tokens (more where a single tree has more).
     """
-    data = from_trees(template.pair(prompt, responses)[:2] for prompt, responses in answers)
-    scores = [np.empty(0)] * len(answers)
+    trees = from_trees(template.pair(prompt, responses)[:2] for prompt, responses in answers)
+    return score_trees(model, trees, max_tokens)
+
+
+@torch.no_grad()
+def score_trees(model: GPT, data: Dataset, max_tokens: int = 8192) -> list[np.ndarray]:
+    """`score` of trees of token ids, as they are. With pipeline stages the last one has them, the others nothing."""
+    scores = [np.empty(0)] * len(data)
     lengths = data.tree_lengths()
-    for items in tqdm(pack(lengths, max(max_tokens, int(lengths.max()))), "scoring", disable=None, leave=False):
-        batch = make_batch(data, items).to(model.device)
-        hidden = model(batch)
+    bins = pack(lengths, max(max_tokens, int(lengths.max())))
+    batches = (make_batch(data, items) for items in tqdm(bins, "scoring", disable=None, leave=False))
+    for batch, hidden in pipeline(model, batches):
         if model.c.outputs:
             found = model.score(hidden, batch, batch.last)
         else:
             found = batch.sum_by_response(model.logps(hidden, batch))
-        sizes = [len(answers[i][1]) for i in items]
-        for i, part in zip(items, np.split(found.cpu().numpy(), np.cumsum(sizes)[:-1])):
+        sizes = [int(data.response_start[i + 1] - data.response_start[i]) for i in batch.examples]
+        for i, part in zip(batch.examples, np.split(found.cpu().numpy(), np.cumsum(sizes)[:-1])):
             scores[i] = part
     return scores
 
 
-def load_scorer(folder: str, dtype: torch.dtype, device: torch.device | str) -> tuple[GPT, tuple[str, ...]]:
+def load_scorer(
+    folder: str,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    mesh: Mesh = Mesh(),  # noqa: B008 - a mesh of one never changes
+) -> tuple[GPT, tuple[str, ...]]:
     """A reward model and the names of its outputs; warns where transformers would read its scores elsewhere."""
-    model = load_model(folder, dtype, device, scores=())
+    model = load_model(folder, dtype, device, scores=(), mesh=mesh)
     raw, tokenizer = model.hf_config, load_tokenizer(folder)
     if raw.get("pad_token_id") is not None and raw["pad_token_id"] in tokenizer.stops:
         print(f"warning: {folder} pads with its end token, so transformers reads scores one token before the end; here "

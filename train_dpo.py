@@ -1,7 +1,7 @@
 """Direct preference optimisation and its family, arXiv 2305.18290: learn from pairs which answer is better.
 
     python train_dpo.py --model sft/final --data prefs.jsonl --out dpo --beta 0.1 --lr 5e-7
-    torchrun --nproc_per_node 1 train_dpo.py --model sft/final --data prefs.jsonl --eval-data test.jsonl --eval-every 50
+    torchrun --nproc_per_node 8 train_dpo.py --model sft/final --data prefs.jsonl --eval-data test.jsonl --eval-every 50
 
 Rows: {prompt, chosen, rejected}, text or messages. The implicit reward of an answer y to x is
 β (log π(y|x) - log π_ref(y|x)); the loss asks that the chosen answer's be larger (--loss says how). Both answers hang
@@ -23,7 +23,7 @@ import checkpoint
 import losses
 import runtime
 from config import RunConfig, parse
-from data.dataset import Dataset, load_dataset
+from data.dataset import Dataset
 from data.templates import Template
 from data.tokenizer import load_tokenizer
 from data.trees import TreeBatch, make_batch, micro_batches, pack, step_examples, steps_per_epoch, visited
@@ -110,15 +110,8 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = load_tokenizer(config.model)
     template = Template(config.template, tokenizer)
     with mesh.one_first():  # the others find it in the cache
-        train, heldout = (
-            load_dataset(
-                files, "preference", template, config.max_length, config.overlong, config.max_bad_rows,
-                runtime.cache_folder(config),
-            )
-            if files
-            else None
-            for files in (config.data, config.eval_data)
-        )  # fmt: skip
+        train = runtime.load_rows(config.data, "preference", template, config)
+        heldout = runtime.load_rows(config.eval_data, "preference", template, config)
     for data in filter(None, (train, heldout)):
         pack(data.tree_lengths(config.share_prompts), config.max_tokens)  # a pair that does not fit is refused here
         if config.loss in losses.REWARD_LOSSES and np.isnan(data.columns["reward"]).any():

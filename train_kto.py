@@ -1,7 +1,7 @@
 """Kahneman-Tversky optimisation, arXiv 2402.01306: learn from single answers that are marked good or bad.
 
     python train_kto.py --model sft/final --data thumbs.jsonl --out kto --beta 0.1 --lr 5e-7
-    torchrun --nproc_per_node 1 train_kto.py --model sft/final --data thumbs.jsonl --eval-data test.jsonl --out kto
+    torchrun --nproc_per_node 8 train_kto.py --model sft/final --data thumbs.jsonl --eval-data test.jsonl --out kto
 
 Rows: {prompt, response, label}, text or messages; a row {prompt, chosen, rejected} counts as one good and one bad. The
 implicit reward of an answer y to x is β (log π(y|x) - log π_ref(y|x)); a good one should be above the reference point
@@ -24,7 +24,7 @@ import checkpoint
 import losses
 import runtime
 from config import RunConfig, parse
-from data.dataset import Dataset, load_dataset
+from data.dataset import Dataset
 from data.mismatched import kto_trees
 from data.templates import Template
 from data.tokenizer import load_tokenizer
@@ -146,15 +146,8 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = load_tokenizer(config.model)
     template = Template(config.template, tokenizer)
     with mesh.one_first():  # the others find it in the cache
-        train, heldout = (
-            load_dataset(
-                files, "label", template, config.max_length, config.overlong, config.max_bad_rows,
-                runtime.cache_folder(config),
-            )
-            if files
-            else None
-            for files in (config.data, config.eval_data)
-        )  # fmt: skip
+        train = runtime.load_rows(config.data, "label", template, config)
+        heldout = runtime.load_rows(config.eval_data, "label", template, config)
     print(balance(train.columns["label"].sum(), (1 - train.columns["label"]).sum(), config))
     n = len(train.response_len)  # a comparison is two examples
     per_epoch = steps_per_epoch(n, config.batch_size)

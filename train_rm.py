@@ -1,7 +1,7 @@
 """Reward models: learn to score an answer, from pairs (Bradley-Terry, arXiv 2203.02155 Eq. 1) or from attributes.
 
     python train_rm.py --model sft/final --data prefs.jsonl --out rm --lr 1e-5
-    torchrun --nproc_per_node 1 train_rm.py --model sft/final --data helpsteer.jsonl --loss regression --out rm
+    torchrun --nproc_per_node 8 train_rm.py --model sft/final --data helpsteer.jsonl --loss regression --out rm
 
 Rows: {prompt, chosen, rejected}; for --loss regression {prompt, response, attributes: {helpfulness: 4, ...}}, or
 HelpSteer's columns. The vocabulary head makes way for a score head, read at the last token of a response: its end
@@ -26,7 +26,7 @@ import checkpoint
 import losses
 import runtime
 from config import RunConfig, parse
-from data.dataset import Dataset, load_dataset
+from data.dataset import Dataset
 from data.formats import ATTRIBUTES, known_attributes
 from data.templates import Template
 from data.tokenizer import Tokenizer, load_tokenizer
@@ -138,15 +138,8 @@ def main(argv: list[str] | None = None) -> None:
     template = Template(config.template, tokenizer)
     kind = "attributes" if config.loss == "regression" else "preference"
     with mesh.one_first():  # the others find it in the cache
-        train, heldout = (
-            load_dataset(
-                files, kind, template, config.max_length, config.overlong, config.max_bad_rows,
-                runtime.cache_folder(config),
-            )
-            if files
-            else None
-            for files in (config.data, config.eval_data)
-        )  # fmt: skip
+        train = runtime.load_rows(config.data, kind, template, config)
+        heldout = runtime.load_rows(config.eval_data, kind, template, config)
     names = ("reward",)
     if config.loss == "regression":
         known_attributes(config.attributes)
@@ -184,8 +177,7 @@ def main(argv: list[str] | None = None) -> None:
         bins = micro_batches(lengths, examples, config.max_tokens, mesh.dp_rank, mesh.dp)
         batches = [make_batch(train, items, config.share_prompts) for items in bins]
         # Counted over the whole step, so that the loss does not depend on how it is cut into micro-batches.
-        n_items = items_in(train, examples, names, config)
-        n_items = max(1, n_items)  # a step without any attribute is no step
+        n_items = max(1, items_in(train, examples, names, config))  # a step without any attribute is no step
 
         totals: dict[str, torch.Tensor] = {}
         for batch, hidden in pipeline(model, batches, optimizer):

@@ -1,7 +1,7 @@
 """Supervised fine-tuning: learn to write the responses of a data set, token by token.
 
     python train_sft.py --model base --data demos.jsonl --out sft --lr 2e-5
-    torchrun --nproc_per_node 1 train_sft.py --model base --data demos.jsonl --eval-data test.jsonl --eval-every 50
+    torchrun --nproc_per_node 8 train_sft.py --model base --data demos.jsonl --eval-data test.jsonl --eval-every 50
 
 Rows: {prompt, response}, or {messages} of a conversation, every assistant turn of which is learned. The loss is the
 mean negative log-likelihood a response token over the whole optimizer step; prompts carry none.
@@ -20,7 +20,7 @@ import torch
 import checkpoint
 import runtime
 from config import RunConfig, parse
-from data.dataset import Dataset, load_dataset
+from data.dataset import Dataset
 from data.templates import Template
 from data.tokenizer import load_tokenizer
 from data.trees import make_batch, micro_batches, pack, step_examples, steps_per_epoch
@@ -59,15 +59,8 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = load_tokenizer(config.model)
     template = Template(config.template, tokenizer)
     with mesh.one_first():  # the others find it in the cache
-        train, heldout = (
-            load_dataset(
-                files, "sft", template, config.max_length, config.overlong, config.max_bad_rows,
-                runtime.cache_folder(config),
-            )
-            if files
-            else None
-            for files in (config.data, config.eval_data)
-        )  # fmt: skip
+        train = runtime.load_rows(config.data, "sft", template, config)
+        heldout = runtime.load_rows(config.eval_data, "sft", template, config)
     for data in filter(None, (train, heldout)):
         pack(data.tree_lengths(config.share_prompts), config.max_tokens)  # a row that does not fit is refused here
     lengths = train.tree_lengths(config.share_prompts)

@@ -4,7 +4,7 @@
     2  python train_steerlm.py --stage annotate   --model predictor/final --data any.jsonl --out labelled
     3  python train_steerlm.py --stage sft        --model base --data labelled/annotated.jsonl --out steerlm --lr 2e-5
     4  python train_steerlm.py --stage bootstrap  --model steerlm/final --predictor predictor/final --data prompts.jsonl
-    torchrun --nproc_per_node 1 train_steerlm.py --stage sft ...
+    torchrun --nproc_per_node 8 train_steerlm.py --stage sft ...
 
 (1) learns to predict attributes (0 to 4) of an answer, (2) writes its predictions beside any rows, (3) learns answers
 given their attribute line, (4) samples answers at the best attributes, labels what came out and learns from that.
@@ -30,7 +30,7 @@ import losses
 import runtime
 from config import RunConfig, parse
 from data import attributes
-from data.dataset import Dataset, load_dataset, read_rows, write_rows
+from data.dataset import Dataset, read_rows, write_rows
 from data.formats import ATTRIBUTES, attribute_row
 from data.templates import Template
 from data.tokenizer import load_tokenizer
@@ -68,10 +68,8 @@ def sample(model: GPT, rows: list[dict], names: tuple, line: str, template: Temp
     if not unique:
         raise ValueError("--stage bootstrap: no row of --data has a prompt")
     ids = [template.prompt(attributes.condition(prompt, wanted, line)) for prompt in unique.values()]
-    found = generate(
-        model, ids, config.max_new_tokens, config.temperature, stop_ids=template.stop_ids, seed=config.seed,
-        n=config.answers,
-    )  # fmt: skip
+    limits = (config.max_new_tokens, config.temperature)
+    found = generate(model, ids, *limits, stop_ids=template.stop_ids, seed=config.seed, n=config.answers)
     prompts = [prompt for prompt in unique.values() for _ in range(config.answers)]
     kept: dict[str, list[str]] = {key: [] for key in unique}
     for prompt, answer in zip(prompts, found):
@@ -117,41 +115,41 @@ def weighted(rows: list[dict], line: str, config: Config, device, dtype) -> tupl
     return made, tuple(name for name in ATTRIBUTES if name in seen)
 
 
-def label(config: Config, template: Template, device, dtype) -> None:
-    """Writes the rows of --data with what the attribute model finds in them."""
-    rows = [row for file in config.data for row in read_rows(file)]
-    _, answers = all_answers(rows, template, "--data")
-    labelled = annotate(config.model, answers, config.template, config.max_tokens, dtype, device)
-    print(f"{len(labelled)} rows in {write_rows(Path(config.out) / 'annotated.jsonl', labelled)}")
-
-
 def prepare(config: Config, template: Template, trained: tuple | None, line: str, device, dtype) -> tuple:
     """Samples, labels and puts lines into prompts; what is trained on lies in OUT for all to see.
 
     Returns the files to train and to evaluate on, and the attributes in them.
     """
     out, files, names = Path(config.out), {"train": config.data, "heldout": config.eval_data}, ()
+    if config.stage == "annotate":
+        _, answers = all_answers(rows_in(config.data), template, "--data")
+        rows = annotate(config.model, answers, config.template, config.max_tokens, dtype, device)
+        print(f"{len(rows)} rows in {write_rows(out / 'annotated.jsonl', rows)}")
+        return files, names
     if config.stage == "bootstrap":
         if not trained or not config.predictor:
             raise ValueError("--stage bootstrap needs a --model of --stage sft and a --predictor of --stage attributes")
         files["train"] = [str(out / "bootstrap.jsonl")]
         if not (out / "bootstrap.jsonl").exists():  # a resumed run trains on the same samples
-            rows = [row for file in config.data for row in read_rows(file)]
-            rows = sample(load_model(config.model, dtype, device), rows, trained[1], line, template, config)
+            model = load_model(config.model, dtype, device)
+            rows = sample(model, rows_in(config.data), trained[1], line, template, config)
             if config.loss == "nll":
                 _, answers = all_answers(rows, template, "the samples")
                 rows = annotate(config.predictor, answers, config.template, config.max_tokens, dtype, device)
             write_rows(out / "bootstrap.jsonl", rows)
-    for part, given in files.items():
-        rows = [row for file in given for row in read_rows(file)]
-        if rows and config.loss == "steerlm2":
+    for part, rows in ((part, rows_in(given)) for part, given in list(files.items()) if given):
+        if config.loss == "steerlm2":
             made, found = weighted(rows, line, config, device, dtype)
-        elif rows:
+        else:
             made, found = attributes.conditioned(rows, line, config.attribute_dropout, config.seed)
-        if rows:
-            names = names or found
-            files[part] = [write_rows(out / f"conditioned_{part}.jsonl", made)]
+        names = names or found
+        files[part] = [write_rows(out / f"conditioned_{part}.jsonl", made)]
     return files, names
+
+
+def rows_in(files: list[str]) -> list[dict]:
+    """Every row of some files."""
+    return [row for file in files for row in read_rows(file)]
 
 
 def item_losses(
@@ -206,23 +204,15 @@ def main(argv: list[str] | None = None) -> None:
     template = Template(config.template, tokenizer)
     trained = attributes.load(config.model)
     line = attributes.check_template(config.attribute_template or (trained[0] if trained else attributes.TEMPLATE))
-    if config.stage == "annotate":
-        mesh.ask(lambda: label(config, template, device, dtype))
-        return
     kind, names, data_files = "attributes", (), {"train": config.data, "heldout": config.eval_data}
     if config.stage != "attributes":  # rank 0 makes the data with whole models, the others wait
         kind = "sft" if config.loss == "nll" else "weights"
         data_files, names = mesh.ask(lambda: prepare(config, template, trained, line, device, dtype))
+    if config.stage == "annotate":
+        return
     with mesh.one_first():  # the others find it in the cache
-        train, heldout = (
-            load_dataset(
-                files, kind, template, config.max_length, config.overlong, config.max_bad_rows,
-                runtime.cache_folder(config),
-            )
-            if files
-            else None
-            for files in data_files.values()
-        )  # fmt: skip
+        train = runtime.load_rows(data_files["train"], kind, template, config)
+        heldout = runtime.load_rows(data_files["heldout"], kind, template, config)
     if config.stage == "attributes":
         names = tuple(name for name in ATTRIBUTES if not np.isnan(train.columns[name]).all())
         if not names:
@@ -258,8 +248,7 @@ def main(argv: list[str] | None = None) -> None:
         bins = micro_batches(lengths, examples, config.max_tokens, mesh.dp_rank, mesh.dp)
         batches = [make_batch(train, items, config.share_prompts) for items in bins]
         # Counted over the whole step, so that the loss does not depend on how it is cut into micro-batches.
-        n_items = items_in(train, examples, names, config)
-        n_items = max(1, n_items)  # a step without any attribute is no step
+        n_items = max(1, items_in(train, examples, names, config))  # a step without any attribute is no step
 
         totals: dict[str, torch.Tensor] = {}
         for batch, hidden in pipeline(model, batches, optimizer):

@@ -1,4 +1,5 @@
 """DPO, reward models and KTO on one CPU thread against TRL's trainers: CPU-seconds an optimizer step and peak memory.
+And sampling against transformers' generate.
 
     python bench/cpu_vs_trl.py --data gsm8k_pairs.jsonl chat_pairs.jsonl --tokenizer tokenizer.model --json out.json
     python bench/cpu_vs_trl.py --data pairs.jsonl --tokenizer tokenizer.model --algorithm rm kto
@@ -12,6 +13,8 @@ taken from the preference files ({prompt, chosen, rejected}, strings or messages
 KTOTrainer on the same pairs taken apart, {prompt, completion, label}. TRL runs stock (the reference model scores inside
 every step) and, where it has a reference, with precompute_ref_log_probs (once, up front, as plumb does). Every run is
 its own process; the runs are interleaved, the medians over the repeats are printed.
+--algorithm generate is plumb's sampler against transformers' generate: 64 new tokens, temperature 1, no early stop, for
+32 prompts of the files and for 8 samples of each of 4. Both also answer greedily, which shows that they do the same.
 
 Only pairs that both tokenise alike are taken, and TRL's tokens are compared with plumb's before it trains; the losses
 of every step are compared, which shows that they do the same work. Three starting points are made equal for that, none
@@ -308,6 +311,92 @@ def measure(run: str, spec: dict, log: Path) -> dict:
     return {**result, **usage}
 
 
+# ------------------------------------------------------------------------------------------------------------- sampling
+
+SAMPLES, NEW_TOKENS = 32, 64
+
+
+def read_prompts(spec: dict) -> dict:
+    """The token ids of prompts that both tokenise alike, from the first rows of the files, at most 200 each."""
+    sys.path.insert(0, str(ROOT))
+    from data.templates import Template
+    from data.tokenizer import load_tokenizer
+
+    template = Template("plain", load_tokenizer(Path(spec["model"])))
+    files = zip(*(read_pairs(path, 4 * SAMPLES) for path in spec["data"]))
+    prompts = [template.prompt(pair[0] + "\n") for pairs in files for pair in pairs]
+    return {"prompts": [ids for ids in prompts if len(ids) <= 200][:SAMPLES]}
+
+
+def run_generate(spec: dict) -> dict:
+    """CPU and wall seconds of one sampling of SAMPLES answers, after a short one; and the greedy answers."""
+    import torch
+
+    torch.set_num_threads(1)
+    prompts, n = spec["prompts"], spec["n"]
+    if spec["run"] == "plumb":
+        sys.path.insert(0, str(ROOT))
+        from generate import generate
+        from hf import load_model
+
+        model = load_model(spec["model"], torch.float32)
+
+        def answer(new: int, temperature: float, n: int) -> list[list[int]]:
+            return [sample.tokens for sample in generate(model, prompts, new, temperature, n=n)]
+    else:
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.float32).eval()
+        model.generation_config.eos_token_id = None  # no early stop
+        longest = max(map(len, prompts))
+        ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+
+        def answer(new: int, temperature: float, n: int) -> list[list[int]]:
+            how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0, "num_return_sequences": n}
+            how = how if temperature else {"do_sample": False}
+            found = model.generate(ids, attention_mask=mask, max_new_tokens=new, pad_token_id=0, **how)
+            return found[:, longest:].tolist()
+
+    answer(4, 1.0, n)
+    cpu, wall = time.process_time(), time.perf_counter()
+    found = answer(NEW_TOKENS, 1.0, n)
+    times = {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall}
+    if [len(tokens) for tokens in found] != [NEW_TOKENS] * SAMPLES:
+        raise ValueError("an answer ended early, so the two cannot be compared")
+    return {**times, "greedy": answer(NEW_TOKENS, 0.0, 1)}
+
+
+def compare_generate(spec: dict, args: argparse.Namespace) -> Iterator[tuple[str, dict]]:
+    """Measure and report sampling: (workload, every number of it), for one sample a prompt and for eight."""
+    work = Path(spec["work"])
+    prompts = worker("prompts", {**spec, "data": args.data}, work / "prompts.log")[0]["prompts"]
+    if len(prompts) < SAMPLES:
+        raise ValueError(f"{len(prompts)} prompts of at most 200 tokens found, {SAMPLES} needed: give another --data")
+    names = {"plumb": "plumb"} if args.tiny else {"plumb": "plumb", "peer": "transformers"}
+    for n in (1, 8):
+        name = f"generate.py, {SAMPLES // n} prompts, {n} samples of {NEW_TOKENS} tokens each"
+        workload = {"prompts": prompts[: SAMPLES // n], "n": n}
+        results = {run: [] for run in names}
+        for repeat, run in itertools.product(range(args.repeats), names):
+            log = work / f"generate_{n}_{run}_{repeat}.log"
+            result, usage = worker("generate", {**spec, **workload, "run": run}, log)
+            results[run].append({**result, **usage})
+        lengths = [len(ids) for ids in workload["prompts"]]
+        print(f"\n{name}; prompts of {min(lengths)} to {max(lengths)} tokens, mean {statistics.mean(lengths):.0f}")
+        print(" " * 18 + "CPU s   wall s  peak GB")
+        keys = ("cpu", "wall", "peak_gb")
+        medians = {run: {key: statistics.median(r[key] for r in of) for key in keys} for run, of in results.items()}
+        for run, m in medians.items():
+            print(f"{names[run]:16}{m['cpu']:7.2f}{m['wall']:9.2f}{m['peak_gb']:9.2f}")
+        if "peer" in names:
+            ratio = medians["peer"]["cpu"] / medians["plumb"]["cpu"]
+            pairs = list(zip(results["plumb"][0]["greedy"], results["peer"][0]["greedy"], strict=True))
+            same = sum(ours == theirs for ours, theirs in pairs)
+            print(f"transformers / plumb: {ratio:.2f} times the CPU time; greedy answers alike: {same} of {len(pairs)}")
+        yield name, {"medians": medians, "runs": results}
+
+
 # ------------------------------------------------------------------------------------------------- where the time goes
 
 
@@ -380,7 +469,7 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", required=True, help="preference JSONL files")
     parser.add_argument("--tokenizer", required=True, help="tokenizer.model, or a folder with a Llama tokenizer")
     parser.add_argument("--model", help="a Hugging Face Llama folder with its tokenizer, instead of new random weights")
-    parser.add_argument("--algorithm", nargs="+", choices=LR, default=["dpo"], help="what to compare")
+    parser.add_argument("--algorithm", nargs="+", choices=[*LR, "generate"], default=["dpo"], help="what to compare")
     parser.add_argument("--steps", type=int, default=12, help=f"steps to time, {BATCH} rows each, after one more")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each kind")
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
@@ -408,7 +497,8 @@ def main() -> None:
         print(f"process's CPU time. peak GB: the whole process. malloc: {args.malloc}. Medians of {args.repeats} runs.")
         everything = {"settings": vars(args), "workloads": {}}
         for algorithm in args.algorithm:
-            for name, result in compare({**spec, "algorithm": algorithm}, args):
+            measured = compare_generate if algorithm == "generate" else compare
+            for name, result in measured({**spec, "algorithm": algorithm}, args):
                 everything["workloads"][name] = result
                 if args.json:
                     Path(args.json).write_text(json.dumps(everything, indent=1))
@@ -457,7 +547,14 @@ def new_model(tokenizer: str, sizes: dict[str, int], work: Path) -> Path:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["worker"]:
         job, asked, answer = sys.argv[2:]
-        result = {"prepare": prepare, "trl": run_trl, "profile": profile}[job](json.loads(Path(asked).read_text()))
+        jobs = {
+            "prepare": prepare,
+            "trl": run_trl,
+            "profile": profile,
+            "prompts": read_prompts,
+            "generate": run_generate,
+        }
+        result = jobs[job](json.loads(Path(asked).read_text()))
         Path(answer).write_text(json.dumps(result))
     else:
         main()

@@ -20,7 +20,7 @@ import time
 import uuid
 import zlib
 from array import array
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -33,9 +33,9 @@ from typing import IO, Any, BinaryIO, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from data.formats import Row, attribute_row, label_row, preference_row, sft_row, weight_row
+from data.formats import Row, attribute_row, label_row, preference_row, prompt_of, sft_row, weight_row
 
-FORMAT = 1  # raise it whenever the same rows would give other arrays, here or in data/formats.py
+FORMAT = 2  # raise it whenever the same rows would give other arrays, here or in data/formats.py
 SHOWN = 10  # bad rows printed, and kept in the cache
 CHUNK_ROWS, CHUNK_BYTES = 256, 1 << 19  # what a worker is handed at a time; a file of one chunk needs no workers
 
@@ -60,6 +60,7 @@ class Dataset:
     columns: dict[str, np.ndarray] = field(default_factory=dict)  # name -> (R,) float32, NaN where a row gave none
     counts: dict[str, int] = field(default_factory=dict)  # rows = trees + too_long + bad; the rest is of trees kept
     key: str = ""  # hash of everything that decided the arrays
+    token_columns: dict[str, np.ndarray] = field(default_factory=dict)  # name -> (N,), of meaning where `scored` is 1
 
     def __len__(self) -> int:
         return len(self.prompt_len)
@@ -68,6 +69,12 @@ class Dataset:
         """Tokens of each tree, (n,) int64; `shared` False counts the prompt once for every response."""
         lengths = np.diff(self.tree_start)
         return lengths if shared else lengths + self.prompt_len * (np.diff(self.response_start) - 1)
+
+    def add_tokens(self, name: str, values: np.ndarray) -> None:
+        """Keeps a value of every scored token, (M,) in the order of the data set, as a token column."""
+        column = np.zeros(len(self.tokens), values.dtype)
+        column[self.scored == 1] = values
+        self.token_columns[name] = column
 
     @cached_property
     def scored_len(self) -> np.ndarray:
@@ -105,14 +112,14 @@ def load_dataset(
     Raises FileNotFoundError for a missing file, ValueError for more bad rows than `max_bad_rows` (the message has
     file:line and reason) and when no row is left.
     """
-    files = [Path(f) for f in ([files] if isinstance(files, (str, Path)) else files)]
+    paths = [Path(f) for f in ([files] if isinstance(files, (str, Path)) else files)]
     for name, value, known in (("kind", kind, tuple(ROWS)), ("overlong", overlong, ("drop", "truncate"))):
         if value not in known:
             raise ValueError(f"{name} {value!r} is not known: use {' or '.join(known)}")
-    for file in files:
+    for file in paths:
         if not file.is_file():
             raise FileNotFoundError(f"{file}: no such file: give JSONL files, one JSON object a line")
-    decides = [FORMAT, kind, [_sha256(f) for f in files], template.hash, template.tokenizer.hash, max_length, overlong]
+    decides = [FORMAT, kind, [_sha256(f) for f in paths], template.hash, template.tokenizer.hash, max_length, overlong]
     key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()
     folder = Path(cache) / key[:32]
     began = time.perf_counter()
@@ -122,14 +129,14 @@ def load_dataset(
         if meta is None:
             log(f"warning: {folder} is damaged (a file is missing or has the wrong size): tokenising again")
     if meta is None:
-        meta = _build(folder, key, _Job(files, kind, template, max_length, overlong), max_bad_rows, workers, log)
+        meta = _build(folder, key, _Job(paths, kind, template, max_length, overlong), max_bad_rows, workers, log)
         source = f"tokenised in {time.perf_counter() - began:.1f} s"
     else:
-        _check_bad(meta["bad"], meta["counts"]["bad"], files, max_bad_rows, log)
+        _check_bad(meta["bad"], meta["counts"]["bad"], paths, max_bad_rows, log)
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in (*DTYPES, *meta["columns"])}
     columns = {name.removeprefix("column_"): arrays.pop(name) for name in meta["columns"]}
     dataset = Dataset(**arrays, columns=columns, counts=meta["counts"], key=key)
-    log(_summary(dataset, files, max_length, source))
+    log(_summary(dataset, paths, max_length, source))
     return dataset
 
 
@@ -156,6 +163,60 @@ def from_trees(
         columns=columns or {},
         key=key,
     )
+
+
+class Prompts(NamedTuple):
+    """Prompts that wait for an answer, n of each."""
+
+    rows: list[dict[str, Any]]  # as in the files, for a reward to look at
+    prompts: list[Any]  # text or messages
+    ids: list[list[int]]
+
+    def take(self, items: Iterable[int]) -> "Prompts":
+        """Some of them, in the order given."""
+        return Prompts(*([values[i] for i in items] for values in self))
+
+
+def load_prompts(
+    files: Iterable[str | Path],
+    template: Any,
+    max_length: int,
+    overlong: str = "drop",
+    max_bad_rows: int = 0,
+    log: Callable[[str], Any] = print,
+) -> Prompts:
+    """The prompts of JSONL files, rows of any kind; answers that a row has stay in the row.
+
+    max_length: tokens of a prompt; a longer one goes, or with overlong "truncate" loses its beginning (bos stays).
+    Raises FileNotFoundError for a missing file, ValueError for more bad rows than `max_bad_rows` and when none is left.
+    """
+    files = [Path(f) for f in files]
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: no such file: give JSONL files, one JSON object a line")
+    kept, counts, bad = Prompts([], [], []), Counter(), []
+    for file, number, line in _lines(files):
+        counts["rows"] += 1
+        try:
+            row = _parse(line)
+            prompt = prompt_of(row, template.plain)
+            ids = template.prompt(prompt)
+        except ValueError as error:
+            bad.append((file, number, str(error)))
+            continue
+        if len(ids) > max_length:
+            counts["too_long"] += 1
+            ids = _cut(ids, max_length, template.tokenizer.bos, overlong)
+        if ids is not None:
+            for values, value in zip(kept, (row, prompt, ids)):
+                values.append(value)
+    _check_bad(bad[:SHOWN], len(bad), files, max_bad_rows, log)
+    names = ", ".join(f.name for f in files)
+    what = f"{counts['too_long']} longer than {max_length} tokens ({overlong})"
+    if not kept.ids:
+        raise ValueError(f"{names}: no prompt is left of {counts['rows']} rows, {what}: raise --max-length")
+    log(f"{names}: {counts['rows']} rows, {len(kept.ids)} prompts kept, {what}, {len(bad)} bad")
+    return kept
 
 
 def _summary(dataset: Dataset, files: list[Path], max_length: int, source: str) -> str:
@@ -408,9 +469,9 @@ def _build(
         sizes = {name: (temporary / f"{name}.npy").stat().st_size for name in streams}
         columns = [name for name in streams if name not in DTYPES]
         meta = {"key": key, "counts": counts, "bad": bad, "columns": columns, "bytes": sizes}
-        with open(temporary / "meta.json", "w") as stream:
-            json.dump(meta, stream, indent=1)
-            _sync(stream)
+        with open(temporary / "meta.json", "w") as file:
+            json.dump(meta, file, indent=1)
+            _sync(file)
         _publish(temporary, folder, key)
         return meta
     finally:

@@ -152,6 +152,19 @@ def answers_of(row: dict[str, Any], plain: bool = False) -> tuple[str | Messages
     return before, [last["content"]]
 
 
+def prompt_of(row: dict[str, Any], plain: bool = False) -> str | Messages:
+    """The prompt of a row of any kind, with or without an answer. ValueError names the keys that would do."""
+    for key in ("prompt", "input"):
+        if row.get(key) is not None:
+            return _ends_before_answer(_content(row, key))
+    if all(row.get(key) is None for key in ("messages", "conversations", "chosen", "chosen_response")):
+        raise ValueError(f"no `prompt` (nor `input` or `messages`); this row has {_keys(row)}")
+    if row.get("messages") is not None:
+        messages = _messages(row["messages"], "messages")
+        return _ends_before_answer(messages[:-1] if messages[-1]["role"] == "assistant" else messages)
+    return answers_of(row, plain)[0]
+
+
 def known_attributes(names: Iterable[str], known: Iterable[str] = ATTRIBUTES) -> None:
     """ValueError for the first attribute that is not known, with those that are."""
     for name in names:
@@ -269,7 +282,7 @@ def _starts_with_answer(messages: Messages, names: str) -> Messages:
 
 
 def _ends_before_answer(prompt: str | Messages) -> str | Messages:
-    if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
+    if isinstance(prompt, list) and (not prompt or prompt[-1]["role"] == "assistant"):
         raise ValueError("the prompt ends with an assistant turn: it must end with what the assistant answers")
     return prompt
 

@@ -19,12 +19,13 @@ def partners(prompts: list[int]) -> list[int]:
     found = []
     for i in range(n):
         others = (j % n for j in range(i + 1, i + n) if prompts[j % n] != prompts[i])
-        found.append(next(others, None))
-        if found[-1] is None:
+        partner = next(others, None)
+        if partner is None:
             raise ValueError(
                 f"{n} example{'s' * (n > 1)} of a single prompt, and KTO takes a response to another prompt from the "
                 "same step"
             )
+        found.append(partner)
     return found
 
 

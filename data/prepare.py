@@ -191,9 +191,9 @@ def write(out: Path, lines: Iterable[tuple[str, bytes | str]]) -> Counter:
                 if file not in files:
                     files[file] = open(out / f".{file}.{os.getpid()}", "wb")  # noqa: SIM115
                 files[file].write(line + b"\n")
-        for file in files:
-            files[file].close()
-            os.replace(files[file].name, out / file)
+        for name, stream in files.items():
+            stream.close()
+            os.replace(stream.name, out / name)
     finally:
         for file in files.values():
             file.close()

@@ -10,6 +10,7 @@ import itertools
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 
@@ -36,7 +37,9 @@ class Tokenizer:
     def __init__(self, folder: Path):
         config = _json(folder / "tokenizer_config.json")
         ids = _json(folder / "config.json") | _json(folder / "generation_config.json")
-        self.sp = self.bare = self.fast = None
+        self.sp: Any = None
+        self.bare: Any = None  # sentencepiece without its dummy space
+        self.fast: Any = None
         if (folder / "tokenizer.model").exists():
             source = (folder / "tokenizer.model").read_bytes()
             self._open_sentencepiece(folder / "tokenizer.model", source)

@@ -354,6 +354,11 @@ def score(prompt: Prompt | str, text: str) -> Score:
                  words=len(text.split()), details=details, faults=faults)
 
 
+def reward(prompt: str | list, response: str, row: dict) -> float:
+    """The truth as a reward, --reward data/toyworld.py:reward: the utility, -1 to 4.5."""
+    return score(prompt if isinstance(prompt, str) else prompt[-1]["content"], response).utility
+
+
 # ---- which answer is preferred
 
 FLAWS = {"error": 0.60, "omission": 0.10, "tone": 0.15, "damage": 0.15}  # what sets a minimal pair apart, how often

@@ -35,6 +35,7 @@ class TreeBatch:
     tree: Tensor  # (R,) int64: which tree of the batch the response hangs on
     last: Tensor  # (R,) int64: place of the response's last token in the flat row, where a reward model is read
     columns: dict[str, Tensor]  # (R,) fp32 each: what the data or the script knows of every response
+    token_columns: dict[str, Tensor]  # (M,) each: what the script knows of every scored token
     spans: list[tuple[int, list[int]]]  # of every tree: prompt length, response lengths
     layout: TreeLayout  # the same for the attention kernel
     examples: list[int]  # of the data set, whose trees these are
@@ -73,8 +74,10 @@ class TreeBatch:
 
         moved = {name: move(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
         columns = {name: move(value) for name, value in self.columns.items()}
+        token_columns = {name: move(value) for name, value in self.token_columns.items()}
         layout = TreeLayout(self.spans, moved["kv_end"], moved["positions"])
-        return replace(self, **moved, columns=columns, layout=layout, _shares={}, _layouts={})
+        own = {"columns": columns, "token_columns": token_columns, "layout": layout}
+        return replace(self, **moved, **own, _shares={}, _layouts={})
 
 
 def make_batch(dataset: Dataset, examples: list[int], share_prompts: bool = True, only: int | None = None) -> TreeBatch:
@@ -85,7 +88,7 @@ def make_batch(dataset: Dataset, examples: list[int], share_prompts: bool = True
     only=k takes nothing but response k of every tree.
     """
     tokens, positions, kv_end, logit_index, target, response, lengths, tree, spans, rows = ([] for _ in range(10))
-    last_token = []
+    last_token, places = [], []
     start = 0  # of the tree in the flat row
     for example in examples:
         first, last = dataset.response_start[example], dataset.response_start[example + 1]
@@ -110,6 +113,7 @@ def make_batch(dataset: Dataset, examples: list[int], share_prompts: bool = True
                 # A token is predicted one place before it: the first of a response by the end of the prompt.
                 logit_index.append(np.where(scored == 0, start + prompt_len - 1, here + scored - 1))
                 target.append(ids[scored])
+                places.append(at + scored)
                 response.append(np.full(len(scored), len(lengths)))
                 lengths.append(len(scored))
                 rows.append(int(first) + (i if share_prompts else k))
@@ -122,6 +126,7 @@ def make_batch(dataset: Dataset, examples: list[int], share_prompts: bool = True
     def joined(parts: list, dtype: torch.dtype) -> Tensor:
         return torch.from_numpy(np.concatenate(parts) if parts else np.empty(0)).to(dtype)
 
+    place = np.concatenate(places) if places else np.empty(0, np.int64)  # (M,) of the scored tokens in the data set
     flat_kv_end, flat_positions = joined(kv_end, torch.int32), joined(positions, torch.int64)
     return TreeBatch(
         tokens=joined(tokens, torch.int64),
@@ -134,6 +139,7 @@ def make_batch(dataset: Dataset, examples: list[int], share_prompts: bool = True
         tree=torch.tensor(tree, dtype=torch.int64),
         last=torch.tensor(last_token, dtype=torch.int64),
         columns={name: torch.from_numpy(np.array(values[rows])) for name, values in dataset.columns.items()},
+        token_columns={name: torch.from_numpy(values[place]) for name, values in dataset.token_columns.items()},
         spans=spans,
         layout=TreeLayout(spans, flat_kv_end, flat_positions),
         examples=[int(example) for example in examples],

@@ -114,7 +114,6 @@ def test_z_and_loss_are_those_of_the_whole_step(tmp_path: Path):
 
     def step(budget: int, ranks: int) -> tuple[float, float, torch.Tensor]:
         config = train_kto.Config(max_tokens=budget, beta=0.3)
-        device = torch.device("cpu")
 
         class Share(Mesh):  # keeps what this rank would add, so that the shares can be added up outside
             def sum(self, values):
@@ -123,15 +122,17 @@ def test_z_and_loss_are_those_of_the_whole_step(tmp_path: Path):
 
         shares: list[torch.Tensor] = []
         for rank in range(ranks):
-            train_kto.reference_point(model, data, everything, config, Share(dp_rank=rank, dp=ranks), device)
+            model.mesh = Share(rank=rank, dp=ranks)
+            train_kto.reference_point(model, data, everything, config)
+        model.mesh = Mesh()
         z = losses.reference_point(torch.stack(shares).sum(), 13)
         total = 0.0
         for rank in range(ranks):
             bins = train_kto.micro_batches(train_kto.branch_lengths(data, 0), everything, budget, rank, ranks)
             for items in bins:
                 batch = train_kto.make_batch(data, items, only=0)
-                label = batch.columns["label"]
-                per_example, _ = train_kto.example_losses(train_kto.log_ratios(model, batch), label, z, config, 0.0)
+                ratio, label = train_kto.log_ratios(model, model(batch), batch), batch.columns["label"]
+                per_example, _ = train_kto.example_losses(ratio, label, z, config, 0.0)
                 total = total + per_example.sum() / 13
         gradient = torch.autograd.grad(total, list(model.parameters()))
         return z.item(), total.item(), torch.cat([g.flatten() for g in gradient])

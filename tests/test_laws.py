@@ -19,8 +19,8 @@ LAYERS = [  # a file imports only from lines above its own; on its own line only
     ["parallel", "data.tokenizer", "data.templates", "data.formats", "data.attributes", "data.dataset", "data.trees",
      "data.mismatched", "data.toyworld", "data.prepare"],
     ["model"],
-    ["hf", "checkpoint", "generate", "score"],
-    ["runtime"],
+    ["hf", "plan", "checkpoint", "generate", "score", "rewards"],
+    ["rollout", "runtime"],
 ]  # fmt: skip
 
 
@@ -52,7 +52,7 @@ def test_imports_go_downward():
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_flag_is_read(script: str):
     """Every field that a script's Config has is read in the script or in what all scripts share."""
-    shared = "".join((ROOT / name).read_text() for name in ("runtime.py", "config.py"))
+    shared = "".join((ROOT / name).read_text() for name in ("runtime.py", "config.py", "rollout.py"))
     text = (ROOT / script).read_text() + shared
     config = importlib.import_module(script[:-3]).Config
     read = set(re.findall(r"\b(?:config|flags)\.(\w+)", text)) | {"config"}

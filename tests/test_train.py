@@ -130,9 +130,9 @@ def test_bf16_weights_have_fp32_masters(toy: Path, tmp_path: Path, train):
             train_sft, tmp_path / dtype, model=toy / "model", data=toy / "world" / "sft.jsonl", lr=2e-5, batch_size=3,
             dtype=dtype, max_steps=20, schedule="constant", warmup=0.0, save_every=20,
         )  # fmt: skip
-        state = load_file(tmp_path / dtype / "step_20" / "state.safetensors")
+        state = load_file(tmp_path / dtype / "step_20" / "state-00001-of-00001.safetensors")
         moved[dtype] = torch.cat([
-            (state[f"master/{name}"].double() - p.double()).flatten()
+            state[f"master/{name}"].double() - p.double().flatten()
             for name, p in start.to(torch.bfloat16 if dtype == "bf16" else torch.float32).named_parameters()
         ])  # fmt: skip
         start = hf.load_model(toy / "model", torch.float32)

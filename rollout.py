@@ -1,0 +1,337 @@
+"""Rollouts: the prompts of a step -> samples, rewards and a data set of prompt trees to train on.
+
+    prompts = load_prompts(...)                                      data/dataset.py
+    sample = sampler(model, template, config, server)                the policy as it is now, here or on a server
+    found = collect(prompts.take(examples), sample, reward, template, config, mesh, seeds(config.seed, step, n, G))
+    found.data                                                       n trees of G responses, on every rank the same
+
+A rollout is a function of (weights, seed, step): a sample's random numbers are its own, by (seed, step, place in the
+step), whatever rank draws it and whatever else is in the batch. Every rank holds all of a step's samples (they are
+small); from there on training goes as over any data set: whole trees are packed into micro-batches and dealt to ranks.
+
+Letters: n prompts, G samples each, R = n G responses, M tokens of all of them.
+"""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from config import RunConfig
+from data.dataset import Dataset, Prompts, from_trees
+from data.templates import Template
+from data.trees import make_batch
+from generate import Sample, generate
+from hf import load_model, save_model
+from model import GPT
+from parallel import Mesh, pipeline
+from rewards import Reward, leader
+
+# (prompts of token ids, a seed for each of their samples, samples a prompt, temperature) -> samples, prompt by prompt.
+Sampler = Callable[[list[list[int]], list[int], int, float], list[Sample]]
+SHOWN = 4  # prompts of a step whose samples are logged
+TRIES = 4  # of a request to a server, with pauses of 1, 2 and 4 seconds
+
+
+@dataclass
+class RolloutConfig(RunConfig):
+    """The flags of scripts that learn from samples of their own."""
+
+    batch_size: int = 64  # prompts an optimizer step, over all ranks; each has --group-size samples
+    group_size: int = 4  # samples a prompt; more make better baselines, 4 to 16
+    max_new_tokens: int = 256  # longest sample; a prompt may have the rest of --max-length
+    temperature: float = (
+        1.0  # of the samples, and of the policy that is trained; leave it at 1 unless it stops exploring
+    )
+    rollout_batch: int = 128  # samples drawn at a time on a rank: lower it when memory runs out
+    reward: str = ""  # reward-model folder, file.py:function, exact:MARKER, regex:PATTERN or length:WORDS (rewards.py)
+    no_eos_penalty: float = 0.0  # taken off the reward of a sample that did not end; about the reward's deviation
+    eval_temperature: float = 0.7  # of one sample to each prompt of --eval-data, whose mean reward is eval/reward
+    log_samples: int = 10  # steps between samples written to OUT/samples.jsonl; 0 = never
+    rollout_url: str = ""  # sample from this OpenAI-compatible server instead (vLLM, SGLang): http://host:8000
+    rollout_reload: str = ""  # command that makes the server load new weights, "{folder}" stands for where they are
+    rollout_timeout: float = 600.0  # seconds that a request or a reload may take
+
+
+@dataclass
+class Rollout:
+    """Samples of a step with their rewards, in the order of the prompts; the same on every rank."""
+
+    prompts: Prompts  # n
+    samples: list[Sample]  # R
+    texts: list[str]  # R
+    rewards: np.ndarray  # (R,) fp64, the penalty for not ending taken off
+    ended: np.ndarray  # (R,) bool
+    data: Dataset  # n trees; token column `place` counts the M sampled tokens
+    seconds: dict[str, float]  # rollout: drawing, scoring: rewards
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each response, (R,)."""
+        return self.data.response_len
+
+    @property
+    def logps(self) -> np.ndarray:
+        """Log-probs that the sampler reports, (M,) fp64; NaN where a server does not."""
+        return np.concatenate([np.asarray(s.logps, np.float64) for s in self.samples])
+
+    def metrics(self) -> dict[str, float]:
+        """Means over the samples."""
+        groups = self.rewards.reshape(len(self.prompts.ids), -1)
+        return {
+            "reward": self.rewards.mean().item(),
+            "reward_std": self.rewards.std().item(),
+            "frac_reward_zero_std": float((np.ptp(groups, 1) == 0).mean()),  # groups that teach nothing
+            "completions/mean_length": self.lengths.mean().item(),
+            "completions/ended": self.ended.mean().item(),
+        }
+
+
+def seeds(seed: int, step: int, n: int, group: int) -> list[int]:
+    """A seed for each sample of step `step` (from 1; 0 is the evaluation), n prompts with `group` samples each."""
+    places = [(i, k) for i in range(n) for k in range(group)]
+    return [int(np.random.SeedSequence([seed, step, *at]).generate_state(1, np.uint64)[0] >> 1) for at in places]
+
+
+def local(model: GPT, template: Template, config: RolloutConfig) -> Sampler:
+    """Samples from the model itself, as its weights are when it is called."""
+
+    def sample(ids: list[list[int]], seeds: list[int], n: int, temperature: float) -> list[Sample]:
+        return generate(
+            model, ids, config.max_new_tokens, temperature, stop_ids=template.stop_ids,
+            batch_size=config.rollout_batch, n=n, seeds=seeds,
+        )  # fmt: skip
+
+    return sample
+
+
+def sampler(model: GPT, template: Template, config: RolloutConfig, server: "Server | None" = None) -> Sampler:
+    """What draws samples of the policy as it is now; collective. Only a `leader`'s samples mean anything.
+
+    A server is given the new weights (with --rollout-reload). With pipeline stages no rank has a model to sample from:
+    the leaders load all of it, by way of OUT/rollout, for as long as they sample. Where it is too large, take a server.
+    """
+    mesh = model.mesh
+    if server is None and mesh.pp == 1:
+        return local(model, template, config)
+    if server is None or config.rollout_reload:
+        folder = Path(config.out).resolve() / "rollout"
+        save_model(model, folder, config.model, template)
+        if server:
+            mesh.ask(lambda: server.reload(folder))
+    if not leader(mesh):
+        return lambda ids, seeds, n, temperature: []
+    return server.sample if server else local(load_model(folder, model.dtype, model.device), template, config)
+
+
+def collect(
+    prompts: Prompts, sample: Sampler, reward: Reward, template: Template, config: RolloutConfig, mesh: Mesh,
+    seeds: list[int], temperature: float,
+) -> Rollout:  # fmt: skip
+    """Draws and scores samples of some prompts, as many for each as there are seeds for it. Collective."""
+    started = time.perf_counter()
+    n, group = len(prompts.ids), len(seeds) // len(prompts.ids)
+    mine = list(range(mesh.dp_rank, n, mesh.dp))
+    drawn = []
+    if mine:
+        own = [seeds[i * group + k] for i in mine for k in range(group)]
+        drawn = sample([prompts.ids[i] for i in mine], own, group, temperature)
+    samples = _exchange(mesh, [i * group + k for i in mine for k in range(group)], drawn)
+    texts = [template.tokenizer.decode(s.tokens).strip() for s in samples]
+    drew = time.perf_counter()
+
+    found = []
+    if mine:
+        own = [i * group + k for i in mine for k in range(group)]
+        repeated = [i for i in mine for _ in range(group)]
+        found = reward(
+            [prompts.prompts[i] for i in repeated], [texts[i] for i in own], [prompts.rows[i] for i in repeated],
+            trees([prompts.ids[i] for i in mine], [samples[i] for i in own]),
+        ).tolist()  # fmt: skip
+    rewards = np.array(_exchange(mesh, [i * group + k for i in mine for k in range(group)], found))
+    ended = np.array([s.ended for s in samples])
+    data = trees(prompts.ids, samples)
+    data.add_tokens("place", np.arange(len(data.scored[data.scored == 1])))
+    seconds = {"rollout": drew - started, "scoring": time.perf_counter() - drew}
+    return Rollout(prompts, samples, texts, rewards - config.no_eos_penalty * ~ended, ended, data, seconds)
+
+
+def _exchange(mesh: Mesh, places: list[int], values: list) -> list:
+    """The values of all ranks, in the order of their places. Of ranks that share examples the leader's count."""
+    parts = mesh.everyone(dict(zip(places, values)) if leader(mesh) else {})
+    return [value for _, value in sorted((item for part in parts for item in part.items()), key=lambda item: item[0])]
+
+
+def trees(prompts: list[list[int]], samples: list[Sample]) -> Dataset:
+    """Prompts and their samples, side by side, as a data set in memory; every sampled token is scored."""
+    group = len(samples) // len(prompts)
+    return from_trees(
+        (ids, [(s.tokens, [1] * len(s.tokens)) for s in samples[i * group : (i + 1) * group]])
+        for i, ids in enumerate(prompts)
+    )
+
+
+@torch.no_grad()
+def token_logps(model: GPT, data: Dataset, bins: list[list[int]], config: RolloutConfig) -> np.ndarray:
+    """Log-prob of every sampled token under a model, (M,) fp64, by the path that training takes; collective.
+
+    bins: this rank's micro-batches. Those of the first update give the very bits that its forward pass will.
+    """
+    found = torch.zeros(int(data.scored.sum()), dtype=torch.float64)
+    batches = (make_batch(data, items, config.share_prompts) for items in bins)
+    for batch, hidden in pipeline(model, batches):
+        logps = model.logps(hidden, batch, config.temperature)
+        found[batch.token_columns["place"].cpu()] = logps.double().cpu()
+    return model.mesh.sum(found).numpy()  # a token lies on one rank only, the others have 0 there
+
+
+def evaluate(
+    prompts: Prompts, sample: Sampler, reward: Reward, template: Template, config: RolloutConfig, mesh: Mesh
+) -> tuple[dict[str, float], Rollout]:
+    """Mean reward of one sample to each prompt at --eval-temperature, under eval/; the same draws every time."""
+    own = seeds(config.seed, 0, len(prompts.ids), 1)
+    found = collect(prompts, sample, reward, template, config, mesh, own, config.eval_temperature)
+    row = found.metrics()
+    del row["frac_reward_zero_std"]
+    return {f"eval/{name}": value for name, value in row.items()}, found
+
+
+def check(prompts: Prompts, config: RolloutConfig) -> None:
+    """ValueError where a prompt with all its samples at their longest would fit no micro-batch: it would fail later."""
+    longest = max(map(len, prompts.ids)) + config.group_size * config.max_new_tokens
+    if not config.share_prompts:
+        longest += (config.group_size - 1) * max(map(len, prompts.ids))
+    if longest > config.max_tokens:
+        raise ValueError(
+            f"a prompt and its {config.group_size} samples may have {longest} tokens, more than a micro-batch of "
+            f"{config.max_tokens}: raise --max-tokens to {longest}, or lower --max-new-tokens or --group-size"
+        )
+
+
+def log_samples(out: str, step: int, found: Rollout, advantages: np.ndarray | None = None) -> None:
+    """Appends the samples of the first prompts of a step to OUT/samples.jsonl."""
+    group = len(found.samples) // len(found.prompts.ids)
+    with open(Path(out) / "samples.jsonl", "a", encoding="utf-8") as file:
+        for i in range(min(len(found.samples), SHOWN * group)):
+            row = {"step": step, "prompt": found.prompts.prompts[i // group], "response": found.texts[i]}
+            row |= {"reward": found.rewards[i].item(), "ended": found.samples[i].ended}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def forget_samples(out: str, step: int) -> None:
+    """Drops logged samples of steps that a resumed run takes again."""
+    path = Path(out) / "samples.jsonl"
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        path.write_text("".join(kept), encoding="utf-8")
+
+
+# ---- a server --------------------------------------------------------------------------------------------------------
+
+
+class Server:
+    """An OpenAI-compatible completion server (vLLM, SGLang) that samples in this process's stead.
+
+    Prompts go as token ids, one request each; the samples come back as token ids (vLLM's return_token_ids), or as
+    logprobs.tokens of the form token_id:N, or else as text, which is tokenised again (a warning says so). Its
+    generation defaults (top_p and the like, from generation_config.json) are overridden: training needs the plain
+    distribution. OPENAI_API_KEY, if set, goes along.
+    """
+
+    def __init__(self, template: Template, config: RolloutConfig):
+        self.url, self.config, self.template = config.rollout_url.rstrip("/").removesuffix("/v1"), config, template
+        self.warned = False
+        if not self.url.startswith(("http://", "https://")):
+            raise ValueError(f"--rollout-url {config.rollout_url} must begin with http:// or https://")
+        models = self._request("/v1/models", None)
+        try:
+            self.model = models["data"][0]["id"]
+        except (LookupError, TypeError):
+            raise OSError(f"--rollout-url {self.url} serves no model: {str(models)[:200]}") from None
+
+    def sample(self, ids: list[list[int]], seeds: list[int], n: int, temperature: float) -> list[Sample]:
+        """A Sampler; requests go side by side, so that the server can fill its batches."""
+        with ThreadPoolExecutor(min(64, len(ids))) as pool:
+            parts = pool.map(lambda i: self._complete(ids[i], seeds[i * n], n, temperature), range(len(ids)))
+            return [sample for part in parts for sample in part]
+
+    def reload(self, folder: Path) -> None:
+        """Has the server load the weights in a folder, by the user's command. OSError: what went wrong."""
+        command = self.config.rollout_reload.replace("{folder}", shlex.quote(str(folder)))
+        try:
+            done = subprocess.run(
+                shlex.split(command), capture_output=True, text=True, timeout=self.config.rollout_timeout
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise OSError(f"--rollout-reload: {command} did not run: {error}") from None
+        if done.returncode:
+            raise OSError(
+                f"--rollout-reload: {command} failed ({done.returncode}): {(done.stderr or done.stdout)[-500:]}"
+            )
+
+    def _complete(self, prompt: list[int], seed: int, n: int, temperature: float) -> list[Sample]:
+        body = {
+            "model": self.model, "prompt": prompt, "n": n, "max_tokens": self.config.max_new_tokens,
+            "temperature": temperature, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0,
+            "seed": seed % 2**31, "stop_token_ids": sorted(self.template.stop_ids), "logprobs": 1,
+            "return_token_ids": True, "return_tokens_as_token_ids": True,
+        }  # fmt: skip
+        choices = self._request("/v1/completions", body).get("choices", [])
+        if len(choices) != n:
+            raise OSError(f"--rollout-url {self.url}: asked for {n} samples, got {len(choices)}")
+        return [self._read(choice, temperature) for choice in sorted(choices, key=lambda c: c.get("index", 0))]
+
+    def _read(self, choice: dict, temperature: float) -> Sample:
+        given = choice.get("logprobs") or {}
+        tokens, names = choice.get("token_ids"), given.get("tokens") or []
+        if tokens is None and names and all(re.fullmatch(r"token_id:\d+", str(name)) for name in names):
+            tokens = [int(name[9:]) for name in names]
+        if tokens is None:
+            tokens = self.template.tokenizer.encode(choice.get("text") or "")
+            if not self.warned:
+                print(f"warning: {self.url} returns text, not token ids: it is tokenised again", file=sys.stderr)
+                self.warned = True
+        tokens = [int(token) for token in tokens]
+        logps = given.get("token_logprobs") or []
+        if choice.get("finish_reason") == "stop" and (not tokens or tokens[-1] not in self.template.stop_ids):
+            tokens.append(self.template.tokenizer.eos)  # some engines keep the end token to themselves
+        if not tokens:
+            raise OSError(f"--rollout-url {self.url} returned an empty sample that did not end")
+        # Engines report log-probs at temperature 1, whatever they sampled at: of use where that is the same.
+        if len(logps) != len(tokens) or temperature != 1 or None in logps:
+            logps = [float("nan")] * len(tokens)
+        return Sample(tokens, logps, logps, tokens[-1] in self.template.stop_ids)
+
+    def _request(self, path: str, body: dict | None) -> dict:
+        """GET, or POST of a JSON body; tried again where that may help. OSError: no answer, or a refusal."""
+        headers = {"Content-Type": "application/json"}
+        if os.environ.get("OPENAI_API_KEY"):
+            headers["Authorization"] = f"Bearer {os.environ['OPENAI_API_KEY']}"
+        request = urllib.request.Request(self.url + path, json.dumps(body).encode() if body else None, headers)
+        reason = ""
+        for attempt in range(TRIES):
+            if attempt:
+                time.sleep(2 ** (attempt - 1))
+            try:
+                with urllib.request.urlopen(request, timeout=self.config.rollout_timeout) as answer:
+                    return json.load(answer)
+            except urllib.error.HTTPError as error:
+                reason = f"{error.code}: {error.read().decode(errors='replace')[:300]}"
+                if error.code < 500 and error.code not in (408, 429):
+                    raise OSError(f"--rollout-url {self.url}{path} refused: {reason}") from None
+            except (OSError, ValueError) as error:  # no connection, a time-out, half an answer
+                reason = str(error)
+        raise OSError(f"--rollout-url {self.url}{path}: no answer in {TRIES} tries ({reason}): is the server up?")

@@ -1,0 +1,246 @@
+"""Advantages and policy losses of the online algorithms against plain Python loops and numbers worked out by hand."""
+
+import math
+import statistics
+
+import numpy as np
+import pytest
+import torch
+
+import losses
+
+LENGTHS = [3, 1, 5, 2, 4, 1]  # of six responses, two prompts of three
+RESPONSE = [i for i, n in enumerate(LENGTHS) for _ in range(n)]
+
+
+def tensor(x) -> torch.Tensor:
+    return torch.tensor(x, dtype=torch.float64)
+
+
+def draw(seed: int, *shape: int, scale: float = 1.0) -> list:
+    return np.random.default_rng(seed).normal(0, scale, shape).tolist()
+
+
+def close(got: torch.Tensor, wanted: list, near: float = 1e-12) -> None:
+    assert got.tolist() == pytest.approx(wanted, abs=near, rel=0)
+
+
+def parts(values: list) -> list[list]:
+    """Flat tokens -> a list a response."""
+    starts = [sum(LENGTHS[:i]) for i in range(len(LENGTHS))]
+    return [values[start : start + n] for start, n in zip(starts, LENGTHS)]
+
+
+# ---- what a sample is worth ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.95, 1.0])
+@pytest.mark.parametrize("lam", [0.0, 0.95, 1.0])
+def test_gae_is_the_sum_over_all_later_errors(gamma: float, lam: float):
+    """A_t = Σ_k (γλ)^k δ_{t+k} (Eq. 16, the definition, not the recursion), and nothing crosses into a neighbour."""
+    rewards, values = draw(0, sum(LENGTHS)), draw(1, sum(LENGTHS))
+    wanted = []
+    for r, v in zip(parts(rewards), parts(values)):
+        delta = [r[t] + gamma * (v[t + 1] if t + 1 < len(v) else 0.0) - v[t] for t in range(len(r))]
+        wanted += [sum((gamma * lam) ** k * d for k, d in enumerate(delta[t:])) for t in range(len(r))]
+    advantages, returns = losses.gae(tensor(rewards), tensor(values), torch.tensor(LENGTHS), gamma, lam)
+    close(advantages, wanted)
+    close(returns, [a + v for a, v in zip(wanted, values)])
+
+
+def test_gae_by_hand():
+    """Rewards 0, 0, 1 and values 0.5, 0.4, 0.8 (then one response of a single token), γ = 1, λ = 0.95 and 0, 1."""
+    rewards, values, lengths = tensor([0, 0, 1, 2]), tensor([0.5, 0.4, 0.8, 0.5]), tensor([3.0, 1.0])
+    close(losses.gae(rewards, values, lengths, 1.0, 0.0)[0], [-0.1, 0.4, 0.2, 1.5])
+    close(losses.gae(rewards, values, lengths, 1.0, 1.0)[0], [0.5, 0.6, 0.2, 1.5])
+    # 0.2; 0.4 + 0.95 · 0.2 = 0.59; -0.1 + 0.95 · 0.59 = 0.4605
+    close(losses.gae(rewards, values, lengths, 1.0, 0.95)[0], [0.4605, 0.59, 0.2, 1.5])
+    # γ = 0.5: errors 0 + 0.2 - 0.5, 0.4 - 0.4, 1 - 0.8
+    close(losses.gae(rewards, values, lengths, 0.5, 0.0)[0], [-0.3, 0.0, 0.2, 1.5])
+
+
+def test_kl_estimators_by_hand_and_in_expectation():
+    """The formulas at a point; over a whole distribution k1 and k3 average to the KL, and k2's slope is the KL's."""
+    at = {kind: losses.kl_estimate(tensor([-1.0]), tensor([-1.5]), kind).item() for kind in losses.KL_ESTIMATORS}
+    assert at == pytest.approx({"k1": 0.5, "k2": 0.125, "k3": math.exp(-0.5) - 0.5, "abs": 0.5}, abs=1e-12)
+    below = losses.kl_estimate(tensor([-1.5]), tensor([-1.0]), "abs")
+    assert below.item() == 0.5 and losses.kl_estimate(tensor([-1.5]), tensor([-1.0]), "k1").item() == -0.5
+    logits = tensor(draw(2, 7)).requires_grad_()
+    ref = tensor(draw(3, 7)).log_softmax(0)
+    logp = logits.log_softmax(0)
+    kl = (logp.exp() * (logp - ref)).sum()
+    p = logp.detach().exp()
+    for kind in ("k1", "k3"):
+        assert (p * losses.kl_estimate(logp, ref, kind)).sum().item() == pytest.approx(kl.item(), abs=1e-12)
+    (true_slope,) = torch.autograd.grad(kl, logits, retain_graph=True)
+    for kind, wanted in (("k2", true_slope), ("k1", torch.zeros(7))):
+        (slope,) = torch.autograd.grad((p * losses.kl_estimate(logp, ref, kind)).sum(), logits, retain_graph=True)
+        close(slope, wanted.tolist())
+    with pytest.raises(ValueError, match="unknown KL estimator 'k4'"):
+        losses.kl_estimate(logp, ref, "k4")
+
+
+def test_token_rewards_put_the_reward_at_the_last_token():
+    """-β kl everywhere, and the reward where each response ends."""
+    kl = draw(4, sum(LENGTHS))
+    rewards = draw(5, len(LENGTHS))
+    wanted = [[-0.3 * k for k in part] for part in parts(kl)]
+    for part, reward in zip(wanted, rewards):
+        part[-1] += reward
+    close(losses.token_rewards(tensor(rewards), tensor(kl), torch.tensor(LENGTHS), 0.3), sum(wanted, []))
+
+
+def test_whitening_over_parts_is_whitening_of_the_whole():
+    """Moments of three parts add up to those of the whole; mean 0 and sample deviation 1, or the mean kept."""
+    x = draw(6, 40, scale=3.0)
+    mean, deviation = statistics.fmean(x), math.sqrt(statistics.variance(x) + 1e-8)
+    totals = sum(losses.moments(tensor(x[a:b])) for a, b in ((0, 1), (1, 25), (25, 40)))
+    close(losses.whiten(tensor(x), totals), [(v - mean) / deviation for v in x])
+    close(losses.whiten(tensor(x), totals, shift=False), [(v - mean) / deviation + mean for v in x])
+    close(losses.whiten(tensor([2.0]), losses.moments(tensor([2.0]))), [0.0])  # one value: no deviation, no NaN
+
+
+def test_group_baselines():
+    """rloo, dr_grpo and grpo in plain numbers, and by hand; a group that agrees teaches nothing."""
+    rewards = draw(7, 5, 4)
+    mean = statistics.fmean
+    wanted = {
+        "rloo": [[r - mean(g[:i] + g[i + 1 :]) for i, r in enumerate(g)] for g in rewards],
+        "dr_grpo": [[r - mean(g) for r in g] for g in rewards],
+        "grpo": [[(r - mean(g)) / (statistics.stdev(g) + 1e-4) for r in g] for g in rewards],
+    }
+    for name, values in wanted.items():
+        close(getattr(losses, name)(tensor(rewards)).flatten(), sum(values, []))
+        assert not getattr(losses, name)(torch.full((2, 3), 0.7, dtype=torch.float64)).abs().max() > 1e-9
+    close(losses.rloo(tensor([[1.0, 2.0, 6.0]]))[0], [-3.0, -1.5, 4.5])
+    close(losses.dr_grpo(tensor([[1.0, 2.0, 6.0]]))[0], [-2.0, -1.0, 3.0])
+    close(losses.grpo(tensor([[0.0, 0.0, 3.0]]))[0], [-1 / (math.sqrt(3) + 1e-4)] * 2 + [2 / (math.sqrt(3) + 1e-4)])
+
+
+@pytest.mark.parametrize("name", losses.ADVANTAGES)
+def test_advantages_of_a_step_with_a_penalty_in_the_reward(name: str):
+    """Per token, (M,): group baselines of reward - β Σ kl; reinforce++ whitens the reward to go over tokens."""
+    rewards, kl, beta = draw(8, len(LENGTHS)), draw(9, sum(LENGTHS)), 0.4
+    whole = [r - beta * sum(part) for r, part in zip(rewards, parts(kl))]
+    groups = [whole[:3], whole[3:]]
+    mean = statistics.fmean
+    match name:
+        case "reinforce++":
+            to_go = [r - beta * sum(part[t:]) for r, part in zip(rewards, parts(kl)) for t in range(len(part))]
+            deviation = math.sqrt(statistics.variance(to_go) + 1e-8)
+            wanted = [(x - mean(to_go)) / deviation for x in to_go]
+        case "rloo":
+            per = [x - mean(g[:i] + g[i + 1 :]) for g in groups for i, x in enumerate(g)]
+            wanted = [per[i] for i in RESPONSE]
+        case _:
+            scale = [statistics.stdev(g) + 1e-4 if name == "grpo" else 1.0 for g in groups]
+            per = [(x - mean(g)) / s for g, s in zip(groups, scale) for x in g]
+            wanted = [per[i] for i in RESPONSE]
+    close(losses.advantages(name, tensor(rewards), tensor(kl), torch.tensor(LENGTHS), 3, beta), wanted)
+
+
+def test_settings_that_cannot_be_are_refused():
+    """A group of one has nothing to be compared to, unless the baseline is that of the whole step."""
+    flat, lengths = tensor(draw(0, sum(LENGTHS))), torch.tensor(LENGTHS)
+    rewards = tensor(draw(1, len(LENGTHS)))
+    for name in ("rloo", "grpo", "dr_grpo"):
+        with pytest.raises(ValueError, match="group of 2 or more"):
+            losses.advantages(name, rewards, flat, lengths, 1)
+    assert losses.advantages("reinforce++", rewards, flat, lengths, 1).isfinite().all()
+    with pytest.raises(ValueError, match="unknown advantage"):
+        losses.advantages("gae", rewards, flat, lengths, 3)
+    with pytest.raises(ValueError, match="unknown loss"):
+        losses.policy_gradient(flat, flat, flat, torch.tensor(RESPONSE), lengths, "ppo")
+    with pytest.raises(ValueError, match="unknown aggregate"):
+        losses.token_weights(lengths, lengths, "batch")
+
+
+# ---- what the policy learns ------------------------------------------------------------------------------------------
+
+
+def plain_policy_loss(loss: str, logps, old, advantage, low, high) -> tuple[list[float], list[float], list[float]]:
+    """(losses, d Σ losses / d logps, where the clip held), token by token, slopes written out by hand."""
+    found, slopes, held = [], [], []
+    ratios = [math.exp(a - b) for a, b in zip(logps, old)]
+    if loss == "gspo":
+        means = [statistics.fmean(a - b for a, b in zip(*pair)) for pair in zip(parts(logps), parts(old))]
+        ratios = [math.exp(means[i]) for i in RESPONSE]
+    for rho, lp, a in zip(ratios, logps, advantage):
+        if loss == "reinforce":
+            found, slopes, held = found + [-a * lp], slopes + [-a], held + [0.0]
+        elif loss == "cispo":
+            weight = min(rho, 1 + high)
+            found, slopes, held = found + [-weight * a * lp], slopes + [-weight * a], held + [float(rho > 1 + high)]
+        else:
+            stopped = rho > 1 + high if a > 0 else rho < 1 - low
+            bound = min(max(rho, 1 - low), 1 + high)
+            found, held = found + [-min(rho * a, bound * a)], held + [float(stopped)]
+            slopes.append(0.0 if stopped else -rho * a)
+    if loss == "gspo":  # every token of a response moves the ratio that all of them share
+        slopes = [statistics.fmean(part) for part in parts(slopes)]
+        slopes = [slopes[i] for i in RESPONSE]
+    return found, slopes, held
+
+
+@pytest.mark.parametrize("loss", losses.POLICY_LOSSES)
+@pytest.mark.parametrize("clips", [(None, None), (0.1, 0.3)])
+def test_policy_losses_and_slopes_in_plain_numbers(loss: str, clips: tuple):
+    """Values, slopes by the log-probs, ratios and clip fractions; the ratios spread to both sides of every bound."""
+    sized = 0.001 if loss == "gspo" and clips[0] is None else 0.5 if loss != "cispo" else 1.5
+    logps, advantage = draw(10, sum(LENGTHS)), draw(11, sum(LENGTHS))
+    if loss == "gspo":
+        advantage = [advantage[i] for i in RESPONSE]
+    old = [a - b for a, b in zip(logps, draw(12, sum(LENGTHS), scale=sized))]
+    low, high = (own if given is None else given for own, given in zip(losses.POLICY_LOSSES[loss], clips))
+    wanted, slopes, held = plain_policy_loss(loss, logps, old, advantage, low, high)
+    assert loss == "reinforce" or 0 < sum(held) < len(held)
+    new = tensor(logps).requires_grad_()
+    got, metrics = losses.policy_gradient(
+        new, tensor(old), tensor(advantage), torch.tensor(RESPONSE), torch.tensor(LENGTHS), loss, *clips
+    )
+    close(got, wanted)
+    close(metrics["clip_fraction"], held)
+    close(torch.autograd.grad(got.sum(), new)[0], slopes)
+    assert not metrics["ratio"].requires_grad
+
+
+@pytest.mark.parametrize("loss", losses.POLICY_LOSSES)
+def test_before_the_first_update_every_loss_has_the_policy_gradient(loss: str):
+    """π = π_old: the ratio is 1, nothing is clipped, and the slope is -A (gspo: its mean over the response)."""
+    new, advantage = tensor(draw(13, sum(LENGTHS))).requires_grad_(), draw(14, len(LENGTHS))
+    at = tensor([advantage[i] for i in RESPONSE])
+    got, metrics = losses.policy_gradient(new, new.detach(), at, torch.tensor(RESPONSE), torch.tensor(LENGTHS), loss)
+    assert (metrics["ratio"] == 1).all() and (metrics["clip_fraction"] == 0).all()
+    close(torch.autograd.grad(got.sum(), new)[0], (-at).tolist())
+
+
+def test_the_surrogate_and_the_value_loss_by_hand():
+    """PPO's four corners at ε = 0.2, and a value that moved further than its clip allows."""
+    ratio, advantage = tensor([1.5, 1.5, 0.5, 0.5, 1.1, 0.5]), tensor([1.0, -1.0, 1.0, -1.0, 2.0, 0.0])
+    found, held = losses.clipped_surrogate(ratio, advantage, 0.2, 0.2)
+    close(found, [-1.2, 1.5, -0.5, 0.8, -2.2, 0.0])
+    close(held, [1.0, 0.0, 0.0, 1.0, 0.0, 0.0])
+    # V = 1, V_old = 0, R = 0: clipped to 0.2 it would look better, so the worse ½ counts. V = 0, R = 1, V_old = -1:
+    # the clipped value -0.8 is the worse one: ½ · 1.8². Within the clip both are the same.
+    found, held = losses.clipped_value(tensor([1.0, 0.0, 0.1]), tensor([0.0, -1.0, 0.0]), tensor([0.0, 1.0, 0.6]), 0.2)
+    close(found, [0.5, 1.62, 0.125])
+    close(held, [0.0, 1.0, 0.0])
+
+
+@pytest.mark.parametrize("how", losses.AGGREGATES)
+def test_aggregation_of_a_step_does_not_depend_on_its_parts(how: str):
+    """Mean over tokens, mean of means, sum over a constant: in plain numbers, whole or in two micro-batches."""
+    values = draw(15, sum(LENGTHS))
+    n, tokens = len(LENGTHS), sum(LENGTHS)
+    wanted = {
+        "token": sum(values) / tokens,
+        "sequence": statistics.fmean(statistics.fmean(part) for part in parts(values)),
+        "constant": sum(values) / (n * 50),
+    }[how]
+    step = tensor(LENGTHS)
+    for cut in (0, 2, 6):
+        total = 0.0
+        for rows in (range(cut), range(cut, n)):
+            weights = losses.token_weights(step[list(rows)], step, how, 50)
+            total += sum(w.item() * sum(parts(values)[i]) for w, i in zip(weights, rows))
+        assert total == pytest.approx(wanted, abs=1e-12)
