@@ -17,6 +17,7 @@ import contextlib
 import datetime
 import math
 import os
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -263,25 +264,40 @@ def close() -> None:
         dist.destroy_process_group()
 
 
+def is_about_others(error: Exception) -> bool:
+    """Whether an error only says that talking to the others failed, and not why."""
+    return isinstance(error, dist.DistError) or "gloo/" in str(error)  # gloo's are plain RuntimeErrors
+
+
 def last_words(mesh: Mesh, words: str, patience: float) -> str:
     """Leaves this rank's last words in the store, and reads the others': who failed first, and who does not answer.
 
-    Called when something failed; the groups may be broken by then, the store is not. patience: seconds to wait for the
-    others' words.
+    Called when something failed; the groups may be broken by then, torchrun's store is not. patience: seconds to wait
+    for the others' words.
     """
     said: dict[int, str] = {}
-    try:
+    until = time.monotonic() + patience
+
+    def talk() -> None:
+        with contextlib.suppress(RuntimeError):  # the store is gone
+            ask()
+
+    def ask() -> None:
         mesh.store.set(f"last words {mesh.rank}", f"{time.time()} {words}")
-        until = time.monotonic() + patience
-        while len(said) < mesh.world:
+        while True:
             for other in range(mesh.world):
                 if other not in said and mesh.store.check([f"last words {other}"]):
                     said[other] = mesh.store.get(f"last words {other}").decode()
-            if time.monotonic() >= until:
-                break
+            if len(said) == mesh.world or time.monotonic() >= until:
+                return
             time.sleep(0.05)
-    except RuntimeError:
-        return "rank 0 does not answer: it is dead, or the network to its node is"
+
+    # In a thread: without torchrun rank 0 holds the store, and a store that hangs lets its callers wait for ever.
+    thread = threading.Thread(target=talk, daemon=True)
+    thread.start()
+    thread.join(patience + 1)
+    if mesh.rank not in said:
+        return "rank 0 does not answer: it is dead or hung, or the network to its node is"
     silent = [str(other) for other in range(mesh.world) if other not in said]
     if silent:
         return f"rank {', '.join(silent)} does not answer: dead, or hung"
