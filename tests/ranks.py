@@ -1,53 +1,67 @@
-"""Many ranks on one machine, forked from the test: 0.1 s instead of torchrun's 12."""
+"""Ranks that may fail: forked processes with exit codes, signals and what each of them printed."""
 
+import faulthandler
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+
+STARTED: list["Ranks"] = []
 
 
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+def kill_all() -> None:
+    """Ends every rank that is left."""
+    while STARTED:
+        STARTED.pop().kill()
 
 
 class Ranks:
     """Processes that run `body(rank)` each, with torchrun's variables set; what they print goes to LOGS/rank_N.txt.
 
-    A body patches what it likes before it starts: the fork keeps it from this process.
+    A body patches what it likes before it starts: the fork keeps it from this process. This process holds the store, as
+    torchrun's agent does.
     """
 
     def __init__(self, world: int, body: Callable[[int], None], logs: Path):
         w = torch.nn.Parameter(torch.ones(4))
         w.grad = torch.ones(4)
         torch.optim.AdamW([w], fused=True).step()  # imports what an optimizer imports once, not in every rank
-        self.logs, port = logs, free_port()
+        self.logs, self.store = logs, dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         logs.mkdir(parents=True, exist_ok=True)
         fork = multiprocessing.get_context("fork")
-        self.processes = [fork.Process(target=_work, args=(r, world, port, body, logs)) for r in range(world)]
+        self.processes = [
+            fork.Process(target=_work, args=(r, world, self.store.port, body, logs)) for r in range(world)
+        ]
+        STARTED.append(self)
         for process in self.processes:
             process.start()
 
     def wait(self, seconds: float = 120.0, ranks: list[int] | None = None) -> list[int | None]:
-        """Exit codes (minus the signal that ended a rank), of some ranks or of all; then kills those that are left."""
+        """Exit codes (minus the signal that ended a rank), of some ranks or of all; then kills those that are left,
+        which say first where they were.
+        """
         until = time.monotonic() + seconds
         wanted = [self.processes[r] for r in (range(len(self.processes)) if ranks is None else ranks)]
         for process in wanted:
             process.join(max(0.0, until - time.monotonic()))
         codes = [process.exitcode for process in wanted]
-        for process in self.processes:
-            if process.is_alive():
-                process.kill()
-                process.join()
+        if None in codes:
+            for process in filter(multiprocessing.Process.is_alive, wanted):
+                os.kill(process.pid, signal.SIGUSR2)
+            time.sleep(0.5)
+        self.kill()
         return codes
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
 
     def text(self, rank: int) -> str:
         """What a rank has printed, errors included."""
@@ -62,14 +76,7 @@ def _work(rank: int, world: int, port: int, body: Callable[[int], None], logs: P
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_DFL)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    os.environ["WORLD_SIZE"] = str(world)
+    os.environ.update(WORLD_SIZE=str(world), TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0")
     torch.set_num_threads(1)
+    faulthandler.register(signal.SIGUSR2)
     body(rank)
-
-
-def launch(world: int, body: Callable[[int], None], logs: Path, seconds: float = 120.0) -> Ranks:
-    """Runs `body(rank)` on every rank and asserts that all end well."""
-    ranks = Ranks(world, body, logs)
-    codes = ranks.wait(seconds)
-    assert not any(codes), f"{codes}\n" + "\n".join(f"rank {r}:\n{ranks.text(r)}" for r in range(world))
-    return ranks
