@@ -171,6 +171,8 @@ def dpo(
     Returns per-pair losses (B,) and metrics, each detached (B,), under TRL's names. `average_logps` divides every
     log-prob by its length first. `running_mean` is bco_pair's δ. ValueError: unknown loss, or one that cannot be.
     """
+    if not beta > 0:
+        raise ValueError(f"--beta {beta} must be above 0: 0.1 is common, smaller strays further from the reference")
     pi_c, pi_r, ref_c, ref_r, len_c, len_r, gt_c, gt_r = pairs
     if average_logps:
         pi_c, ref_c, pi_r, ref_r = pi_c / len_c, ref_c / len_c, pi_r / len_r, ref_r / len_r

@@ -93,6 +93,12 @@ def set_up(config: RunConfig, mesh: Mesh, say: Callable[[str], Any] = print) -> 
     for flag in ("batch_size", "max_tokens", "max_length", "log_every", "epochs"):
         if getattr(config, flag) < 1:
             raise ValueError(f"--{flag.replace('_', '-')} must be at least 1, not {getattr(config, flag)}")
+    for flag, value in vars(config).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"--{flag.replace('_', '-')} {value} is no number to compute with")
+    for flag in ("max_steps", "max_minutes", "eval_every", "save_every", "samples", "keep", "max_bad_rows", "clip"):
+        if getattr(config, flag) < 0:
+            raise ValueError(f"--{flag.replace('_', '-')} {getattr(config, flag)} is below 0")
     if not 0 <= config.warmup <= 1:
         raise ValueError(f"--warmup {config.warmup} is a share of all steps: between 0 and 1")
     if config.device == "cuda" and not torch.cuda.is_available():

@@ -686,7 +686,6 @@ def test_impossible_configs_are_refused(tmp_path: Path):
     in_a_small_process(check)
 
 
-@pytest.mark.xfail(strict=True, reason="damage() takes an empty manifest for a whole checkpoint, and breaks on others")
 @quick
 @given(st.data())
 def test_any_manifest_is_whole_or_says_what_is_wrong(tmp_path: Path, data):
