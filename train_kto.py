@@ -180,9 +180,9 @@ def main(argv: list[str] | None = None) -> None:
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
     log = runtime.Log(config, state.step, total, mesh)
+    meter, nonfinite = runtime.Meter(model.c, device, mesh), runtime.NonFinite()
     if cost and not start:
         log.row({"step": 0, **cost})
-    meter, nonfinite = runtime.Meter(model.c, device, mesh), runtime.NonFinite()
     for step in range(state.step, total):
         meter.start()
         examples = np.arange(starts[step], starts[step + 1])

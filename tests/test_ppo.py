@@ -1,19 +1,15 @@
 """PPO: its step is a plain loop's, does not depend on how it is cut, resumes bit for bit; it learns what pays."""
 
 import json
-import multiprocessing
-import os
-import socket
 import statistics
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import read_metrics
+from launch import launch, weights_in
 from plain import PlainModel, PlainTrainer
-from safetensors.torch import load_file
 
 import checkpoint
 import hf
@@ -38,8 +34,7 @@ def flags_of(toy: Path, **more) -> dict:
 
 
 def weights(out: Path, part: str = "final") -> dict:
-    """All of a folder's, be they in one file or in one a stage."""
-    return {name: w for file in (out / part).glob("*.safetensors") for name, w in load_file(file).items()}
+    return weights_in(out / part)
 
 
 def largest_gap(a: dict, b: dict) -> float:
@@ -174,38 +169,18 @@ def test_a_step_equals_a_plain_loop_in_float64(
 # ---- whatever the layout ---------------------------------------------------------------------------------------------
 
 
-def run_ranks(world: int, out: Path, flags: dict) -> None:
-    """The script on several processes, forked: quick, and they share the parent's imports."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+def one_rank(words: list[str]) -> list[np.ndarray]:
+    """A run's advantages, of each step (M,), as this rank sees them."""
+    seen, judge = [], train_ppo.judge
 
-    def rank(number: int) -> None:
-        os.environ |= {"RANK": str(number), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        torch.set_num_threads(1)
-        keep = train_ppo.judge
+    def spy(found, *rest):
+        row = judge(found, *rest)
+        seen.append(found.data.token_columns["advantage"][found.data.scored == 1])
+        return row
 
-        def judge(found, *rest):
-            row = keep(found, *rest)
-            np.save(f"{out}-advantages-{number}", found.data.token_columns["advantage"])
-            return row
-
-        train_ppo.judge = judge
-        sys.stderr = open(f"{out}-rank-{number}.log", "w")  # noqa: SIM115 - as long as the process
-        train_ppo.main(["--out", str(out), *words])
-        sys.stderr.flush()
-        os._exit(0)
-
-    ranks = [multiprocessing.get_context("fork").Process(target=rank, args=(i,)) for i in range(world)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(120)
-    codes = [process.exitcode for process in ranks]
-    for process in ranks:
-        process.kill()
-    assert codes == [0] * world, [Path(f"{out}-rank-{i}.log").read_text()[-2000:] for i in range(world)]
+    train_ppo.judge = spy  # in a process of its own
+    train_ppo.main(words)
+    return seen
 
 
 def test_ranks_change_nothing(toy: Path, double: Path, tmp_path: Path, train):
@@ -216,17 +191,17 @@ def test_ranks_change_nothing(toy: Path, double: Path, tmp_path: Path, train):
         batch_size=5, entropy_weight=0.01, max_tokens=300, eval_data=toy / "world" / "prompts_test.jsonl",
         log_samples=1, samples=0,
     )  # fmt: skip
-    train(train_ppo, tmp_path / "cpu", **flags)  # threads of the parent are started before it forks
-    run_ranks(1, tmp_path / "one", flags)
-    for name, world, more in (("dp2", 2, {}), ("tp2", 2, {"tp": 2}), ("cp2", 2, {"cp": 2}), ("pp2", 2, {"pp": 2})):
-        run_ranks(world, tmp_path / name, {**flags, **more})
+    words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+    (wanted,) = launch(1, one_rank, ["--out", str(tmp_path / "one"), *words])
+    for name in ("dp", "tp", "cp", "pp"):
+        layout = ["--out", str(tmp_path / name), *([] if name == "dp" else [f"--{name}", "2"])]
+        for found in launch(2, one_rank, [*layout, *words]):
+            for mine, one in zip(found, wanted, strict=True):
+                assert np.abs(mine - one).max() < 1e-10 and mine.std() > 0.5
         for row, like in zip(read_metrics(tmp_path / name), read_metrics(tmp_path / "one"), strict=True):
             assert row.keys() == like.keys()
             for key in row:
                 assert row[key] == pytest.approx(like[key], abs=1e-10), f"{name}: {key}"
-        for rank in range(world):
-            mine, one = (np.load(f"{tmp_path / run}-advantages-{i}.npy") for run, i in ((name, rank), ("one", 0)))
-            assert np.abs(mine - one).max() < 1e-10 and mine.std() > 0
         for part in ("final", "critic"):
             assert largest_gap(weights(tmp_path / name, part), weights(tmp_path / "one", part)) < 1e-10
         samples = [(tmp_path / run / "samples.jsonl").read_text().splitlines() for run in (name, "one")]

@@ -1,6 +1,9 @@
 """Rejection sampling: what is kept is the best of what was drawn; files that SFT and DPO take; resumes."""
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +18,8 @@ import train_sft
 from data.dataset import Prompts
 from generate import Sample
 from rollout import Rollout, trees
+
+ROOT = Path(__file__).parents[1]
 
 
 def flags_of(toy: Path, **more) -> dict:
@@ -118,3 +123,20 @@ def test_settings_that_cannot_be_are_refused(toy: Path, tmp_path: Path, train):
     ):
         with pytest.raises(ValueError, match=words):
             train(train_rejection, tmp_path / words[:5], **flags_of(toy, **more))
+
+
+def test_the_loop_of_the_readme_runs(toy: Path, tmp_path: Path):
+    """Iterative DPO as README.md has it: one round, thirty prompts, a model of random weights."""
+    text = (ROOT / "README.md").read_text()
+    loop = next(block for block in re.findall(r"```sh\n(.*?)```", text, re.S) if "train_rejection.py" in block)
+    for old, new in (
+        ("1 2 3", "1"), ("--prompts 512", "--prompts 30"), ("runs/sft/final", str(toy / "model")),
+        ("runs/toy/sft.jsonl", str(toy / "world/sft.jsonl")),
+        ("runs/rm/final", "length:20"), ("runs/", f"{tmp_path}/"), ("python ", f"{sys.executable} "),
+    ):  # fmt: skip
+        assert old in loop
+        loop = loop.replace(old, new)
+    done = subprocess.run(["bash", "-ec", loop], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert rows_of(tmp_path / "pairs_1" / "pairs.jsonl")
+    assert (tmp_path / "iterated_1" / "final" / "model.safetensors").exists()
