@@ -157,7 +157,7 @@ class Runner:
                 if seed == self.show:
                     print(f"$ python {shlex.join(line.split())}", flush=True)
                 try:
-                    failed = python(line, log).returncode
+                    failed: int | str = python(line, log).returncode
                 except OSError as reason:  # a full disk, no process to be had: the others must hear of it too
                     failed = str(reason)
                 if failed:

@@ -20,9 +20,9 @@ import os
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, overload
 
 import torch
 import torch.distributed as dist
@@ -410,7 +410,15 @@ def gather_rows(x: Tensor, shares: list[Tensor], group: Group) -> Tensor:
 # ---- pipeline parallel -----------------------------------------------------------------------------------------------
 
 
-def pipeline(model: Any, batches: list[Any], optimizer: "AdamW | None" = None) -> Iterator[tuple[Any, Tensor]]:
+@overload
+def pipeline(model: Any, batches: Iterable[Any]) -> Iterator[tuple[Any, Tensor]]: ...
+
+
+@overload
+def pipeline(model: Any, batches: list[Any], optimizer: "AdamW") -> Iterator[tuple[Any, Tensor]]: ...
+
+
+def pipeline(model: Any, batches: Any, optimizer: "AdamW | None" = None) -> Iterator[tuple[Any, Tensor]]:
     """Micro-batches one after another, each with its final hidden states; the caller's loop computes the loss and calls
     backward on it. Without an optimizer, under torch.no_grad(), only forward.
 
@@ -479,7 +487,8 @@ def _one_forward_one_backward(model: Any, batches: list[Any], optimizer: "AdamW"
 def _exchange(model: Any, send: tuple[int, Tensor] | None = None, receive: tuple[int, Any] | None = None):
     """Sends a tensor to a neighbour stage (-1 before, 1 after) and receives one of a micro-batch's shape, at once."""
     pp, here = model.mesh.group("pp"), model.mesh.pp_rank
-    x, transfers = None, []
+    x = None
+    transfers: list[tuple[Callable, Tensor, int]] = []
     if send:
         out = send[1].detach().contiguous()
         SENT["pp"] += out.nbytes
@@ -597,7 +606,7 @@ class AdamW:
     runs: `model.wait()` before reading them elsewhere.
     """
 
-    def __init__(self, model: nn.Module, betas: tuple[float, float], eps: float, weight_decay: float, zero: int = 1):
+    def __init__(self, model: Any, betas: tuple[float, float], eps: float, weight_decay: float, zero: int = 1):
         self.model, self.zero, mesh = model, zero, model.mesh
         self.world = mesh.group("world")
         kinds: dict[tuple, list[list]] = {}
@@ -655,8 +664,8 @@ class AdamW:
         self.next, self.collected = 0, self.early
 
     @torch.no_grad()
-    def step(self, lr: float, clip: float, stop: bool = False) -> tuple[float, bool]:
-        """One update from the accumulated gradients, which are zero afterwards.
+    def step(self, lr: float, clip: float, stop: object = False) -> tuple[float, bool]:
+        """One update from the accumulated gradients, which are zero afterwards. `stop`: true where this rank wants to.
 
         Returns their norm before clipping, and whether any rank wants to stop. Where the norm is not finite (on any
         rank) nothing changes but the gradients: the caller sees it in the result.

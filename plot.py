@@ -14,6 +14,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def read_run(path: str | Path) -> Series:
     return {key: sorted(points.items()) for key, points in values.items()}
 
 
-def smoothed(values: list[float], weight: float) -> list[float]:
+def smoothed(values: Sequence[float], weight: float) -> list[float]:
     """Exponential moving average, bias-corrected as in Adam (arXiv 1412.6980) so that it does not start near 0."""
     average, out = 0.0, []
     for n, value in enumerate(values, 1):
@@ -111,6 +112,7 @@ def draw(runs: dict[str, Series], keys: list[str], out: str | Path, weight: floa
     try:
         from matplotlib import colormaps
         from matplotlib.figure import Figure  # without pyplot: PNGs come from Agg, no display and no global state
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
         from matplotlib.lines import Line2D
     except ImportError as error:
         raise ImportError("plot.py needs matplotlib: pip install matplotlib") from error
@@ -120,8 +122,8 @@ def draw(runs: dict[str, Series], keys: list[str], out: str | Path, weight: floa
     legend_columns = max(1, int(columns * PANEL[0] / (0.085 * max(map(len, [*runs, "evaluation"])) + 0.7)))
     legend_inches = 0.15 + 0.21 * math.ceil((len(runs) + 1) / legend_columns)
     height = rows * PANEL[1] + legend_inches
-    figure = Figure(figsize=(columns * PANEL[0], height), layout="constrained")
-    figure.get_layout_engine().set(rect=(0, 0, 1, 1 - legend_inches / height), w_pad=0.08, h_pad=0.08)
+    layout = ConstrainedLayoutEngine(rect=(0, 0, 1, 1 - legend_inches / height), w_pad=0.08, h_pad=0.08)
+    figure = Figure(figsize=(columns * PANEL[0], height), layout=layout)
     colors = [colormaps["tab10"](i) if len(runs) <= 10 else colormaps["turbo"](i / len(runs)) for i in range(len(runs))]
     evaluated = False
     for i, key in enumerate(panels):
@@ -145,7 +147,7 @@ def draw(runs: dict[str, Series], keys: list[str], out: str | Path, weight: floa
         axes.tick_params(labelsize=9, color="0.6")
         axes.ticklabel_format(axis="y", scilimits=(-3, 5), useMathText=True)
         if "~" not in key:
-            axes.xaxis.get_major_locator().set_params(integer=True, nbins=6)
+            axes.locator_params("x", integer=True, nbins=6)
         axes.grid(color="0.92")
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color("0.6")

@@ -297,8 +297,8 @@ def reference_logps(
     a half-trained policy for its reference. Every rank scores its share and gets all of it.
     """
     dtype, device, mesh = policy.dtype, policy.device, policy.mesh
-    key = hashlib.sha256(f"{mesh.ask(lambda: fingerprint(other or config.model))} {dataset.key} {dtype}".encode())
-    key = hashlib.sha256(key.digest() + np.sort(examples).astype(np.int64).tobytes()).hexdigest()[:24]
+    inputs = hashlib.sha256(f"{mesh.ask(lambda: fingerprint(other or config.model))} {dataset.key} {dtype}".encode())
+    key = hashlib.sha256(inputs.digest() + np.sort(examples).astype(np.int64).tobytes()).hexdigest()[:24]
     path = cache_folder(config) / f"reference-{key}.safetensors"
     cached = _cached_logps(path, len(dataset.response_len), say)
     if all(mesh.everyone(cached is not None)):
