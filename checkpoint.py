@@ -230,15 +230,18 @@ def damage(folder: Path, mesh: Mesh = ALONE) -> str:
 def _damage(folder: Path, share: int, shares: int) -> str:
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-    except (OSError, ValueError):
+        seals = [(name, wanted["bytes"], wanted["sha256"]) for name, wanted in manifest.items()]
+    except (OSError, ValueError, RecursionError, AttributeError, LookupError, TypeError):
         return "is no checkpoint: manifest.json is missing or unreadable"
-    for name, wanted in list(manifest.items())[share::shares]:
+    if "state.json" not in manifest:
+        return "is no checkpoint: manifest.json lists no state.json"
+    for name, size, digest in seals[share::shares]:
         path = folder / name
-        if not path.is_file():
-            return f"is damaged: {name} is missing"
-        if path.stat().st_size != wanted["bytes"]:
-            return f"is damaged: {name} has {path.stat().st_size} bytes, not {wanted['bytes']}"
-        if _digest(path) != wanted["sha256"]:
+        if "\0" in name or not path.is_file():
+            return f"is damaged: {name!r} is missing"
+        if path.stat().st_size != size:
+            return f"is damaged: {name} has {path.stat().st_size} bytes, not {size}"
+        if _digest(path) != digest:
             return f"is damaged: {name} does not match its SHA-256"
     return ""
 

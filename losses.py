@@ -171,6 +171,8 @@ def dpo(
     Returns per-pair losses (B,) and metrics, each detached (B,), under TRL's names. `average_logps` divides every
     log-prob by its length first. `running_mean` is bco_pair's δ. ValueError: unknown loss, or one that cannot be.
     """
+    if not beta > 0:
+        raise ValueError(f"--beta {beta} must be above 0: 0.1 is common, smaller strays further from the reference")
     pi_c, pi_r, ref_c, ref_r, len_c, len_r, gt_c, gt_r = pairs
     if average_logps:
         pi_c, ref_c, pi_r, ref_r = pi_c / len_c, ref_c / len_c, pi_r / len_r, ref_r / len_r
@@ -497,9 +499,11 @@ def clipped_surrogate(ratio: Tensor, advantage: Tensor, clip_low: float, clip_hi
 
 def clipped_value(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> tuple[Tensor, Tensor]:
     """½ max((V - R)², (V_old + clip(V - V_old, ±ε) - R)²), as PPO's own code has it, and where it held; (M,) each."""
-    near = old_values + (values - old_values).clamp(-clip, clip)
+    moved = values - old_values
+    near = old_values + moved.clamp(-clip, clip)
     plain, clipped = (values - returns).square(), (near - returns).square()
-    return 0.5 * torch.maximum(plain, clipped), (clipped > plain).to(values.dtype)
+    held = (moved.abs() > clip) & (clipped > plain)  # within the clip the two differ by rounding
+    return 0.5 * torch.maximum(plain, clipped), held.to(values.dtype)
 
 
 def sequence_ratio(log_ratio: Tensor, response: Tensor, lengths: Tensor) -> Tensor:

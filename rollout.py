@@ -59,7 +59,7 @@ class RolloutConfig(RunConfig):
     reward: str = ""  # reward-model folder, file.py:function, exact:MARKER, regex:PATTERN or length:WORDS (rewards.py)
     no_eos_penalty: float = 0.0  # taken off the reward of a sample that did not end; about the reward's deviation
     eval_temperature: float = 0.7  # of one sample to each prompt of --eval-data, whose mean reward is eval/reward
-    log_samples: int = 10  # steps between samples written to OUT/samples.jsonl; 0 = never
+    log_samples: int = 10  # steps between samples written to OUT/samples.jsonl, the first besides; 0 = never
     rollout_url: str = ""  # sample from this OpenAI-compatible server instead (vLLM, SGLang): http://host:8000
     rollout_reload: str = ""  # command that makes the server load new weights, "{folder}" stands for where they are
     rollout_timeout: float = 600.0  # seconds that a request or a reload may take
@@ -90,10 +90,11 @@ class Rollout:
     def metrics(self) -> dict[str, float]:
         """Means over the samples."""
         groups = self.rewards.reshape(len(self.prompts.ids), -1)
+        alike = {"frac_reward_zero_std": float((np.ptp(groups, 1) == 0).mean())}  # groups that teach nothing
         return {
             "reward": self.rewards.mean().item(),
             "reward_std": self.rewards.std().item(),
-            "frac_reward_zero_std": float((np.ptp(groups, 1) == 0).mean()),  # groups that teach nothing
+            **(alike if groups.shape[1] > 1 else {}),
             "completions/mean_length": self.lengths.mean().item(),
             "completions/ended": self.ended.mean().item(),
         }
@@ -203,9 +204,7 @@ def evaluate(
     """Mean reward of one sample to each prompt at --eval-temperature, under eval/; the same draws every time."""
     own = seeds(config.seed, 0, len(prompts.ids), 1)
     found = collect(prompts, sample, reward, template, config, mesh, own, config.eval_temperature)
-    row = found.metrics()
-    del row["frac_reward_zero_std"]
-    return {f"eval/{name}": value for name, value in row.items()}, found
+    return {f"eval/{name}": value for name, value in found.metrics().items()}, found
 
 
 def check(prompts: Prompts, config: RolloutConfig) -> None:
@@ -220,7 +219,7 @@ def check(prompts: Prompts, config: RolloutConfig) -> None:
         )
 
 
-def log_samples(out: str, step: int, found: Rollout, advantages: np.ndarray | None = None) -> None:
+def log_samples(out: str, step: int, found: Rollout) -> None:
     """Appends the samples of the first prompts of a step to OUT/samples.jsonl."""
     group = len(found.samples) // len(found.prompts.ids)
     with open(Path(out) / "samples.jsonl", "a", encoding="utf-8") as file:

@@ -41,6 +41,8 @@ from parallel import Mesh, pipeline
 # bf16 matmul peaks without sparsity, TFLOP/s, from the makers' data sheets: the yardstick of `mfu`.
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "H800": 989, "A100": 312, "A800": 312, "L40S": 362, "B200": 2250, "4090": 165}
 _running: RunConfig | None = None  # what this process was asked to do, for advice when memory runs out
+ECHO_SECONDS = 3.0  # within this the same signal may come twice
+PATIENCE = 10.0  # seconds that a rank which lost the others waits for their last words
 NONFINITE_LIMIT = 5  # steps in a row with a NaN or infinite gradient before a run gives up
 
 
@@ -64,7 +66,7 @@ def run(main: Callable[[], None]) -> None:
         if parallel.here().world == 1:
             raise
         traceback.print_exc()
-        _leave(f"{type(error).__name__}: {error}".splitlines()[0], ask_others=isinstance(error, RuntimeError))
+        _leave(f"{type(error).__name__}: {error}".splitlines()[0], ask_others=parallel.is_about_others(error))
 
 
 def _leave(reason: str, ask_others: bool = False) -> None:
@@ -72,7 +74,7 @@ def _leave(reason: str, ask_others: bool = False) -> None:
     mesh = parallel.here()
     if mesh.world == 1:
         sys.exit(f"error: {reason}")
-    others = parallel.last_words(mesh, reason, patience=10.0 if ask_others else 0.0)
+    others = parallel.last_words(mesh, reason, patience=PATIENCE if ask_others else 0.0)
     print(f"error on rank {mesh.rank}: {reason}" + (f"\n  {others}" if ask_others else ""), file=sys.stderr, flush=True)
     os._exit(1)  # not through c10d's tear-down, which may wait for ranks that are gone
 
@@ -92,6 +94,12 @@ def set_up(config: RunConfig, mesh: Mesh, say: Callable[[str], Any] = print) -> 
     for flag in ("batch_size", "max_tokens", "max_length", "log_every", "epochs"):
         if getattr(config, flag) < 1:
             raise ValueError(f"--{flag.replace('_', '-')} must be at least 1, not {getattr(config, flag)}")
+    for flag, value in vars(config).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"--{flag.replace('_', '-')} {value} is no number to compute with")
+    for flag in ("max_steps", "max_minutes", "eval_every", "save_every", "samples", "keep", "max_bad_rows", "clip"):
+        if getattr(config, flag) < 0:
+            raise ValueError(f"--{flag.replace('_', '-')} {getattr(config, flag)} is below 0")
     if not 0 <= config.warmup <= 1:
         raise ValueError(f"--warmup {config.warmup} is a share of all steps: between 0 and 1")
     if config.device == "cuda" and not torch.cuda.is_available():
@@ -106,8 +114,11 @@ def set_up(config: RunConfig, mesh: Mesh, say: Callable[[str], Any] = print) -> 
     random.seed(config.seed)
     np.random.seed(config.seed)
     torch.manual_seed(config.seed)
-    mesh.ask(lambda: _make_out(config, say))
-    if not all(mesh.everyone((Path(config.out) / "config.json").exists())):
+    mark = Path(config.out) / mesh.ask(lambda: _make_out(config, say))
+    shared = all(mesh.everyone(mark.exists()))
+    if mesh.main:
+        mark.unlink()
+    if not shared:
         raise ValueError(f"--out {config.out} is not the same folder on every node: take one on a shared file system")
     layout = f"{mesh.world} ranks: dp {mesh.dp}, tp {mesh.tp}, cp {mesh.cp}, pp {mesh.pp}; " if mesh.world > 1 else ""
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
@@ -115,7 +126,8 @@ def set_up(config: RunConfig, mesh: Mesh, say: Callable[[str], Any] = print) -> 
     return device, dtype
 
 
-def _make_out(config: RunConfig, say: Callable[[str], Any]) -> None:
+def _make_out(config: RunConfig, say: Callable[[str], Any]) -> str:
+    """Makes OUT; the name of a file in it that no other run has made, by which the others know it."""
     out = Path(config.out)
     if not config.resume and (out / "metrics.jsonl").exists():
         raise ValueError(f"{out} holds a run already: --resume auto goes on with it, another --out starts afresh")
@@ -128,6 +140,9 @@ def _make_out(config: RunConfig, say: Callable[[str], Any]) -> None:
             if name not in ("resume", "config") and name in before and before[name] != value:
                 say(f"warning: resuming with another --{name.replace('_', '-')}: {value}, it was {before[name]}")
     (out / "config.json").write_text(to_json(config))
+    mark = out / f".mark-{os.getpid()}-{time.time_ns()}"
+    mark.touch()
+    return mark.name
 
 
 def _keep_freed_memory() -> None:
@@ -211,20 +226,25 @@ def due(every: int, step: int) -> bool:
 
 
 class Stop:
-    """Tells a loop to save and leave: SIGTERM, SIGUSR1, SIGINT or --max-minutes. A second one ends the process at once.
+    """Tells a loop to save and leave: SIGTERM, SIGUSR1, SIGINT or --max-minutes. A second one ends the process at once,
+    unless it is an echo: Slurm signals every process of a job, and torchrun then passes on to its own what it got.
 
     Ranks agree in optimizer.step: one that wants to stop stops them all, after the same step.
     """
 
     def __init__(self, max_minutes: float):
         self.reason = ""  # stays empty where another rank was told
+        self.told = float("inf")  # when the first signal came
         self.deadline = time.monotonic() + 60 * max_minutes if max_minutes else float("inf")
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._signal)
 
     def _signal(self, number: int, frame: Any) -> None:
-        self.reason = signal.Signals(number).name
-        signal.signal(number, signal.SIG_DFL)
+        self.told = min(self.told, time.monotonic())
+        self.reason = self.reason or signal.Signals(number).name
+        if time.monotonic() > self.told + ECHO_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     def __bool__(self) -> bool:
         if not self.reason and time.monotonic() > self.deadline:
@@ -277,8 +297,8 @@ def reference_logps(
     a half-trained policy for its reference. Every rank scores its share and gets all of it.
     """
     dtype, device, mesh = policy.dtype, policy.device, policy.mesh
-    key = hashlib.sha256(f"{mesh.ask(lambda: fingerprint(other or config.model))} {dataset.key} {dtype}".encode())
-    key = hashlib.sha256(key.digest() + np.sort(examples).astype(np.int64).tobytes()).hexdigest()[:24]
+    inputs = hashlib.sha256(f"{mesh.ask(lambda: fingerprint(other or config.model))} {dataset.key} {dtype}".encode())
+    key = hashlib.sha256(inputs.digest() + np.sort(examples).astype(np.int64).tobytes()).hexdigest()[:24]
     path = cache_folder(config) / f"reference-{key}.safetensors"
     cached = _cached_logps(path, len(dataset.response_len), say)
     if all(mesh.everyone(cached is not None)):

@@ -1,6 +1,7 @@
 """Scores of answers under a reward model: rows in, rows with their scores out.
 
     python score.py --model rm/final --data answers.jsonl --out scored.jsonl
+    python score.py --model dpo/final --ref sft/final --data answers.jsonl --out likely.jsonl
 
 {prompt, response} gains "score" (a model of attributes: "scores": {helpfulness: 3.1, ...}); {prompt, responses: [...]}
 a list of them; {prompt, chosen, rejected} gains "chosen_reward" and "rejected_reward", which train_dpo.py's rpo losses
@@ -131,7 +132,8 @@ def annotate(
 class Flags:
     """Flags of score.py."""
 
-    model: str = ""  # Hugging Face folder of a reward model
+    model: str = ""  # Hugging Face folder of a reward model; or, with --ref, of a language model
+    ref: str = ""  # another language model: rows gain "logp" and "ref_logp", whose mean difference is the KL to --ref
     data: str = ""  # JSONL file of prompts and responses
     out: str = ""  # where the rows go, each with its score
     template: Literal["auto", "plain", "chatml", "zephyr", "llama2", "llama3"] = "auto"  # as in training
@@ -147,6 +149,16 @@ def main(argv: list[str] | None = None) -> None:
     dtype = DTYPES[flags.dtype if flags.dtype != "auto" else "bf16" if device == "cuda" else "fp32"]
     template = Template(flags.template, load_tokenizer(flags.model))
     rows, answers = all_answers(list(read_rows(flags.data)), template, flags.data)
+    if flags.ref:
+        folders = {"logp": flags.model, "ref_logp": flags.ref}
+        found = [score(load_model(folder, dtype, device), template, answers, flags.max_tokens)
+                 for folder in folders.values()]  # fmt: skip
+        for row, *logps in zip(rows, *found):
+            row |= {name: values.tolist() if len(values) > 1 else values.item() for name, values in zip(folders, logps)}
+        write_rows(flags.out, rows)
+        gap = np.concatenate(found[0]) - np.concatenate(found[1])
+        print(f"{len(gap)} responses in {flags.out}; likelier than under {flags.ref} by {gap.mean():.3f} nats")
+        return
     model, names = load_scorer(flags.model, dtype, device)
     scores = score(model, template, answers, flags.max_tokens)
     write_rows(flags.out, ({**row, **as_keys(row, found.tolist(), names)} for row, found in zip(rows, scores)))

@@ -184,9 +184,9 @@ def main(argv: list[str] | None = None) -> None:
             state.skipped += 1
             log.say(f"step {state.step}: the gradient is not finite, no update ({state.skipped} so far)")
         elif config.loss == "bco_pair":  # δ: the mean of all rewards seen so far
-            seen = state.extra.get("running_count", 0.0) + n_pairs
+            n = state.extra.get("running_count", 0.0) + n_pairs
             mean = (row["rewards/chosen"] + row["rewards/rejected"]) / 2
-            state.extra = {"running_mean": running_mean + (mean - running_mean) * n_pairs / seen, "running_count": seen}
+            state.extra = {"running_mean": running_mean + (mean - running_mean) * n_pairs / n, "running_count": n}
         if runtime.due(config.log_every, state.step) or state.step == total:
             log.row(row)
         log.progress(row)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class PlainModel:
-    """Llama, Qwen2 or GPT-NeoX in a few lines; weights are leaves that gradients flow to."""
+    """Llama, Mistral, Qwen2, Qwen3 or GPT-NeoX in a few lines; weights are leaves that gradients flow to."""
 
     def __init__(self, folder: Path, dtype: torch.dtype):
         self.config = json.loads((folder / "config.json").read_text())
@@ -42,7 +42,10 @@ class PlainModel:
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         scores = q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])
-        scores = scores + torch.full(scores.shape[1:], float("-inf"), dtype=q.dtype).triu(1)
+        hidden = torch.full(scores.shape[1:], float("-inf"), dtype=q.dtype)
+        scores = scores + hidden.triu(1)
+        if window := self.config.get("sliding_window"):
+            scores = scores + hidden.tril(-window)
         return (scores.softmax(-1) @ v).transpose(0, 1).flatten(1)
 
     def logits(self, ids: Tensor) -> Tensor:
@@ -64,6 +67,8 @@ class PlainModel:
             at = f"model.layers.{i}"
             y = self.norm(x, f"{at}.input_layernorm")
             q, k, v = (self.linear(y, f"{at}.self_attn.{p}_proj").view(n, -1, c["head_dim"]) for p in "qkv")
+            if f"{at}.self_attn.q_norm.weight" in self.weights:
+                q, k = self.norm(q, f"{at}.self_attn.q_norm"), self.norm(k, f"{at}.self_attn.k_norm")
             q, k, v = (p.transpose(0, 1) for p in (q, k, v))
             k, v = (p.repeat_interleave(heads // len(p), 0) for p in (k, v))
             y = self.attention(self.turn(q, c["head_dim"]), self.turn(k, c["head_dim"]), v)
@@ -122,3 +127,24 @@ def encode(tokenizer: Path, rows: list[dict], keys: list[str]) -> list[tuple[lis
             border += 1
         trees.append((prompt[:border], [whole[border:] for whole in wholes]))
     return trees
+
+
+def five_steps(folder: Path, trees: list, batch: int, dpo: bool) -> tuple[list[tuple[float, float]], dict[str, Tensor]]:
+    """Five steps of DPO (β = 0.1) or SFT at rate 1e-2 on `batch` trees each, in float64: [(loss, norm)], weights."""
+    plain = PlainModel(folder, torch.float64)
+    trainer = PlainTrainer(plain, total=5, lr=1e-2)
+    with torch.no_grad():
+        ref = [[plain.logps(prompt, r).sum() for r in responses] for prompt, responses in trees[: 5 * batch]]
+    taken = []
+    for step in range(5):
+        total = 0.0
+        mine = range(step * batch, step * batch + batch)
+        for i in mine:
+            logps = [plain.logps(trees[i][0], response) for response in trees[i][1]]
+            if dpo:
+                delta = (logps[0].sum() - ref[i][0]) - (logps[1].sum() - ref[i][1])
+                total = total - torch.nn.functional.logsigmoid(0.1 * delta) / batch
+            else:
+                total = total - logps[0].sum() / sum(len(trees[j][1][0]) for j in mine)
+        taken.append(trainer.step(total))
+    return taken, {name: w.detach() for name, w in plain.weights.items()}

@@ -11,7 +11,7 @@ from config import RunConfig
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
-PAGES = ["sft", "dpo", "kto", "rm", "steerlm"]  # one an algorithm
+PAGES = ["sft", "dpo", "kto", "rm", "reinforce", "ppo", "steerlm"]  # one an algorithm
 
 
 def source_of(path: Path, name: str) -> str:
@@ -52,7 +52,7 @@ def test_metrics_and_flags_of_a_page_exist(page: str):
     text = (ROOT / "docs" / f"{page}.md").read_text()
     script = next(name for name in (f"train_{page}.py",) if (ROOT / name).exists())
     assert quotes(text) and script in text
-    code = "".join((ROOT / name).read_text() for name in (script, "losses.py", "runtime.py"))
+    code = "".join((ROOT / name).read_text() for name in (script, "losses.py", "runtime.py", "rollout.py"))
     table = text.split("## What each metric should do")[1].split("##")[0]
     metrics = re.findall(r"^\| `([^`]+)`", table, re.M)
     assert len(metrics) >= 3

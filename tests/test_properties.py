@@ -84,6 +84,7 @@ def a_row(line: bytes) -> dict | None:
 
 @quick
 @given(st.lists(lines, max_size=5), st.booleans())
+@example([b'\xef\xbb\xbf{"prompt": "a"}', b"{}"], False)
 def test_a_file_is_read_up_to_its_first_bad_line(tmp_path: Path, lines: list[bytes], packed: bool):
     """read_rows gives the rows before the first line that holds none, whose file:line the error then names."""
     path = tmp_path / ("rows.jsonl" + ".gz" * packed)
@@ -135,6 +136,9 @@ def is_messages(value) -> bool:
 
 @settings(quick, max_examples=400)
 @given(rows(), st.sampled_from([*ROWS, "answers"]), st.booleans())
+@example({"prompt": "a", "response": "b", "weights": []}, "weights", False)
+@example({"prompt": "a", "responses": 5, "weights": [1.0]}, "weights", False)
+@example({"prompt": "a", "chosen": "b", "rejected": "c", "margin": 1e39}, "preference", False)
 def test_any_row_is_used_or_refused(row: dict, kind: str, plain: bool):
     """A row of any kind gives text or messages with a number a response in every column, or a ValueError; a null
     counts as an absent key."""
@@ -158,7 +162,7 @@ def test_any_row_is_used_or_refused(row: dict, kind: str, plain: bool):
     else:
         assert isinstance(prompt, str) or is_messages(prompt) and prompt[-1]["role"] != "assistant"
     for values in columns.values():
-        assert len(values) == len(responses) and all(isinstance(v, float) and not math.isinf(v) for v in values)
+        assert len(values) == len(responses) and all(isinstance(v, float) and not abs(v) > 3.5e38 for v in values)
 
 
 class Bytes:
@@ -651,13 +655,15 @@ def test_lying_indexes_are_refused(tmp_path: Path, data):
     names = [name for name in names if name != "__metadata__"]
     save_file({names[0]: torch.zeros(1)}, folder / "other.safetensors")  # holds one weight, of a wrong shape
     odd = ["", ".", "no.safetensors", "other.safetensors", "../model/model.safetensors", "\0", 3]
-    files = st.sampled_from(["model.safetensors"] * 9 + odd)
     good = dict.fromkeys(names, "model.safetensors")
-    maps = st.dictionaries(st.sampled_from([*names, "spare"]), files, max_size=3).map(lambda more: {**good, **more})
-    index = data.draw((maps | json_values).map(lambda m: json.dumps({"weight_map": m}).encode()) | lines)
-    (folder / "model.safetensors.index.json").write_bytes(index)
-    if loads_or_names(folder):
-        assert json.loads(index)["weight_map"] == good
+    lie = st.tuples(st.sampled_from([*names[1:], "spare"]), st.sampled_from(odd)).map(
+        lambda pair: {**good, pair[0]: pair[1]}
+    )
+    maps = (json_values | st.just(good)).map(lambda m: json.dumps({"weight_map": m}).encode())
+    for index in (json.dumps({"weight_map": data.draw(lie)}).encode(), data.draw(maps | lines)):
+        (folder / "model.safetensors.index.json").write_bytes(index)
+        if loads_or_names(folder):
+            assert json.loads(index)["weight_map"] == good
 
 
 NUMBERS = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size intermediate_size head_dim"
@@ -680,7 +686,6 @@ def test_impossible_configs_are_refused(tmp_path: Path):
     in_a_small_process(check)
 
 
-@pytest.mark.xfail(strict=True, reason="damage() takes an empty manifest for a whole checkpoint, and breaks on others")
 @quick
 @given(st.data())
 def test_any_manifest_is_whole_or_says_what_is_wrong(tmp_path: Path, data):

@@ -17,7 +17,7 @@ from data import prepare
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", TEXT, re.S)
-COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line.startswith("python")]
+COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line.startswith(("python", "torchrun"))]
 
 
 def test_every_command_runs_as_written(tmp_path: Path):
@@ -29,8 +29,9 @@ def test_every_command_runs_as_written(tmp_path: Path):
         shutil.copy(path, tmp_path)
     assert len(COMMANDS) >= 10
     for line in COMMANDS:
-        words = [sys.executable, *shlex.split(line)[1:]]
-        if "train_" in words[1]:
+        start, *words = shlex.split(line)
+        words = [sys.executable, *(["-m", "torch.distributed.run"] if start == "torchrun" else []), *words]
+        if "train_" in line:
             words += ["--max-steps", "3"]
         if words[1] == "generate.py" and "--data" in words:
             words += ["--limit", "8"]

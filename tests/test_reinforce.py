@@ -197,11 +197,19 @@ def test_the_first_of_several_updates_has_ratio_one(toy: Path, tmp_path: Path, t
         seen.append((found[1]["ratio"] - 1).abs().max().item())
         return found
 
-    losses_policy_gradient = losses.policy_gradient
+    losses_policy_gradient, token_logps, updates = losses.policy_gradient, rollout.token_logps, train_reinforce.updates
     monkeypatch.setattr(losses, "policy_gradient", spy)
-    flags = flags_of(toy, minibatches=2, rollout_epochs=2, max_steps=2)
+    old, plans = [], []  # micro-batches of the old log-probs (and the reference's), and of the updates
+    monkeypatch.setattr(rollout, "token_logps", lambda *args: old.append(args[2]) or token_logps(*args))
+    monkeypatch.setattr(train_reinforce, "updates", lambda *args: plans.append(updates(*args)) or plans[-1])
+    flags = flags_of(toy, minibatches=2, rollout_epochs=2, max_steps=2, max_tokens=110)
     rows = train(train_reinforce, tmp_path / "out", **flags)
-    assert len(seen) == 8 and seen[0] == seen[4] == 0.0 and min(seen[1:4] + seen[5:]) > 1e-4
+    for bins, plan in zip(old, [plan for plan in plans for _ in range(2)], strict=True):
+        assert bins == plan[0][1] + plan[1][1] and len(plan) == 4  # the very bits that the first pass will see
+    counts = [len(bins) for plan in plans for _, bins in plan]
+    assert len(counts) == 8 and sum(counts) == len(seen)
+    worst = [max(seen[sum(counts[:i]) : sum(counts[: i + 1])]) for i in range(8)]  # of each update
+    assert worst[0] == worst[4] == 0.0 and min(worst[1:4] + worst[5:]) > 1e-4
     assert all(0 < row["clip_fraction"] < 1 and 0 < row["sampler_gap"] < 1e-5 for row in rows)
 
 

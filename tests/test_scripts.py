@@ -1,6 +1,7 @@
 """scripts/: they parse, refuse what is missing, train, stop when told and go on."""
 
 import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -10,6 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+import runtime
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "scripts").iterdir())
@@ -110,3 +113,24 @@ def test_slurm_saves_before_it_requeues(tmp_path: Path, told: bool):
         assert status == 0 and lines == ["node7:24711 2 4711.0", "saved", "requeue 4711"]
     else:
         assert status == 3 and lines == []
+
+
+def test_an_echo_of_a_signal_is_not_a_second_signal(monkeypatch):
+    """Slurm tells every process and torchrun tells its own again: still one wish to stop. A later signal ends it."""
+    fork = multiprocessing.get_context("fork")
+
+    def process(echo: float) -> None:
+        monkeypatch.setattr(runtime, "ECHO_SECONDS", echo)
+        stop = runtime.Stop(0.0)
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.05)
+        os._exit(0 if stop.reason == "SIGTERM" else 1)
+
+    codes = []
+    for echo in (3.0, 0.01):
+        running = fork.Process(target=process, args=(echo,))
+        running.start()
+        running.join(10)
+        codes.append(running.exitcode)
+    assert codes == [0, -signal.SIGTERM]

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from plain import PlainModel, PlainTrainer, encode
+from plain import PlainModel, PlainTrainer, encode, five_steps
 from safetensors.torch import load_file
 
 import hf
@@ -70,23 +70,7 @@ def test_five_steps_equal_a_plain_loop_in_float64(script, family: str, toy: Path
     file = toy / "world" / ("preferences.jsonl" if dpo else "sft.jsonl")
     keys = ["chosen", "rejected"] if dpo else ["response"]
     trees = encode(toy / "world" / "tokenizer" / "tokenizer.model", rows_of(file, 20), keys)
-    plain = PlainModel(tmp_path / "model", torch.float64)
-    trainer = PlainTrainer(plain, total=5, lr=1e-2)
-    with torch.no_grad():
-        ref = [[plain.logps(prompt, r).sum() for r in responses] for prompt, responses in trees]
-    wanted = []
-    for step in range(5):
-        total = 0.0
-        mine = range(step * 4, step * 4 + 4)
-        for i in mine:
-            logps = [plain.logps(trees[i][0], response) for response in trees[i][1]]
-            if dpo:
-                delta = (logps[0].sum() - ref[i][0]) - (logps[1].sum() - ref[i][1])
-                total = total - torch.nn.functional.logsigmoid(0.1 * delta) / 4
-            else:
-                total = total - logps[0].sum() / sum(len(trees[j][1][0]) for j in mine)
-        wanted.append(trainer.step(total))
-    weights = {name: w.detach() for name, w in plain.weights.items()}
+    wanted, weights = five_steps(tmp_path / "model", trees, 4, dpo)
     for run, (share, budget) in enumerate([(True, 8192), (False, 150), (True, 130)]):
         got = train(
             script, tmp_path / f"out{run}", model=tmp_path / "model", data=file, lr=1e-2, batch_size=4, max_steps=5,
