@@ -100,7 +100,7 @@ def commands(home: Path, seed: int, quick: bool) -> dict[str, list[str]]:
             answers("ppo_truth", "ppo_truth"), likely("ppo_truth"),
         ],
         "reinforce": [
-            f"train_reinforce.py {online} --reward {home}/rm/final --out {home}/reinforce --kl 0.2 "
+            f"train_reinforce.py {online} --reward {home}/rm/final --out {home}/reinforce --kl 0.4 "
             f"--max-steps {20 if quick else 60} {end}",
             answers("reinforce", "reinforce"), likely("reinforce"),
             f"train_reinforce.py {online} --reward data/toyworld.py:reward --out {home}/reinforce_truth --kl 0.06 "
