@@ -1,5 +1,6 @@
 # make demo [DEMO=quick]   installs into .venv, then trains the toy world end to end and prints the table
 # make test                installs into .venv, then runs every test
+# make lint                runs ruff, and mypy where it is installed
 # VENV=/some/folder puts the virtual environment elsewhere.
 
 PYTHON ?= python3
@@ -18,6 +19,7 @@ test: $(VENV)/.dev
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
+	[ ! -x $(BIN)/mypy ] || $(BIN)/mypy
 
 $(VENV)/.run: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -29,4 +31,4 @@ $(VENV)/.dev: requirements-dev.txt $(VENV)/.run
 	touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache

@@ -155,7 +155,7 @@ def help_text(cls: type, doc: str | None) -> str:
     meanings = comments(cls)
     hints = get_type_hints(cls)
     for f in dataclasses.fields(cls):
-        default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
+        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
         flag = f.name.replace("_", "-")
         if hints[f.name] is bool:
             head = f"--no-{flag}" if default else f"--{flag}"

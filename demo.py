@@ -1,12 +1,13 @@
 """The whole pipeline in minutes on a laptop, through the very commands a user types; then a table of the truth.
 
-    python demo.py                     three seeds, about 5 minutes on 2 cores      (make demo)
+    python demo.py                     three seeds, under 10 minutes on 2 cores      (make demo)
     python demo.py --quick             one seed, a fraction of the data             (make demo DEMO=quick)
 
 For every seed: a toy world with its tokenizer, a base model from random weights on right answers, SFT on the answers of
 careless writers; from there DPO on pairs, KTO on marked answers, a reward model on the pairs, PPO and REINFORCE for
 what that model likes, and for the truth; and SteerLM from the base model on answers with attributes. Then answers to
-held-out prompts at temperature 0.7, scored against the truth.
+held-out prompts at temperature 0.7, scored against the truth; `kl` is by how many nats an answer is likelier to the
+model than it was to SFT.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent
-COLUMNS = ["good", "gold", "correct", "complete", "coherent", "polite", "rude", "words"]
+COLUMNS = ["good", "gold", "correct", "complete", "coherent", "polite", "rude", "words", "kl"]
 # Rows of the table; each has an answers file.
 TABLE = [
     "sft", "dpo", "kto", "ppo", "ppo truth", "reinforce", "reinforce truth", "steerlm best", "steerlm worst"
@@ -45,6 +46,11 @@ def commands(home: Path, seed: int, quick: bool) -> dict[str, list[str]]:
     """The command lines of every stage of one seed, in order; everything lands under `home`."""
     world, end = f"{home}/world", f"--seed {seed}"
 
+    def likely(name: str) -> str:
+        """What the answers of a model cost: their log-probs under it and under SFT."""
+        files = f"--data {home}/{name}.jsonl --out {home}/{name}_kl.jsonl"
+        return f"score.py --model {home}/{name}/final --ref {home}/sft/final {files}"
+
     def answers(model: str, name: str, more: str = "") -> str:
         return (
             f"generate.py --model {home}/{model}/final --data {world}/prompts_test.jsonl --out {home}/{name}.jsonl "
@@ -55,7 +61,7 @@ def commands(home: Path, seed: int, quick: bool) -> dict[str, list[str]]:
         f"--model {home}/sft/final --data {world}/sft.jsonl --lr 1e-3 --batch-size 16 "
         "--group-size 4 --no-eos-penalty 1 --max-new-tokens 48 --warmup 0.05"
     )
-    twice = "--ppo-epochs 2 --minibatches 2 --max-steps 40"
+    twice = f"--ppo-epochs 2 --minibatches 2 --max-steps {15 if quick else 40}"
     pairs = f"--data {world}/preferences.jsonl --eval-data {world}/preferences_test.jsonl"
     return {
         "world": [
@@ -74,12 +80,12 @@ def commands(home: Path, seed: int, quick: bool) -> dict[str, list[str]]:
         "dpo": [
             f"train_dpo.py --model {home}/sft/final {pairs} --eval-every 50 --out {home}/dpo --lr 3e-4 --batch-size 16 "
             f"--beta 0.1 --sft-weight 0.3 --warmup 0.05 {end}",
-            answers("dpo", "dpo"),
+            answers("dpo", "dpo"), likely("dpo"),
         ],
         "kto": [
             f"train_kto.py --model {home}/sft/final --data {world}/labels.jsonl --out {home}/kto --lr 3e-4 "
             f"--batch-size 32 --beta 0.1 --desirable-weight 2.2 --warmup 0.05 {end}",
-            answers("kto", "kto"),
+            answers("kto", "kto"), likely("kto"),
         ],
         "rm": [
             f"train_rm.py --model {home}/sft/final {pairs} --eval-every 500 --out {home}/rm --lr 1e-3 --batch-size 8 "
@@ -88,18 +94,18 @@ def commands(home: Path, seed: int, quick: bool) -> dict[str, list[str]]:
         ],
         "ppo": [
             f"train_ppo.py {online} --reward {home}/rm/final --out {home}/ppo --critic-lr 1e-3 --kl 0.4 {twice} {end}",
-            answers("ppo", "ppo"),
+            answers("ppo", "ppo"), likely("ppo"),
             f"train_ppo.py {online} --reward data/toyworld.py:reward --out {home}/ppo_truth --critic-lr 2e-3 --kl 0.06 "
             f"--critic-warmup 4 --clip-value 0 {twice} {end}",
-            answers("ppo_truth", "ppo_truth"),
+            answers("ppo_truth", "ppo_truth"), likely("ppo_truth"),
         ],
         "reinforce": [
-            f"train_reinforce.py {online} --reward {home}/rm/final --out {home}/reinforce --kl 0.2 --max-steps 60 "
-            f"{end}",
-            answers("reinforce", "reinforce"),
+            f"train_reinforce.py {online} --reward {home}/rm/final --out {home}/reinforce --kl 0.2 "
+            f"--max-steps {20 if quick else 60} {end}",
+            answers("reinforce", "reinforce"), likely("reinforce"),
             f"train_reinforce.py {online} --reward data/toyworld.py:reward --out {home}/reinforce_truth --kl 0.06 "
-            f"--max-steps 80 {end}",
-            answers("reinforce_truth", "reinforce_truth"),
+            f"--max-steps {30 if quick else 80} {end}",
+            answers("reinforce_truth", "reinforce_truth"), likely("reinforce_truth"),
         ],
         "steerlm": [
             f"train_steerlm.py --stage sft --model {home}/base/final --data {world}/attributes.jsonl --out "
@@ -151,7 +157,7 @@ class Runner:
                 if seed == self.show:
                     print(f"$ python {shlex.join(line.split())}", flush=True)
                 try:
-                    failed = python(line, log).returncode
+                    failed: int | str = python(line, log).returncode
                 except OSError as reason:  # a full disk, no process to be had: the others must hear of it too
                     failed = str(reason)
                 if failed:
@@ -183,15 +189,27 @@ def scores(home: Path, names: list[str]) -> dict[str, dict]:
     return dict(zip(names, json.loads(done.stdout)))
 
 
+def nats(home: Path, name: str) -> float | None:
+    """By how much the answers of a model are likelier than under SFT, None for those that saw other prompts."""
+    file = home / f"{name.replace(' ', '_')}_kl.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return statistics.mean(row["logp"] - row["ref_logp"] for row in rows) if rows else None
+
+
 def report(results: dict[int, dict[str, dict]], seconds: dict[tuple[int, str], float]) -> str:
     """The table: means over the seeds, and every seed's share of good answers."""
     mean = statistics.mean
-    lines = [f"{'':<14}" + "".join(f"{c:>9}" for c in COLUMNS) + f"{'seconds':>9}    good by seed"]
+    lines = [f"{'':<16}" + "".join(f"{c:>9}" for c in COLUMNS) + f"{'seconds':>9}    good by seed, ± over prompts"]
     for name in TABLE:
         rows = [result[name] for result in results.values()]
-        cells = "".join(f"{mean(row[c] for row in rows):>9.{1 if c == 'words' else 3}f}" for c in COLUMNS)
+        known = {c: [row[c] for row in rows if row.get(c) is not None] for c in COLUMNS}
+        cells = "".join(
+            f"{mean(known[c]):>9.{1 if c == 'words' else 3}f}" if known[c] else f"{'-':>9}" for c in COLUMNS
+        )
         time_each = mean(seconds[seed, name.split()[0]] for seed in results)
-        lines.append(f"{name:<14}{cells}{time_each:>9.0f}    " + "  ".join(f"{row['good']:.3f}" for row in rows))
+        spread = mean((row["good"] * (1 - row["good"]) / row["rows"]) ** 0.5 for row in rows)
+        each = "  ".join(f"{row['good']:.3f}" for row in rows)
+        lines.append(f"{name:<16}{cells}{time_each:>9.0f}    {each}  ± {spread:.3f}")
     for name in TABLE[1:-1]:
         gains = [result[name]["good"] - result["sft"]["good"] for result in results.values()]
         each = ", ".join(f"{gain:+.3f} (seed {seed})" for gain, seed in zip(gains, results))
@@ -235,18 +253,22 @@ def main() -> None:
     for seed in seeds:
         home = out / f"seed_{seed}"
         results[seed] = scores(home, [*TABLE, "steerlm short", "steerlm long", "rm"])
+        for name in TABLE:
+            results[seed][name]["kl"] = 0.0 if name == "sft" else nats(home, name)
         rows = [json.loads(line) for line in (home / "rm" / "metrics.jsonl").read_text().splitlines()]
         results[seed]["rm"]["accuracy"] = rows[-1]["eval/rewards/accuracies"]
     print(f"\nheld-out prompts, temperature 0.7, {len(seeds)} seed(s), {time.monotonic() - start:.0f} s in all")
     print(report(results, runner.seconds))
     print(side_by_side(out / f"seed_{seeds[0]}", 3))
-    home = out / f"seed_{seeds[0]}"
-    plotted = python(
-        f"plot.py {home}/sft {home}/dpo {home}/kto {home}/rm {home}/ppo {home}/reinforce {home}/steerlm "
-        f"--out {out}/curves.png"
+    (out / "scores.json").write_text(
+        json.dumps({seed: {name: result[name] for name in TABLE} for seed, result in results.items()}, indent=1)
     )
-    print(f"\ncurves: {out}/curves.png" if not plotted.returncode else f"\nno picture: {plotted.stderr.strip()}")
-    (out / "scores.json").write_text(json.dumps(results, indent=1))
+    home = out / f"seed_{seeds[0]}"
+    shown = ("dpo", "kto", "ppo", "reinforce", "ppo_truth", "reinforce_truth")
+    runs = " ".join(f"{home}/{name}" for name in shown)
+    keys = "--keys loss,rewards/accuracies,rewards/margins,reward,kl,entropy,reward~kl"
+    plotted = python(f"plot.py {runs} {keys} --scores {out}/scores.json --out {out}/curves.png")
+    print(f"\npicture: {out}/curves.png" if not plotted.returncode else f"\nno picture: {plotted.stderr.strip()}")
 
 
 if __name__ == "__main__":

@@ -97,7 +97,8 @@ class Cache:
     def _store(self, rows: int, length: int) -> tuple[Tensor, Tensor]:
         weight = next(self.model.parameters())
         shape = (self.model.c.layers, rows, self.model.kv_heads, length, self.model.c.head_size)
-        return tuple(torch.zeros(shape, dtype=weight.dtype, device=self.device) for _ in range(2))
+        keys = torch.zeros(shape, dtype=weight.dtype, device=self.device)
+        return keys, torch.zeros_like(keys)
 
     def copy(self, source: int, row: int, size: int) -> None:
         """The first `size` positions of a text from one row to another."""
@@ -162,13 +163,13 @@ class Cache:
         """What attends over new prompts, a flat row, and keeps their keys and values."""
         ends = np.repeat(np.cumsum(sizes), sizes)
         positions = np.concatenate([np.arange(n) for n in sizes])
-        layout = TreeLayout([(n, []) for n in sizes], *(torch.from_numpy(x).to(self.device) for x in (
-            ends.astype(np.int32), positions)))  # fmt: skip
+        kv_end, places = (torch.from_numpy(x).to(self.device) for x in (ends.astype(np.int32), positions))
+        layout = TreeLayout([(n, []) for n in sizes], kv_end, places)
         # Every token goes to each of the rows that its prompt is for.
         first = np.cumsum([0, *sizes])
-        source = np.concatenate([np.tile(np.arange(a, a + n), len(to)) for a, n, (_, to) in zip(first, sizes, prompts)])
-        rows = np.concatenate([np.repeat(to, n) for n, (_, to) in zip(sizes, prompts)])
-        source, rows, at = (torch.from_numpy(x).to(self.device) for x in (source, rows, positions[source]))
+        taken = np.concatenate([np.tile(np.arange(a, a + n), len(to)) for a, n, (_, to) in zip(first, sizes, prompts)])
+        given = np.concatenate([np.repeat(to, n) for n, (_, to) in zip(sizes, prompts)])
+        source, rows, at = (torch.from_numpy(x).to(self.device) for x in (taken, given, positions[taken]))
         whole = len(source) == len(positions)
         stores = (self.prompt_keys, self.prompt_values) if self.shared else (self.keys, self.values)
         if self.shared:
@@ -208,8 +209,8 @@ class Cache:
             # Those of all rows of one prompt, too: (P, G, N · H/G, E).
             grouped = q[member].view(places, together, *heads[1:]).transpose(1, 2)
             grouped = grouped.reshape(places, heads[1], together * heads[2], -1)
-            stores = (x[layer, :places, :, :longest] for x in (self.prompt_keys, self.prompt_values))
-            found = _part(grouped, *stores, hidden)
+            keys, values = (x[layer, :places, :, :longest] for x in (self.prompt_keys, self.prompt_values))
+            found = _part(grouped, keys, values, hidden)
             out, weight = (
                 x.view(places, heads[1], together, heads[2], -1).transpose(1, 2).reshape(len(member), *heads[1:])[seat]
                 for x in found
@@ -257,7 +258,7 @@ def _part(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> tuple[Tensor, Tens
 class _Batch:
     """The samples in progress, a row each, and those that wait for a row."""
 
-    def __init__(self, model: GPT, prompts: list[list[int]], n: int, rows: int, new: int, seeds: list):
+    def __init__(self, model: GPT, prompts: list[list[int]], n: int, rows: int, new: int, seeds: Sequence):
         self.prompts, self.n, self.seeds = prompts, n, seeds
         self.sizes = [len(prompt) for prompt in prompts]
         # Prompts of one length share the cache with little to skip over; samples of one prompt are neighbours.
@@ -407,13 +408,13 @@ def generate(
     if not prompts:
         return []
     answers = [Sample([], [], [], False) for _ in range(len(prompts) * n)]
-    seeds = [[seed, i] for i in range(len(answers))] if seeds is None else seeds
-    batch = _Batch(model, prompts, n, min(batch_size, len(answers)), max_new_tokens, seeds)
+    own = [[seed, i] for i in range(len(answers))] if seeds is None else seeds
+    batch = _Batch(model, prompts, n, min(batch_size, len(answers)), max_new_tokens, own)
     stop_ids, window = set(stop_ids), 8 + 4 * max(map(len, stop_texts), default=0)  # a character has 4 tokens at most
     while batch.refill():
         logits = batch.logits()
-        drawn = sample(logits, batch.numbers().to(logits.device), temperature, top_k, top_p)
-        drawn = torch.stack([x.double() for x in drawn]).tolist()  # one copy from the device a step, no tensor a row
+        found = sample(logits, batch.numbers().to(logits.device), temperature, top_k, top_p)
+        drawn = torch.stack([x.double() for x in found]).tolist()  # one copy from the device a step, no tensor a row
         batch.feed(drawn[0])
         for row, (token, logp, policy_logp) in enumerate(zip(*drawn)):
             i, token = batch.holds[row], int(token)

@@ -16,7 +16,7 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -160,7 +160,7 @@ def _take(raw: dict, family: str) -> GPTConfig:
     kv_heads = get("num_key_value_heads", 8 if family == "mistral" else None) or heads
     head_size = get("head_dim", 128 if family == "qwen3" else None) or width // heads
     theta, scaling, rope_share = _rope(get, get("rope_theta", None), family)
-    bias = {"qkv_bias": False, "out_bias": False, "mlp_bias": False}
+    bias: dict[str, Any] = {"qkv_bias": False, "out_bias": False, "mlp_bias": False}
     if family == "gpt_neox":
         own = {
             "norm": "layer",
@@ -239,8 +239,8 @@ def _rope(get, theta: float | None, family: str) -> tuple[float, tuple | None, f
     kind = rope.pop("rope_type", None) or rope.get("type") or "default"
     rope.pop("type", None)
     _one_of("rope_type", kind, {"default": 1, "llama3": 1})
-    keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    keys = keys if kind == "llama3" else ()
+    llama3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    keys = llama3 if kind == "llama3" else ()
     if missing := [key for key in keys if key not in rope]:
         raise ValueError(f"config.json: rope_type {kind} needs {missing[0]}")
     if unknown := sorted(set(rope) - set(keys)):

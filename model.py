@@ -14,6 +14,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -164,8 +165,9 @@ class Block(nn.Module):
         super().__init__()
         self.c, self.layer, self.tp = c, layer, mesh.group("tp")
         first, last = split(c.kv_heads, mesh.tp, mesh.tp_rank)
-        kv_heads, ffn = last - first, split(c.ffn, mesh.tp, mesh.tp_rank)
-        heads, ffn = kv_heads * (c.heads // c.kv_heads), ffn[1] - ffn[0]
+        low, high = split(c.ffn, mesh.tp, mesh.tp_rank)
+        kv_heads, ffn = last - first, high - low
+        heads = kv_heads * (c.heads // c.kv_heads)
         self.norm1 = Norm(c.width, c.norm, c.norm_eps)
         self.norm2 = Norm(c.width, c.norm, c.norm_eps)
         self.q = nn.Linear(c.width, heads * c.head_size, bias=c.qkv_bias)
@@ -218,6 +220,8 @@ class GPT(nn.Module):
 
     ValueError: more tensor ranks than key/value heads, or more stages than layers.
     """
+
+    hf_config: dict[str, Any]  # the config.json that belongs to it; whoever makes the weights puts it here
 
     def __init__(self, c: GPTConfig, mesh: Mesh = Mesh()):  # noqa: B008 - a mesh of one never changes
         super().__init__()
@@ -315,11 +319,11 @@ class GPT(nn.Module):
         rows, cp = shares[self.mesh.cp_rank], self.mesh.group("cp")
         layout = batch.share_layout(cp.n, cp.place)
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def attend_share(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             k, v = gather_rows(k, shares, cp), gather_rows(v, shares, cp)
             return tree_attention(q, k, v, layout, self.c.window(layer))
 
-        return self.run(batch.tokens[rows], batch.positions[rows], attend, x)
+        return self.run(batch.tokens[rows], batch.positions[rows], attend_share, x)
 
     def hidden_shape(self, batch: TreeBatch) -> tuple[int, int]:
         """Of the hidden states that this rank has of a batch."""
@@ -351,6 +355,16 @@ class GPT(nn.Module):
         inside = (own >= 0) & (own < self.embed.num_embeddings)
         return exit(self.embed(torch.where(inside, own, 0)) * inside[:, None], self.tp)
 
+    @overload
+    def logps(
+        self, hidden: Tensor, batch: TreeBatch, temperature: float = 1.0, entropy: Literal[False] = False
+    ) -> Tensor: ...
+
+    @overload
+    def logps(
+        self, hidden: Tensor, batch: TreeBatch, temperature: float = 1.0, *, entropy: Literal[True]
+    ) -> tuple[Tensor, Tensor]: ...
+
     def logps(
         self, hidden: Tensor, batch: TreeBatch, temperature: float = 1.0, entropy: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
@@ -376,8 +390,9 @@ class GPT(nn.Module):
         if cp.n == 1:
             return result
         total = len(batch.target)
-        whole = tuple(assemble(part, places, total, cp) for part in (result if entropy else (result,)))
-        return whole if entropy else whole[0]
+        if isinstance(result, tuple):
+            return assemble(result[0], places, total, cp), assemble(result[1], places, total, cp)
+        return assemble(result, places, total, cp)
 
     def _merge(self, partials: Tensor) -> Tensor:
         """Vocab-parallel log-probs: one all-gather of a few floats a token."""

@@ -14,7 +14,9 @@ import json
 import math
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 KEYS = ("loss", "rewards/margins", "rewards/accuracies", "rewards/chosen", "rewards/rejected", "logps/chosen",
         "logps/rejected", "kl", "reward", "grad_norm", "lr", "tokens_per_second")
@@ -49,7 +51,7 @@ def read_run(path: str | Path) -> Series:
     return {key: sorted(points.items()) for key, points in values.items()}
 
 
-def smoothed(values: list[float], weight: float) -> list[float]:
+def smoothed(values: Sequence[float], weight: float) -> list[float]:
     """Exponential moving average, bias-corrected as in Adam (arXiv 1412.6980) so that it does not start near 0."""
     average, out = 0.0, []
     for n, value in enumerate(values, 1):
@@ -81,21 +83,23 @@ def against(run: Series, key: str, weight: float) -> tuple[list[float], list[flo
     return smoothed([x[s] for s in steps], weight), smoothed([y[s] for s in steps], weight)
 
 
-def draw_scores(scores: dict[str, dict[str, dict]], bars, scatter) -> None:
+def draw_scores(scores: dict[str, dict[str, dict]], bars, scatter, colors: dict[str, Any]) -> None:
     """Two panels: the share of good answers of every method, a dot a seed; and the same against KL, where it is known.
 
-    scores: seed -> method -> {good, kl, ...}, as demo.py writes it.
+    scores: seed -> method -> {good, kl, ...}, as demo.py writes it. colors: of methods whose runs are drawn too.
     """
     methods = [name for name, row in next(iter(scores.values())).items() if "good" in row]
     for i, name in enumerate(methods):
         good = [rows[name]["good"] for rows in scores.values()]
         kl = [rows[name].get("kl") for rows in scores.values()]
-        color = f"C{i % 10}"
+        color = colors.get(name.replace(" ", "_"), "0.45")
         bars.barh(i, sum(good) / len(good), color=color, alpha=0.35)
         bars.plot(good, [i] * len(good), "o", color=color, ms=4)
         if None not in kl:
             scatter.plot(kl, good, "o", color=color, ms=4)
-            scatter.annotate(name, (sum(kl) / len(kl), sum(good) / len(good)), fontsize=7, color=color)
+            middle = (sum(kl) / len(kl), sum(good) / len(good))
+            scatter.annotate(name, middle, (4, 4), textcoords="offset points", fontsize=7, color=color)
+            scatter.margins(x=0.2)
     bars.set_yticks(range(len(methods)), methods, fontsize=8)
     bars.invert_yaxis()
     bars.set_title("share of good answers", fontsize=11, fontweight="bold")
@@ -108,6 +112,7 @@ def draw(runs: dict[str, Series], keys: list[str], out: str | Path, weight: floa
     try:
         from matplotlib import colormaps
         from matplotlib.figure import Figure  # without pyplot: PNGs come from Agg, no display and no global state
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
         from matplotlib.lines import Line2D
     except ImportError as error:
         raise ImportError("plot.py needs matplotlib: pip install matplotlib") from error
@@ -117,8 +122,8 @@ def draw(runs: dict[str, Series], keys: list[str], out: str | Path, weight: floa
     legend_columns = max(1, int(columns * PANEL[0] / (0.085 * max(map(len, [*runs, "evaluation"])) + 0.7)))
     legend_inches = 0.15 + 0.21 * math.ceil((len(runs) + 1) / legend_columns)
     height = rows * PANEL[1] + legend_inches
-    figure = Figure(figsize=(columns * PANEL[0], height), layout="constrained")
-    figure.get_layout_engine().set(rect=(0, 0, 1, 1 - legend_inches / height), w_pad=0.08, h_pad=0.08)
+    layout = ConstrainedLayoutEngine(rect=(0, 0, 1, 1 - legend_inches / height), w_pad=0.08, h_pad=0.08)
+    figure = Figure(figsize=(columns * PANEL[0], height), layout=layout)
     colors = [colormaps["tab10"](i) if len(runs) <= 10 else colormaps["turbo"](i / len(runs)) for i in range(len(runs))]
     evaluated = False
     for i, key in enumerate(panels):
@@ -142,7 +147,7 @@ def draw(runs: dict[str, Series], keys: list[str], out: str | Path, weight: floa
         axes.tick_params(labelsize=9, color="0.6")
         axes.ticklabel_format(axis="y", scilimits=(-3, 5), useMathText=True)
         if "~" not in key:
-            axes.xaxis.get_major_locator().set_params(integer=True, nbins=6)
+            axes.locator_params("x", integer=True, nbins=6)
         axes.grid(color="0.92")
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color("0.6")
@@ -155,7 +160,7 @@ def draw(runs: dict[str, Series], keys: list[str], out: str | Path, weight: floa
             axes.clear()
             axes.grid(color="0.92")
             axes.spines[["top", "right"]].set_visible(False)
-        draw_scores(scores, *figure.axes[-2:])
+        draw_scores(scores, figure.axes[-2], figure.axes[-1], dict(zip(runs, colors)))
     handles = [Line2D([], [], color=color, linewidth=2.2, label=name) for name, color in zip(runs, colors)]
     if evaluated:
         handles.append(Line2D([], [], color="0.35", linestyle=":", marker="o", markersize=5, label="evaluation"))

@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
         train = runtime.load_rows(config.data, "preference", template, config)
         heldout = runtime.load_rows(config.eval_data, "preference", template, config)
     for data in filter(None, (train, heldout)):
-        pack(data.tree_lengths(config.share_prompts), config.max_tokens)  # a pair that does not fit is refused here
+        pack(data.tree_lengths(config.share_prompts), config.max_tokens)  # a row that does not fit is refused here
         if config.loss in losses.REWARD_LOSSES and np.isnan(data.columns["reward"]).any():
             raise ValueError(f"--loss {config.loss} needs chosen_reward and rejected_reward in every row")
     lengths = train.tree_lengths(config.share_prompts)
@@ -141,9 +141,9 @@ def main(argv: list[str] | None = None) -> None:
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
     log = runtime.Log(config, state.step, total, mesh)
+    meter, nonfinite = runtime.Meter(model.c, device, mesh), runtime.NonFinite()
     if cost and not start:
         log.row({"step": 0, **cost})
-    meter, nonfinite = runtime.Meter(model.c, device, mesh), runtime.NonFinite()
     for step in range(state.step, total):
         meter.start()
         examples = step_examples(len(train), config.batch_size, step, config.seed, config.shuffle)
@@ -184,9 +184,9 @@ def main(argv: list[str] | None = None) -> None:
             state.skipped += 1
             log.say(f"step {state.step}: the gradient is not finite, no update ({state.skipped} so far)")
         elif config.loss == "bco_pair":  # δ: the mean of all rewards seen so far
-            seen = state.extra.get("running_count", 0.0) + n_pairs
+            n = state.extra.get("running_count", 0.0) + n_pairs
             mean = (row["rewards/chosen"] + row["rewards/rejected"]) / 2
-            state.extra = {"running_mean": running_mean + (mean - running_mean) * n_pairs / seen, "running_count": seen}
+            state.extra = {"running_mean": running_mean + (mean - running_mean) * n_pairs / n, "running_count": n}
         if runtime.due(config.log_every, state.step) or state.step == total:
             log.row(row)
         log.progress(row)

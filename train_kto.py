@@ -89,7 +89,8 @@ def example_losses(
             per_example = losses.bco(ratio, label, config.beta, delta)
     weight = torch.where(label > 0, config.desirable_weight, config.undesirable_weight)
     reward = config.beta * ratio.detach()
-    point = {"kto": config.beta * z, "apo_zero_unpaired": 0.0, "bco": delta}[config.loss]
+    points: dict[str, torch.Tensor | float] = {"kto": config.beta * z, "apo_zero_unpaired": 0.0, "bco": delta}
+    point = points[config.loss]
     return weight * per_example, {
         "rewards/chosen": reward * label,
         "rewards/rejected": reward * (1 - label),
@@ -179,9 +180,9 @@ def main(argv: list[str] | None = None) -> None:
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
     log = runtime.Log(config, state.step, total, mesh)
+    meter, nonfinite = runtime.Meter(model.c, device, mesh), runtime.NonFinite()
     if cost and not start:
         log.row({"step": 0, **cost})
-    meter, nonfinite = runtime.Meter(model.c, device, mesh), runtime.NonFinite()
     for step in range(state.step, total):
         meter.start()
         examples = np.arange(starts[step], starts[step + 1])

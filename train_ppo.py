@@ -96,10 +96,10 @@ def judge(
     The policy's log-probs are computed again where the ratio needs them: a sampler's arithmetic is not training's.
     """
     first_pass = [items for _, bins in plan[: len(plan) // config.ppo_epochs] for items in bins]
-    logps = rollout.token_logps(model, found.data, first_pass, config)  # (M,)
-    found.data.add_tokens("old_logps", logps)
-    row = {"sampler_gap": float(np.abs(found.logps - logps).mean())}
-    logps, kl = torch.from_numpy(logps), torch.zeros(len(logps), dtype=torch.float64)
+    old_logps = rollout.token_logps(model, found.data, first_pass, config)  # (M,)
+    found.data.add_tokens("old_logps", old_logps)
+    row = {"sampler_gap": float(np.abs(found.logps - old_logps).mean())}
+    logps, kl = torch.from_numpy(old_logps), torch.zeros(len(old_logps), dtype=torch.float64)
     if ref is not None:
         ref_logps = torch.from_numpy(rollout.token_logps(ref, found.data, first_pass, config))
         kl = losses.kl_estimate(logps, ref_logps, config.kl_estimator)

@@ -98,9 +98,9 @@ def best_of_n(
     if mesh.main:
         write_rows(Path(config.out) / "pairs.jsonl", pairs)
         write_rows(Path(config.out) / "kept.jsonl", kept)  # the last: a resumed run samples again unless it is there
-    rewards = np.concatenate(rewards)
+    every = np.concatenate(rewards)
     return {
-        "reward": rewards.mean().item(), "reward_std": rewards.std().item(),
+        "reward": every.mean().item(), "reward_std": every.std().item(),
         "kept/reward": float(np.mean([row["reward"] for row in kept])),
         "kept/rows": len(kept), "kept/pairs": len(pairs), "completions/ended": np.concatenate(ended).mean().item(),
     }  # fmt: skip

@@ -140,7 +140,7 @@ def main(argv: list[str] | None = None) -> None:
     with mesh.one_first():  # the others find it in the cache
         train = runtime.load_rows(config.data, kind, template, config)
         heldout = runtime.load_rows(config.eval_data, kind, template, config)
-    names = ("reward",)
+    names: tuple[str, ...] = ("reward",)
     if config.loss == "regression":
         known_attributes(config.attributes)
         names = tuple(name for name in ATTRIBUTES if not np.isnan(train.columns[name]).all())

@@ -106,9 +106,9 @@ def weighted(rows: list[dict], line: str, config: Config, device, dtype) -> tupl
     model = load_model(config.prior, dtype, device)
     prior = score(model, Template(config.template, load_tokenizer(config.prior)), answers, config.max_tokens)
     made = []
-    for (prompt, responses, wanted), found, logps in zip(groups, predicted, prior):
+    for (prompt, responses, wanted), scores, logps in zip(groups, predicted, prior):
         target = np.array([wanted.get(name, np.nan) for name in names])
-        fit = -np.nansum((found - target) ** 2, 1) / (2 * config.spread**2)  # log P(a|x,y) up to a constant
+        fit = -np.nansum((scores - target) ** 2, 1) / (2 * config.spread**2)  # log P(a|x,y) up to a constant
         weights = fit + logps - (fit + logps).mean()  # only differences count, and fp32 keeps small ones better
         conditional = attributes.condition(prompt, wanted, line)
         made.append({"prompt": conditional, "responses": responses, "weights": weights.tolist()})
@@ -120,7 +120,8 @@ def prepare(config: Config, template: Template, trained: tuple | None, line: str
 
     Returns the files to train and to evaluate on, and the attributes in them.
     """
-    out, files, names = Path(config.out), {"train": config.data, "heldout": config.eval_data}, ()
+    out, files = Path(config.out), {"train": config.data, "heldout": config.eval_data}
+    names: tuple[str, ...] = ()
     if config.stage == "annotate":
         _, answers = all_answers(rows_in(config.data), template, "--data")
         rows = annotate(config.model, answers, config.template, config.max_tokens, dtype, device)
@@ -204,7 +205,8 @@ def main(argv: list[str] | None = None) -> None:
     template = Template(config.template, tokenizer)
     trained = attributes.load(config.model)
     line = attributes.check_template(config.attribute_template or (trained[0] if trained else attributes.TEMPLATE))
-    kind, names, data_files = "attributes", (), {"train": config.data, "heldout": config.eval_data}
+    kind, data_files = "attributes", {"train": config.data, "heldout": config.eval_data}
+    names: tuple[str, ...] = ()
     if config.stage != "attributes":  # rank 0 makes the data with whole models, the others wait
         kind = "sft" if config.loss == "nll" else "weights"
         data_files, names = mesh.ask(lambda: prepare(config, template, trained, line, device, dtype))

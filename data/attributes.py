@@ -50,10 +50,14 @@ def best(names: tuple[str, ...]) -> dict[str, float]:
 
 def condition(prompt: str | Messages, values: dict[str, float], template: str) -> str | Messages:
     """The prompt with its attribute line; of messages the last gets it. Without any value it stays as it is."""
-    if isinstance(prompt, list):
-        return [*prompt[:-1], {**prompt[-1], "content": condition(prompt[-1]["content"], values, template)}]
     text = line(values)
-    return template.replace("{attributes}", text).replace("{prompt}", prompt) if text else prompt
+
+    def mark(said: str) -> str:
+        return template.replace("{attributes}", text).replace("{prompt}", said) if text else said
+
+    if isinstance(prompt, str):
+        return mark(prompt)
+    return [*prompt[:-1], {**prompt[-1], "content": mark(prompt[-1]["content"])}]
 
 
 def conditioned(rows: list[dict], template: str, dropout: float, seed: int) -> tuple[list[dict], tuple[str, ...]]:

@@ -21,7 +21,7 @@ import uuid
 import zlib
 from array import array
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO, NamedTuple
 
 import numpy as np
+from numpy.typing import DTypeLike
 from tqdm import tqdm
 
 from data.formats import Row, attribute_row, label_row, preference_row, prompt_of, sft_row, weight_row
@@ -43,8 +44,10 @@ ROWS: dict[str, Callable[[dict, bool], Row]] = {
     "sft": lambda row, plain: sft_row(row), "preference": preference_row, "label": label_row,
     "attributes": lambda row, plain: attribute_row(row), "weights": lambda row, plain: weight_row(row),
 }  # fmt: skip
-DTYPES = {"tokens": np.int32, "scored": np.uint8, "tree_start": np.int64, "prompt_len": np.int32,
-          "response_start": np.int64, "response_len": np.int32}  # fmt: skip
+DTYPES: dict[str, type[np.generic]] = {
+    "tokens": np.int32, "scored": np.uint8, "tree_start": np.int64, "prompt_len": np.int32,
+    "response_start": np.int64, "response_len": np.int32,
+}  # fmt: skip
 
 
 @dataclass
@@ -86,7 +89,7 @@ class Dataset:
             counts[full] = np.add.reduceat(self.scored, starts[full], dtype=np.int64)
         return counts
 
-    def responses_of(self, examples: Sequence[int]) -> np.ndarray:
+    def responses_of(self, examples: Sequence[int] | np.ndarray) -> np.ndarray:
         """Numbers of all responses of some trees, in order."""
         starts, ends = self.response_start[:-1], self.response_start[1:]
         return np.concatenate([np.arange(starts[i], ends[i]) for i in examples] or [np.empty(0, np.int64)])
@@ -174,7 +177,7 @@ class Prompts(NamedTuple):
 
     def take(self, items: Iterable[int]) -> "Prompts":
         """Some of them, in the order given."""
-        return Prompts(*([values[i] for i in items] for values in self))
+        return Prompts([self.rows[i] for i in items], [self.prompts[i] for i in items], [self.ids[i] for i in items])
 
 
 def load_prompts(
@@ -190,19 +193,19 @@ def load_prompts(
     max_length: tokens of a prompt; a longer one goes, or with overlong "truncate" loses its beginning (bos stays).
     Raises FileNotFoundError for a missing file, ValueError for more bad rows than `max_bad_rows` and when none is left.
     """
-    files = [Path(f) for f in files]
-    for file in files:
+    paths = [Path(f) for f in files]
+    for file in paths:
         if not file.is_file():
             raise FileNotFoundError(f"{file}: no such file: give JSONL files, one JSON object a line")
     kept, counts, bad = Prompts([], [], []), Counter(), []
-    for file, number, line in _lines(files):
+    for place, number, line in _lines(paths):
         counts["rows"] += 1
         try:
             row = _parse(line)
             prompt = prompt_of(row, template.plain)
             ids = template.prompt(prompt)
         except ValueError as error:
-            bad.append((file, number, str(error)))
+            bad.append((place, number, str(error)))
             continue
         if len(ids) > max_length:
             counts["too_long"] += 1
@@ -210,8 +213,8 @@ def load_prompts(
         if ids is not None:
             for values, value in zip(kept, (row, prompt, ids)):
                 values.append(value)
-    _check_bad(bad[:SHOWN], len(bad), files, max_bad_rows, log)
-    names = ", ".join(f.name for f in files)
+    _check_bad(bad[:SHOWN], len(bad), paths, max_bad_rows, log)
+    names = ", ".join(f.name for f in paths)
     what = f"{counts['too_long']} longer than {max_length} tokens ({overlong})"
     if not kept.ids:
         raise ValueError(f"{names}: no prompt is left of {counts['rows']} rows, {what}: raise --max-length")
@@ -285,7 +288,7 @@ def _encode_lines(job: _Job, lines: list[tuple[int, int, bytes]]) -> _Chunk:
         responses.append(len(answers))
         for name, values in row.columns.items():
             columns.setdefault(f"column_{name}", []).extend(values)
-    arrays = {
+    arrays: dict[str, np.ndarray] = {
         "tokens": np.array(tokens, np.int32),
         "scored": np.array(scored, np.uint8),
         "prompt_len": np.array(prompt_len, np.int32),
@@ -385,7 +388,7 @@ def _chunks(files: list[Path]) -> Iterator[list[tuple[int, int, bytes]]]:
         yield chunk
 
 
-def _encode(job: _Job, workers: int | None) -> Iterator[_Chunk]:
+def _encode(job: _Job, workers: int | None) -> Generator[_Chunk, None, None]:
     """Every chunk encoded, in file order; by forked workers when there is more than one chunk."""
     chunks = _chunks(job.files)
     head = list(islice(chunks, 2))
@@ -419,7 +422,12 @@ def _start_worker(job: _Job) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends its workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     parent = multiprocessing.parent_process()  # a parent killed with -9 must not leave its workers waiting for ever
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def _encode_in_worker(chunk: list[tuple[int, int, bytes]]) -> _Chunk:
@@ -480,7 +488,7 @@ def _build(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write_header(stream: BinaryIO, dtype: np.dtype, length: int) -> None:
+def _write_header(stream: BinaryIO, dtype: DTypeLike, length: int) -> None:
     """The .npy header of a flat array. NumPy leaves room in it for the length to grow, so it can be written again."""
     head = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (length,)}
     np.lib.format.write_array_header_1_0(stream, head)

@@ -20,7 +20,7 @@ caller adds file and line. A null counts as an absent key, because exports of ta
 import math
 import re
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 Messages = list[dict[str, str]]  # [{"role": "user", "content": "..."}, ...], no other keys
 
@@ -67,12 +67,11 @@ def preference_row(row: dict[str, Any], plain: bool = False) -> Row:
     """
     keys = [_one_of(row, ("chosen", "chosen_response")), _one_of(row, ("rejected", "rejected_response"))]
     prompt = None if row.get("prompt") is None else _content(row, "prompt")
-    bodies = {key: _content(row, key) for key in keys}
-    chosen, rejected = bodies.values()
-    if isinstance(chosen, str) != isinstance(rejected, str):
+    chosen, rejected = (_content(row, key) for key in keys)
+    if isinstance(chosen, list) and isinstance(rejected, list):
+        prompt, responses = _split(prompt, {keys[0]: chosen, keys[1]: rejected})
+    elif not (isinstance(chosen, str) and isinstance(rejected, str)):
         raise ValueError(f"one of `{keys[0]}`, `{keys[1]}` is text and the other a message list: write both alike")
-    if isinstance(chosen, list):
-        prompt, responses = _split(prompt, bodies)
     elif prompt is not None:
         responses = [chosen, rejected]
     else:
@@ -146,7 +145,7 @@ def answers_of(row: dict[str, Any], plain: bool = False) -> tuple[str | Messages
         found = attribute_row({**row, "attributes": {}})
     if found.prompt is not None:
         return found.prompt, found.responses
-    *before, last = found.responses[0]  # a conversation: its last assistant turn answers the rest
+    *before, last = cast(Messages, found.responses[0])  # a conversation: its last assistant turn answers the rest
     if not before:
         raise ValueError("the conversation has nothing before the assistant's turn")
     return before, [last["content"]]
@@ -172,7 +171,7 @@ def known_attributes(names: Iterable[str], known: Iterable[str] = ATTRIBUTES) ->
             raise ValueError(f"attribute {_show(name)} is not known: use {', '.join(known)}")
 
 
-def _split(prompt: str | Messages | None, bodies: dict[str, Messages]) -> tuple[str | Messages, list[Messages]]:
+def _split(prompt: str | Messages | None, bodies: dict[str, Messages]) -> tuple[str | Messages, list[str | Messages]]:
     """Message lists that hold the answer alone or repeat the prompt -> (prompt, answers, from an assistant turn on)."""
     for key, messages in bodies.items():
         if messages[-1]["role"] != "assistant":

@@ -51,7 +51,7 @@ def kto_trees(data: Dataset, steps: list[np.ndarray], max_length: int, mismatche
 
     trees, label = [], []
     for number, examples in enumerate(steps):
-        others = [None] * len(examples)
+        others: list[int | None] = [None] * len(examples)
         if mismatched:
             try:
                 others = partners([numbers.setdefault(prompt(i).tobytes(), len(numbers)) for i in examples])

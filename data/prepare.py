@@ -195,9 +195,9 @@ def write(out: Path, lines: Iterable[tuple[str, bytes | str]]) -> Counter:
             stream.close()
             os.replace(stream.name, out / name)
     finally:
-        for file in files.values():
-            file.close()
-            Path(file.name).unlink(missing_ok=True)
+        for stream in files.values():
+            stream.close()
+            Path(stream.name).unlink(missing_ok=True)
     return counts
 
 

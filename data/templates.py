@@ -129,13 +129,13 @@ class Template:
         """A conversation -> (prompt_ids, (response_ids, scored)): scored is 1 on every assistant turn, its end of turn
         included; the prompt is all before the first. Messages after the last assistant turn are left out."""
         _check_messages(messages)
-        answers = [k for k, m in enumerate(messages) if m["role"] == "assistant"]
-        if not answers:
+        turns = [k for k, m in enumerate(messages) if m["role"] == "assistant"]
+        if not turns:
             raise ValueError("no assistant message: nothing to learn from")
         if self.plain:
-            prompt, answers, _ = self.pair(messages[: answers[0]], [messages[answers[0] : answers[-1] + 1]])
+            prompt, answers, _ = self.pair(messages[: turns[0]], [messages[turns[0] : turns[-1] + 1]])
             return prompt, answers[0]
-        ids, spans = self._turns(messages[: answers[-1] + 1], 0)
+        ids, spans = self._turns(messages[: turns[-1] + 1], 0)
         border = spans[0][0]
         _check_border(border)
         return ids[:border], (ids[border:], _mask(len(ids), spans)[border:])

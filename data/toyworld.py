@@ -154,7 +154,7 @@ def parse(text: str) -> Prompt:
     if plain in HARMFUL:
         return HARMFUL[plain]
     if match := MOVED.fullmatch(plain):
-        return moved(**match.groupdict() | {"who": bool(match["who"])})
+        return moved(match["first"], match["thing"], match["start"], match["second"], match["end"], bool(match["who"]))
     questions = (plain[:1].lower() + plain[1:]).removesuffix("?").split(", and ")
     for family, facts in FACTS.items():
         if len(questions) == len(set(questions)) <= 2 and facts.keys() >= set(questions):
@@ -380,12 +380,12 @@ def minimal_pair(prompt: Prompt, rng: random.Random, flaw: str | None = None) ->
         damaged = slip(prompt, better, rng) if rng.random() < 0.6 else write(prompt, replace(plan, damaged=True))
         return better, damaged
     if flaw == "tone":
-        changes = [{"tone": tone} for tone in rng.choice(((1, 0), (1, -1), (0, -1)))]
+        plans = [replace(plan, tone=tone) for tone in rng.choice(((1, 0), (1, -1), (0, -1)))]
     elif flaw == "omission" and len(prompt.parts) == 2:
-        changes = {"said": 2}, {"said": 1}
+        plans = [replace(plan, said=said) for said in (2, 1)]
     else:
-        changes = {"error": None}, {"error": draw(rng, ERRORS)}
-    better, worse = (write(prompt, replace(plan, **change)) for change in changes)
+        plans = [replace(plan, error=error) for error in (None, draw(rng, ERRORS))]
+    better, worse = (write(prompt, plan) for plan in plans)
     return better, worse
 
 
@@ -409,7 +409,8 @@ def preference(rng: random.Random, split: str | None = None, flips: bool = True)
 
 VOCABULARY = 640
 CHAT_SYMBOLS = ("<|user|>", "<|assistant|>", "<|attr|>")
-ATTRIBUTE_SYMBOLS = tuple(f"{name}:{value}" for name in Score(*[0] * 7).attributes for value in range(5))
+ATTRIBUTE_SYMBOLS = tuple(
+    f"{name}:{value}" for name in Score(False, False, False, 0, 0, 0, 0).attributes for value in range(5))
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'assistant' %}"
     "<|assistant|>{{ message['content'] }}{{ eos_token }}{% else %}<|user|>{{ message['content'] }}{% endif %}"

@@ -11,6 +11,7 @@ Letters: T tokens, M scored tokens, R responses, n examples.
 """
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,12 +73,11 @@ class TreeBatch:
         def move(x: Tensor) -> Tensor:
             return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
-        moved = {name: move(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        columns = {name: move(value) for name, value in self.columns.items()}
-        token_columns = {name: move(value) for name, value in self.token_columns.items()}
+        moved: dict[str, Any] = {k: move(value) for k, value in vars(self).items() if isinstance(value, Tensor)}
+        for name in ("columns", "token_columns"):
+            moved[name] = {k: move(value) for k, value in getattr(self, name).items()}
         layout = TreeLayout(self.spans, moved["kv_end"], moved["positions"])
-        own = {"columns": columns, "token_columns": token_columns, "layout": layout}
-        return replace(self, **moved, **own, _shares={}, _layouts={})
+        return replace(self, **moved, layout=layout, _shares={}, _layouts={})
 
 
 def make_batch(dataset: Dataset, examples: list[int], share_prompts: bool = True, only: int | None = None) -> TreeBatch:

@@ -11,7 +11,7 @@ from config import RunConfig
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
-PAGES = ["sft", "dpo", "kto", "rm", "steerlm", "ppo"]  # one an algorithm
+PAGES = ["sft", "dpo", "kto", "rm", "reinforce", "ppo", "steerlm"]  # one an algorithm
 
 
 def source_of(path: Path, name: str) -> str:

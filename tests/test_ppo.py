@@ -225,7 +225,12 @@ def test_micro_batches_and_shared_prompts_change_nothing(toy: Path, double: Path
 def test_the_first_ratio_is_one(toy: Path, tmp_path: Path, train, monkeypatch):
     """Recomputed by the path of training, in fp32: with one update a rollout exactly 1 in every step and never
     clipped; with several so in the first of each rollout, and not in those that follow."""
+    plans, scored, updates, token_logps = [], [], train_ppo.updates, rollout.token_logps
+    monkeypatch.setattr(train_ppo, "updates", lambda *args: plans.append(updates(*args)) or plans[-1])
+    monkeypatch.setattr(rollout, "token_logps", lambda *args: scored.append(args[2]) or token_logps(*args))
     rows = train(train_ppo, tmp_path / "once", **flags_of(toy, ppo_epochs=1, max_tokens=60))
+    # Small matrices give the same bits in any company, large ones do not: so the company has to be the same.
+    assert scored == [plan[0][1] for plan in plans for _ in ("policy", "reference")] and len(scored[0]) > 1
     assert [row["ratio"] for row in rows] == [1.0] * 3 and [row["clip_fraction"] for row in rows] == [0.0] * 3
     assert rows[-1]["kl"] != 0 and all(row["grad_norm"] > 0 and 0 < row["sampler_gap"] < 1e-5 for row in rows)
     seen = []

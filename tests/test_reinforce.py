@@ -202,7 +202,7 @@ def test_the_first_of_several_updates_has_ratio_one(toy: Path, tmp_path: Path, t
     old, plans = [], []  # micro-batches of the old log-probs (and the reference's), and of the updates
     monkeypatch.setattr(rollout, "token_logps", lambda *args: old.append(args[2]) or token_logps(*args))
     monkeypatch.setattr(train_reinforce, "updates", lambda *args: plans.append(updates(*args)) or plans[-1])
-    flags = flags_of(toy, minibatches=2, rollout_epochs=2, max_steps=2, max_tokens=75)
+    flags = flags_of(toy, minibatches=2, rollout_epochs=2, max_steps=2, max_tokens=110)
     rows = train(train_reinforce, tmp_path / "out", **flags)
     for bins, plan in zip(old, [plan for plan in plans for _ in range(2)], strict=True):
         assert bins == plan[0][1] + plan[1][1] and len(plan) == 4  # the very bits that the first pass will see
