@@ -130,7 +130,7 @@ def test_a_step_equals_a_plain_loop_in_float64(
     worth = [torch.tensor([(x - mean) / deviation for x in part], dtype=torch.float64) for part in worth]
 
     trainers = PlainTrainer(actor, 1, 1e-2), PlainTrainer(critic, 1, 2e-2)
-    total, norms, seen, held = np.zeros(2), [], 0, 0
+    total, norms, seen, held, slow = np.zeros(2), [], 0, 0, 0
     for part, _ in train_ppo.updates(found, 0, config, Mesh()):
         rows = [2 * i + k for i in part for k in range(2)]
         tokens, loss, value_loss = sum(len(pairs[i][1]) for i in rows), 0.0, 0.0
@@ -145,6 +145,7 @@ def test_a_step_equals_a_plain_loop_in_float64(
             near = torch.minimum(torch.maximum(v, before[i] - clip_value), before[i] + clip_value)
             off = (v - returns[i]) ** 2
             value_loss = value_loss + 0.5 * (torch.maximum(off, (near - returns[i]) ** 2) if clip_value else off).sum()
+            slow += (((near - v).abs() > 1e-12) & ((near - returns[i]) ** 2 > off)).sum().item() if clip_value else 0
             held += ((rho > 1.02) & (a > 0) | (rho < 0.98) & (a < 0)).sum().item()
         both = []
         for trainer, value in zip(trainers, (loss, value_loss)):
@@ -156,6 +157,7 @@ def test_a_step_equals_a_plain_loop_in_float64(
     assert len(norms) == minibatches * epochs
     wanted = dict(zip(("loss", "value/loss", "grad_norm", "value/grad_norm"), [*total / seen, *np.mean(norms, 0)]))
     wanted |= {"clip_fraction": held / seen, "kl": sum((a - b).sum() for a, b in zip(old, against)).item() / 12}
+    wanted["value/clip_fraction"] = slow / seen
     left = torch.cat(returns) - torch.cat(before)
     wanted["value/explained_variance"] = 1 - np.var(left.numpy()) / np.var(torch.cat(returns).numpy())
     for name, value in wanted.items():
@@ -225,7 +227,12 @@ def test_micro_batches_and_shared_prompts_change_nothing(toy: Path, double: Path
 def test_the_first_ratio_is_one(toy: Path, tmp_path: Path, train, monkeypatch):
     """Recomputed by the path of training, in fp32: with one update a rollout exactly 1 in every step and never
     clipped; with several so in the first of each rollout, and not in those that follow."""
+    plans, scored, updates, token_logps = [], [], train_ppo.updates, rollout.token_logps
+    monkeypatch.setattr(train_ppo, "updates", lambda *args: plans.append(updates(*args)) or plans[-1])
+    monkeypatch.setattr(rollout, "token_logps", lambda *args: scored.append(args[2]) or token_logps(*args))
     rows = train(train_ppo, tmp_path / "once", **flags_of(toy, ppo_epochs=1, max_tokens=60))
+    # Small matrices give the same bits in any company, large ones do not: so the company has to be the same.
+    assert scored == [plan[0][1] for plan in plans for _ in ("policy", "reference")] and len(scored[0]) > 1
     assert [row["ratio"] for row in rows] == [1.0] * 3 and [row["clip_fraction"] for row in rows] == [0.0] * 3
     assert rows[-1]["kl"] != 0 and all(row["grad_norm"] > 0 and 0 < row["sampler_gap"] < 1e-5 for row in rows)
     seen = []
