@@ -96,7 +96,7 @@ def commands(home: Path, seed: int, quick: bool) -> dict[str, list[str]]:
             f"train_ppo.py {online} --reward {home}/rm/final --out {home}/ppo --critic-lr 1e-3 --kl 0.4 {twice} {end}",
             answers("ppo", "ppo"), likely("ppo"),
             f"train_ppo.py {online} --reward data/toyworld.py:reward --out {home}/ppo_truth --critic-lr 2e-3 --kl 0.06 "
-            f"{twice} {end}",
+            f"--critic-warmup 4 --clip-value 0 {twice} {end}",
             answers("ppo_truth", "ppo_truth"), likely("ppo_truth"),
         ],
         "reinforce": [

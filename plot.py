@@ -160,7 +160,7 @@ def draw(runs: dict[str, Series], keys: list[str], out: str | Path, weight: floa
             axes.clear()
             axes.grid(color="0.92")
             axes.spines[["top", "right"]].set_visible(False)
-        draw_scores(scores, *figure.axes[-2:], dict(zip(runs, colors)))
+        draw_scores(scores, figure.axes[-2], figure.axes[-1], dict(zip(runs, colors)))
     handles = [Line2D([], [], color=color, linewidth=2.2, label=name) for name, color in zip(runs, colors)]
     if evaluated:
         handles.append(Line2D([], [], color="0.35", linestyle=":", marker="o", markersize=5, label="evaluation"))
