@@ -198,10 +198,10 @@ def _from_slice(key: str, pieces: list[_Piece], first: int, last: int) -> Tensor
     return torch.cat(parts)
 
 
-def find(out: str | Path, resume: str, log=print, mesh: Mesh = ALONE) -> Path | None:
+def find(out: str | Path, resume: str, mesh: Mesh = ALONE) -> Path | None:
     """What --resume means: "" nothing, "auto" the newest good checkpoint of OUT (None without one), else a folder."""
     if resume == "auto":
-        return newest(out, log, mesh)
+        return newest(out, mesh=mesh)
     if resume and not Path(resume).is_dir():
         raise FileNotFoundError(f"--resume {resume}: no such folder; auto takes the newest in --out")
     return Path(resume) if resume else None

@@ -699,14 +699,6 @@ class AdamW:
             b.weights[b.own].copy_(b.master)
         b.start_gather()
 
-    def zero_grad(self) -> None:
-        """Forgets gradients that no step will take."""
-        for b in self.buckets:
-            b.grad.zero_()
-            b.shard.zero_()
-            for _, p in b.named:
-                p.grad = p.grad if b.keep_whole else None
-
     def state(self) -> tuple[dict[str, tuple[int, Tensor]], int]:
         """What this rank has to save: "kind/parameter" -> (first element, flat piece); and the number of updates."""
         pieces, updates = {}, 0

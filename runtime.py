@@ -79,7 +79,7 @@ def _leave(reason: str, ask_others: bool = False) -> None:
     os._exit(1)  # not through c10d's tear-down, which may wait for ranks that are gone
 
 
-def set_up(config: RunConfig, mesh: Mesh, say: Callable[[str], Any] = print) -> tuple[torch.device, torch.dtype]:
+def set_up(config: RunConfig, mesh: Mesh) -> tuple[torch.device, torch.dtype]:
     """Checks what every run needs, seeds every generator and makes OUT with its config.json. Silences all ranks but 0.
 
     Returns the device and the type of weights and activations. ValueError names the flag to mend.
@@ -114,7 +114,7 @@ def set_up(config: RunConfig, mesh: Mesh, say: Callable[[str], Any] = print) -> 
     random.seed(config.seed)
     np.random.seed(config.seed)
     torch.manual_seed(config.seed)
-    mark = Path(config.out) / mesh.ask(lambda: _make_out(config, say))
+    mark = Path(config.out) / mesh.ask(lambda: _make_out(config))
     shared = all(mesh.everyone(mark.exists()))
     if mesh.main:
         mark.unlink()
@@ -122,11 +122,11 @@ def set_up(config: RunConfig, mesh: Mesh, say: Callable[[str], Any] = print) -> 
         raise ValueError(f"--out {config.out} is not the same folder on every node: take one on a shared file system")
     layout = f"{mesh.world} ranks: dp {mesh.dp}, tp {mesh.tp}, cp {mesh.cp}, pp {mesh.pp}; " if mesh.world > 1 else ""
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    say(f"{name}, {layout}{str(dtype)[6:]}, output in {config.out}/")
+    print(f"{name}, {layout}{str(dtype)[6:]}, output in {config.out}/")
     return device, dtype
 
 
-def _make_out(config: RunConfig, say: Callable[[str], Any]) -> str:
+def _make_out(config: RunConfig) -> str:
     """Makes OUT; the name of a file in it that no other run has made, by which the others know it."""
     out = Path(config.out)
     if not config.resume and (out / "metrics.jsonl").exists():
@@ -138,7 +138,7 @@ def _make_out(config: RunConfig, say: Callable[[str], Any]) -> str:
         before = json.loads((out / "config.json").read_text())
         for name, value in json.loads(to_json(config)).items():
             if name not in ("resume", "config") and name in before and before[name] != value:
-                say(f"warning: resuming with another --{name.replace('_', '-')}: {value}, it was {before[name]}")
+                print(f"warning: resuming with another --{name.replace('_', '-')}: {value}, it was {before[name]}")
     (out / "config.json").write_text(to_json(config))
     mark = out / f".mark-{os.getpid()}-{time.time_ns()}"
     mark.touch()

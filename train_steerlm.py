@@ -167,10 +167,8 @@ def item_losses(
     logps = model.logps(hidden, batch)
     if config.loss == "nll":
         return -logps
-    q_logps = batch.columns["ref_logps"]
-    _, group = batch.columns["group"].unique(return_inverse=True)
-    wanted = batch.columns["weight"] - q_logps
-    return losses.steerlm2(batch.sum_by_response(logps), q_logps, wanted, group)
+    q_logps, group = batch.columns["ref_logps"], batch.columns["group"].unique(return_inverse=True)[1]
+    return losses.steerlm2(batch.sum_by_response(logps), q_logps, batch.columns["weight"] - q_logps, group)
 
 
 def items_in(data: Dataset, examples: np.ndarray, names: tuple[str, ...], config: Config) -> int:

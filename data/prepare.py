@@ -30,7 +30,7 @@ from typing import Any
 JSON = dict[str, Any]
 Result = tuple[str, JSON | str]  # (kind, the row to write), or (kind, why there is none)
 
-ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")  # HelpSteer2's, each 0 to 4
+HELPSTEER = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")  # its attributes, each 0 to 4
 
 
 def ultrafeedback(row: JSON, before: JSON | None) -> list[Result]:
@@ -89,7 +89,7 @@ def helpsteer2(row: JSON, before: JSON | None) -> list[Result]:
     first, *turns = re.split(r"\n?<extra_id_1>(User|Assistant)\n", row["prompt"])  # turns: role, text, role, text, ...
     roles, texts = ["User", *turns[::2]], [first, *turns[1::2]]
     prompt = [{"role": role.lower(), "content": text} for role, text in zip(roles, texts)] if turns else first
-    rated = {"prompt": prompt, "response": row["response"], "attributes": {name: row[name] for name in ATTRIBUTES}}
+    rated = {"prompt": prompt, "response": row["response"], "attributes": {name: row[name] for name in HELPSTEER}}
     rows = [("attributes", rated if row["response"].strip() else "the answer is empty")]
     if before is not None and before["prompt"] == row["prompt"]:
         worse, better = sorted((before, row), key=lambda r: r["helpfulness"])

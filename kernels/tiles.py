@@ -8,7 +8,6 @@ import torch
 
 Spans = list[tuple[int, list[int]]]  # of every tree: prompt length, response lengths
 
-ITEM = 8  # ints a work item: tile, first entry of its list, full tiles, all tiles, first step, last step, slot, -
 SPLIT = 16  # steps of a dK/dV program below which splitting its list costs more than the balance gains
 BLOCK = 128  # consecutive rows that go to one rank: every query tile below divides it, so that no two ranks share one
 
@@ -155,8 +154,9 @@ def visible_tiles(
 
 
 def work_items(seen: np.ndarray, full: np.ndarray, group: int = 1, limit: int | None = None) -> tuple[np.ndarray, ...]:
-    """Work items (W, ITEM), heaviest first so that no long one starts last; the lists they walk; slots (S, 2).
+    """Work items (W, 8), heaviest first so that no long one starts last; the lists they walk; slots (S, 2).
 
+    An item is (tile, first entry of its list, full tiles, all tiles, first step, last step + 1, slot or -1, nothing).
     A list walked for `group` heads that takes more than `limit` steps is cut into items that leave their sums in slots
     of their own: (tile, slots of the tile if this is its first, else 0) a slot.
     """

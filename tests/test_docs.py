@@ -1,6 +1,7 @@
 """The documents are true: quoted lines are in the code, named metrics and flags exist, links lead somewhere."""
 
 import ast
+import json
 import re
 from pathlib import Path
 
@@ -86,3 +87,14 @@ def test_links_lead_somewhere(page: Path):
         assert link.startswith("https://") or (page.parent / link).exists(), link
     for name in re.findall(r"`((?:[a-z_]+/)?[a-z_]+\.py)`", text):
         assert (ROOT / name).exists(), name
+
+
+def test_the_harness_task_of_evaluate_md(toy: Path):
+    """The keys that its templates name are in the rows it is for, and it reads the split it says."""
+    page = (ROOT / "docs" / "evaluate.md").read_text()
+    task = re.search(r"```yaml\n(.*?)```", page, re.S)[1]
+    rows = toy / "world" / Path(re.search(r"test: (\S+\.jsonl)", task)[1]).name
+    named = [word for part in re.findall(r"{{(.*?)}}", task) for word in re.findall(r"\w+", part)]
+    assert named == ["prompt", "chosen", "rejected"]
+    assert set(named) <= set(json.loads(rows.read_text().splitlines()[0]))
+    assert re.search(r"^task: (\w+)$", task, re.M)[1] in re.search(r"--tasks (\w+)", page)[1]
