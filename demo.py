@@ -61,7 +61,7 @@ def commands(home: Path, seed: int, quick: bool) -> dict[str, list[str]]:
         f"--model {home}/sft/final --data {world}/sft.jsonl --lr 1e-3 --batch-size 16 "
         "--group-size 4 --no-eos-penalty 1 --max-new-tokens 48 --warmup 0.05"
     )
-    twice = "--ppo-epochs 2 --minibatches 2 --max-steps 40"
+    twice = f"--ppo-epochs 2 --minibatches 2 --max-steps {15 if quick else 40}"
     pairs = f"--data {world}/preferences.jsonl --eval-data {world}/preferences_test.jsonl"
     return {
         "world": [
@@ -96,15 +96,15 @@ def commands(home: Path, seed: int, quick: bool) -> dict[str, list[str]]:
             f"train_ppo.py {online} --reward {home}/rm/final --out {home}/ppo --critic-lr 1e-3 --kl 0.4 {twice} {end}",
             answers("ppo", "ppo"), likely("ppo"),
             f"train_ppo.py {online} --reward data/toyworld.py:reward --out {home}/ppo_truth --critic-lr 2e-3 --kl 0.06 "
-            f"{twice} {end}",
+            f"--critic-warmup 4 --clip-value 0 {twice} {end}",
             answers("ppo_truth", "ppo_truth"), likely("ppo_truth"),
         ],
         "reinforce": [
-            f"train_reinforce.py {online} --reward {home}/rm/final --out {home}/reinforce --kl 0.2 --max-steps 60 "
-            f"{end}",
+            f"train_reinforce.py {online} --reward {home}/rm/final --out {home}/reinforce --kl 0.2 "
+            f"--max-steps {20 if quick else 60} {end}",
             answers("reinforce", "reinforce"), likely("reinforce"),
             f"train_reinforce.py {online} --reward data/toyworld.py:reward --out {home}/reinforce_truth --kl 0.06 "
-            f"--max-steps 80 {end}",
+            f"--max-steps {30 if quick else 80} {end}",
             answers("reinforce_truth", "reinforce_truth"), likely("reinforce_truth"),
         ],
         "steerlm": [
@@ -264,7 +264,7 @@ def main() -> None:
         json.dumps({seed: {name: result[name] for name in TABLE} for seed, result in results.items()}, indent=1)
     )
     home = out / f"seed_{seeds[0]}"
-    shown = ("dpo", "kto", "rm", "ppo", "reinforce", "ppo_truth", "reinforce_truth")
+    shown = ("dpo", "kto", "ppo", "reinforce", "ppo_truth", "reinforce_truth")
     runs = " ".join(f"{home}/{name}" for name in shown)
     keys = "--keys loss,rewards/accuracies,rewards/margins,reward,kl,entropy,reward~kl"
     plotted = python(f"plot.py {runs} {keys} --scores {out}/scores.json --out {out}/curves.png")

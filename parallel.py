@@ -17,6 +17,7 @@ import contextlib
 import datetime
 import math
 import os
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -215,7 +216,7 @@ def init_mesh(tp: int = 1, cp: int = 1, pp: int = 1, device: str = "auto", timeo
     limit = datetime.timedelta(minutes=timeout)
     store, rank, world = next(dist.rendezvous("env://", timeout=limit))
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
-    _here = grid(rank, pp, world // (tp * cp * pp), cp, tp, store)
+    _here = grid(rank, pp, world // (tp * cp * pp), cp, tp, store, limit)
     return _here
 
 
@@ -227,8 +228,10 @@ def here() -> Mesh:
     return _here
 
 
-def grid(rank: int, pp: int, dp: int, cp: int, tp: int, store: Any = None) -> Mesh:
-    """The mesh of a process group that is there already."""
+def grid(
+    rank: int, pp: int, dp: int, cp: int, tp: int, store: Any = None, limit: datetime.timedelta | None = None
+) -> Mesh:
+    """The mesh of a process group that is there already. limit: how long a rank waits for others; None: torch's own."""
     ranks = torch.arange(pp * dp * cp * tp).view(pp, dp, cp, tp)
     groups = {"world": Group(tuple(range(ranks.numel())), rank, dist.group.WORLD)}
     axes = ["pp", "dp", "cp", "tp"]
@@ -236,21 +239,21 @@ def grid(rank: int, pp: int, dp: int, cp: int, tp: int, store: Any = None) -> Me
         keep = [axes.index(axis) for axis in name.split()]
         rest = [i for i in range(4) if i not in keep]
         rows = ranks.permute(*rest, *keep).reshape(-1, math.prod(ranks.shape[i] for i in keep))
-        groups[name] = _join(rows.tolist(), rank)
+        groups[name] = _join(rows.tolist(), rank, limit)
     if pp > 1:  # an embedding that is the head as well lives on the first and on the last stage
         ends = ranks[[0, -1]].permute(3, 0, 1, 2).reshape(tp, -1)
-        groups["ends dp cp"] = _join(ends.tolist(), rank)
+        groups["ends dp cp"] = _join(ends.tolist(), rank, limit)
     return Mesh(rank, pp, dp, cp, tp, groups, store)
 
 
-def _join(rows: list[list[int]], rank: int) -> Group:
+def _join(rows: list[list[int]], rank: int, limit: datetime.timedelta | None) -> Group:
     """This rank's group of several; c10d wants every rank to make all of them, in the same order."""
     mine = ALONE
     for row in rows:
         if len(row) == 1:
             mine = Group(tuple(row), 0) if rank in row else mine
             continue
-        handle = dist.new_group(row)
+        handle = dist.new_group(row, timeout=limit)  # it does not inherit the world's
         if rank in row:
             mine = Group(tuple(row), row.index(rank), handle)
     return mine
@@ -263,25 +266,40 @@ def close() -> None:
         dist.destroy_process_group()
 
 
+def is_about_others(error: Exception) -> bool:
+    """Whether an error only says that talking to the others failed, and not why."""
+    return isinstance(error, dist.DistError) or "gloo/" in str(error)  # gloo's are plain RuntimeErrors
+
+
 def last_words(mesh: Mesh, words: str, patience: float) -> str:
     """Leaves this rank's last words in the store, and reads the others': who failed first, and who does not answer.
 
-    Called when something failed; the groups may be broken by then, the store is not. patience: seconds to wait for the
-    others' words.
+    Called when something failed; the groups may be broken by then, torchrun's store is not. patience: seconds to wait
+    for the others' words.
     """
     said: dict[int, str] = {}
-    try:
+    until = time.monotonic() + patience
+
+    def talk() -> None:
+        with contextlib.suppress(RuntimeError):  # the store is gone
+            ask()
+
+    def ask() -> None:
         mesh.store.set(f"last words {mesh.rank}", f"{time.time()} {words}")
-        until = time.monotonic() + patience
-        while len(said) < mesh.world:
+        while True:
             for other in range(mesh.world):
                 if other not in said and mesh.store.check([f"last words {other}"]):
                     said[other] = mesh.store.get(f"last words {other}").decode()
-            if time.monotonic() >= until:
-                break
+            if len(said) == mesh.world or time.monotonic() >= until:
+                return
             time.sleep(0.05)
-    except RuntimeError:
-        return "rank 0 does not answer: it is dead, or the network to its node is"
+
+    # In a thread: without torchrun rank 0 holds the store, and a store that hangs lets its callers wait for ever.
+    thread = threading.Thread(target=talk, daemon=True)
+    thread.start()
+    thread.join(patience + 1)
+    if mesh.rank not in said:
+        return "rank 0 does not answer: it is dead or hung, or the network to its node is"
     silent = [str(other) for other in range(mesh.world) if other not in said]
     if silent:
         return f"rank {', '.join(silent)} does not answer: dead, or hung"

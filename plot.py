@@ -16,6 +16,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 KEYS = ("loss", "rewards/margins", "rewards/accuracies", "rewards/chosen", "rewards/rejected", "logps/chosen",
         "logps/rejected", "kl", "reward", "grad_norm", "lr", "tokens_per_second")
@@ -82,21 +83,23 @@ def against(run: Series, key: str, weight: float) -> tuple[list[float], list[flo
     return smoothed([x[s] for s in steps], weight), smoothed([y[s] for s in steps], weight)
 
 
-def draw_scores(scores: dict[str, dict[str, dict]], bars, scatter) -> None:
+def draw_scores(scores: dict[str, dict[str, dict]], bars, scatter, colors: dict[str, Any]) -> None:
     """Two panels: the share of good answers of every method, a dot a seed; and the same against KL, where it is known.
 
-    scores: seed -> method -> {good, kl, ...}, as demo.py writes it.
+    scores: seed -> method -> {good, kl, ...}, as demo.py writes it. colors: of methods whose runs are drawn too.
     """
     methods = [name for name, row in next(iter(scores.values())).items() if "good" in row]
     for i, name in enumerate(methods):
         good = [rows[name]["good"] for rows in scores.values()]
         kl = [rows[name].get("kl") for rows in scores.values()]
-        color = f"C{i % 10}"
+        color = colors.get(name.replace(" ", "_"), "0.45")
         bars.barh(i, sum(good) / len(good), color=color, alpha=0.35)
         bars.plot(good, [i] * len(good), "o", color=color, ms=4)
         if None not in kl:
             scatter.plot(kl, good, "o", color=color, ms=4)
-            scatter.annotate(name, (sum(kl) / len(kl), sum(good) / len(good)), fontsize=7, color=color)
+            middle = (sum(kl) / len(kl), sum(good) / len(good))
+            scatter.annotate(name, middle, (4, 4), textcoords="offset points", fontsize=7, color=color)
+            scatter.margins(x=0.2)
     bars.set_yticks(range(len(methods)), methods, fontsize=8)
     bars.invert_yaxis()
     bars.set_title("share of good answers", fontsize=11, fontweight="bold")
@@ -157,7 +160,7 @@ def draw(runs: dict[str, Series], keys: list[str], out: str | Path, weight: floa
             axes.clear()
             axes.grid(color="0.92")
             axes.spines[["top", "right"]].set_visible(False)
-        draw_scores(scores, *figure.axes[-2:])
+        draw_scores(scores, figure.axes[-2], figure.axes[-1], dict(zip(runs, colors)))
     handles = [Line2D([], [], color=color, linewidth=2.2, label=name) for name, color in zip(runs, colors)]
     if evaluated:
         handles.append(Line2D([], [], color="0.35", linestyle=":", marker="o", markersize=5, label="evaluation"))

@@ -42,6 +42,7 @@ from parallel import Mesh, pipeline
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "H800": 989, "A100": 312, "A800": 312, "L40S": 362, "B200": 2250, "4090": 165}
 _running: RunConfig | None = None  # what this process was asked to do, for advice when memory runs out
 ECHO_SECONDS = 3.0  # within this the same signal may come twice
+PATIENCE = 10.0  # seconds that a rank which lost the others waits for their last words
 NONFINITE_LIMIT = 5  # steps in a row with a NaN or infinite gradient before a run gives up
 
 
@@ -65,7 +66,7 @@ def run(main: Callable[[], None]) -> None:
         if parallel.here().world == 1:
             raise
         traceback.print_exc()
-        _leave(f"{type(error).__name__}: {error}".splitlines()[0], ask_others=isinstance(error, RuntimeError))
+        _leave(f"{type(error).__name__}: {error}".splitlines()[0], ask_others=parallel.is_about_others(error))
 
 
 def _leave(reason: str, ask_others: bool = False) -> None:
@@ -73,7 +74,7 @@ def _leave(reason: str, ask_others: bool = False) -> None:
     mesh = parallel.here()
     if mesh.world == 1:
         sys.exit(f"error: {reason}")
-    others = parallel.last_words(mesh, reason, patience=10.0 if ask_others else 0.0)
+    others = parallel.last_words(mesh, reason, patience=PATIENCE if ask_others else 0.0)
     print(f"error on rank {mesh.rank}: {reason}" + (f"\n  {others}" if ask_others else ""), file=sys.stderr, flush=True)
     os._exit(1)  # not through c10d's tear-down, which may wait for ranks that are gone
 
@@ -113,8 +114,11 @@ def set_up(config: RunConfig, mesh: Mesh, say: Callable[[str], Any] = print) -> 
     random.seed(config.seed)
     np.random.seed(config.seed)
     torch.manual_seed(config.seed)
-    mesh.ask(lambda: _make_out(config, say))
-    if not all(mesh.everyone((Path(config.out) / "config.json").exists())):
+    mark = Path(config.out) / mesh.ask(lambda: _make_out(config, say))
+    shared = all(mesh.everyone(mark.exists()))
+    if mesh.main:
+        mark.unlink()
+    if not shared:
         raise ValueError(f"--out {config.out} is not the same folder on every node: take one on a shared file system")
     layout = f"{mesh.world} ranks: dp {mesh.dp}, tp {mesh.tp}, cp {mesh.cp}, pp {mesh.pp}; " if mesh.world > 1 else ""
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
@@ -122,7 +126,8 @@ def set_up(config: RunConfig, mesh: Mesh, say: Callable[[str], Any] = print) -> 
     return device, dtype
 
 
-def _make_out(config: RunConfig, say: Callable[[str], Any]) -> None:
+def _make_out(config: RunConfig, say: Callable[[str], Any]) -> str:
+    """Makes OUT; the name of a file in it that no other run has made, by which the others know it."""
     out = Path(config.out)
     if not config.resume and (out / "metrics.jsonl").exists():
         raise ValueError(f"{out} holds a run already: --resume auto goes on with it, another --out starts afresh")
@@ -135,6 +140,9 @@ def _make_out(config: RunConfig, say: Callable[[str], Any]) -> None:
             if name not in ("resume", "config") and name in before and before[name] != value:
                 say(f"warning: resuming with another --{name.replace('_', '-')}: {value}, it was {before[name]}")
     (out / "config.json").write_text(to_json(config))
+    mark = out / f".mark-{os.getpid()}-{time.time_ns()}"
+    mark.touch()
+    return mark.name
 
 
 def _keep_freed_memory() -> None:

@@ -55,7 +55,7 @@ class Config(RolloutConfig):
     minibatches: int = 1  # updates a pass; --batch-size prompts are cut into so many
     critic: str = ""  # folder the critic starts from; default: the reward model's, else --model with a new head
     critic_lr: float = 1e-5  # its peak learning rate; about 10 times --lr
-    critic_warmup: int = 0  # steps at the start in which only the critic learns; where its head is new 5 to 20
+    critic_warmup: int = 0  # steps at the start in which only the critic learns; new heads need 4 to 20 (docs/ppo.md)
     ref: str = ""  # another Hugging Face folder as reference; default: --model as it was at step 0
     lr: float = 1e-6  # peak learning rate; 1e-6 for 7B models
 

@@ -7,12 +7,13 @@ Seeded one by one and seen to fail here:
   norm      of the whole local gradient and not of the shard; replicated weights counted tp times; clipping left out
   loss      a mean over a micro-batch (SFT, DPO); aot sorted within a rank; KTO's z of one rank; sums over dp that leave
             out the stages, or over nobody
-  sharding  ZeRO-2: accumulation lost, reduced for the last micro-batch only, not waited for, summed in bf16; ZeRO-1
-            reduced after every micro-batch; buckets that did not fill left behind; new weights not gathered, bf16 ones
-            not copied from their masters; gradients left over after a step; decay on norms; slices cut in wrong units
+  sharding  ZeRO-2: accumulation lost, a bucket not waited for, sums in bf16; ZeRO-1 reduced after every micro-batch;
+            buckets that did not fill left behind; new weights not gathered, bf16 ones not copied from their masters;
+            gradients left over after a step; decay on norms; slices cut in wrong units
   pipeline  the two stages of a tied embedding not summed; a collect that locks them up; backward of the newest
             micro-batch first; metrics that stay on the last stage
   context   wrong rows in the gather, forward and backward; angles of the wrong rows
+Not seen here: ZeRO-2 that reduces once a step is as exact and only larger; test_plan.py counts its bytes.
 Found by it: a rank without examples (more ranks than trees in a step) broke on reshaping zero tokens.
 """
 
