@@ -120,13 +120,12 @@ def prepare(config: Config, template: Template, trained: tuple | None, line: str
 
     Returns the files to train and to evaluate on, and the attributes in them.
     """
-    out, files = Path(config.out), {"train": config.data, "heldout": config.eval_data}
-    names: tuple[str, ...] = ()
+    out, files, names = Path(config.out), {"train": config.data, "heldout": config.eval_data}, []
     if config.stage == "annotate":
         _, answers = all_answers(rows_in(config.data), template, "--data")
         rows = annotate(config.model, answers, config.template, config.max_tokens, dtype, device)
         print(f"{len(rows)} rows in {write_rows(out / 'annotated.jsonl', rows)}")
-        return files, names
+        return files, ()
     if config.stage == "bootstrap":
         if not trained or not config.predictor:
             raise ValueError("--stage bootstrap needs a --model of --stage sft and a --predictor of --stage attributes")
@@ -143,9 +142,9 @@ def prepare(config: Config, template: Template, trained: tuple | None, line: str
             made, found = weighted(rows, line, config, device, dtype)
         else:
             made, found = attributes.conditioned(rows, line, config.attribute_dropout, config.seed)
-        names = names or found
+        names = names or list(found)
         files[part] = [write_rows(out / f"conditioned_{part}.jsonl", made)]
-    return files, names
+    return files, tuple(names)
 
 
 def rows_in(files: list[str]) -> list[dict]:
@@ -204,7 +203,6 @@ def main(argv: list[str] | None = None) -> None:
     trained = attributes.load(config.model)
     line = attributes.check_template(config.attribute_template or (trained[0] if trained else attributes.TEMPLATE))
     kind, data_files = "attributes", {"train": config.data, "heldout": config.eval_data}
-    names: tuple[str, ...] = ()
     if config.stage != "attributes":  # rank 0 makes the data with whole models, the others wait
         kind = "sft" if config.loss == "nll" else "weights"
         data_files, names = mesh.ask(lambda: prepare(config, template, trained, line, device, dtype))

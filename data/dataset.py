@@ -211,8 +211,9 @@ def load_prompts(
             counts["too_long"] += 1
             ids = _cut(ids, max_length, template.tokenizer.bos, overlong)
         if ids is not None:
-            for values, value in zip(kept, (row, prompt, ids)):
-                values.append(value)
+            kept.rows.append(row)
+            kept.prompts.append(prompt)
+            kept.ids.append(ids)
     _check_bad(bad[:SHOWN], len(bad), paths, max_bad_rows, log)
     names = ", ".join(f.name for f in paths)
     what = f"{counts['too_long']} longer than {max_length} tokens ({overlong})"
