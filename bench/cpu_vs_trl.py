@@ -1,8 +1,9 @@
 """DPO, reward models and KTO on one CPU thread against TRL's trainers: CPU-seconds an optimizer step and peak memory.
-And sampling against transformers' generate.
+And sampling against transformers' generate, and whole GRPO steps, samples and update, against TRL's.
 
     python bench/cpu_vs_trl.py --data gsm8k_pairs.jsonl chat_pairs.jsonl --tokenizer tokenizer.model --json out.json
     python bench/cpu_vs_trl.py --data pairs.jsonl --tokenizer tokenizer.model --algorithm rm kto
+    python bench/cpu_vs_trl.py --data pairs.jsonl --tokenizer tokenizer.model --algorithm grpo --steps 4
     python bench/cpu_vs_trl.py --data pairs.jsonl --tokenizer tokenizer.model --tiny       only plumb's side, seconds
 
 Both sides train the same random Llama on the same real rows in the same order with the same AdamW. Two workloads are
@@ -15,6 +16,9 @@ every step) and, where it has a reference, with precompute_ref_log_probs (once, 
 its own process; the runs are interleaved, the medians over the repeats are printed.
 --algorithm generate is plumb's sampler against transformers' generate: 64 new tokens, temperature 1, no early stop, for
 32 prompts of the files and for 8 samples of each of 4. Both also answer greedily, which shows that they do the same.
+--algorithm grpo is train_reinforce.py --advantage grpo --kl 0 against GRPOTrainer with beta=0 and loss_type="dapo", one
+update a rollout: 8 samples of 64 tokens, no early stop, to each of 4 prompts a step, and the reward length:50. The two
+draw different samples. So plumb also trains on TRL's (not timed): rewards and norms of the gradient must agree.
 
 Only pairs that both tokenise alike are taken, and TRL's tokens are compared with plumb's before it trains; the losses
 of every step are compared, which shows that they do the same work. Three starting points are made equal for that, none
@@ -34,7 +38,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,7 +51,7 @@ TINY = {"width": 64, "layers": 2, "heads": 4, "kv-heads": 2, "ffn": 128}
 KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_TOP_PAD_": str(2**28)}
 RUNS = {"plumb": "plumb", "stock": "TRL stock", "precompute": "TRL precompute"}
 CLOCKS = {"cpu": "cpu_seconds", "wall": "seconds"}  # as metrics.jsonl calls them
-LR = {"dpo": 5e-7, "rm": 1e-5, "kto": 5e-7}  # what is compared, and AdamW's rate for it
+LR = {"dpo": 5e-7, "rm": 1e-5, "kto": 5e-7, "grpo": 1e-6}  # what is compared, and AdamW's rate for it
 
 
 # ----------------------------------------------------------------------------------------------------------------- rows
@@ -171,6 +175,43 @@ def steps_reversed(rows: list) -> list:
 # ------------------------------------------------------------------------------------------------------------- the runs
 
 
+def timed(function: Callable, into: list[dict]) -> Callable:
+    """The function, with CPU and wall seconds of each call appended to `into`."""
+
+    def call(*args, **kwargs):
+        cpu, wall = time.process_time(), time.perf_counter()
+        result = function(*args, **kwargs)
+        into.append({"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall})
+        return result
+
+    return call
+
+
+def trl_clock(steps: list[dict]):
+    """A TrainerCallback that appends CPU and wall seconds of each optimizer step to `steps`."""
+    from transformers import TrainerCallback
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            self.cpu, self.wall = time.process_time(), time.perf_counter()
+
+        def on_step_end(self, *_, **__):
+            steps.append({"cpu": time.process_time() - self.cpu, "wall": time.perf_counter() - self.wall})
+
+    return Clock()
+
+
+def trl_settings(spec: dict) -> dict:
+    """What every TRL trainer's config is given."""
+    return dict(
+        output_dir=spec["out"], max_steps=spec["steps"],
+        learning_rate=LR[spec["algorithm"]], lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0,
+        max_grad_norm=1.0, adam_beta1=0.9, adam_beta2=0.95, adam_epsilon=1e-8, seed=0,
+        gradient_checkpointing=False, bf16=False, use_cpu=True, model_init_kwargs={"dtype": "float32"},
+        dataloader_pin_memory=False, disable_tqdm=True, report_to="none", logging_steps=1, save_strategy="no",
+    )  # fmt: skip
+
+
 def run_trl(spec: dict) -> dict:
     """A TRL trainer's run in this process: CPU and wall seconds of every step and of the reference pass, the losses.
 
@@ -182,7 +223,7 @@ def run_trl(spec: dict) -> dict:
     torch.set_num_threads(1)
     import trl
     from datasets import Dataset
-    from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
+    from transformers import AutoTokenizer, PrinterCallback
 
     algorithm = spec["algorithm"]
     name = {"dpo": "DPO", "rm": "Reward", "kto": "KTO"}[algorithm]
@@ -191,19 +232,9 @@ def run_trl(spec: dict) -> dict:
         own = {"pad_token": AutoTokenizer.from_pretrained(spec["model"]).unk_token}
     steps, losses, scored = [], [], []
 
-    class Clock(TrainerCallback):
-        def on_step_begin(self, *_, **__):
-            self.cpu, self.wall = time.process_time(), time.perf_counter()
-
-        def on_step_end(self, *_, **__):
-            steps.append({"cpu": time.process_time() - self.cpu, "wall": time.perf_counter() - self.wall})
-
     class Timed(getattr(trl, f"{name}Trainer")):
         def compute_ref_log_probs(self, *args, **kwargs):
-            cpu, wall = time.process_time(), time.perf_counter()
-            result = super().compute_ref_log_probs(*args, **kwargs)
-            scored.append({"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall})
-            return result
+            return timed(super().compute_ref_log_probs, scored)(*args, **kwargs)
 
         def training_step(self, *args, **kwargs):
             loss = super().training_step(*args, **kwargs)
@@ -211,15 +242,12 @@ def run_trl(spec: dict) -> dict:
             return loss
 
     config = getattr(trl, f"{name}Config")(
-        output_dir=spec["out"], per_device_train_batch_size=BATCH, max_steps=spec["steps"], max_length=MAX_LENGTH,
-        learning_rate=LR[algorithm], lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0, max_grad_norm=1.0,
-        adam_beta1=0.9, adam_beta2=0.95, adam_epsilon=1e-8, train_sampling_strategy="sequential", seed=0,
-        gradient_checkpointing=False, bf16=False, use_cpu=True, model_init_kwargs={"dtype": "float32"},
-        dataloader_pin_memory=False, disable_tqdm=True, report_to="none", logging_steps=1, save_strategy="no", **own,
+        per_device_train_batch_size=BATCH, max_length=MAX_LENGTH, train_sampling_strategy="sequential",
+        **trl_settings(spec), **own,
     )  # fmt: skip
     in_order = steps_reversed if algorithm == "kto" else list
     rows = in_order(read_rows(spec["data"]))
-    trainer = Timed(spec["model"], args=config, train_dataset=Dataset.from_list(rows), callbacks=[Clock()])
+    trainer = Timed(spec["model"], args=config, train_dataset=Dataset.from_list(rows), callbacks=[trl_clock(steps)])
     trainer.remove_callback(PrinterCallback)
     if algorithm == "rm":
         torch.nn.init.zeros_(trainer.model.score.weight)
@@ -246,8 +274,12 @@ def plumb_command(spec: dict) -> list[str]:
         "lr": LR[spec["algorithm"]], "schedule": "constant", "warmup": 0, "weight-decay": 0, "beta1": 0.9,
         "beta2": 0.95, "eps": 1e-8, "clip": 1.0, "dtype": "fp32", "device": "cpu", "seed": 0,
     }  # fmt: skip
-    flags |= {} if spec["algorithm"] == "rm" else {"beta": BETA}
-    command = [sys.executable, str(ROOT / f"train_{spec['algorithm']}.py"), "--no-shuffle"]
+    flags |= {"beta": BETA} if spec["algorithm"] in ("dpo", "kto") else {}
+    if spec["algorithm"] == "grpo":
+        flags |= {"advantage": "grpo", "loss": "grpo", "aggregate": "token", "kl": 0, "group-size": GROUP}
+        flags |= {"max-new-tokens": NEW_TOKENS, "reward": f"length:{WORDS}", "log-samples": 0}
+    script = {"grpo": "reinforce"}.get(spec["algorithm"], spec["algorithm"])
+    command = [sys.executable, str(ROOT / f"train_{script}.py"), "--no-shuffle"]
     return command + [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
 
 
@@ -261,6 +293,8 @@ def read_plumb(out: Path) -> dict:
         "losses": [row["loss"] for row in rows],
         "reference": {clock: reference.get(f"reference_{key}", 0.0) for clock, key in CLOCKS.items()},
         "tokens": [row["tokens"] for row in rows],
+        "reward": [row.get("reward") for row in rows],
+        "grad_norm": [row["grad_norm"] for row in rows],
     }
 
 
@@ -314,18 +348,26 @@ def measure(run: str, spec: dict, log: Path) -> dict:
 # ------------------------------------------------------------------------------------------------------------- sampling
 
 SAMPLES, NEW_TOKENS = 32, 64
+GROUP, WORDS = 8, 50  # of GRPO: samples to each of BATCH prompts, and what the reward length:WORDS wants
 
 
 def read_prompts(spec: dict) -> dict:
-    """The token ids of prompts that both tokenise alike, from the first rows of the files, at most 200 each."""
+    """Texts and token ids of prompts that both tokenise alike, from the first rows of the files, at most 200 each."""
     sys.path.insert(0, str(ROOT))
     from data.templates import Template
     from data.tokenizer import load_tokenizer
 
     template = Template("plain", load_tokenizer(Path(spec["model"])))
-    files = zip(*(read_pairs(path, 4 * SAMPLES) for path in spec["data"]))
-    prompts = [template.prompt(pair[0] + "\n") for pairs in files for pair in pairs]
-    return {"prompts": [ids for ids in prompts if len(ids) <= 200][:SAMPLES]}
+    peer = None
+    if not spec["tiny"]:
+        from transformers import AutoTokenizer
+
+        peer = AutoTokenizer.from_pretrained(spec["model"])
+    files = zip(*(read_pairs(path, 4 * spec["prompts"]) for path in spec["data"]))
+    texts = [pair[0] + "\n" for pairs in files for pair in pairs]
+    found = [(text, template.prompt(text)) for text in texts]
+    found = [(text, ids) for text, ids in found if len(ids) <= 200 and (not peer or peer(text)["input_ids"] == ids)]
+    return dict(zip(("texts", "prompts"), map(list, zip(*found[: spec["prompts"]]))))
 
 
 def run_generate(spec: dict) -> dict:
@@ -370,7 +412,7 @@ def run_generate(spec: dict) -> dict:
 def compare_generate(spec: dict, args: argparse.Namespace) -> Iterator[tuple[str, dict]]:
     """Measure and report sampling: (workload, every number of it), for one sample a prompt and for eight."""
     work = Path(spec["work"])
-    prompts = worker("prompts", {**spec, "data": args.data}, work / "prompts.log")[0]["prompts"]
+    prompts = worker("prompts", {**spec, "data": args.data, "prompts": SAMPLES}, work / "prompts.log")[0]["prompts"]
     if len(prompts) < SAMPLES:
         raise ValueError(f"{len(prompts)} prompts of at most 200 tokens found, {SAMPLES} needed: give another --data")
     names = {"plumb": "plumb"} if args.tiny else {"plumb": "plumb", "peer": "transformers"}
@@ -395,6 +437,130 @@ def compare_generate(spec: dict, args: argparse.Namespace) -> Iterator[tuple[str
             same = sum(ours == theirs for ours, theirs in pairs)
             print(f"transformers / plumb: {ratio:.2f} times the CPU time; greedy answers alike: {same} of {len(pairs)}")
         yield name, {"medians": medians, "runs": results}
+
+
+# ----------------------------------------------------------------------------------------------------------------- GRPO
+
+
+def run_grpo(spec: dict) -> dict:
+    """GRPO on one side: CPU and wall seconds of every step and of its rollout (samples, texts and rewards).
+
+    tokens: what the update computes, padding included, a step. samples: token ids of each step. With spec["replay"]
+    plumb takes those for its samples.
+    """
+    import torch
+
+    torch.set_num_threads(1)
+    sys.path.insert(0, str(ROOT))
+    steps, rollouts, prompts, samples, tokens = [], [], [], [], []
+    if spec["run"] == "plumb":
+        import train_reinforce as script
+        from generate import Sample
+
+        class Endless(script.Template):
+            def __init__(self, *args):
+                super().__init__(*args)
+                self.stop_ids = frozenset()  # no early stop
+
+        def collect(*args):
+            found = draw(*args)
+            prompts.extend(found.prompts.ids)
+            samples.append([sample.tokens for sample in found.samples])
+            return found
+
+        draw, script.rollout.collect, script.Template = timed(script.rollout.collect, rollouts), collect, Endless
+        if "replay" in spec:
+            given, none = iter(spec["replay"]), [0.0] * NEW_TOKENS
+            script.rollout.sampler = lambda *_: lambda *_: [Sample(ids, none, none, False) for ids in next(given)]
+        script.main(plumb_command(spec)[2:])
+        result = read_plumb(Path(spec["out"]))
+    else:
+        from datasets import Dataset
+        from transformers import PrinterCallback
+        from trl import GRPOConfig, GRPOTrainer
+
+        from rewards import length
+
+        words = length(str(WORDS))
+        never = json.loads((Path(spec["model"]) / "config.json").read_text())["vocab_size"]  # no token has this id
+        config = GRPOConfig(
+            per_device_train_batch_size=BATCH * GROUP, num_generations=GROUP, max_completion_length=NEW_TOKENS,
+            beta=0.0, num_iterations=1, loss_type="dapo", scale_rewards="group", temperature=1.0, top_p=1.0, top_k=0,
+            shuffle_dataset=False, generation_kwargs={"eos_token_id": never}, **trl_settings(spec),
+        )  # fmt: skip
+
+        def reward(prompts, completions, **_):
+            return [words(prompt, text, {}) for prompt, text in zip(prompts, completions, strict=True)]
+
+        rows = Dataset.from_list(read_rows(spec["data"]))
+        trainer = GRPOTrainer(spec["model"], reward, config, rows, callbacks=[trl_clock(steps)])
+        trainer.remove_callback(PrinterCallback)
+        trainer.eos_token_ids = [never]  # where it cuts what was sampled
+        trainer._generate_and_score_completions = timed(trainer._generate_and_score_completions, rollouts)
+        draw = trainer._generate_single_turn
+
+        def keep(ids, *args, **kwargs):
+            found = draw(ids, *args, **kwargs)
+            prompts.extend(ids[::GROUP])
+            samples.append(found[0])
+            tokens.append(len(ids) * (max(map(len, ids)) + max(map(len, found[0]))))
+            return found
+
+        trainer._generate_single_turn = keep
+        trainer.train()
+        logs = [row for row in trainer.state.log_history if "grad_norm" in row]
+        result = {"steps": steps, "tokens": tokens}
+        result |= {key: [row[key] for row in logs] for key in ("reward", "grad_norm")}
+    if prompts != spec["prompts"]:
+        raise ValueError(f"{spec['run']} read other prompts than the file's, so the two cannot be compared")
+    if [len(ids) for step in samples for ids in step] != [NEW_TOKENS] * (GROUP * BATCH * spec["steps"]):
+        raise ValueError(f"{spec['run']} drew samples of another number or length, so the two cannot be compared")
+    return {**result, "rollouts": rollouts, "samples": samples}
+
+
+def compare_grpo(spec: dict, args: argparse.Namespace) -> Iterator[tuple[str, dict]]:
+    """Measure and report GRPO's whole steps, the first not counted: (workload, every number of it)."""
+    work, count = Path(spec["work"]), spec["steps"] * BATCH
+    found, _ = worker("prompts", {**spec, "data": args.data, "prompts": count}, work / "grpo_prompts.log")
+    if len(found["prompts"]) < count:
+        raise ValueError(f"{len(found['prompts'])} of {count} prompts found: give another --data or fewer --steps")
+    spec = {**spec, "prompts": found["prompts"], "data": str(work / "grpo.jsonl")}
+    Path(spec["data"]).write_text("".join(json.dumps({"prompt": text}) + "\n" for text in found["texts"]))
+    names = {"plumb": "plumb"} if args.tiny else {"plumb": "plumb", "stock": "TRL"}
+    results = {run: [] for run in names}
+
+    def measured(run: str, stem: str, **more) -> dict:
+        log = work / f"grpo_{stem}.log"
+        result, usage = worker("grpo", {**spec, "run": run, "out": str(log.with_suffix("")), **more}, log)
+        for clock in CLOCKS:
+            result[f"step_{clock}"], result[f"rollout_{clock}"] = (
+                statistics.mean(step[clock] for step in result[of][1:]) for of in ("steps", "rollouts")
+            )
+        return {**result, **usage, "update_cpu": result["step_cpu"] - result["rollout_cpu"]}
+
+    for repeat, run in itertools.product(range(args.repeats), names):
+        results[run].append(measured(run, f"{run}_{repeat}"))
+    name = f"train_reinforce.py, GRPO, {BATCH} prompts, {GROUP} samples of {NEW_TOKENS} tokens each"
+    print(f"\n{name}: {args.steps} steps; prompts of {statistics.mean(map(len, spec['prompts'])):.0f} tokens")
+    print(" " * 16 + "CPU s/step  rollout   update  wall s/step  peak GB  tokens a step: sampled  in the update")
+    keys = ("step_cpu", "rollout_cpu", "update_cpu", "step_wall", "peak_gb")
+    medians = {run: {key: statistics.median(r[key] for r in of) for key in keys} for run, of in results.items()}
+    for run, m in medians.items():
+        first = results[run][0]
+        sampled = statistics.mean(sum(map(len, step)) for step in first["samples"])
+        print(f"{names[run]:16}{m['step_cpu']:10.3f}{m['rollout_cpu']:9.3f}{m['update_cpu']:9.3f}{m['step_wall']:13.3f}"
+              f"{m['peak_gb']:9.2f}{sampled:24.0f}{statistics.mean(first['tokens']):15.0f}")  # fmt: skip
+    if "stock" in names:
+        theirs = results["stock"][0]
+        again = measured("plumb", "replay", replay=theirs["samples"])
+        pairs = {key: list(zip(again[key], theirs[key], strict=True)) for key in ("reward", "grad_norm")}
+        gaps = {key: max(abs(ours - peer) / abs(peer) for ours, peer in of) for key, of in pairs.items()}
+        ratio = {key: medians["stock"][key] / medians["plumb"][key] for key in keys}
+        print(f"TRL / plumb: {ratio['step_cpu']:.2f} times the CPU time (rollout {ratio['rollout_cpu']:.2f}, ", end="")
+        print(f"update {ratio['update_cpu']:.2f}), {ratio['peak_gb']:.2f} times the memory. On TRL's samples plumb")
+        print(f"agrees within {gaps['reward']:.1e} with its rewards, {gaps['grad_norm']:.1e} with its gradient norms")
+        medians["stock"] |= {"ratios": ratio, "gaps": gaps}
+    yield name, {"medians": medians, "runs": {run: [{**r, "samples": None} for r in of] for run, of in results.items()}}
 
 
 # ------------------------------------------------------------------------------------------------- where the time goes
@@ -497,7 +663,7 @@ def main() -> None:
         print(f"process's CPU time. peak GB: the whole process. malloc: {args.malloc}. Medians of {args.repeats} runs.")
         everything = {"settings": vars(args), "workloads": {}}
         for algorithm in args.algorithm:
-            measured = compare_generate if algorithm == "generate" else compare
+            measured = {"generate": compare_generate, "grpo": compare_grpo}.get(algorithm, compare)
             for name, result in measured({**spec, "algorithm": algorithm}, args):
                 everything["workloads"][name] = result
                 if args.json:
@@ -553,6 +719,7 @@ if __name__ == "__main__":
             "profile": profile,
             "prompts": read_prompts,
             "generate": run_generate,
+            "grpo": run_grpo,
         }
         result = jobs[job](json.loads(Path(asked).read_text()))
         Path(answer).write_text(json.dumps(result))
