@@ -199,7 +199,7 @@ def main(argv: list[str] | None = None) -> None:
                 log.say(f"  prompt  {str(heldout.prompts[i])[-300:]!r}\n  answer  {answers.texts[i]!r}")
             if state.best is None or -result["eval/reward"] < state.best:
                 state.best, state.best_step = -result["eval/reward"], state.step
-                save_model(model, out / "best", config.model, template)
+                save_model(model, Path(config.out) / "best", config.model, template)
         stopping = stopping and state.step < total
         if runtime.due(config.save_every, state.step) or stopping:
             checkpoint.save(config.out, state, optimizer, config.keep)
@@ -209,7 +209,7 @@ def main(argv: list[str] | None = None) -> None:
             log.close()
             return
     log.close()
-    save_model(model, out / "final", config.model, template)
+    save_model(model, Path(config.out) / "final", config.model, template)
     print(f"{total} steps done, {state.tokens:,} tokens; the model is in {config.out}/final")
 
 
