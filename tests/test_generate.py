@@ -213,7 +213,7 @@ def test_stop_texts_end_an_answer(tmp_path: Path):
 def test_an_answer_that_goes_round_in_circles_is_cut(tmp_path: Path):
     """A model that sees its last token alone falls into a cycle: answers are cut there, and have not ended."""
     model = model_of("llama", tmp_path)
-    for block in model.blocks:
+    for block in model.blocks.values():
         torch.nn.init.zeros_(block.out.weight)
     free = generate.generate(model, PROMPTS, 60, temperature=0)
     cut = generate.generate(model, PROMPTS, 60, temperature=0, no_repeat=8)
