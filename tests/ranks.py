@@ -42,7 +42,7 @@ class Ranks:
         for process in self.processes:
             process.start()
 
-    def wait(self, seconds: float = 120.0, ranks: list[int] | None = None) -> list[int | None]:
+    def wait(self, seconds: float = 60.0, ranks: list[int] | None = None) -> list[int | None]:
         """Exit codes (minus the signal that ended a rank), of some ranks or of all; then kills those that are left,
         which say first where they were.
         """
