@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 STARTED: list["Ranks"] = []
+STORES: list[dist.TCPStore] = []  # never freed: a forked rank that frees one waits for ever for a thread it has not
 
 
 def kill_all() -> None:
@@ -39,10 +40,11 @@ class Ranks:
             fork.Process(target=_work, args=(r, world, self.store.port, body, logs)) for r in range(world)
         ]
         STARTED.append(self)
+        STORES.append(self.store)
         for process in self.processes:
             process.start()
 
-    def wait(self, seconds: float = 120.0, ranks: list[int] | None = None) -> list[int | None]:
+    def wait(self, seconds: float = 60.0, ranks: list[int] | None = None) -> list[int | None]:
         """Exit codes (minus the signal that ended a rank), of some ranks or of all; then kills those that are left,
         which say first where they were.
         """
