@@ -76,7 +76,7 @@ class TreeBatch:
         moved: dict[str, Any] = {k: move(value) for k, value in vars(self).items() if isinstance(value, Tensor)}
         for name in ("columns", "token_columns"):
             moved[name] = {k: move(value) for k, value in getattr(self, name).items()}
-        layout = TreeLayout(self.spans, moved["kv_end"], moved["positions"])
+        layout = TreeLayout(self.spans, moved["kv_end"], moved["positions"], self.layout.rows)
         return replace(self, **moved, layout=layout, _shares={}, _layouts={})
 
 
