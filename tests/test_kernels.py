@@ -462,7 +462,7 @@ def test_kernels_are_operators_that_torch_compile_takes():
     loss_of(gpt, batch).backward()
     eager = [p.grad.clone() for p in gpt.parameters()]
     gpt.zero_grad()
-    for block in gpt.blocks:
+    for block in gpt.blocks.values():
         block.compile(dynamic=True, backend="aot_eager")
     loss_of(gpt, batch).backward()
     assert all(torch.equal(a, p.grad) for a, p in zip(eager, gpt.parameters()))

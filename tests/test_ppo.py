@@ -318,7 +318,7 @@ def test_what_pays_is_learned(toy: Path, tmp_path: Path, train):
     )  # fmt: skip
     rows = train(train_ppo, tmp_path / "out", **flags)
     first, last = (np.mean([row["reward"] for row in part]) for part in (rows[:3], rows[-3:]))
-    assert first < 0.6 and last > 0.9 and "kl" not in rows[0] and not (tmp_path / "out" / "samples.jsonl").exists()
+    assert last > first + 0.3 and "kl" not in rows[0] and not (tmp_path / "out" / "samples.jsonl").exists()
 
 
 def test_a_critic_that_reads_other_tokens_is_refused(toy: Path, real_model: Path, tmp_path: Path, train):
