@@ -1,5 +1,6 @@
 """Law 10: the README is true: its commands run in order, and what it shows but cannot run here at least parses."""
 
+import os
 import re
 import shlex
 import shutil
@@ -21,7 +22,7 @@ COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line.star
 
 
 def test_every_command_runs_as_written(tmp_path: Path):
-    """Line by line in a copy of the project; training is cut to three steps and generation to eight rows."""
+    """Line by line in a copy of the project; training is cut to three steps, sampling to eight rows or prompts."""
     pytest.importorskip("matplotlib")
     for name in ("data", "kernels"):
         shutil.copytree(ROOT / name, tmp_path / name)
@@ -33,9 +34,12 @@ def test_every_command_runs_as_written(tmp_path: Path):
         words = [sys.executable, *(["-m", "torch.distributed.run"] if start == "torchrun" else []), *words]
         if "train_" in line:
             words += ["--max-steps", "3"]
+        if "train_rejection" in line:
+            words += ["--prompts", "8"]
         if words[1] == "generate.py" and "--data" in words:
             words += ["--limit", "8"]
-        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+        one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(words, cwd=tmp_path, env=one_thread, capture_output=True, text=True)
         assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
     assert (tmp_path / "runs" / "curves.png").stat().st_size > 10_000
 
