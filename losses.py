@@ -422,16 +422,15 @@ def moments(values: Tensor) -> Tensor:
     return torch.stack((torch.full_like(x.sum(), x.numel()), x.sum(), x.square().sum()))
 
 
-def whiten(values: Tensor, totals: Tensor, shift: bool = True) -> Tensor:
-    """(x - mean) / deviation, in x's shape, by the `moments` of ALL that is to be whitened; shift=False keeps the mean.
+def whiten(values: Tensor, totals: Tensor) -> Tensor:
+    """(x - mean) / deviation, in x's shape, by the `moments` of ALL that is to be whitened.
 
     The deviation is that of a sample (n - 1), as NeMo-Aligner's, OpenRLHF's and TRL's are.
     """
     n, total, squares = totals
     mean = total / n
     variance = ((squares - total * mean) / (n - 1).clamp(min=1)).clamp(min=0)
-    found = (values - mean) * (variance + 1e-8).rsqrt()
-    return (found if shift else found + mean).to(values.dtype)
+    return ((values - mean) * (variance + 1e-8).rsqrt()).to(values.dtype)
 
 
 def rloo(rewards: Tensor) -> Tensor:
