@@ -64,7 +64,9 @@ def save(out: str | Path, state: State, optimizer: AdamW | tuple[AdamW, ...], ke
         partial.mkdir(parents=True)
 
     def commit(files: dict[str, dict], updates: list[int]) -> None:
-        (partial / "state.json").write_text(json.dumps({**asdict(state), "updates": updates}, indent=2))
+        (partial / "state.json").write_text(
+            json.dumps({**asdict(state), "updates": updates}, indent=2)
+        )
         files["state.json"] = _seal(partial / "state.json")
         (partial / "manifest.json").write_text(json.dumps(files, indent=2))
         _flush(partial / "manifest.json")
@@ -91,7 +93,11 @@ def save(out: str | Path, state: State, optimizer: AdamW | tuple[AdamW, ...], ke
         for _, problem in answers:
             if problem:
                 raise OSError(problem)
-        mesh.ask(lambda: commit({name: seal for files, _ in answers for name, seal in files.items()}, updates))
+        mesh.ask(
+            lambda: commit(
+                {name: seal for files, _ in answers for name, seal in files.items()}, updates
+            )
+        )
     except OSError as error:
         if mesh.main:
             shutil.rmtree(partial, ignore_errors=True)
@@ -150,26 +156,36 @@ def load(folder: str | Path, optimizer: AdamW | tuple[AdamW, ...]) -> State:
         file = safe_open(path, framework="pt")
         for key, (first, shape, cut) in json.loads(file.metadata()["places"]).items():
             size = file.get_slice(key).get_shape()[0]
-            pieces.setdefault(key, []).append(_Piece(file, first, first + size, tuple(shape), cut and tuple(cut)))
+            pieces.setdefault(key, []).append(
+                _Piece(file, first, first + size, tuple(shape), cut and tuple(cut))
+            )
     torch.set_rng_state(file.get_tensor("rng"))
     updates = values.pop("updates")
     if len(updates) != len(named):
-        raise ValueError(f"{folder} holds {len(updates)} model(s), this script trains {len(named)}: another script's?")
+        raise ValueError(
+            f"{folder} holds {len(updates)} model(s), this script trains {len(named)}: another script's?"
+        )
     for (prefix, each), done in zip(named, updates):
         model = each.model
 
-        def read(kind: str, name: str, first: int, last: int, prefix: str = prefix, model: Any = model) -> Tensor:
+        def read(
+            kind: str, name: str, first: int, last: int, prefix: str = prefix, model: Any = model
+        ) -> Tensor:
             key = f"{prefix}{kind}/{name}"
             found = [piece for piece in pieces.get(key, []) if piece.shape == shapes(model.c)[name]]
             if not found:
-                raise ValueError(f"the checkpoint has no {kind} {name} {shapes(model.c)[name]}: another --model?")
+                raise ValueError(
+                    f"the checkpoint has no {kind} {name} {shapes(model.c)[name]}: another --model?"
+                )
             return _assemble(key, found, shard(model.c, name, model.mesh), first, last)
 
         each.load_state(read, done)
     return State(**values)
 
 
-def _assemble(key: str, pieces: list[_Piece], cut: tuple[int, int, int] | None, first: int, last: int) -> Tensor:
+def _assemble(
+    key: str, pieces: list[_Piece], cut: tuple[int, int, int] | None, first: int, last: int
+) -> Tensor:
     """Elements first..last of a slice of a weight, from pieces of the same or of other slices. ValueError: a gap."""
     cuts = {piece.cut for piece in pieces}
     if cut in cuts:
@@ -181,8 +197,12 @@ def _assemble(key: str, pieces: list[_Piece], cut: tuple[int, int, int] | None, 
         if max(low, start) < min(high, end):
             shape[dim] = end - start
             size = torch.Size(shape).numel()
-            theirs = _from_slice(key, [piece for piece in pieces if piece.cut[1] == start], 0, size).view(shape)
-            parts.append(theirs.narrow(dim, max(low, start) - start, min(high, end) - max(low, start)))
+            theirs = _from_slice(
+                key, [piece for piece in pieces if piece.cut[1] == start], 0, size
+            ).view(shape)
+            parts.append(
+                theirs.narrow(dim, max(low, start) - start, min(high, end) - max(low, start))
+            )
     return torch.cat(parts, dim).flatten()[first:last]
 
 
@@ -191,10 +211,14 @@ def _from_slice(key: str, pieces: list[_Piece], first: int, last: int) -> Tensor
     parts, at = [], first
     for piece in sorted(pieces, key=lambda piece: piece.first):
         if piece.first <= at < min(piece.last, last):
-            parts.append(piece.file.get_slice(key)[at - piece.first : min(piece.last, last) - piece.first])
+            parts.append(
+                piece.file.get_slice(key)[at - piece.first : min(piece.last, last) - piece.first]
+            )
             at = min(piece.last, last)
     if at < last:
-        raise ValueError(f"the checkpoint lacks elements {at} to {last} of {key}: a file of it is missing")
+        raise ValueError(
+            f"the checkpoint lacks elements {at} to {last} of {key}: a file of it is missing"
+        )
     return torch.cat(parts)
 
 
@@ -203,7 +227,9 @@ def find(out: str | Path, resume: str, mesh: Mesh = ALONE) -> Path | None:
     if resume == "auto":
         return newest(out, mesh=mesh)
     if resume and not Path(resume).is_dir():
-        raise FileNotFoundError(f"--resume {resume}: no such folder; auto takes the newest in --out")
+        raise FileNotFoundError(
+            f"--resume {resume}: no such folder; auto takes the newest in --out"
+        )
     return Path(resume) if resume else None
 
 

@@ -29,27 +29,43 @@ class RunConfig:
 
     # what goes in and out
     model: str = ""  # Hugging Face folder to start from: config.json, *.safetensors and a tokenizer
-    data: list[str] = field(default_factory=list)  # training rows, .jsonl or .jsonl.gz; several files are read in order
+    data: list[str] = field(
+        default_factory=list
+    )  # training rows, .jsonl or .jsonl.gz; several files are read in order
     out: str = "out"  # folder for metrics.jsonl, checkpoints step_N/, best/ and final/
     eval_data: list[str] = field(default_factory=list)  # held-out rows for --eval-every
-    resume: str = ""  # "auto" goes on from the newest good checkpoint in --out; or one checkpoint's folder
-    config: str = ""  # JSON file of flags, such as OUT/config.json; a flag on the command line wins over it
+    resume: str = (
+        ""  # "auto" goes on from the newest good checkpoint in --out; or one checkpoint's folder
+    )
+    config: str = (
+        ""  # JSON file of flags, such as OUT/config.json; a flag on the command line wins over it
+    )
     cache: str = ""  # folder for tokenised data and reference log-probs; default OUT/cache, share one between runs
 
     # rows to tokens
     template: Literal["auto", "plain", "chatml", "zephyr", "llama2", "llama3"] = (
         "auto"  # chat format; auto = the folder's own, else plain: bos, prompt, response, eos
     )
-    max_length: int = 1024  # tokens of a prompt with one response; what is longer falls under --overlong
-    overlong: Literal["drop", "truncate"] = "drop"  # drop the row, or cut its prompt from the left (never the response)
-    max_bad_rows: int = 0  # unreadable rows to skip and report before giving up; 0 stops at the first
-    shuffle: bool = True  # a new order every epoch, a function of (seed, epoch); --no-shuffle keeps the file's
+    max_length: int = (
+        1024  # tokens of a prompt with one response; what is longer falls under --overlong
+    )
+    overlong: Literal["drop", "truncate"] = (
+        "drop"  # drop the row, or cut its prompt from the left (never the response)
+    )
+    max_bad_rows: int = (
+        0  # unreadable rows to skip and report before giving up; 0 stops at the first
+    )
+    shuffle: bool = (
+        True  # a new order every epoch, a function of (seed, epoch); --no-shuffle keeps the file's
+    )
     seed: int = 0  # of the data order, of sampling and of anything else random
 
     # batches
     batch_size: int = 64  # examples an optimizer step, over all ranks
     max_tokens: int = 8192  # tokens of a micro-batch on one rank: lower it when memory runs out, results do not change
-    share_prompts: bool = True  # compute a prompt once for all its responses; --no-share-prompts is the slow twin
+    share_prompts: bool = (
+        True  # compute a prompt once for all its responses; --no-share-prompts is the slow twin
+    )
 
     # how long
     epochs: int = 1  # passes over the data; preference losses overfit after 1-3
@@ -57,8 +73,12 @@ class RunConfig:
     max_minutes: float = 0.0  # save and stop after this long; 0 = never
 
     # optimizer (AdamW, fp32 master weights, no decay on norms and biases)
-    lr: float = 5e-7  # peak learning rate; 5e-7 suits preference losses on 7B models, 1e-5 to 2e-5 SFT
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"  # after warm-up: down to 0, or flat
+    lr: float = (
+        5e-7  # peak learning rate; 5e-7 suits preference losses on 7B models, 1e-5 to 2e-5 SFT
+    )
+    schedule: Literal["cosine", "linear", "constant"] = (
+        "cosine"  # after warm-up: down to 0, or flat
+    )
     warmup: float = 0.1  # share of all steps over which the rate rises from 0
     weight_decay: float = 0.0  # 0 to 0.1; matters little in short runs
     beta1: float = 0.9  # AdamW's mean of gradients; leave it
@@ -67,23 +87,35 @@ class RunConfig:
     clip: float = 1.0  # largest norm of the gradient; 0 = no clipping
 
     # numbers and machine
-    dtype: Literal["auto", "bf16", "fp32", "fp64"] = "auto"  # of weights and activations; auto: bf16 on GPUs, else fp32
+    dtype: Literal["auto", "bf16", "fp32", "fp64"] = (
+        "auto"  # of weights and activations; auto: bf16 on GPUs, else fp32
+    )
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto = a GPU when there is one
-    checkpoint_activations: bool = False  # recompute each layer in the backward: a third more time, far less memory
+    checkpoint_activations: bool = (
+        False  # recompute each layer in the backward: a third more time, far less memory
+    )
     compile: bool = False  # torch.compile the model: slow start, faster steps
 
     # many processes (torchrun); what --tp x --cp x --pp leaves of them is data parallel
     tp: int = 1  # ranks that share every matrix: as few as make the model fit, within one node
     cp: int = 1  # ranks that share one flat row of tokens: for very long prompts
     pp: int = 1  # stages of layers: for models that --tp within a node cannot hold; wants many micro-batches a step
-    zero: Literal[1, 2] = 1  # 2 keeps only a piece of the gradients, and adds them up after every micro-batch
-    timeout_minutes: float = 30.0  # how long a rank may let the others wait before the run ends and names it
+    zero: Literal[1, 2] = (
+        1  # 2 keeps only a piece of the gradients, and adds them up after every micro-batch
+    )
+    timeout_minutes: float = (
+        30.0  # how long a rank may let the others wait before the run ends and names it
+    )
 
     # watching and saving
-    eval_every: int = 0  # optimizer steps between evaluations; 0 = only at the end when there is --eval-data
+    eval_every: int = (
+        0  # optimizer steps between evaluations; 0 = only at the end when there is --eval-data
+    )
     samples: int = 0  # answers to held-out prompts to print at every evaluation
     save_every: int = 0  # optimizer steps between checkpoints; 0 = only when stopped
-    keep: int = 2  # newest checkpoints to keep, 0 = all; the best model is kept besides, in OUT/best
+    keep: int = (
+        2  # newest checkpoints to keep, 0 = all; the best model is kept besides, in OUT/best
+    )
     log_every: int = 1  # optimizer steps between rows of metrics.jsonl
     wandb: str = ""  # project to log to as well (pip install wandb)
 
@@ -165,7 +197,9 @@ def help_text(cls: type, doc: str | None) -> str:
             head = f"--{flag} {_word(hints[f.name])}"
         shown = "" if isinstance(default, bool) or default in ("", []) else f" [{default}]"
         lines.append(f"  {head}")
-        lines += textwrap.wrap(meanings.get(f.name, "") + shown, 104, initial_indent=" " * 8, subsequent_indent=" " * 8)
+        lines += textwrap.wrap(
+            meanings.get(f.name, "") + shown, 104, initial_indent=" " * 8, subsequent_indent=" " * 8
+        )
     return "\n".join(lines)
 
 

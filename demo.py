@@ -158,7 +158,9 @@ class Runner:
                     print(f"$ python {shlex.join(line.split())}", flush=True)
                 try:
                     failed: int | str = python(line, log).returncode
-                except OSError as reason:  # a full disk, no process to be had: the others must hear of it too
+                except (
+                    OSError
+                ) as reason:  # a full disk, no process to be had: the others must hear of it too
                     failed = str(reason)
                 if failed:
                     tail = "\n".join(log.read_text().splitlines()[-15:])
@@ -199,12 +201,17 @@ def nats(home: Path, name: str) -> float | None:
 def report(results: dict[int, dict[str, dict]], seconds: dict[tuple[int, str], float]) -> str:
     """The table: means over the seeds, and every seed's share of good answers."""
     mean = statistics.mean
-    lines = [f"{'':<16}" + "".join(f"{c:>9}" for c in COLUMNS) + f"{'seconds':>9}    good by seed, ± over prompts"]
+    lines = [
+        f"{'':<16}"
+        + "".join(f"{c:>9}" for c in COLUMNS)
+        + f"{'seconds':>9}    good by seed, ± over prompts"
+    ]
     for name in TABLE:
         rows = [result[name] for result in results.values()]
         known = {c: [row[c] for row in rows if row.get(c) is not None] for c in COLUMNS}
         cells = "".join(
-            f"{mean(known[c]):>9.{1 if c == 'words' else 3}f}" if known[c] else f"{'-':>9}" for c in COLUMNS
+            f"{mean(known[c]):>9.{1 if c == 'words' else 3}f}" if known[c] else f"{'-':>9}"
+            for c in COLUMNS
         )
         time_each = mean(seconds[seed, name.split()[0]] for seed in results)
         spread = mean((row["good"] * (1 - row["good"]) / row["rows"]) ** 0.5 for row in rows)
@@ -213,10 +220,20 @@ def report(results: dict[int, dict[str, dict]], seconds: dict[tuple[int, str], f
     for name in TABLE[1:-1]:
         gains = [result[name]["good"] - result["sft"]["good"] for result in results.values()]
         each = ", ".join(f"{gain:+.3f} (seed {seed})" for gain, seed in zip(gains, results))
-        lines.append(f"{name} over sft, share of good answers: {mean(gains):+.3f} on average; {each}")
-    lengths = [(result["steerlm short"]["words"], result["steerlm long"]["words"]) for result in results.values()]
-    lines.append("steerlm, words at verbosity 0 and 4: " + ", ".join(f"{a:.1f} and {b:.1f}" for a, b in lengths))
-    judged = [(result["rm"]["accuracy"], result["rm"]["correlation"]) for result in results.values()]
+        lines.append(
+            f"{name} over sft, share of good answers: {mean(gains):+.3f} on average; {each}"
+        )
+    lengths = [
+        (result["steerlm short"]["words"], result["steerlm long"]["words"])
+        for result in results.values()
+    ]
+    lines.append(
+        "steerlm, words at verbosity 0 and 4: "
+        + ", ".join(f"{a:.1f} and {b:.1f}" for a, b in lengths)
+    )
+    judged = [
+        (result["rm"]["accuracy"], result["rm"]["correlation"]) for result in results.values()
+    ]
     lines.append("reward model, accuracy on held-out pairs and correlation with the truth on sft's answers: "
                  + ", ".join(f"{a:.3f} and {b:.3f}" for a, b in judged))  # fmt: skip
     return "\n".join(lines)
@@ -226,7 +243,10 @@ def side_by_side(home: Path, n: int) -> str:
     """The answers of every stage to the first n held-out prompts."""
     lines = []
     answers = {
-        name: [json.loads(line) for line in (home / f"{name.replace(' ', '_')}.jsonl").read_text().splitlines()[:n]]
+        name: [
+            json.loads(line)
+            for line in (home / f"{name.replace(' ', '_')}.jsonl").read_text().splitlines()[:n]
+        ]
         for name in TABLE
     }
     for i in range(n):
@@ -236,10 +256,14 @@ def side_by_side(home: Path, n: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="one seed, less data")
     parser.add_argument("--seeds", type=int, nargs="+", help="default: 0 1 2, or 0 with --quick")
-    parser.add_argument("--out", default="runs/demo", help="folder for everything; a number is added if it exists")
+    parser.add_argument(
+        "--out", default="runs/demo", help="folder for everything; a number is added if it exists"
+    )
     flags = parser.parse_args()
     seeds = flags.seeds or ([0] if flags.quick else [0, 1, 2])
     out, number = Path(flags.out), 1
@@ -255,20 +279,31 @@ def main() -> None:
         results[seed] = scores(home, [*TABLE, "steerlm short", "steerlm long", "rm"])
         for name in TABLE:
             results[seed][name]["kl"] = 0.0 if name == "sft" else nats(home, name)
-        rows = [json.loads(line) for line in (home / "rm" / "metrics.jsonl").read_text().splitlines()]
+        rows = [
+            json.loads(line) for line in (home / "rm" / "metrics.jsonl").read_text().splitlines()
+        ]
         results[seed]["rm"]["accuracy"] = rows[-1]["eval/rewards/accuracies"]
-    print(f"\nheld-out prompts, temperature 0.7, {len(seeds)} seed(s), {time.monotonic() - start:.0f} s in all")
+    print(
+        f"\nheld-out prompts, temperature 0.7, {len(seeds)} seed(s), {time.monotonic() - start:.0f} s in all"
+    )
     print(report(results, runner.seconds))
     print(side_by_side(out / f"seed_{seeds[0]}", 3))
     (out / "scores.json").write_text(
-        json.dumps({seed: {name: result[name] for name in TABLE} for seed, result in results.items()}, indent=1)
+        json.dumps(
+            {seed: {name: result[name] for name in TABLE} for seed, result in results.items()},
+            indent=1,
+        )
     )
     home = out / f"seed_{seeds[0]}"
     shown = ("dpo", "kto", "ppo", "reinforce", "ppo_truth", "reinforce_truth")
     runs = " ".join(f"{home}/{name}" for name in shown)
     keys = "--keys loss,rewards/accuracies,rewards/margins,reward,kl,entropy,reward~kl"
     plotted = python(f"plot.py {runs} {keys} --scores {out}/scores.json --out {out}/curves.png")
-    print(f"\npicture: {out}/curves.png" if not plotted.returncode else f"\nno picture: {plotted.stderr.strip()}")
+    print(
+        f"\npicture: {out}/curves.png"
+        if not plotted.returncode
+        else f"\nno picture: {plotted.stderr.strip()}"
+    )
 
 
 if __name__ == "__main__":

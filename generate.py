@@ -87,10 +87,20 @@ class Cache:
         if self.shared:
             self.prompt_keys, self.prompt_values = self._store(places, longest)
             self.prompt_size = torch.zeros(places, dtype=torch.int64, device=self.device)
-            self.member = torch.zeros(places * together, dtype=torch.int64, device=self.device)  # rows of each place
-            self.seat = torch.zeros(rows, dtype=torch.int64, device=self.device)  # where a row is in `member`
-            self.start = torch.zeros(rows, dtype=torch.int64, device=self.device)  # `begin` on the device
-            self.extent = (places, together, longest)  # P, N and the longest prompt that a step has to do with
+            self.member = torch.zeros(
+                places * together, dtype=torch.int64, device=self.device
+            )  # rows of each place
+            self.seat = torch.zeros(
+                rows, dtype=torch.int64, device=self.device
+            )  # where a row is in `member`
+            self.start = torch.zeros(
+                rows, dtype=torch.int64, device=self.device
+            )  # `begin` on the device
+            self.extent = (
+                places,
+                together,
+                longest,
+            )  # P, N and the longest prompt that a step has to do with
         self.inputs = torch.zeros(2, rows, dtype=torch.int64, device=self.device)
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
@@ -123,7 +133,9 @@ class Cache:
         self.member[: member.size] = torch.from_numpy(member.ravel())
         self.seat.copy_(torch.from_numpy(seat))
 
-    def forward(self, tokens: np.ndarray, positions: np.ndarray, prompts: list[tuple]) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, tokens: np.ndarray, positions: np.ndarray, prompts: list[tuple]
+    ) -> tuple[Tensor, Tensor]:
         """Logits of the next token: of R rows that are fed one token each, (R, V), and of P new prompts, (P, V).
 
         tokens, positions: (R,), or empty; prompts: (token ids, rows or [place] to keep them in) each.
@@ -133,14 +145,19 @@ class Cache:
             prefilled = self.forward(tokens[:0], positions[:0], prompts)[1] if prompts else None
             length = -(-(self._reach(positions) + 1) // BUCKET) * BUCKET
             self.inputs.copy_(inputs)
-            return self._replay(length) if self.mode == "graphs" else self._step(self.inputs, length), prefilled
+            return self._replay(length) if self.mode == "graphs" else self._step(
+                self.inputs, length
+            ), prefilled
         rows, sizes = len(tokens), [len(ids) for ids, _ in prompts]
         inputs = inputs.to(self.device)
         last = rows + np.cumsum(sizes, dtype=np.int64) - 1
         decode = self._decoding(inputs, self._reach(positions) + 1) if rows else None
         prefill = self._prefilling(prompts, sizes) if prompts else None
         if prompts:
-            new = [torch.tensor([t for ids, _ in prompts for t in ids]), torch.cat([torch.arange(n) for n in sizes])]
+            new = [
+                torch.tensor([t for ids, _ in prompts for t in ids]),
+                torch.cat([torch.arange(n) for n in sizes]),
+            ]
             inputs = torch.cat((inputs, torch.stack(new).to(self.device)), 1)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -163,13 +180,19 @@ class Cache:
         """What attends over new prompts, a flat row, and keeps their keys and values."""
         ends = np.repeat(np.cumsum(sizes), sizes)
         positions = np.concatenate([np.arange(n) for n in sizes])
-        kv_end, places = (torch.from_numpy(x).to(self.device) for x in (ends.astype(np.int32), positions))
+        kv_end, places = (
+            torch.from_numpy(x).to(self.device) for x in (ends.astype(np.int32), positions)
+        )
         layout = TreeLayout([(n, []) for n in sizes], kv_end, places)
         # Every token goes to each of the rows that its prompt is for.
         first = np.cumsum([0, *sizes])
-        taken = np.concatenate([np.tile(np.arange(a, a + n), len(to)) for a, n, (_, to) in zip(first, sizes, prompts)])
+        taken = np.concatenate(
+            [np.tile(np.arange(a, a + n), len(to)) for a, n, (_, to) in zip(first, sizes, prompts)]
+        )
         given = np.concatenate([np.repeat(to, n) for n, (_, to) in zip(sizes, prompts)])
-        source, rows, at = (torch.from_numpy(x).to(self.device) for x in (taken, given, positions[taken]))
+        source, rows, at = (
+            torch.from_numpy(x).to(self.device) for x in (taken, given, positions[taken])
+        )
         whole = len(source) == len(positions)
         stores = (self.prompt_keys, self.prompt_values) if self.shared else (self.keys, self.values)
         if self.shared:
@@ -189,7 +212,10 @@ class Cache:
         heads = (count, model.kv_heads, model.heads // model.kv_heads, -1)
         at = positions - self.start[:count] if self.shared else positions  # (R,)
         ago = at[:, None] - torch.arange(length, device=self.device)  # (R, length)
-        seen = {w: ((ago >= 0) & (ago < w) if w else ago >= 0)[:, None, None] for w in {0, *model.c.windows}}
+        seen = {
+            w: ((ago >= 0) & (ago < w) if w else ago >= 0)[:, None, None]
+            for w in {0, *model.c.windows}
+        }
         if self.shared:
             places, together, longest = self.extent
             member, seat = self.member[: places * together], self.seat[:count]
@@ -200,7 +226,10 @@ class Cache:
             self.keys[layer][rows, :, at] = k
             self.values[layer][rows, :, at] = v
             # The query heads of one key/value head are rows of one small matrix: (R, G, H/G, E).
-            keys, values = self.keys[layer, :count, :, :length], self.values[layer, :count, :, :length]
+            keys, values = (
+                self.keys[layer, :count, :, :length],
+                self.values[layer, :count, :, :length],
+            )
             if not self.shared:
                 mask = seen[model.c.window(layer)]
                 out = F.scaled_dot_product_attention(q.view(heads), keys, values, attn_mask=mask)
@@ -209,14 +238,22 @@ class Cache:
             # Those of all rows of one prompt, too: (P, G, N · H/G, E).
             grouped = q[member].view(places, together, *heads[1:]).transpose(1, 2)
             grouped = grouped.reshape(places, heads[1], together * heads[2], -1)
-            keys, values = (x[layer, :places, :, :longest] for x in (self.prompt_keys, self.prompt_values))
+            keys, values = (
+                x[layer, :places, :, :longest] for x in (self.prompt_keys, self.prompt_values)
+            )
             found = _part(grouped, keys, values, hidden)
             out, weight = (
-                x.view(places, heads[1], together, heads[2], -1).transpose(1, 2).reshape(len(member), *heads[1:])[seat]
+                x.view(places, heads[1], together, heads[2], -1)
+                .transpose(1, 2)
+                .reshape(len(member), *heads[1:])[seat]
                 for x in found
             )
             # Both parts of one softmax, each weighted by its share of the sum.
-            return torch.lerp(out, own, torch.sigmoid(own_weight - weight)).reshape(q.shape).to(q.dtype)
+            return (
+                torch.lerp(out, own, torch.sigmoid(own_weight - weight))
+                .reshape(q.shape)
+                .to(q.dtype)
+            )
 
         return attend
 
@@ -229,7 +266,9 @@ class Cache:
         if length not in self.graphs:
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):  # compiles and allocates; to write the same keys twice changes nothing
+            with torch.cuda.stream(
+                side
+            ):  # compiles and allocates; to write the same keys twice changes nothing
                 self._step(self.inputs, length)
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
@@ -243,9 +282,13 @@ class Cache:
 
 def _part(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """Attention to a part of the keys, and the logarithm of the part's sum in the softmax, (..., 1)."""
-    scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32))
+    scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2)).to(
+        torch.promote_types(q.dtype, torch.float32)
+    )
     scores.masked_fill_(hidden, float("-inf"))
-    top = scores.amax(-1, keepdim=True).clamp_(min=-1e30)  # a part of which nothing is seen weighs nothing
+    top = scores.amax(-1, keepdim=True).clamp_(
+        min=-1e30
+    )  # a part of which nothing is seen weighs nothing
     weights = scores.sub_(top).exp_()
     total = weights.sum(-1, keepdim=True)
     out = torch.matmul(weights.to(v.dtype), v).to(total.dtype) / total.clamp(min=1e-30)
@@ -258,31 +301,43 @@ def _part(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> tuple[Tensor, Tens
 class _Batch:
     """The samples in progress, a row each, and those that wait for a row."""
 
-    def __init__(self, model: GPT, prompts: list[list[int]], n: int, rows: int, new: int, seeds: Sequence):
+    def __init__(
+        self, model: GPT, prompts: list[list[int]], n: int, rows: int, new: int, seeds: Sequence
+    ):
         self.prompts, self.n, self.seeds = prompts, n, seeds
         self.sizes = [len(prompt) for prompt in prompts]
         # Prompts of one length share the cache with little to skip over; samples of one prompt are neighbours.
         order = sorted(range(len(prompts)), key=self.sizes.__getitem__)
         self.waiting = deque(prompt * n + j for prompt in order for j in range(n))
-        self.shared = n > 1 and not any(model.c.windows) and sum(self.sizes) >= SHARE_FROM * len(prompts)
+        self.shared = (
+            n > 1 and not any(model.c.windows) and sum(self.sizes) >= SHARE_FROM * len(prompts)
+        )
         # A straggler keeps its prompt, so there are more places than prompts that fill the rows; rows wait beyond that.
         places = min(len(prompts), rows, 2 * -(-rows // n)) if self.shared else 0
         self.cache = Cache(model, rows, max(self.sizes), new, places, min(n, rows))
         self.fixed = bool(self.cache.mode)
         self.rows, self.free = rows, set(range(places))
-        self.holds: list[int] = [-1] * rows if self.fixed else []  # the sample in each row, -1 = none
+        self.holds: list[int] = (
+            [-1] * rows if self.fixed else []
+        )  # the sample in each row, -1 = none
         self.place: dict[int, int] = {}  # of each prompt in progress, where prompts are shared
         self.undone = [n] * len(prompts)  # samples of each prompt that have not ended
         self.told: list[int] = []  # rows with a new sample of a prompt whose first logits are known
         self.new: dict[int, list[int]] = {}  # prompts to compute, and the rows that begin with them
-        self.known: tuple[int, int, Tensor] | None = None  # prompt with samples waiting: itself, a row of it, logits
-        self.fed, self.at, self.drawn = np.zeros((3, rows), np.int64)  # next token, its position, tokens drawn so far
+        self.known: tuple[int, int, Tensor] | None = (
+            None  # prompt with samples waiting: itself, a row of it, logits
+        )
+        self.fed, self.at, self.drawn = np.zeros(
+            (3, rows), np.int64
+        )  # next token, its position, tokens drawn so far
         self.uniform = np.zeros((rows, new))
 
     def refill(self) -> bool:
         """Gives every free row the next sample; False when nothing is left to do."""
         self.told, self.new, before = [], {}, list(self.holds)
-        for row in [row for row in range(self.rows) if row >= len(self.holds) or self.holds[row] < 0]:
+        for row in [
+            row for row in range(self.rows) if row >= len(self.holds) or self.holds[row] < 0
+        ]:
             if not self.waiting or not self._admit(self.waiting[0] // self.n, row):
                 break
         if not self.fixed:
@@ -309,7 +364,9 @@ class _Batch:
             self.new.setdefault(prompt, []).append(row)
             return True
         self.told.append(row)
-        if not self.shared:  # what was computed for the sample before it, in progress or just ended, is still there
+        if (
+            not self.shared
+        ):  # what was computed for the sample before it, in progress or just ended, is still there
             self.cache.copy(self.known[1], row, self.sizes[prompt])
         return True
 
@@ -328,7 +385,9 @@ class _Batch:
         rows = len(self.holds)
         new = [(row, k) for k, (_, to) in enumerate(self.new.items()) for row in to]
         going = rows if any(i >= 0 and self.drawn[row] for row, i in enumerate(self.holds)) else 0
-        prompts = [(self.prompts[p], [self.place[p]] if self.shared else to) for p, to in self.new.items()]
+        prompts = [
+            (self.prompts[p], [self.place[p]] if self.shared else to) for p, to in self.new.items()
+        ]
         logits = first = None
         if going or prompts:
             logits, first = self.cache.forward(self.fed[:going], self.at[:going], prompts)
@@ -398,23 +457,36 @@ def generate(
     if any(len(p) == 0 for p in prompts):
         raise ValueError("a prompt has no token to go on from: give it a bos or some text")
     if temperature < 0 or not 0 < top_p <= 1 or top_k < 0 or max_new_tokens < 1:
-        raise ValueError("sampling needs temperature >= 0, 0 < top_p <= 1, top_k >= 0 and max_new_tokens >= 1")
+        raise ValueError(
+            "sampling needs temperature >= 0, 0 < top_p <= 1, top_k >= 0 and max_new_tokens >= 1"
+        )
     if n < 1 or batch_size < 1 or no_repeat < 0 or no_repeat == 1:
-        raise ValueError("sampling needs n >= 1, batch_size >= 1 and no_repeat of 0 (off) or at least 2")
+        raise ValueError(
+            "sampling needs n >= 1, batch_size >= 1 and no_repeat of 0 (off) or at least 2"
+        )
     if seeds is not None and len(seeds) != len(prompts) * n:
-        raise ValueError(f"{len(seeds)} seeds for {len(prompts) * n} samples: give one to each of a prompt's n")
+        raise ValueError(
+            f"{len(seeds)} seeds for {len(prompts) * n} samples: give one to each of a prompt's n"
+        )
     if stop_texts and (decode is None or not all(stop_texts)):
-        raise ValueError("stop_texts are looked for in decode(tokens): give a decode, and no empty text")
+        raise ValueError(
+            "stop_texts are looked for in decode(tokens): give a decode, and no empty text"
+        )
     if not prompts:
         return []
     answers = [Sample([], [], [], False) for _ in range(len(prompts) * n)]
     own = [[seed, i] for i in range(len(answers))] if seeds is None else seeds
     batch = _Batch(model, prompts, n, min(batch_size, len(answers)), max_new_tokens, own)
-    stop_ids, window = set(stop_ids), 8 + 4 * max(map(len, stop_texts), default=0)  # a character has 4 tokens at most
+    stop_ids, window = (
+        set(stop_ids),
+        8 + 4 * max(map(len, stop_texts), default=0),
+    )  # a character has 4 tokens at most
     while batch.refill():
         logits = batch.logits()
         found = sample(logits, batch.numbers().to(logits.device), temperature, top_k, top_p)
-        drawn = torch.stack([x.double() for x in found]).tolist()  # one copy from the device a step, no tensor a row
+        drawn = torch.stack(
+            [x.double() for x in found]
+        ).tolist()  # one copy from the device a step, no tensor a row
         batch.feed(drawn[0])
         for row, (token, logp, policy_logp) in enumerate(zip(*drawn)):
             i, token = batch.holds[row], int(token)
@@ -432,7 +504,12 @@ def generate(
                 ended = any(stop in text for stop in stop_texts)
             if ended:
                 answers[i] = answer._replace(ended=True)
-            if ended or len(answer.tokens) == max_new_tokens or no_repeat and circles(answer.tokens, no_repeat):
+            if (
+                ended
+                or len(answer.tokens) == max_new_tokens
+                or no_repeat
+                and circles(answer.tokens, no_repeat)
+            ):
                 batch.end(row)
     return answers
 
@@ -486,16 +563,24 @@ def _draw(weights: Tensor, uniform: Tensor, block: int = 256) -> tuple[Tensor, T
     size = edges.diff(dim=1, prepend=torch.zeros_like(aim)).gather(1, found)
     rest = 1 - (edges.gather(1, found) - aim) / size
     tokens = found * block + torch.arange(block, device=weights.device)  # (B, block)
-    inside = weights.gather(1, tokens.clamp(max=vocabulary - 1)).double().masked_fill_(tokens >= vocabulary, 0)
+    inside = (
+        weights.gather(1, tokens.clamp(max=vocabulary - 1))
+        .double()
+        .masked_fill_(tokens >= vocabulary, 0)
+    )
     inside = inside.cumsum(-1)
     place = torch.searchsorted(inside, rest * inside[:, -1:], right=True)
     return (found * block + place).clamp_(max=vocabulary - 1), edges[:, -1:]
 
 
-def _draw_filtered(weights: Tensor, uniform: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
+def _draw_filtered(
+    weights: Tensor, uniform: Tensor, top_k: int, top_p: float
+) -> tuple[Tensor, Tensor]:
     """_draw among the top_k likeliest, and of these the fewest that make up top_p."""
     vocabulary = weights.shape[1]
-    total = None if top_k and top_k < vocabulary else weights.sum(-1, keepdim=True, dtype=torch.float64)
+    total = (
+        None if top_k and top_k < vocabulary else weights.sum(-1, keepdim=True, dtype=torch.float64)
+    )
     size = min(top_k or 512, vocabulary)
     while True:
         ordered, index = weights.topk(size)
@@ -506,9 +591,15 @@ def _draw_filtered(weights: Tensor, uniform: Tensor, top_k: int, top_p: float) -
         size = min(8 * size, vocabulary)
     before = edges - ordered
     limit = top_p * (edges[:, -1:] if total is None else total)
-    kept = (before < limit).sum(-1, keepdim=True).clamp_(min=1) if top_p < 1 else torch.full_like(index[:, :1], size)
+    kept = (
+        (before < limit).sum(-1, keepdim=True).clamp_(min=1)
+        if top_p < 1
+        else torch.full_like(index[:, :1], size)
+    )
     share = edges.gather(1, kept - 1)
-    place = torch.minimum(torch.searchsorted(edges, uniform.double()[:, None] * share, right=True), kept - 1)
+    place = torch.minimum(
+        torch.searchsorted(edges, uniform.double()[:, None] * share, right=True), kept - 1
+    )
     return index.gather(1, place), share
 
 
@@ -524,15 +615,23 @@ class Flags:
     data: str = ""  # or a JSONL file of rows with a "prompt"
     out: str = ""  # where the rows go, each with a "response", or "responses" with --n
     chat: bool = False  # or a conversation on the screen; an empty line ends it
-    template: Literal["auto", "plain", "chatml", "zephyr", "llama2", "llama3"] = "auto"  # as in training
-    attributes: str = ""  # for a model of train_steerlm.py: the answer to ask for, "helpfulness:4,verbosity:1"
+    template: Literal["auto", "plain", "chatml", "zephyr", "llama2", "llama3"] = (
+        "auto"  # as in training
+    )
+    attributes: str = (
+        ""  # for a model of train_steerlm.py: the answer to ask for, "helpfulness:4,verbosity:1"
+    )
     n: int = 1  # answers to each prompt
     temperature: float = 0.7  # 0 = always the likeliest token; 1 = the model's own distribution
     top_k: int = 0  # only the k likeliest tokens; 0 = all
     top_p: float = 1.0  # only the likeliest tokens that make up this much probability
     max_new_tokens: int = 256  # longest answer
-    stop: list[str] = field(default_factory=list)  # texts that end an answer, and are left out of it
-    no_repeat: int = 0  # cut an answer whose last so many tokens go round in circles, 32 is careful; 0 = never
+    stop: list[str] = field(
+        default_factory=list
+    )  # texts that end an answer, and are left out of it
+    no_repeat: int = (
+        0  # cut an answer whose last so many tokens go round in circles, 32 is careful; 0 = never
+    )
     batch_size: int = 64  # answers in progress at a time: lower it when memory runs out
     seed: int = 0  # of the samples
     limit: int = 0  # only the first rows; 0 = all
@@ -545,8 +644,12 @@ def steered(prompt: str | list, flags: Flags) -> str | list:
         return prompt
     trained = attributes.load(flags.model)
     if not trained:
-        raise ValueError(f"--attributes: {flags.model} was not trained with any: train_steerlm.py does that")
-    return attributes.condition(prompt, attributes.read_line(flags.attributes, trained[1]), trained[0])
+        raise ValueError(
+            f"--attributes: {flags.model} was not trained with any: train_steerlm.py does that"
+        )
+    return attributes.condition(
+        prompt, attributes.read_line(flags.attributes, trained[1]), trained[0]
+    )
 
 
 def before(text: str, stops: Collection[str]) -> str:
@@ -573,7 +676,11 @@ class Stream:
 
 def chat(answer: Callable[..., list[Sample]], template: Template, flags: Flags) -> None:
     """A conversation on the screen: answer(prompts, seed=, on_token=) is asked at every turn."""
-    plain = " The template is plain and has no turns: every question stands alone." if template.plain else ""
+    plain = (
+        " The template is plain and has no turns: every question stands alone."
+        if template.plain
+        else ""
+    )
     print(f"An empty line ends the chat.{plain}")
     messages = []
     while True:
@@ -585,7 +692,11 @@ def chat(answer: Callable[..., list[Sample]], template: Template, flags: Flags) 
             return
         messages = [*([] if template.plain else messages), {"role": "user", "content": question}]
         stream = Stream(template.tokenizer.decode, flags.stop)
-        answer([template.prompt(steered(messages, flags))], seed=flags.seed + len(messages), on_token=stream)
+        answer(
+            [template.prompt(steered(messages, flags))],
+            seed=flags.seed + len(messages),
+            on_token=stream,
+        )
         stream.flush()
         print()
         messages.append({"role": "assistant", "content": stream.text.strip()})
@@ -598,7 +709,9 @@ def main(argv: list[str] | None = None) -> None:
         or bool(flags.prompt) + bool(flags.data) + flags.chat != 1
         or bool(flags.data) != bool(flags.out)
     ):
-        raise ValueError("generate.py needs --model, and one of --prompt TEXT, --data FILE with --out FILE, and --chat")
+        raise ValueError(
+            "generate.py needs --model, and one of --prompt TEXT, --data FILE with --out FILE, and --chat"
+        )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = DTYPES[flags.dtype if flags.dtype != "auto" else "bf16" if device == "cuda" else "fp32"]
     tokenizer = load_tokenizer(flags.model)

@@ -127,8 +127,13 @@ NUMBERS = set(
     "rope_theta rotary_emb_base rotary_pct partial_rotary_factor layer_norm_eps rms_norm_eps factor low_freq_factor "
     "high_freq_factor".split()
 )
-SWITCHES = set("use_parallel_residual attention_bias mlp_bias use_sliding_window tie_word_embeddings".split())
-MOST = {"num_hidden_layers": 1000, "num_labels": 10_000}  # of other sizes 2**24; absurd ones would only eat memory
+SWITCHES = set(
+    "use_parallel_residual attention_bias mlp_bias use_sliding_window tie_word_embeddings".split()
+)
+MOST = {
+    "num_hidden_layers": 1000,
+    "num_labels": 10_000,
+}  # of other sizes 2**24; absurd ones would only eat memory
 
 
 def _check_kinds(raw: dict) -> None:
@@ -137,7 +142,9 @@ def _check_kinds(raw: dict) -> None:
         most = MOST.get(key, 1 << 24)
         if value is None:
             continue
-        if key in SIZES and not (type(value) is int and (value > 0 or key == "sliding_window") and value <= most):
+        if key in SIZES and not (
+            type(value) is int and (value > 0 or key == "sliding_window") and value <= most
+        ):
             raise ValueError(f"config.json: {key} = {value!r} is no whole number from 1 to {most}")
         if key in NUMBERS and not (type(value) in (int, float) and 0 < value < 1e18):
             raise ValueError(f"config.json: {key} = {value!r} is no number above 0")
@@ -165,7 +172,9 @@ def _take(raw: dict, family: str) -> GPTConfig:
         own = {
             "norm": "layer",
             "norm_eps": get("layer_norm_eps", 1e-5),
-            "mlp": _one_of("hidden_act", get("hidden_act", "gelu"), {"gelu": "gelu", "gelu_new": "gelu_tanh"}),
+            "mlp": _one_of(
+                "hidden_act", get("hidden_act", "gelu"), {"gelu": "gelu", "gelu_new": "gelu_tanh"}
+            ),
             "parallel_residual": get("use_parallel_residual", True),
         }
         bias = {"mlp_bias": True, "qkv_bias": get("attention_bias", True)}
@@ -186,12 +195,16 @@ def _take(raw: dict, family: str) -> GPTConfig:
     if family in ("qwen2", "qwen3"):
         window = window if get("use_sliding_window", False) else 0
         from_layer = known.get("max_window_layers", 28)
-        types = ["sliding_attention" if i >= from_layer else "full_attention" for i in range(layers)]
+        types = [
+            "sliding_attention" if i >= from_layer else "full_attention" for i in range(layers)
+        ]
     else:
         types = ["sliding_attention"] * layers
     types = get("layer_types", types) or types
     if len(types) != layers:
-        raise ValueError(f"config.json: layer_types names {len(types)} layers, num_hidden_layers is {layers}")
+        raise ValueError(
+            f"config.json: layer_types names {len(types)} layers, num_hidden_layers is {layers}"
+        )
     for kind in types:
         _one_of("layer_types", kind, {"sliding_attention": 1, "full_attention": 1})
     config = GPTConfig(
@@ -206,7 +219,9 @@ def _take(raw: dict, family: str) -> GPTConfig:
         rope_theta=theta,
         rope_size=int(head_size * rope_share),
         rope_scaling=scaling,
-        windows=tuple(window if kind == "sliding_attention" else 0 for kind in types) if window else (),
+        windows=tuple(window if kind == "sliding_attention" else 0 for kind in types)
+        if window
+        else (),
         tied=get("tie_word_embeddings", False),
         max_position=known.get("max_position_embeddings", 2048),
         outputs=len(score_names(raw)),
@@ -222,9 +237,13 @@ def _take(raw: dict, family: str) -> GPTConfig:
             "if it does not change the arithmetic, remove it from the file"
         )
     if rope_share > 1 or config.rope_size % 2:
-        raise ValueError(f"config.json: an odd number of rotated components a head ({config.rope_size}) cannot be")
+        raise ValueError(
+            f"config.json: an odd number of rotated components a head ({config.rope_size}) cannot be"
+        )
     if heads % kv_heads:
-        raise ValueError(f"config.json: {heads} attention heads are no multiple of {kv_heads} key/value heads")
+        raise ValueError(
+            f"config.json: {heads} attention heads are no multiple of {kv_heads} key/value heads"
+        )
     return config
 
 
@@ -235,7 +254,9 @@ def _rope(get, theta: float | None, family: str) -> tuple[float, tuple | None, f
     get("rope_scaling", None)
     theta = rope.pop("rope_theta", None) or get("rotary_emb_base", None) or theta or 10000.0
     share = get("partial_rotary_factor", None) or get("rotary_pct", None)
-    share = rope.pop("partial_rotary_factor", None) or share or (0.25 if family == "gpt_neox" else 1.0)
+    share = (
+        rope.pop("partial_rotary_factor", None) or share or (0.25 if family == "gpt_neox" else 1.0)
+    )
     kind = rope.pop("rope_type", None) or rope.get("type") or "default"
     rope.pop("type", None)
     _one_of("rope_type", kind, {"default": 1, "llama3": 1})
@@ -250,7 +271,9 @@ def _rope(get, theta: float | None, family: str) -> tuple[float, tuple | None, f
 
 def _one_of(key: str, value, known: dict):
     if value not in known:
-        raise ValueError(f"config.json: plumb does not know {key} = {value!r}: only {', '.join(map(str, known))}")
+        raise ValueError(
+            f"config.json: plumb does not know {key} = {value!r}: only {', '.join(map(str, known))}"
+        )
     return known[value]
 
 
@@ -258,22 +281,33 @@ def read_config(folder: str | Path) -> tuple[GPTConfig, dict]:
     """config.json of a folder, understood and raw. FileNotFoundError, or ValueError naming what plumb does not know."""
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: --model takes a Hugging Face folder (hf.py new makes one)")
+        raise FileNotFoundError(
+            f"{path} does not exist: --model takes a Hugging Face folder (hf.py new makes one)"
+        )
     raw = _json(path)
     try:
         family = raw.get("model_type")
         if family not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)
-            raise ValueError(f"config.json: plumb does not know model_type {family!r}: only {known}")
+            raise ValueError(
+                f"config.json: plumb does not know model_type {family!r}: only {known}"
+            )
         classes = (ARCHITECTURES[family], _classifier(family))
         for architecture in raw.get("architectures") or []:
             if architecture not in classes:
-                raise ValueError(f"config.json: plumb does not know {architecture}, only {' and '.join(classes)}")
+                raise ValueError(
+                    f"config.json: plumb does not know {architecture}, only {' and '.join(classes)}"
+                )
         return _take(raw, family), raw
     except ValueError as error:
         raise ValueError(f"{folder}/{error}") from None
-    except (TypeError, AttributeError) as error:  # a list where a word should be, a word where an object should be
-        raise ValueError(f"{path} holds a value of the wrong kind ({error}): fetch it again") from None
+    except (
+        TypeError,
+        AttributeError,
+    ) as error:  # a list where a word should be, a word where an object should be
+        raise ValueError(
+            f"{path} holds a value of the wrong kind ({error}): fetch it again"
+        ) from None
 
 
 def _json(path: Path) -> dict:
@@ -296,7 +330,9 @@ def score_names(raw: dict) -> tuple[str, ...]:
     """What each output of a reward model's score head is called, () for a language model; from a raw config.json."""
     if (raw.get("architectures") or [""])[0] != _classifier(raw["model_type"]):
         return ()
-    labels = raw.get("id2label") or {i: f"LABEL_{i}" for i in range(raw.get("num_labels", 2))}  # transformers' default
+    labels = raw.get("id2label") or {
+        i: f"LABEL_{i}" for i in range(raw.get("num_labels", 2))
+    }  # transformers' default
     return tuple(name for _, name in sorted((int(i), name) for i, name in labels.items()))
 
 
@@ -320,14 +356,20 @@ def weight_files(folder: str | Path) -> dict[str, Path]:
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if index.is_file():
         listed = _json(index).get("weight_map")
-        if not isinstance(listed, dict) or not all(isinstance(f, str) and f == Path(f).name for f in listed.values()):
-            raise ValueError(f"{index} must hold a weight_map from names to files in the same folder: fetch it again")
+        if not isinstance(listed, dict) or not all(
+            isinstance(f, str) and f == Path(f).name for f in listed.values()
+        ):
+            raise ValueError(
+                f"{index} must hold a weight_map from names to files in the same folder: fetch it again"
+            )
         files = {name: folder / file for name, file in listed.items()}
         for path in set(files.values()):
             with _open(path) as file:
                 lacks = {name for name in files if files[name] == path} - set(file.keys())
             if lacks:
-                raise ValueError(f"{path} lacks {min(lacks)}, which {index.name} says it holds: fetch both again")
+                raise ValueError(
+                    f"{path} lacks {min(lacks)}, which {index.name} says it holds: fetch both again"
+                )
     elif single.is_file():
         with _open(single) as file:
             files = dict.fromkeys(file.keys(), single)
@@ -335,7 +377,11 @@ def weight_files(folder: str | Path) -> dict[str, Path]:
         other = next(folder.glob("*.bin"), None)
         raise FileNotFoundError(
             f"{folder} has no model.safetensors"
-            + (f", only {other.name}: load it in transformers and save_pretrained() again" if other else "")
+            + (
+                f", only {other.name}: load it in transformers and save_pretrained() again"
+                if other
+                else ""
+            )
         )
     return {name: file for name, file in files.items() if not name.endswith(NOT_WEIGHTS)}
 
@@ -344,13 +390,17 @@ def _open(path: Path):
     try:
         file = safe_open(path, framework="pt")
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is missing: the folder is incomplete, fetch it again") from None
+        raise FileNotFoundError(
+            f"{path} is missing: the folder is incomplete, fetch it again"
+        ) from None
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}): fetch it again") from None
     for name in file.keys():  # noqa: SIM118 - no dict
         kind = file.get_slice(name).get_dtype()
         if kind not in ("F64", "F32", "F16", "BF16") and not name.endswith(NOT_WEIGHTS):
-            raise ValueError(f"{path}: {name} is {kind}: plumb reads F64, F32, F16 and BF16, nothing quantized")
+            raise ValueError(
+                f"{path}: {name} is {kind}: plumb reads F64, F32, F16 and BF16, nothing quantized"
+            )
     return file
 
 
@@ -381,17 +431,27 @@ def load_model(
     c, raw = read_config(folder)
     have = score_names(raw)
     if have and scores is None:
-        raise ValueError(f"{folder} is a reward model (of {', '.join(have)}): a language model is needed here")
+        raise ValueError(
+            f"{folder} is a reward model (of {', '.join(have)}): a language model is needed here"
+        )
     if scores == () and not have:
-        raise ValueError(f"{folder} is a language model: a reward model is needed here; train_rm.py makes one of it")
+        raise ValueError(
+            f"{folder} is a language model: a reward model is needed here; train_rm.py makes one of it"
+        )
     if have and scores and scores != have and (len(have), len(scores)) != (1, 1):
-        raise ValueError(f"{folder} scores {', '.join(have)}, not {', '.join(scores)}: give the model it was made from")
+        raise ValueError(
+            f"{folder} scores {', '.join(have)}, not {', '.join(scores)}: give the model it was made from"
+        )
     files = weight_files(folder)
     fresh = bool(scores) and not have
     if fresh:
         raw = _with_scores(raw, scores)
         c = _take(raw, c.family)
-        files = {name: file for name, file in files.items() if name not in ("lm_head.weight", "embed_out.weight")}
+        files = {
+            name: file
+            for name, file in files.items()
+            if name not in ("lm_head.weight", "embed_out.weight")
+        }
     table = weight_table(c)
     if fresh:
         del table["score_head.weight"]
@@ -401,7 +461,9 @@ def load_model(
     if c.tied:
         spare -= {"lm_head.weight", "embed_out.weight"}
     if spare:
-        raise ValueError(f"{folder}: plumb does not know the weight {min(spare)} ({len(spare)} in all)")
+        raise ValueError(
+            f"{folder}: plumb does not know the weight {min(spare)} ({len(spare)} in all)"
+        )
     with torch.device("meta"):
         model = GPT(c, mesh)
     handles = {path: _open(path) for path in sorted(set(files.values()))}
@@ -469,7 +531,10 @@ def to_theirs(model: GPT, names: list[str] | None = None, keep: bool = True) -> 
 
 
 def save_model(
-    model: GPT, folder: str | Path, tokenizer_from: str | Path | None = None, template: Template | None = None
+    model: GPT,
+    folder: str | Path,
+    tokenizer_from: str | Path | None = None,
+    template: Template | None = None,
 ) -> None:
     """Writes a Hugging Face folder that transformers and vLLM load as it is; atomically: whole, or not at all.
 
@@ -488,7 +553,11 @@ def save_model(
         _write_index(model, partial)
         raw = dict(model.hf_config)
         raw["dtype" if "dtype" in raw else "torch_dtype"] = str(model.dtype).removeprefix("torch.")
-        padding = _padding(load_tokenizer(tokenizer_from), template) if model.c.outputs and tokenizer_from else None
+        padding = (
+            _padding(load_tokenizer(tokenizer_from), template)
+            if model.c.outputs and tokenizer_from
+            else None
+        )
         if padding:
             raw["pad_token_id"] = padding[0]
         (partial / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
@@ -498,12 +567,18 @@ def save_model(
         if padding:
             path = partial / "tokenizer_config.json"
             settings = json.loads(path.read_text()) if path.exists() else {}
-            path.write_text(json.dumps({**settings, "pad_token": padding[1]}, indent=2, ensure_ascii=False) + "\n")
+            path.write_text(
+                json.dumps({**settings, "pad_token": padding[1]}, indent=2, ensure_ascii=False)
+                + "\n"
+            )
         if template and not template.plain:
             (partial / "chat_template.jinja").write_text(template.source)
             path = partial / "generation_config.json"
             generation = json.loads(path.read_text()) if path.exists() else {}
-            path.write_text(json.dumps({**generation, "eos_token_id": sorted(template.stop_ids)}, indent=2) + "\n")
+            path.write_text(
+                json.dumps({**generation, "eos_token_id": sorted(template.stop_ids)}, indent=2)
+                + "\n"
+            )
         for file in partial.iterdir():
             with open(file, "rb") as f:
                 os.fsync(f.fileno())
@@ -525,7 +600,9 @@ def save_model(
     except OSError as error:
         if mesh.main:
             shutil.rmtree(partial, ignore_errors=True)
-        raise OSError(f"could not write {folder} ({error}): free space on the disk; the old one is untouched") from None
+        raise OSError(
+            f"could not write {folder} ({error}): free space on the disk; the old one is untouched"
+        ) from None
     mesh.ask(commit)
 
 
@@ -549,7 +626,10 @@ def _weight_plan(model: GPT) -> list[tuple[int, list[str], str]]:
         size += nbytes
     if len(files) == 1:
         return [(0, files[0][1], "model.safetensors")]
-    return [(s, names, f"model-{i + 1:05d}-of-{len(files):05d}.safetensors") for i, (s, names) in enumerate(files)]
+    return [
+        (s, names, f"model-{i + 1:05d}-of-{len(files):05d}.safetensors")
+        for i, (s, names) in enumerate(files)
+    ]
 
 
 def _write_weights(model: GPT, folder: Path) -> str:
@@ -563,7 +643,11 @@ def _write_weights(model: GPT, folder: Path) -> str:
         weights = to_theirs(model, names, keep=writer == mesh.tp_rank)
         try:
             if writer == mesh.tp_rank and not problem:
-                save_file({name: weights[name] for name in names}, folder / file, metadata={"format": "pt"})
+                save_file(
+                    {name: weights[name] for name in names},
+                    folder / file,
+                    metadata={"format": "pt"},
+                )
         except (OSError, SafetensorError) as error:
             problem = f"rank {mesh.rank}: {error}" if mesh.world > 1 else str(error)
     return problem
@@ -574,9 +658,14 @@ def _write_index(model: GPT, folder: Path) -> None:
     plan = _weight_plan(model)
     if len(plan) == 1:
         return
-    sizes = {row.theirs: math.prod(row.shape) * model.dtype.itemsize for row in weight_table(model.c).values()}
+    sizes = {
+        row.theirs: math.prod(row.shape) * model.dtype.itemsize
+        for row in weight_table(model.c).values()
+    }
     weight_map = {name: file for _, names, file in plan for name in names}
-    text = json.dumps({"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}, indent=2)
+    text = json.dumps(
+        {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}, indent=2
+    )
     (folder / "model.safetensors.index.json").write_text(text)
 
 
@@ -614,7 +703,9 @@ class New:
     max_position: int = 2048  # longest row the model is meant for
     sliding_window: int = 0  # mistral only: tokens a token looks back; 0 = all
     rope_theta: float = 10000.0  # base of the rotary frequencies; larger for long contexts
-    tied: bool = False  # one matrix for embedding and head: saves parameters where the vocabulary is large
+    tied: bool = (
+        False  # one matrix for embedding and head: saves parameters where the vocabulary is large
+    )
     std: float = 0.02  # of the random weights; 1/sqrt(width) is a good choice for small models
     seed: int = 0  # of the random weights
     dtype: Literal["bf16", "fp32", "fp64"] = "fp32"  # of the weights in the file
@@ -626,11 +717,15 @@ def new_model(flags: New) -> GPT:
     if not (flags.vocab or tokenizer):
         raise ValueError("hf.py new needs --vocab N or --tokenizer DIR")
     if not flags.head_size and flags.width % flags.heads:
-        raise ValueError(f"--width {flags.width} is no multiple of --heads {flags.heads}: or give --head-size")
+        raise ValueError(
+            f"--width {flags.width} is no multiple of --heads {flags.heads}: or give --head-size"
+        )
     if flags.sliding_window and flags.family != "mistral":
         raise ValueError("--sliding-window is for --family mistral")
     if tokenizer and flags.vocab and flags.vocab < tokenizer.size:
-        raise ValueError(f"--vocab {flags.vocab} is too small for the tokenizer: it has {tokenizer.size} ids")
+        raise ValueError(
+            f"--vocab {flags.vocab} is too small for the tokenizer: it has {tokenizer.size} ids"
+        )
     neox = flags.family == "gpt_neox"
     ffn = flags.ffn or (4 * flags.width if neox else -(-flags.width * 8 // 48) * 16)
     raw = {
@@ -652,7 +747,10 @@ def new_model(flags: New) -> GPT:
         if flags.kv_heads or flags.head_size:
             raise ValueError("--kv-heads and --head-size are not for gpt_neox: it has neither")
     else:
-        raw |= {"num_key_value_heads": flags.kv_heads or flags.heads, "rope_theta": flags.rope_theta}
+        raw |= {
+            "num_key_value_heads": flags.kv_heads or flags.heads,
+            "rope_theta": flags.rope_theta,
+        }
         raw |= {"rms_norm_eps": 1e-6, "head_dim": flags.head_size or flags.width // flags.heads}
     if flags.family == "mistral":
         raw["sliding_window"] = flags.sliding_window or None
@@ -670,7 +768,9 @@ def describe(folder: str) -> str:
     kept = {str(path.name) for path in weight_files(folder).values()}
     tokenizer = load_tokenizer(folder)
     if tokenizer.size > c.vocab:
-        raise ValueError(f"{folder}: the tokenizer has {tokenizer.size} ids, the embedding only {c.vocab}: not a pair")
+        raise ValueError(
+            f"{folder}: the tokenizer has {tokenizer.size} ids, the embedding only {c.vocab}: not a pair"
+        )
     head = f"scores {', '.join(names)}" if names else f"{'tied' if c.tied else 'own'} head"
     return "\n".join([
         f"{folder}: {c.family}, {c.parameters / 1e6:,.1f}M parameters in {len(kept)} file(s)",

@@ -17,8 +17,15 @@ DPO_LOSSES = (
     "sigmoid", "robust", "hinge", "ipo", "simpo", "sigmoid_norm", "exo_pair", "nca_pair", "bco_pair", "sppo_hard",
     "aot", "aot_unpaired", "apo_zero", "apo_down", "discopop", "rpo_sq", "rpo_fwd_kl", "rpo_bwd_kl",
 )  # fmt: skip
-WHOLE_STEP_LOSSES = ("aot", "aot_unpaired")  # they sort over the step: no micro-batch can compute them alone
-REWARD_LOSSES = ("rpo_sq", "rpo_fwd_kl", "rpo_bwd_kl")  # they need chosen_reward and rejected_reward in the data
+WHOLE_STEP_LOSSES = (
+    "aot",
+    "aot_unpaired",
+)  # they sort over the step: no micro-batch can compute them alone
+REWARD_LOSSES = (
+    "rpo_sq",
+    "rpo_fwd_kl",
+    "rpo_bwd_kl",
+)  # they need chosen_reward and rejected_reward in the data
 
 
 def sigmoid(c: Tensor, r: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
@@ -30,7 +37,9 @@ def sigmoid(c: Tensor, r: Tensor, beta: float, label_smoothing: float = 0.0) -> 
 def robust(c: Tensor, r: Tensor, beta: float, label_smoothing: float) -> Tensor:
     """Robust DPO, arXiv 2403.00409 Eq. 12: unbiased under labels flipped with probability ε < 1/2; may be negative."""
     if not 0 <= label_smoothing < 0.5:
-        raise ValueError(f"robust needs 0 <= label_smoothing < 0.5, not {label_smoothing}: it is the share of flips")
+        raise ValueError(
+            f"robust needs 0 <= label_smoothing < 0.5, not {label_smoothing}: it is the share of flips"
+        )
     x = beta * (c - r)
     kept, flipped = -F.logsigmoid(x), -F.logsigmoid(-x)
     return ((1 - label_smoothing) * kept - label_smoothing * flipped) / (1 - 2 * label_smoothing)
@@ -46,7 +55,9 @@ def ipo(c: Tensor, r: Tensor, beta: float) -> Tensor:
     return (c - r - 1 / (2 * beta)) ** 2
 
 
-def simpo(logps_c: Tensor, logps_r: Tensor, len_c: Tensor, len_r: Tensor, beta: float, gamma: float) -> Tensor:
+def simpo(
+    logps_c: Tensor, logps_r: Tensor, len_c: Tensor, len_r: Tensor, beta: float, gamma: float
+) -> Tensor:
     """SimPO, arXiv 2405.14734 Eq. 6: -log σ(β (log π_c / |c| - log π_r / |r|) - γ). No reference model."""
     return -F.logsigmoid(beta * (logps_c / len_c - logps_r / len_r) - gamma)
 
@@ -59,7 +70,9 @@ def sigmoid_norm(c: Tensor, r: Tensor, len_c: Tensor, len_r: Tensor, beta: float
 def exo_pair(c: Tensor, r: Tensor, beta: float, label_smoothing: float) -> Tensor:
     """EXO, arXiv 2402.00856 Eq. 16: KL(p ‖ (1 - ε, ε)) with p = (σ(βΔ), σ(-βΔ)), the policy's own preference."""
     if not 0 < label_smoothing < 1:
-        raise ValueError(f"exo_pair needs 0 < label_smoothing < 1, not {label_smoothing}: try 0.001")
+        raise ValueError(
+            f"exo_pair needs 0 < label_smoothing < 1, not {label_smoothing}: try 0.001"
+        )
     x = beta * (c - r)
     smooth = torch.as_tensor(label_smoothing, dtype=x.dtype, device=x.device)
     win = torch.sigmoid(x) * (F.logsigmoid(x) - torch.log1p(-smooth))
@@ -131,13 +144,17 @@ def rpo_sq(c: Tensor, r: Tensor, beta: float, gt_c: Tensor, gt_r: Tensor, scale:
     return (policy - wanted) ** 2
 
 
-def rpo_bwd_kl(c: Tensor, r: Tensor, beta: float, gt_c: Tensor, gt_r: Tensor, scale: float) -> Tensor:
+def rpo_bwd_kl(
+    c: Tensor, r: Tensor, beta: float, gt_c: Tensor, gt_r: Tensor, scale: float
+) -> Tensor:
     """RPO, arXiv 2406.11704, as NeMo-Aligner's rpo_bwd_kl: KL(σ(s (gt_c - gt_r)) ‖ σ(βΔ))."""
     wanted, policy = _reward_logits(c, r, beta, gt_c, gt_r, scale)
     return _bernoulli_kl(wanted, policy)
 
 
-def rpo_fwd_kl(c: Tensor, r: Tensor, beta: float, gt_c: Tensor, gt_r: Tensor, scale: float) -> Tensor:
+def rpo_fwd_kl(
+    c: Tensor, r: Tensor, beta: float, gt_c: Tensor, gt_r: Tensor, scale: float
+) -> Tensor:
     """RPO, arXiv 2406.11704, as NeMo-Aligner's rpo_fwd_kl: KL(σ(βΔ) ‖ σ(s (gt_c - gt_r)))."""
     wanted, policy = _reward_logits(c, r, beta, gt_c, gt_r, scale)
     return _bernoulli_kl(policy, wanted)
@@ -172,7 +189,9 @@ def dpo(
     log-prob by its length first. `running_mean` is bco_pair's δ. ValueError: unknown loss, or one that cannot be.
     """
     if not beta > 0:
-        raise ValueError(f"--beta {beta} must be above 0: 0.1 is common, smaller strays further from the reference")
+        raise ValueError(
+            f"--beta {beta} must be above 0: 0.1 is common, smaller strays further from the reference"
+        )
     pi_c, pi_r, ref_c, ref_r, len_c, len_r, gt_c, gt_r = pairs
     if average_logps:
         pi_c, ref_c, pi_r, ref_r = pi_c / len_c, ref_c / len_c, pi_r / len_r, ref_r / len_r
@@ -404,7 +423,9 @@ def gae(
     lengths = lengths.long()
     place = torch.arange(len(rewards), device=rewards.device)
     starts = lengths.cumsum(0) - lengths  # (R,)
-    response = torch.repeat_interleave(torch.arange(len(lengths), device=rewards.device), lengths)  # (M,)
+    response = torch.repeat_interleave(
+        torch.arange(len(lengths), device=rewards.device), lengths
+    )  # (M,)
     column = place - starts[response]  # (M,) of each token in its response
     shape = (int(lengths.max()) + 1, len(lengths))  # one column more: beyond the end all is zero
     r, v = rewards.new_zeros(shape), rewards.new_zeros(shape)
@@ -458,7 +479,9 @@ def reinforce_plus_plus(token_rewards: Tensor, lengths: Tensor) -> Tensor:
     return whiten(to_go, moments(to_go))
 
 
-def advantages(name: str, rewards: Tensor, kl: Tensor, lengths: Tensor, group: int, beta: float = 0.0) -> Tensor:
+def advantages(
+    name: str, rewards: Tensor, kl: Tensor, lengths: Tensor, group: int, beta: float = 0.0
+) -> Tensor:
     """What each token of a WHOLE step is worth, (M,), by the name of the baseline.
 
     rewards (R,), groups of `group` side by side; kl (M,) and β make a penalty inside the reward: of the response as a
@@ -488,15 +511,21 @@ POLICY_LOSSES = {  # name: clip_low, clip_high as the papers have them
 AGGREGATES = ("token", "sequence", "constant")
 
 
-def clipped_surrogate(ratio: Tensor, advantage: Tensor, clip_low: float, clip_high: float) -> tuple[Tensor, Tensor]:
+def clipped_surrogate(
+    ratio: Tensor, advantage: Tensor, clip_low: float, clip_high: float
+) -> tuple[Tensor, Tensor]:
     """PPO, arXiv 1707.06347 Eq. 7: -min(ρ A, clip(ρ, 1 - low, 1 + high) A), (M,); and where the clip held, (M,)."""
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     with torch.no_grad():
-        held = torch.where(advantage > 0, ratio > 1 + clip_high, (ratio < 1 - clip_low) & (advantage < 0))
+        held = torch.where(
+            advantage > 0, ratio > 1 + clip_high, (ratio < 1 - clip_low) & (advantage < 0)
+        )
     return -torch.minimum(ratio * advantage, clipped * advantage), held.to(ratio.dtype)
 
 
-def clipped_value(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+def clipped_value(
+    values: Tensor, old_values: Tensor, returns: Tensor, clip: float
+) -> tuple[Tensor, Tensor]:
     """½ max((V - R)², (V_old + clip(V - V_old, ±ε) - R)²), as PPO's own code has it, and where it held; (M,) each."""
     moved = values - old_values
     near = old_values + moved.clamp(-clip, clip)
@@ -531,7 +560,10 @@ def policy_gradient(
     """
     if loss not in POLICY_LOSSES:
         raise ValueError(f"unknown loss {loss!r}: take one of {', '.join(POLICY_LOSSES)}")
-    low, high = (own if given is None else given for own, given in zip(POLICY_LOSSES[loss], (clip_low, clip_high)))
+    low, high = (
+        own if given is None else given
+        for own, given in zip(POLICY_LOSSES[loss], (clip_low, clip_high))
+    )
     log_ratio = logps - old_logps
     ratio = sequence_ratio(log_ratio, response, lengths) if loss == "gspo" else log_ratio.exp()
     if loss == "reinforce":
@@ -544,7 +576,9 @@ def policy_gradient(
     return losses, {"ratio": ratio.detach(), "clip_fraction": held.detach()}
 
 
-def token_weights(lengths: Tensor, step_lengths: Tensor, how: str = "token", constant: int = 1) -> Tensor:
+def token_weights(
+    lengths: Tensor, step_lengths: Tensor, how: str = "token", constant: int = 1
+) -> Tensor:
     """What one token of each response counts in the sum that is the loss, (R,), by the lengths of the WHOLE step.
 
     token: 1 / tokens of the step (DAPO). sequence: 1 / (responses · own length): the mean of the responses' means

@@ -51,7 +51,9 @@ class GPTConfig:
     mlp: str = "swiglu"  # swiglu, gelu, gelu_tanh
     rope_theta: float = 10000.0
     rope_size: int = 0  # rotated components of a head; 0 = all
-    rope_scaling: tuple[float, float, float, int] | None = None  # llama3: factor, low, high, original length
+    rope_scaling: tuple[float, float, float, int] | None = (
+        None  # llama3: factor, low, high, original length
+    )
     windows: tuple[int, ...] = ()  # sliding window of each layer, 0 = none; () = none anywhere
     qkv_bias: bool = False
     out_bias: bool = False
@@ -60,7 +62,9 @@ class GPTConfig:
     parallel_residual: bool = False  # x + attention(x) + mlp(x) (GPT-NeoX)
     tied: bool = False  # the head is the embedding
     outputs: int = 0  # numbers of a score head (a reward model), which then takes the place of the vocabulary; 0 = none
-    max_position: int = 4096  # what the model was made for; longer rows are warned about, not refused
+    max_position: int = (
+        4096  # what the model was made for; longer rows are warned about, not refused
+    )
 
     @property
     def parameters(self) -> int:
@@ -76,7 +80,9 @@ class GPTConfig:
         attention = self.width * self.head_size * (self.heads * 2 + self.kv_heads * 2)
         mlp = self.width * self.ffn * (3 if self.mlp == "swiglu" else 2)
         scores = 2 * context * self.heads * self.head_size
-        return 6 * (self.layers * (attention + mlp + scores) + (self.outputs or self.vocab) * self.width)
+        return 6 * (
+            self.layers * (attention + mlp + scores) + (self.outputs or self.vocab) * self.width
+        )
 
 
 def rope_frequencies(c: GPTConfig) -> Tensor:
@@ -187,7 +193,9 @@ class Block(nn.Module):
         tokens, size = len(cos), self.c.head_size
         x = enter(x, tokens, self.tp)  # (T, D)
         # No -1 in this view: a rank without examples runs on zero tokens, of which no size can be told.
-        q, k, v = (p(x).view(tokens, p.out_features // size, size) for p in (self.q, self.k, self.v))
+        q, k, v = (
+            p(x).view(tokens, p.out_features // size, size) for p in (self.q, self.k, self.v)
+        )
         if self.c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         y = attend(self.layer, rope(q, cos, sin), rope(k, cos, sin), v)
@@ -210,7 +218,11 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         if self.c.parallel_residual:
-            return x + self.attention(self.norm1(x), cos, sin, attend) + self.mlp(self.norm2(x), len(cos))
+            return (
+                x
+                + self.attention(self.norm1(x), cos, sin, attend)
+                + self.mlp(self.norm2(x), len(cos))
+            )
         x, normed = self.norm2.after(x, self.attention(self.norm1(x), cos, sin, attend))
         return x + self.mlp(normed, len(cos))
 
@@ -221,7 +233,9 @@ class GPT(nn.Module):
     ValueError: more tensor ranks than key/value heads, or more stages than layers.
     """
 
-    hf_config: dict[str, Any]  # the config.json that belongs to it; whoever makes the weights puts it here
+    hf_config: dict[
+        str, Any
+    ]  # the config.json that belongs to it; whoever makes the weights puts it here
 
     def __init__(self, c: GPTConfig, mesh: Mesh = Mesh()):  # noqa: B008 - a mesh of one never changes
         super().__init__()
@@ -230,19 +244,27 @@ class GPT(nn.Module):
                 f"--tp {mesh.tp}: the model has {c.kv_heads} key/value heads, take at most that many ranks"
             )
         if c.layers < mesh.pp:
-            raise ValueError(f"--pp {mesh.pp}: the model has {c.layers} layers, that many stages at most")
+            raise ValueError(
+                f"--pp {mesh.pp}: the model has {c.layers} layers, that many stages at most"
+            )
         self.c, self.mesh, self.tp = c, mesh, mesh.group("tp")
         self.first_token, end = split(c.vocab, mesh.tp, mesh.tp_rank)
         first, last = split(c.layers, mesh.pp, mesh.pp_rank)
         head = mesh.last_stage and not c.outputs
-        self.embed = nn.Embedding(end - self.first_token, c.width) if first == 0 or head and c.tied else None
+        self.embed = (
+            nn.Embedding(end - self.first_token, c.width) if first == 0 or head and c.tied else None
+        )
         self.blocks = nn.ModuleDict({str(i): Block(c, i, mesh) for i in range(first, last)})
         self.norm = Norm(c.width, c.norm, c.norm_eps) if mesh.last_stage else None
-        self.head = nn.Linear(c.width, end - self.first_token, bias=False) if head and not c.tied else None
+        self.head = (
+            nn.Linear(c.width, end - self.first_token, bias=False) if head and not c.tied else None
+        )
         if c.outputs and mesh.last_stage:
             self.score_head = nn.Linear(c.width, c.outputs, bias=False)
         self.checkpoint_activations = False
-        self.coming: dict[str, list] = {}  # parts of the model whose new weights may still be on their way
+        self.coming: dict[
+            str, list
+        ] = {}  # parts of the model whose new weights may still be on their way
         self._frequencies: Tensor | None = None
 
     @property
@@ -327,10 +349,16 @@ class GPT(nn.Module):
 
     def hidden_shape(self, batch: TreeBatch) -> tuple[int, int]:
         """Of the hidden states that this rank has of a batch."""
-        rows = len(batch.tokens) if self.mesh.cp == 1 else len(batch.shares(self.mesh.cp)[self.mesh.cp_rank])
+        rows = (
+            len(batch.tokens)
+            if self.mesh.cp == 1
+            else len(batch.shares(self.mesh.cp)[self.mesh.cp_rank])
+        )
         return -(-rows // self.mesh.tp), self.c.width
 
-    def run(self, tokens: Tensor, positions: Tensor, attend: Attend, x: Tensor | None = None) -> Tensor:
+    def run(
+        self, tokens: Tensor, positions: Tensor, attend: Attend, x: Tensor | None = None
+    ) -> Tensor:
         """Hidden states of T tokens at the given positions, with attention left to the caller, (T / tp, D).
 
         attend sees q, k, v of all T tokens and of this rank's heads.
@@ -357,7 +385,11 @@ class GPT(nn.Module):
 
     @overload
     def logps(
-        self, hidden: Tensor, batch: TreeBatch, temperature: float = 1.0, entropy: Literal[False] = False
+        self,
+        hidden: Tensor,
+        batch: TreeBatch,
+        temperature: float = 1.0,
+        entropy: Literal[False] = False,
     ) -> Tensor: ...
 
     @overload
@@ -396,7 +428,9 @@ class GPT(nn.Module):
 
     def _merge(self, partials: Tensor) -> Tensor:
         """Vocab-parallel log-probs: one all-gather of a few floats a token."""
-        return merge_partials(self.tp.all_gather(partials, "logps").view(self.tp.n, *partials.shape))
+        return merge_partials(
+            self.tp.all_gather(partials, "logps").view(self.tp.n, *partials.shape)
+        )
 
     def logits(self, hidden: Tensor, index: Tensor) -> Tensor:
         """Of the tokens at places index (n,) of the flat row, (n, V), fp32 at least; for sampling, not for training."""

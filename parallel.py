@@ -30,8 +30,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 NORM_ROW = 1 << 12  # elements whose squares are added up in fp32
-BUCKET = 1 << 25  # elements of a bucket: large enough for full bandwidth, small enough to start early
-SENT: Counter[str] = Counter()  # bytes this rank has sent, by purpose: plan.py predicts them, a test compares
+BUCKET = (
+    1 << 25
+)  # elements of a bucket: large enough for full bandwidth, small enough to start early
+SENT: Counter[str] = (
+    Counter()
+)  # bytes this rank has sent, by purpose: plan.py predicts them, a test compares
 
 # torch 2.13 renames them; both names do the same.
 _gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -53,7 +57,9 @@ class Group:
     def n(self) -> int:
         return len(self.ranks)
 
-    def all_gather(self, x: Tensor, purpose: str, out: Tensor | None = None, wait: bool = True) -> Any:
+    def all_gather(
+        self, x: Tensor, purpose: str, out: Tensor | None = None, wait: bool = True
+    ) -> Any:
         """(k, ...) of every rank -> (n k, ...), in order. wait=False returns the work to wait for; `out` is filled."""
         if self.n == 1:
             return x if wait else None
@@ -62,7 +68,9 @@ class Group:
         work = _gather_into(out, x.contiguous(), group=self.handle, async_op=not wait)
         return out if wait else work
 
-    def reduce_scatter(self, x: Tensor, purpose: str, out: Tensor | None = None, wait: bool = True) -> Any:
+    def reduce_scatter(
+        self, x: Tensor, purpose: str, out: Tensor | None = None, wait: bool = True
+    ) -> Any:
         """(n k, ...) of every rank, summed -> this rank's (k, ...). wait=False returns the work; `out` is filled."""
         if self.n == 1:
             return x if wait else None
@@ -191,7 +199,9 @@ def split(total: int, n: int, i: int) -> tuple[int, int]:
     return total * i // n, total * (i + 1) // n
 
 
-def init_mesh(tp: int = 1, cp: int = 1, pp: int = 1, device: str = "auto", timeout: float = 30.0) -> Mesh:
+def init_mesh(
+    tp: int = 1, cp: int = 1, pp: int = 1, device: str = "auto", timeout: float = 30.0
+) -> Mesh:
     """Joins the other processes that torchrun started, if any. timeout: minutes that a rank may let others wait.
 
     ValueError: --tp, --cp and --pp that do not divide the number of processes, with what would.
@@ -203,7 +213,8 @@ def init_mesh(tp: int = 1, cp: int = 1, pp: int = 1, device: str = "auto", timeo
         more = -(-world // (tp * cp * pp)) * tp * cp * pp
         raise ValueError(
             f"--tp {tp} x --cp {cp} x --pp {pp} takes a multiple of {tp * cp * pp} processes, torchrun started {world}:"
-            f" start {more}" + (f" (torchrun --nproc_per_node {more})" if world == 1 else " or lower one of them")
+            f" start {more}"
+            + (f" (torchrun --nproc_per_node {more})" if world == 1 else " or lower one of them")
         )
     global _here
     if world == 1:
@@ -229,7 +240,13 @@ def here() -> Mesh:
 
 
 def grid(
-    rank: int, pp: int, dp: int, cp: int, tp: int, store: Any = None, limit: datetime.timedelta | None = None
+    rank: int,
+    pp: int,
+    dp: int,
+    cp: int,
+    tp: int,
+    store: Any = None,
+    limit: datetime.timedelta | None = None,
 ) -> Mesh:
     """The mesh of a process group that is there already. limit: how long a rank waits for others; None: torch's own."""
     ranks = torch.arange(pp * dp * cp * tp).view(pp, dp, cp, tp)
@@ -268,7 +285,9 @@ def close() -> None:
 
 def is_about_others(error: Exception) -> bool:
     """Whether an error only says that talking to the others failed, and not why."""
-    return isinstance(error, dist.DistError) or "gloo/" in str(error)  # gloo's are plain RuntimeErrors
+    return isinstance(error, dist.DistError) or "gloo/" in str(
+        error
+    )  # gloo's are plain RuntimeErrors
 
 
 def last_words(mesh: Mesh, words: str, patience: float) -> str:
@@ -387,7 +406,9 @@ class _GatherRows(torch.autograd.Function):
     def forward(ctx, x, shares, group):
         ctx.shares, ctx.group, ctx.own = shares, group, x.shape[0]
         most = max(len(share) for share in shares)
-        parts = group.all_gather(F.pad(x, (0, 0) * (x.dim() - 1) + (0, most - x.shape[0])), "cp").split(most)
+        parts = group.all_gather(
+            F.pad(x, (0, 0) * (x.dim() - 1) + (0, most - x.shape[0])), "cp"
+        ).split(most)
         whole = x.new_empty(sum(map(len, shares)), *x.shape[1:])
         for share, part in zip(shares, parts):
             whole[share] = part[: len(share)]
@@ -415,10 +436,14 @@ def pipeline(model: Any, batches: Iterable[Any]) -> Iterator[tuple[Any, Tensor]]
 
 
 @overload
-def pipeline(model: Any, batches: list[Any], optimizer: "AdamW") -> Iterator[tuple[Any, Tensor]]: ...
+def pipeline(
+    model: Any, batches: list[Any], optimizer: "AdamW"
+) -> Iterator[tuple[Any, Tensor]]: ...
 
 
-def pipeline(model: Any, batches: Any, optimizer: "AdamW | None" = None) -> Iterator[tuple[Any, Tensor]]:
+def pipeline(
+    model: Any, batches: Any, optimizer: "AdamW | None" = None
+) -> Iterator[tuple[Any, Tensor]]:
     """Micro-batches one after another, each with its final hidden states; the caller's loop computes the loss and calls
     backward on it. Without an optimizer, under torch.no_grad(), only forward.
 
@@ -443,12 +468,16 @@ def pipeline(model: Any, batches: Any, optimizer: "AdamW | None" = None) -> Iter
             optimizer.collect()
 
 
-def _one_forward_one_backward(model: Any, batches: list[Any], optimizer: "AdamW") -> Iterator[tuple[Any, Tensor]]:
+def _one_forward_one_backward(
+    model: Any, batches: list[Any], optimizer: "AdamW"
+) -> Iterator[tuple[Any, Tensor]]:
     mesh, n = model.mesh, len(batches)
     first, last = mesh.pp_rank == 0, mesh.last_stage
     batches = [batch.to(model.device) for batch in batches]
     ahead = min(mesh.pp - 1 - mesh.pp_rank, n)  # forwards before the first backward
-    waiting: deque[tuple[Tensor | None, Tensor]] = deque()  # input and output of forwards without backward
+    waiting: deque[tuple[Tensor | None, Tensor]] = (
+        deque()
+    )  # input and output of forwards without backward
 
     def backward(i: int, grad: Tensor) -> Tensor | None:
         x, y = waiting.popleft()
@@ -484,7 +513,9 @@ def _one_forward_one_backward(model: Any, batches: list[Any], optimizer: "AdamW"
         optimizer.collect()
 
 
-def _exchange(model: Any, send: tuple[int, Tensor] | None = None, receive: tuple[int, Any] | None = None):
+def _exchange(
+    model: Any, send: tuple[int, Tensor] | None = None, receive: tuple[int, Any] | None = None
+):
     """Sends a tensor to a neighbour stage (-1 before, 1 after) and receives one of a micro-batch's shape, at once."""
     pp, here = model.mesh.group("pp"), model.mesh.pp_rank
     x = None
@@ -496,7 +527,9 @@ def _exchange(model: Any, send: tuple[int, Tensor] | None = None, receive: tuple
     if receive:
         x = torch.empty(model.hidden_shape(receive[1]), dtype=model.dtype, device=model.device)
         transfers.append((dist.irecv, x, receive[0]))
-    transfers = [(way, x, side) for way, x, side in transfers if x.numel()]  # an empty one is not worth a message
+    transfers = [
+        (way, x, side) for way, x, side in transfers if x.numel()
+    ]  # an empty one is not worth a message
     for work in dist.batch_isend_irecv([
         dist.P2POp(way, x, pp.ranks[here + side], pp.handle) for way, x, side in transfers
     ]) if transfers else ():  # fmt: skip
@@ -525,7 +558,9 @@ class Bucket:
         low, high = size // group.n * group.place, size // group.n * (group.place + 1)
         self.own = slice(low, high)
         self.weights = torch.zeros(size, dtype=first.dtype, device=first.device)
-        self.grad = torch.zeros(size if self.keep_whole else 0, dtype=self.exact, device=first.device)
+        self.grad = torch.zeros(
+            size if self.keep_whole else 0, dtype=self.exact, device=first.device
+        )
         for (_, p), weights in zip(named, self.views(self.weights)):
             weights.copy_(p.data)
             p.data = weights
@@ -534,7 +569,9 @@ class Bucket:
             for (_, p), grad in zip(named, self.views(self.grad)):
                 p.grad = grad
         self.shard = (
-            self.grad[self.own] if self.keep_whole else torch.zeros_like(self.weights[self.own], dtype=self.exact)
+            self.grad[self.own]
+            if self.keep_whole
+            else torch.zeros_like(self.weights[self.own], dtype=self.exact)
         )
         own = self.weights[self.own]
         self.master = nn.Parameter(own if first.dtype == self.exact else own.to(self.exact))
@@ -565,13 +602,19 @@ class Bucket:
         if self.keep_whole:
             self.work = self.group.reduce_scatter(self.grad, "dp", out=self.shard, wait=False)
             return
-        parts = [torch.zeros_like(p, dtype=self.exact) if p.grad is None else p.grad for _, p in self.named]
+        parts = [
+            torch.zeros_like(p, dtype=self.exact) if p.grad is None else p.grad
+            for _, p in self.named
+        ]
         spare = len(self.weights) - sum(p.numel() for p in parts)
         flat = torch.cat([*(p.flatten() for p in parts), self.shard.new_zeros(spare)])
         for _, p in self.named:
             p.grad = None
         out = torch.empty_like(self.shard)
-        self.work, self.incoming = self.group.reduce_scatter(flat, "dp", out=out, wait=False), (flat, out)
+        self.work, self.incoming = (
+            self.group.reduce_scatter(flat, "dp", out=out, wait=False),
+            (flat, out),
+        )
 
     def finish_reduce(self) -> None:
         self.arrive()
@@ -581,7 +624,9 @@ class Bucket:
 
     def start_gather(self) -> None:
         """Begins to send this rank's new weights to the others."""
-        self.work = self.group.all_gather(self.weights[self.own], "dp", out=self.weights, wait=False)
+        self.work = self.group.all_gather(
+            self.weights[self.own], "dp", out=self.weights, wait=False
+        )
 
     def arrive(self) -> None:
         """Waits for what is under way."""
@@ -593,7 +638,10 @@ class Bucket:
 def _square_sum(flat: Tensor) -> Tensor:
     """Σ x² in fp64 without an fp64 copy: short rows are summed as they are, only the rows' sums are widened."""
     body = flat[: flat.numel() // NORM_ROW * NORM_ROW].view(-1, NORM_ROW)
-    norms = [torch.linalg.vector_norm(body, dim=1), torch.linalg.vector_norm(flat[body.numel() :])[None]]
+    norms = [
+        torch.linalg.vector_norm(body, dim=1),
+        torch.linalg.vector_norm(flat[body.numel() :])[None],
+    ]
     return torch.cat(norms).double().square().sum()
 
 
@@ -606,7 +654,9 @@ class AdamW:
     runs: `model.wait()` before reading them elsewhere.
     """
 
-    def __init__(self, model: Any, betas: tuple[float, float], eps: float, weight_decay: float, zero: int = 1):
+    def __init__(
+        self, model: Any, betas: tuple[float, float], eps: float, weight_decay: float, zero: int = 1
+    ):
         self.model, self.zero, mesh = model, zero, model.mesh
         self.world = mesh.group("world")
         kinds: dict[tuple, list[list]] = {}
@@ -619,16 +669,27 @@ class AdamW:
             if parts[-1] and sum(q.numel() for _, q in parts[-1]) + p.numel() > BUCKET:
                 parts.append([])
             parts[-1].append((name, p))
-        self.buckets = [Bucket(part, mesh.group(kind[0]), zero) for kind, parts in kinds.items() for part in parts]
+        self.buckets = [
+            Bucket(part, mesh.group(kind[0]), zero)
+            for kind, parts in kinds.items()
+            for part in parts
+        ]
         groups = [
-            {"params": [b.master], "weight_decay": weight_decay if b.named[0][1].dim() >= 2 else 0.0}
+            {
+                "params": [b.master],
+                "weight_decay": weight_decay if b.named[0][1].dim() >= 2 else 0.0,
+            }
             for b in self.buckets
         ]
         self.adam = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)
-        self.parts: dict[str, list[Bucket]] = {}  # of the model, with the buckets to wait for before they run
+        self.parts: dict[
+            str, list[Bucket]
+        ] = {}  # of the model, with the buckets to wait for before they run
         for b in self.buckets:
             for name, _ in b.named:
-                buckets = self.parts.setdefault(".".join(name.split(".")[: 2 if name.startswith("blocks") else 1]), [])
+                buckets = self.parts.setdefault(
+                    ".".join(name.split(".")[: 2 if name.startswith("blocks") else 1]), []
+                )
                 if b not in buckets:
                     buckets.append(b)
         self.early = False  # whether buckets leave as soon as they are full
@@ -648,7 +709,9 @@ class AdamW:
         bucket.missing -= 1
         while self.early and self.next < len(self.buckets) and self.buckets[self.next].missing == 0:
             self.buckets[self.next].start_reduce()
-            if self.zero == 2 and self.next > 1:  # two on their way at most, or whole gradients would pile up in them
+            if (
+                self.zero == 2 and self.next > 1
+            ):  # two on their way at most, or whole gradients would pile up in them
                 self.buckets[self.next - 2].finish_reduce()
             self.next += 1
 
@@ -675,12 +738,16 @@ class AdamW:
             self.collect()
         # One sum carries all that ranks must agree on. It is taken on the CPU where the host waits for it anyway.
         squares = torch.stack([_square_sum(b.shard) for b in self.buckets]).sum().cpu()
-        squares, stopping = self.world.all_reduce(torch.stack((squares, squares.new_tensor(bool(stop)))), "control")
+        squares, stopping = self.world.all_reduce(
+            torch.stack((squares, squares.new_tensor(bool(stop)))), "control"
+        )
         norm = math.sqrt(squares.item())
         if math.isfinite(norm):
             for group in self.adam.param_groups:
                 group["lr"] = lr
-            shrink = clip / (norm + 1e-6) if clip else 1.0  # as torch.nn.utils.clip_grad_norm_ has it
+            shrink = (
+                clip / (norm + 1e-6) if clip else 1.0
+            )  # as torch.nn.utils.clip_grad_norm_ has it
             if shrink < 1:
                 for b in self.buckets:
                     b.shard.mul_(shrink)
@@ -704,11 +771,17 @@ class AdamW:
         pieces, updates = {}, 0
         for b in self.buckets:
             adam = self.adam.state.get(b.master, {})
-            flat = {"master": b.master.data, "exp_avg": adam.get("exp_avg"), "exp_avg_sq": adam.get("exp_avg_sq")}
+            flat = {
+                "master": b.master.data,
+                "exp_avg": adam.get("exp_avg"),
+                "exp_avg_sq": adam.get("exp_avg_sq"),
+            }
             updates = int(adam.get("step", 0))
             for kind, buffer in flat.items():
                 if buffer is not None:
-                    pieces |= {f"{kind}/{name}": (at, piece) for name, at, piece in b.pieces(buffer)}
+                    pieces |= {
+                        f"{kind}/{name}": (at, piece) for name, at, piece in b.pieces(buffer)
+                    }
         return pieces, updates
 
     @torch.no_grad()
@@ -717,9 +790,15 @@ class AdamW:
         for b in self.buckets:
             buffers = {"master": b.master.data}
             if updates:
-                buffers |= {"exp_avg": torch.zeros_like(b.shard), "exp_avg_sq": torch.zeros_like(b.shard)}
+                buffers |= {
+                    "exp_avg": torch.zeros_like(b.shard),
+                    "exp_avg_sq": torch.zeros_like(b.shard),
+                }
                 step = torch.tensor(float(updates), device=b.shard.device)
-                self.adam.state[b.master] = {"step": step, **{k: buffers[k] for k in ("exp_avg", "exp_avg_sq")}}
+                self.adam.state[b.master] = {
+                    "step": step,
+                    **{k: buffers[k] for k in ("exp_avg", "exp_avg_sq")},
+                }
             for kind, buffer in buffers.items():
                 for name, at, piece in b.pieces(buffer):
                     piece.copy_(read(kind, name, at, at + len(piece)))

@@ -70,18 +70,25 @@ class Layout:
 
     def flags(self) -> str:
         """As a command line has it; what is 1 anyway is left out."""
-        return " ".join(f"--{name} {n}" for name in ("tp", "cp", "pp", "zero") if (n := getattr(self, name)) > 1)
+        return " ".join(
+            f"--{name} {n}" for name in ("tp", "cp", "pp", "zero") if (n := getattr(self, name)) > 1
+        )
 
 
 # ---- what parallel.py does, counted ----------------------------------------------------------------------------------
 
 
 @functools.cache
-def _weights(c: GPTConfig, tp: int, tp_rank: int, pp: int, stage: int) -> list[tuple[tuple[str, bool], int]]:
+def _weights(
+    c: GPTConfig, tp: int, tp_rank: int, pp: int, stage: int
+) -> list[tuple[tuple[str, bool], int]]:
     """((which ranks hold the same, whether it decays), elements) of a rank's weights, in the optimizer's order."""
     with torch.device("meta"):
         model = GPT(c, Mesh(stage * tp + tp_rank, pp=pp, tp=tp))
-    return [((model.replicas(name), p.dim() >= 2), p.numel()) for name, p in reversed(list(model.named_parameters()))]
+    return [
+        ((model.replicas(name), p.dim() >= 2), p.numel())
+        for name, p in reversed(list(model.named_parameters()))
+    ]
 
 
 def buckets(c: GPTConfig, layout: Layout, rank: int) -> list[tuple[int, int]]:
@@ -97,7 +104,11 @@ def buckets(c: GPTConfig, layout: Layout, rank: int) -> list[tuple[int, int]]:
         parts[-1] += n
     axes = {"dp": layout.dp, "cp": layout.cp, "tp": layout.tp, "ends": 2}
     shared = {kind: math.prod(axes[axis] for axis in kind[0].split()) for kind in sizes}
-    return [(-(-n // shared[kind]) * shared[kind], shared[kind]) for kind, parts in sizes.items() for n in parts]
+    return [
+        (-(-n // shared[kind]) * shared[kind], shared[kind])
+        for kind, parts in sizes.items()
+        for n in parts
+    ]
 
 
 def sent(
@@ -124,12 +135,16 @@ def sent(
     gathers = (3 if checkpointing else 2) * layers * 2  # k and v: forward, repeated, backward
     total = dict.fromkeys(("tp", "cp", "pp", "dp", "logps", "control"), 0)
     for held, marked in zip(rows, scored, strict=True):
-        shard = -(-held[mesh.cp_rank] // tp) * c.width * size  # a rank's piece of the residual stream
+        shard = (
+            -(-held[mesh.cp_rank] // tp) * c.width * size
+        )  # a rank's piece of the residual stream
         total["tp"] += (tp - 1) * crossings * shard
         total["cp"] += (cp - 1) * gathers * max(held) * g * c.head_size * size
         total["pp"] += ((not mesh.last_stage) + (mesh.pp_rank > 0)) * shard
         if head:
-            total["logps"] += (tp - 1) * marked[mesh.cp_rank] * 2 * exact + _reduced(sum(marked) * exact, cp)
+            total["logps"] += (tp - 1) * marked[mesh.cp_rank] * 2 * exact + _reduced(
+                sum(marked) * exact, cp
+            )
         elif mesh.last_stage:
             total["logps"] += _reduced(sum(marked) * c.outputs * exact, cp * tp)
     for n, ranks in buckets(c, layout, rank):
@@ -173,7 +188,9 @@ def memory(
     found = {
         "weights": sum(n for n, _ in flat) * size,
         "gradients": whole * exact,
-        "optimizer": owned * exact * (2 if size == exact else 3),  # exact weights are their own master copy
+        "optimizer": owned
+        * exact
+        * (2 if size == exact else 3),  # exact weights are their own master copy
     }
     first, last = split(c.layers, layout.pp, mesh.pp_rank)
     rows = -(-tokens // layout.cp)
@@ -182,12 +199,18 @@ def memory(
     h = g * c.heads // c.kv_heads
     # Kept of a block: what norms, q|k|v and gate|up read; q, k, v, attention's answer and log-sum; gate, up, product.
     stream = (1 if c.parallel_residual else 2) * shard + 2 * rows * c.width
-    attention = (2 * rows * h + 2 * (tokens if layout.cp > 1 else rows) * g + rows * (h + g) * c.qk_norm) * c.head_size
+    attention = (
+        2 * rows * h + 2 * (tokens if layout.cp > 1 else rows) * g + rows * (h + g) * c.qk_norm
+    ) * c.head_size
     block = (stream + attention + (3 if c.mlp == "swiglu" else 2) * rows * f) * size + 4 * rows * h
     under_way = min(layout.pp - mesh.pp_rank, micro_batches)
     found["activations"] = (last - first) * under_way * (shard * size if checkpointing else block)
-    found["activations"] += (3 * rows * f + 2 * rows * c.width) * size + block * checkpointing  # one block's backward
-    if layout.zero == 2:  # gradients on their way: a bucket that fills, two at most that are being summed
+    found["activations"] += (
+        3 * rows * f + 2 * rows * c.width
+    ) * size + block * checkpointing  # one block's backward
+    if (
+        layout.zero == 2
+    ):  # gradients on their way: a bucket that fills, two at most that are being summed
         moving = sorted((n for n, ranks in flat if ranks > 1), reverse=True)
         found["activations"] += exact * (moving[0] + sum(moving[:2]))
     found["logits"] = 0
@@ -196,7 +219,9 @@ def memory(
         logits = m * v * exact
         logits = logits if logits <= GPU_KEEP_BYTES else m * min(GPU_CHUNK, v) * (exact + size)
         gathered = rows * c.width * size if layout.tp > 1 else 0
-        found["logits"] = logits + gathered + m * c.width * (2 * size + exact) + v * c.width * size  # the last is dW
+        found["logits"] = (
+            logits + gathered + m * c.width * (2 * size + exact) + v * c.width * size
+        )  # the last is dW
     return found
 
 
@@ -216,7 +241,9 @@ class Plan:
     gpu: Literal[tuple(GPUS)] = "h100"  # speeds that are assumed, and the memory
     memory: float = 0.0  # GiB a GPU; 0 = what --gpu has
     efficiency: float = 0.5  # share of the GPU's peak that the arithmetic is taken to reach
-    algorithm: Literal["sft", "rm", "dpo", "kto", "ppo"] = "dpo"  # ppo: a critic trains as well, a reference stays
+    algorithm: Literal["sft", "rm", "dpo", "kto", "ppo"] = (
+        "dpo"  # ppo: a critic trains as well, a reference stays
+    )
     batch_size: int = 64  # examples an optimizer step
     max_length: int = 2048  # tokens of a prompt with one response
     example_tokens: int = 0  # mean of an example with all its responses; 0 = half of --max-length
@@ -238,7 +265,9 @@ class Row(NamedTuple):
     def flags(self) -> str:
         """As a training script takes them."""
         recompute = "--checkpoint-activations" if self.checkpointing else ""
-        return " ".join(filter(None, (self.layout.flags(), f"--max-tokens {self.max_tokens}", recompute)))
+        return " ".join(
+            filter(None, (self.layout.flags(), f"--max-tokens {self.max_tokens}", recompute))
+        )
 
 
 def candidates(c: GPTConfig, gpus: int) -> list[Layout]:
@@ -249,36 +278,60 @@ def candidates(c: GPTConfig, gpus: int) -> list[Layout]:
             for cp in range(1, gpus // (tp * pp) + 1):
                 if gpus % (tp * pp * cp) == 0:
                     dp = gpus // (tp * pp * cp)
-                    found += [Layout(tp, cp, pp, dp, zero) for zero in ((1, 2) if dp * cp > 1 else (1,))]
+                    found += [
+                        Layout(tp, cp, pp, dp, zero) for zero in ((1, 2) if dp * cp > 1 else (1,))
+                    ]
     return found
 
 
-def estimate(c: GPTConfig, flags: Plan, layout: Layout, max_tokens: int, checkpointing: bool) -> Row:
+def estimate(
+    c: GPTConfig, flags: Plan, layout: Layout, max_tokens: int, checkpointing: bool
+) -> Row:
     """Memory of the fullest rank and time of a step of one layout."""
     gpu, per_node = GPUS[flags.gpu], flags.gpus // flags.nodes
     trained = 2 if flags.algorithm == "ppo" else 1
-    share = -(-flags.batch_size // layout.dp) * _example(flags)  # tokens a step of the fullest dp rank
+    share = -(-flags.batch_size // layout.dp) * _example(
+        flags
+    )  # tokens a step of the fullest dp rank
     count = -(-share // max_tokens)
     tokens = -(-share // count)
     rows, scored = ([[-(-n // layout.cp)] * layout.cp] for n in (tokens, tokens // 2))
-    spans = {"tp": layout.tp, "cp": layout.tp * layout.cp, "logps": layout.tp * layout.cp, "pp": layout.world}
+    spans = {
+        "tp": layout.tp,
+        "cp": layout.tp * layout.cp,
+        "logps": layout.tp * layout.cp,
+        "pp": layout.world,
+    }
     spans["dp"] = layout.world // (1 if c.tied else layout.pp)
     fullest, slowest, arithmetic, dp = {}, 0.0, 0.0, 0.0
     for stage in range(layout.pp):
-        rank = layout.rank(stage, layout.tp - 1)  # of what does not divide the last tensor rank has the most
-        here = memory(c, layout, rank, max_tokens, max_tokens // 2, count, checkpointing=checkpointing)
+        rank = layout.rank(
+            stage, layout.tp - 1
+        )  # of what does not divide the last tensor rank has the most
+        here = memory(
+            c, layout, rank, max_tokens, max_tokens // 2, count, checkpointing=checkpointing
+        )
         here |= {kind: trained * here[kind] for kind in ("weights", "gradients", "optimizer")}
         here["weights"] += here["weights"] // 2 if flags.algorithm == "ppo" else 0
         fullest = max(fullest, here, key=lambda kinds: sum(kinds.values()))
         first, last = split(c.layers, layout.pp, stage)
-        matmuls = c.width * (c.head_size * 2 * (c.heads + c.kv_heads) + c.ffn * (3 if c.mlp == "swiglu" else 2))
-        scores = _example(flags) * c.heads * c.head_size  # q k and p v, with half of the example in sight
+        matmuls = c.width * (
+            c.head_size * 2 * (c.heads + c.kv_heads) + c.ffn * (3 if c.mlp == "swiglu" else 2)
+        )
+        scores = (
+            _example(flags) * c.heads * c.head_size
+        )  # q k and p v, with half of the example in sight
         flops = (last - first) * (matmuls + scores) * (8 if checkpointing else 6) * tokens
         flops += 6 * (c.outputs or c.vocab) * c.width * tokens // 2 if stage == layout.pp - 1 else 0
         busy = flops * trained / (layout.tp * layout.cp * gpu.flops * flags.efficiency)
-        links = {kind: trained / (gpu.node if span <= per_node else gpu.network) for kind, span in spans.items()}
+        links = {
+            kind: trained / (gpu.node if span <= per_node else gpu.network)
+            for kind, span in spans.items()
+        }
         bytes_sent = sent(c, layout, rank, rows, scored, checkpointing=checkpointing)
-        micro_batch = busy + sum(bytes_sent[kind] * links[kind] for kind in ("tp", "cp", "logps", "pp"))
+        micro_batch = busy + sum(
+            bytes_sent[kind] * links[kind] for kind in ("tp", "cp", "logps", "pp")
+        )
         if micro_batch > slowest:
             slowest, arithmetic = micro_batch, busy
         dp = max(dp, sent(c, layout, rank, rows * count, scored * count)["dp"] * links["dp"])
@@ -303,7 +356,9 @@ def plans(c: GPTConfig, flags: Plan) -> tuple[list[Row], list[Row]]:
     fitting, others = [], []
     for layout in candidates(c, flags.gpus):
         recompute = (True,) if flags.checkpoint_activations else (False, True)
-        rows = [estimate(c, flags, layout, budget, again) for budget in budgets for again in recompute]
+        rows = [
+            estimate(c, flags, layout, budget, again) for budget in budgets for again in recompute
+        ]
         if fits := [row for row in rows if row.total <= room]:
             fitting.append(min(fits, key=lambda row: row.seconds))
         else:
@@ -330,16 +385,38 @@ def table(c: GPTConfig, flags: Plan) -> str:
         + ("; rollouts not counted" if flags.algorithm == "ppo" else ""),
         "modelled GiB of the fullest GPU, modelled seconds of a step:",
     ]
-    titles = ("tp", "cp", "pp", "dp", "zero", "max-tokens", "recompute", *fitting[0].memory, "all", *fitting[0].times)
+    titles = (
+        "tp",
+        "cp",
+        "pp",
+        "dp",
+        "zero",
+        "max-tokens",
+        "recompute",
+        *fitting[0].memory,
+        "all",
+        *fitting[0].times,
+    )
     cells = [[*titles, "seconds"]]
     for row in fitting[:12]:
         gib = [f"{n / GIB:.2f}" for n in (*row.memory.values(), row.total)]
         seconds = [f"{n:.3g}" for n in (*row.times.values(), row.seconds)]
         recompute = "yes" if row.checkpointing else "no"
-        cells.append([*map(str, dataclasses.astuple(row.layout)), str(row.max_tokens), recompute, *gib, *seconds])
+        cells.append(
+            [
+                *map(str, dataclasses.astuple(row.layout)),
+                str(row.max_tokens),
+                recompute,
+                *gib,
+                *seconds,
+            ]
+        )
     widths = [max(map(len, column)) + 2 for column in zip(*cells)]
     lines += ["".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in cells]
-    lines += [f"{len(fitting)} of {len(fitting) + len(others)} layouts fit as modelled; the first line's command:", ""]
+    lines += [
+        f"{len(fitting)} of {len(fitting) + len(others)} layouts fit as modelled; the first line's command:",
+        "",
+    ]
     start = f"torchrun --nproc_per_node {flags.gpus}"
     if flags.nodes > 1:
         start = f"NODES={flags.nodes} HEAD=HOST:29500 RUN=NAME scripts/nodes.sh"
@@ -353,15 +430,25 @@ def sizes(flags: Plan) -> GPTConfig:
     """The model that the flags describe. ValueError names the flag to mend."""
     for name in ("gpus", "nodes", "batch_size", "max_length", "max_tokens"):
         if getattr(flags, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(flags, name)}")
+            raise ValueError(
+                f"--{name.replace('_', '-')} must be at least 1, not {getattr(flags, name)}"
+            )
     if flags.gpus % flags.nodes:
-        raise ValueError(f"--gpus {flags.gpus} is the number in all: a multiple of --nodes {flags.nodes}")
+        raise ValueError(
+            f"--gpus {flags.gpus} is the number in all: a multiple of --nodes {flags.nodes}"
+        )
     if not 0 < flags.efficiency <= 1:
-        raise ValueError(f"--efficiency {flags.efficiency} is a share of the peak: above 0, up to 1")
+        raise ValueError(
+            f"--efficiency {flags.efficiency} is a share of the peak: above 0, up to 1"
+        )
     if flags.model:
         return read_config(flags.model)[0]
-    if missing := [name for name in ("width", "layers", "heads", "vocab") if getattr(flags, name) < 1]:
-        raise ValueError(f"--{missing[0]} is missing: --model DIR, or --width --layers --heads --vocab of a model")
+    if missing := [
+        name for name in ("width", "layers", "heads", "vocab") if getattr(flags, name) < 1
+    ]:
+        raise ValueError(
+            f"--{missing[0]} is missing: --model DIR, or --width --layers --heads --vocab of a model"
+        )
     if flags.width % flags.heads or flags.heads % (flags.kv_heads or flags.heads):
         raise ValueError(
             f"--width {flags.width} must be a multiple of --heads {flags.heads}, that of --kv-heads {flags.kv_heads}"
@@ -379,7 +466,13 @@ def suggest(config: RunConfig, world: int, gib: float) -> str:
     plain = "lower --max-tokens or add --checkpoint-activations"
     try:
         c = read_config(config.model)[0]
-        layout = Layout(config.tp, config.cp, config.pp, world // (config.tp * config.cp * config.pp), config.zero)
+        layout = Layout(
+            config.tp,
+            config.cp,
+            config.pp,
+            world // (config.tp * config.cp * config.pp),
+            config.zero,
+        )
         shared = ("batch_size", "max_length", "max_tokens", "checkpoint_activations")
         flags = Plan(gpus=world, memory=gib, **{name: getattr(config, name) for name in shared})
         now = estimate(c, flags, layout, config.max_tokens, config.checkpoint_activations)
@@ -387,8 +480,12 @@ def suggest(config: RunConfig, world: int, gib: float) -> str:
     except (ValueError, OSError):
         return plain
     if not fitting:
-        return f"{plain}, or take more GPUs: no layout of {world} is modelled to take much less memory"
-    return f"try {fitting[0].flags()} (modelled, not measured: {fitting[0].total / GIB:.1f} GiB a GPU)"
+        return (
+            f"{plain}, or take more GPUs: no layout of {world} is modelled to take much less memory"
+        )
+    return (
+        f"try {fitting[0].flags()} (modelled, not measured: {fitting[0].total / GIB:.1f} GiB a GPU)"
+    )
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -30,7 +30,15 @@ from score import load_scorer, score_trees
 # (prompts, responses, rows, trees): R prompts as the rows have them, R texts, R rows, and the same as a data set of
 # token ids, n trees of G responses -> R numbers.
 Reward = Callable[[list, list[str], list[dict], Dataset], np.ndarray]
-TRUTH = ("answer", "solution", "ground_truth", "target", "response", "completion", "output")  # where a row has it
+TRUTH = (
+    "answer",
+    "solution",
+    "ground_truth",
+    "target",
+    "response",
+    "completion",
+    "output",
+)  # where a row has it
 BUILT_IN = ("exact", "regex", "length")
 
 
@@ -78,9 +86,13 @@ def _each(name: str, function: Callable[[str | list, str, dict], float], mesh: M
             try:
                 found[i] = float(value)
             except (TypeError, ValueError):
-                raise ValueError(f"--reward {name} returned {value!r}, not a number, for {answer[1][:80]!r}") from None
+                raise ValueError(
+                    f"--reward {name} returned {value!r}, not a number, for {answer[1][:80]!r}"
+                ) from None
             if not math.isfinite(found[i]):
-                raise ValueError(f"--reward {name} returned {value!r} for {answer[1][:80]!r}: it must be finite")
+                raise ValueError(
+                    f"--reward {name} returned {value!r} for {answer[1][:80]!r}: it must be finite"
+                )
         return found
 
     return reward
@@ -98,15 +110,22 @@ def load_function(file: str, name: str) -> Callable[[str | list, str, dict], flo
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     if str(path.parent.resolve()) not in sys.path:
-        sys.path.append(str(path.parent.resolve()))  # for what it imports beside it; last, so that it hides nothing
+        sys.path.append(
+            str(path.parent.resolve())
+        )  # for what it imports beside it; last, so that it hides nothing
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever the file trips over is the file's
-        raise ValueError(f"--reward {file}:{name}: {file} cannot be run: {type(error).__name__}: {error}") from error
+        raise ValueError(
+            f"--reward {file}:{name}: {file} cannot be run: {type(error).__name__}: {error}"
+        ) from error
     if not callable(getattr(module, name, None)):
         own = [k for k, v in vars(module).items() if getattr(v, "__module__", "") == spec.name]
         have = ", ".join(k for k in own if not isinstance(getattr(module, k), type))
-        raise ValueError(f"--reward {file}:{name}: {file} has no function {name}" + (f", only {have}" if have else ""))
+        raise ValueError(
+            f"--reward {file}:{name}: {file} has no function {name}"
+            + (f", only {have}" if have else "")
+        )
     return getattr(module, name)
 
 
@@ -119,14 +138,24 @@ def exact(marker: str) -> Callable[[str | list, str, dict], float]:
     marker = marker or "####"
 
     def value(text: str) -> str | float:
-        said = text.rpartition(marker)[2].strip().split("\n")[0].strip().rstrip(".").strip("$ ").casefold()
+        said = (
+            text.rpartition(marker)[2]
+            .strip()
+            .split("\n")[0]
+            .strip()
+            .rstrip(".")
+            .strip("$ ")
+            .casefold()
+        )
         try:
             return float(said.replace(",", ""))
         except ValueError:
             return said
 
     def reward(prompt: str | list, response: str, row: dict) -> float:
-        truth = next((row[key] for key in TRUTH if isinstance(row.get(key), (str, int, float))), None)
+        truth = next(
+            (row[key] for key in TRUTH if isinstance(row.get(key), (str, int, float))), None
+        )
         if truth is None:
             raise ValueError(
                 f"--reward exact needs rows with an answer: one of {', '.join(TRUTH)}; have {', '.join(row)}"
@@ -151,7 +180,9 @@ def length(words: str) -> Callable[[str | list, str, dict], float]:
     """-|words of the response - wanted| / wanted, not below -1."""
     if not words.isdecimal() or not int(words):
         raise ValueError(f"--reward length:{words} needs a number of words, as in length:50")
-    return lambda prompt, response, row: -min(1.0, abs(len(response.split()) - int(words)) / int(words))
+    return lambda prompt, response, row: (
+        -min(1.0, abs(len(response.split()) - int(words)) / int(words))
+    )
 
 
 # ---- a reward model --------------------------------------------------------------------------------------------------
@@ -173,11 +204,14 @@ def reward_model(
         )
     if Template(template_name, theirs).source != template.source:
         print(
-            f"warning: the reward model {folder} was made with another chat template than the policy", file=sys.stderr
+            f"warning: the reward model {folder} was made with another chat template than the policy",
+            file=sys.stderr,
         )
     model, names = load_scorer(folder, dtype, device, mesh)
     if len(names) != 1:
-        raise ValueError(f"the reward model {folder} scores {', '.join(names)}: a reward is one number")
+        raise ValueError(
+            f"the reward model {folder} scores {', '.join(names)}: a reward is one number"
+        )
     model.requires_grad_(False)
 
     def reward(prompts: list, responses: list[str], rows: list[dict], trees: Dataset) -> np.ndarray:
@@ -187,7 +221,9 @@ def reward_model(
         found = np.concatenate(scores)[:, 0].astype(np.float64)
         if not np.isfinite(found).all():
             bad = responses[int(np.flatnonzero(~np.isfinite(found))[0])]
-            raise ValueError(f"the reward model {folder} scores {bad[:80]!r} with a number that is not finite")
+            raise ValueError(
+                f"the reward model {folder} scores {bad[:80]!r} with a number that is not finite"
+            )
         return found
 
     return reward

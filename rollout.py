@@ -52,16 +52,24 @@ class RolloutConfig(RunConfig):
     batch_size: int = 64  # prompts an optimizer step, over all ranks; each has --group-size samples
     group_size: int = 4  # samples a prompt; more make better baselines, 4 to 16
     max_new_tokens: int = 256  # longest sample; a prompt may have the rest of --max-length
-    temperature: float = (
-        1.0  # of the samples, and of the policy that is trained; leave it at 1 unless it stops exploring
-    )
+    temperature: float = 1.0  # of the samples, and of the policy that is trained; leave it at 1 unless it stops exploring
     rollout_batch: int = 128  # samples drawn at a time on a rank: lower it when memory runs out
     reward: str = ""  # reward-model folder, file.py:function, exact:MARKER, regex:PATTERN or length:WORDS (rewards.py)
-    no_eos_penalty: float = 0.0  # taken off the reward of a sample that did not end; about the reward's deviation
-    eval_temperature: float = 0.7  # of one sample to each prompt of --eval-data, whose mean reward is eval/reward
-    log_samples: int = 10  # steps between samples written to OUT/samples.jsonl, the first besides; 0 = never
-    rollout_url: str = ""  # sample from this OpenAI-compatible server instead (vLLM, SGLang): http://host:8000
-    rollout_reload: str = ""  # command that makes the server load new weights, "{folder}" stands for where they are
+    no_eos_penalty: float = (
+        0.0  # taken off the reward of a sample that did not end; about the reward's deviation
+    )
+    eval_temperature: float = (
+        0.7  # of one sample to each prompt of --eval-data, whose mean reward is eval/reward
+    )
+    log_samples: int = (
+        10  # steps between samples written to OUT/samples.jsonl, the first besides; 0 = never
+    )
+    rollout_url: str = (
+        ""  # sample from this OpenAI-compatible server instead (vLLM, SGLang): http://host:8000
+    )
+    rollout_reload: str = (
+        ""  # command that makes the server load new weights, "{folder}" stands for where they are
+    )
     rollout_timeout: float = 600.0  # seconds that a request or a reload may take
 
 
@@ -90,7 +98,9 @@ class Rollout:
     def metrics(self) -> dict[str, float]:
         """Means over the samples."""
         groups = self.rewards.reshape(len(self.prompts.ids), -1)
-        alike = {"frac_reward_zero_std": float((np.ptp(groups, 1) == 0).mean())}  # groups that teach nothing
+        alike = {
+            "frac_reward_zero_std": float((np.ptp(groups, 1) == 0).mean())
+        }  # groups that teach nothing
         return {
             "reward": self.rewards.mean().item(),
             "reward_std": self.rewards.std().item(),
@@ -103,7 +113,10 @@ class Rollout:
 def seeds(seed: int, step: int, n: int, group: int) -> list[int]:
     """A seed for each sample of step `step` (from 1; 0 is the evaluation), n prompts with `group` samples each."""
     places = [(i, k) for i in range(n) for k in range(group)]
-    return [int(np.random.SeedSequence([seed, step, *at]).generate_state(1, np.uint64)[0] >> 1) for at in places]
+    return [
+        int(np.random.SeedSequence([seed, step, *at]).generate_state(1, np.uint64)[0] >> 1)
+        for at in places
+    ]
 
 
 def local(model: GPT, template: Template, config: RolloutConfig) -> Sampler:
@@ -118,7 +131,9 @@ def local(model: GPT, template: Template, config: RolloutConfig) -> Sampler:
     return sample
 
 
-def sampler(model: GPT, template: Template, config: RolloutConfig, server: "Server | None" = None) -> Sampler:
+def sampler(
+    model: GPT, template: Template, config: RolloutConfig, server: "Server | None" = None
+) -> Sampler:
     """What draws samples of the policy as it is now; collective. Only a `leader`'s samples mean anything.
 
     A server is given the new weights (with --rollout-reload). With pipeline stages no rank has a model to sample from:
@@ -134,7 +149,11 @@ def sampler(model: GPT, template: Template, config: RolloutConfig, server: "Serv
             mesh.ask(lambda: server.reload(folder))
     if not leader(mesh):
         return lambda ids, seeds, n, temperature: []
-    return server.sample if server else local(load_model(folder, model.dtype, model.device), template, config)
+    return (
+        server.sample
+        if server
+        else local(load_model(folder, model.dtype, model.device), template, config)
+    )
 
 
 def collect(
@@ -166,13 +185,20 @@ def collect(
     data = trees(prompts.ids, samples)
     data.add_tokens("place", np.arange(len(data.scored[data.scored == 1])))
     seconds = {"rollout": drew - started, "scoring": time.perf_counter() - drew}
-    return Rollout(prompts, samples, texts, rewards - config.no_eos_penalty * ~ended, ended, data, seconds)
+    return Rollout(
+        prompts, samples, texts, rewards - config.no_eos_penalty * ~ended, ended, data, seconds
+    )
 
 
 def _exchange(mesh: Mesh, places: list[int], values: list) -> list:
     """The values of all ranks, in the order of their places. Of ranks that share examples the leader's count."""
     parts = mesh.everyone(dict(zip(places, values)) if leader(mesh) else {})
-    return [value for _, value in sorted((item for part in parts for item in part.items()), key=lambda item: item[0])]
+    return [
+        value
+        for _, value in sorted(
+            (item for part in parts for item in part.items()), key=lambda item: item[0]
+        )
+    ]
 
 
 def trees(prompts: list[list[int]], samples: list[Sample]) -> Dataset:
@@ -185,7 +211,9 @@ def trees(prompts: list[list[int]], samples: list[Sample]) -> Dataset:
 
 
 @torch.no_grad()
-def token_logps(model: GPT, data: Dataset, bins: list[list[int]], config: RolloutConfig) -> np.ndarray:
+def token_logps(
+    model: GPT, data: Dataset, bins: list[list[int]], config: RolloutConfig
+) -> np.ndarray:
     """Log-prob of every sampled token under a model, (M,) fp64, by the path that training takes; collective.
 
     bins: this rank's micro-batches. Those of the first update give the very bits that its forward pass will.
@@ -199,7 +227,12 @@ def token_logps(model: GPT, data: Dataset, bins: list[list[int]], config: Rollou
 
 
 def evaluate(
-    prompts: Prompts, sample: Sampler, reward: Reward, template: Template, config: RolloutConfig, mesh: Mesh
+    prompts: Prompts,
+    sample: Sampler,
+    reward: Reward,
+    template: Template,
+    config: RolloutConfig,
+    mesh: Mesh,
 ) -> tuple[dict[str, float], Rollout]:
     """Mean reward of one sample to each prompt at --eval-temperature, under eval/; the same draws every time."""
     own = seeds(config.seed, 0, len(prompts.ids), 1)
@@ -224,7 +257,11 @@ def log_samples(out: str, step: int, found: Rollout) -> None:
     group = len(found.samples) // len(found.prompts.ids)
     with open(Path(out) / "samples.jsonl", "a", encoding="utf-8") as file:
         for i in range(min(len(found.samples), SHOWN * group)):
-            row = {"step": step, "prompt": found.prompts.prompts[i // group], "response": found.texts[i]}
+            row = {
+                "step": step,
+                "prompt": found.prompts.prompts[i // group],
+                "response": found.texts[i],
+            }
             row |= {"reward": found.rewards[i].item(), "ended": found.samples[i].ended}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
@@ -251,20 +288,32 @@ class Server:
     """
 
     def __init__(self, template: Template, config: RolloutConfig):
-        self.url, self.config, self.template = config.rollout_url.rstrip("/").removesuffix("/v1"), config, template
+        self.url, self.config, self.template = (
+            config.rollout_url.rstrip("/").removesuffix("/v1"),
+            config,
+            template,
+        )
         self.warned = False
         if not self.url.startswith(("http://", "https://")):
-            raise ValueError(f"--rollout-url {config.rollout_url} must begin with http:// or https://")
+            raise ValueError(
+                f"--rollout-url {config.rollout_url} must begin with http:// or https://"
+            )
         models = self._request("/v1/models", None)
         try:
             self.model = models["data"][0]["id"]
         except (LookupError, TypeError):
-            raise OSError(f"--rollout-url {self.url} serves no model: {str(models)[:200]}") from None
+            raise OSError(
+                f"--rollout-url {self.url} serves no model: {str(models)[:200]}"
+            ) from None
 
-    def sample(self, ids: list[list[int]], seeds: list[int], n: int, temperature: float) -> list[Sample]:
+    def sample(
+        self, ids: list[list[int]], seeds: list[int], n: int, temperature: float
+    ) -> list[Sample]:
         """A Sampler; requests go side by side, so that the server can fill its batches."""
         with ThreadPoolExecutor(min(64, len(ids))) as pool:
-            parts = pool.map(lambda i: self._complete(ids[i], seeds[i * n], n, temperature), range(len(ids)))
+            parts = pool.map(
+                lambda i: self._complete(ids[i], seeds[i * n], n, temperature), range(len(ids))
+            )
             return [sample for part in parts for sample in part]
 
     def reload(self, folder: Path) -> None:
@@ -272,7 +321,10 @@ class Server:
         command = self.config.rollout_reload.replace("{folder}", shlex.quote(str(folder)))
         try:
             done = subprocess.run(
-                shlex.split(command), capture_output=True, text=True, timeout=self.config.rollout_timeout
+                shlex.split(command),
+                capture_output=True,
+                text=True,
+                timeout=self.config.rollout_timeout,
             )
         except (OSError, subprocess.TimeoutExpired) as error:
             raise OSError(f"--rollout-reload: {command} did not run: {error}") from None
@@ -291,22 +343,36 @@ class Server:
         choices = self._request("/v1/completions", body).get("choices", [])
         if len(choices) != n:
             raise OSError(f"--rollout-url {self.url}: asked for {n} samples, got {len(choices)}")
-        return [self._read(choice, temperature) for choice in sorted(choices, key=lambda c: c.get("index", 0))]
+        return [
+            self._read(choice, temperature)
+            for choice in sorted(choices, key=lambda c: c.get("index", 0))
+        ]
 
     def _read(self, choice: dict, temperature: float) -> Sample:
         given = choice.get("logprobs") or {}
         tokens, names = choice.get("token_ids"), given.get("tokens") or []
-        if tokens is None and names and all(re.fullmatch(r"token_id:\d+", str(name)) for name in names):
+        if (
+            tokens is None
+            and names
+            and all(re.fullmatch(r"token_id:\d+", str(name)) for name in names)
+        ):
             tokens = [int(name[9:]) for name in names]
         if tokens is None:
             tokens = self.template.tokenizer.encode(choice.get("text") or "")
             if not self.warned:
-                print(f"warning: {self.url} returns text, not token ids: it is tokenised again", file=sys.stderr)
+                print(
+                    f"warning: {self.url} returns text, not token ids: it is tokenised again",
+                    file=sys.stderr,
+                )
                 self.warned = True
         tokens = [int(token) for token in tokens]
         logps = given.get("token_logprobs") or []
-        if choice.get("finish_reason") == "stop" and (not tokens or tokens[-1] not in self.template.stop_ids):
-            tokens.append(self.template.tokenizer.eos)  # some engines keep the end token to themselves
+        if choice.get("finish_reason") == "stop" and (
+            not tokens or tokens[-1] not in self.template.stop_ids
+        ):
+            tokens.append(
+                self.template.tokenizer.eos
+            )  # some engines keep the end token to themselves
         if not tokens:
             raise OSError(f"--rollout-url {self.url} returned an empty sample that did not end")
         # Engines report log-probs at temperature 1, whatever they sampled at: of use where that is the same.
@@ -319,7 +385,9 @@ class Server:
         headers = {"Content-Type": "application/json"}
         if os.environ.get("OPENAI_API_KEY"):
             headers["Authorization"] = f"Bearer {os.environ['OPENAI_API_KEY']}"
-        request = urllib.request.Request(self.url + path, json.dumps(body).encode() if body else None, headers)
+        request = urllib.request.Request(
+            self.url + path, json.dumps(body).encode() if body else None, headers
+        )
         reason = ""
         for attempt in range(TRIES):
             if attempt:
@@ -333,4 +401,6 @@ class Server:
                     raise OSError(f"--rollout-url {self.url}{path} refused: {reason}") from None
             except (OSError, ValueError) as error:  # no connection, a time-out, half an answer
                 reason = str(error)
-        raise OSError(f"--rollout-url {self.url}{path}: no answer in {TRIES} tries ({reason}): is the server up?")
+        raise OSError(
+            f"--rollout-url {self.url}{path}: no answer in {TRIES} tries ({reason}): is the server up?"
+        )

@@ -39,8 +39,19 @@ from model import GPT, GPTConfig
 from parallel import Mesh, pipeline
 
 # bf16 matmul peaks without sparsity, TFLOP/s, from the makers' data sheets: the yardstick of `mfu`.
-PEAK_TFLOPS = {"H200": 989, "H100": 989, "H800": 989, "A100": 312, "A800": 312, "L40S": 362, "B200": 2250, "4090": 165}
-_running: RunConfig | None = None  # what this process was asked to do, for advice when memory runs out
+PEAK_TFLOPS = {
+    "H200": 989,
+    "H100": 989,
+    "H800": 989,
+    "A100": 312,
+    "A800": 312,
+    "L40S": 362,
+    "B200": 2250,
+    "4090": 165,
+}
+_running: RunConfig | None = (
+    None  # what this process was asked to do, for advice when memory runs out
+)
 ECHO_SECONDS = 3.0  # within this the same signal may come twice
 PATIENCE = 10.0  # seconds that a rank which lost the others waits for their last words
 NONFINITE_LIMIT = 5  # steps in a row with a NaN or infinite gradient before a run gives up
@@ -66,7 +77,10 @@ def run(main: Callable[[], None]) -> None:
         if parallel.here().world == 1:
             raise
         traceback.print_exc()
-        _leave(f"{type(error).__name__}: {error}".splitlines()[0], ask_others=parallel.is_about_others(error))
+        _leave(
+            f"{type(error).__name__}: {error}".splitlines()[0],
+            ask_others=parallel.is_about_others(error),
+        )
 
 
 def _leave(reason: str, ask_others: bool = False) -> None:
@@ -75,7 +89,11 @@ def _leave(reason: str, ask_others: bool = False) -> None:
     if mesh.world == 1:
         sys.exit(f"error: {reason}")
     others = parallel.last_words(mesh, reason, patience=PATIENCE if ask_others else 0.0)
-    print(f"error on rank {mesh.rank}: {reason}" + (f"\n  {others}" if ask_others else ""), file=sys.stderr, flush=True)
+    print(
+        f"error on rank {mesh.rank}: {reason}" + (f"\n  {others}" if ask_others else ""),
+        file=sys.stderr,
+        flush=True,
+    )
     os._exit(1)  # not through c10d's tear-down, which may wait for ranks that are gone
 
 
@@ -93,22 +111,37 @@ def set_up(config: RunConfig, mesh: Mesh) -> tuple[torch.device, torch.dtype]:
             raise ValueError(f"--{flag} is missing; --help lists the flags")
     for flag in ("batch_size", "max_tokens", "max_length", "log_every", "epochs"):
         if getattr(config, flag) < 1:
-            raise ValueError(f"--{flag.replace('_', '-')} must be at least 1, not {getattr(config, flag)}")
+            raise ValueError(
+                f"--{flag.replace('_', '-')} must be at least 1, not {getattr(config, flag)}"
+            )
     for flag, value in vars(config).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"--{flag.replace('_', '-')} {value} is no number to compute with")
-    for flag in ("max_steps", "max_minutes", "eval_every", "save_every", "samples", "keep", "max_bad_rows", "clip"):
+    for flag in (
+        "max_steps",
+        "max_minutes",
+        "eval_every",
+        "save_every",
+        "samples",
+        "keep",
+        "max_bad_rows",
+        "clip",
+    ):
         if getattr(config, flag) < 0:
             raise ValueError(f"--{flag.replace('_', '-')} {getattr(config, flag)} is below 0")
     if not 0 <= config.warmup <= 1:
         raise ValueError(f"--warmup {config.warmup} is a share of all steps: between 0 and 1")
     if config.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda, but torch sees no GPU: install a CUDA build of torch, or take --device cpu")
+        raise ValueError(
+            "--device cuda, but torch sees no GPU: install a CUDA build of torch, or take --device cpu"
+        )
     if config.samples and config.pp > 1:
         raise ValueError("--samples cannot be had from pipeline stages: leave it out, or --pp")
     on_gpu = config.device != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-    dtype = DTYPES[config.dtype if config.dtype != "auto" else "bf16" if device.type == "cuda" else "fp32"]
+    dtype = DTYPES[
+        config.dtype if config.dtype != "auto" else "bf16" if device.type == "cuda" else "fp32"
+    ]
     if device.type == "cpu":
         _keep_freed_memory()
     random.seed(config.seed)
@@ -119,8 +152,14 @@ def set_up(config: RunConfig, mesh: Mesh) -> tuple[torch.device, torch.dtype]:
     if mesh.main:
         mark.unlink()
     if not shared:
-        raise ValueError(f"--out {config.out} is not the same folder on every node: take one on a shared file system")
-    layout = f"{mesh.world} ranks: dp {mesh.dp}, tp {mesh.tp}, cp {mesh.cp}, pp {mesh.pp}; " if mesh.world > 1 else ""
+        raise ValueError(
+            f"--out {config.out} is not the same folder on every node: take one on a shared file system"
+        )
+    layout = (
+        f"{mesh.world} ranks: dp {mesh.dp}, tp {mesh.tp}, cp {mesh.cp}, pp {mesh.pp}; "
+        if mesh.world > 1
+        else ""
+    )
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     print(f"{name}, {layout}{str(dtype)[6:]}, output in {config.out}/")
     return device, dtype
@@ -130,7 +169,9 @@ def _make_out(config: RunConfig) -> str:
     """Makes OUT; the name of a file in it that no other run has made, by which the others know it."""
     out = Path(config.out)
     if not config.resume and (out / "metrics.jsonl").exists():
-        raise ValueError(f"{out} holds a run already: --resume auto goes on with it, another --out starts afresh")
+        raise ValueError(
+            f"{out} holds a run already: --resume auto goes on with it, another --out starts afresh"
+        )
     if config.wandb:
         _wandb()
     out.mkdir(parents=True, exist_ok=True)
@@ -138,7 +179,9 @@ def _make_out(config: RunConfig) -> str:
         before = json.loads((out / "config.json").read_text())
         for name, value in json.loads(to_json(config)).items():
             if name not in ("resume", "config") and name in before and before[name] != value:
-                print(f"warning: resuming with another --{name.replace('_', '-')}: {value}, it was {before[name]}")
+                print(
+                    f"warning: resuming with another --{name.replace('_', '-')}: {value}, it was {before[name]}"
+                )
     (out / "config.json").write_text(to_json(config))
     mark = out / f".mark-{os.getpid()}-{time.time_ns()}"
     mark.touch()
@@ -171,14 +214,22 @@ def load_rows(files: list[str], kind: str, template: Template, config: RunConfig
     if not files:
         return None
     return load_dataset(
-        files, kind, template, config.max_length, config.overlong, config.max_bad_rows, cache_folder(config)
+        files,
+        kind,
+        template,
+        config.max_length,
+        config.overlong,
+        config.max_bad_rows,
+        cache_folder(config),
     )
 
 
 def prepare_model(model: GPT, config: RunConfig, tokenizer: Tokenizer) -> None:
     """Flags that change how a loaded model runs; ValueError where model and tokenizer do not belong together."""
     if tokenizer.size > model.c.vocab:
-        raise ValueError(f"the tokenizer has {tokenizer.size} ids, the embedding {model.c.vocab}: not from one folder?")
+        raise ValueError(
+            f"the tokenizer has {tokenizer.size} ids, the embedding {model.c.vocab}: not from one folder?"
+        )
     model.checkpoint_activations = config.checkpoint_activations
     if config.compile:
         for block in model.blocks.values():
@@ -198,13 +249,22 @@ def learning_rate(config: RunConfig, step: int, total: int) -> float:
     if config.schedule == "constant":
         return config.lr
     left = 1 - (step - warm) / max(1, total - warm)
-    return config.lr * (left if config.schedule == "linear" else 0.5 * (1 + np.cos(np.pi * (1 - left))))
+    return config.lr * (
+        left if config.schedule == "linear" else 0.5 * (1 + np.cos(np.pi * (1 - left)))
+    )
 
 
 def describe(config: RunConfig, model: GPT, lengths: np.ndarray, total: int) -> str:
     """What the run will be, in three lines: sizes, steps and the memory that weights and optimizer take."""
-    own, size, ranks = sum(p.numel() for p in model.parameters()), model.dtype.itemsize, model.mesh.dp * model.mesh.cp
-    whole, pieces = size + max(4, size), 2 * max(4, size) + (4 if size < 4 else 0)  # weights, gradient | means, master
+    own, size, ranks = (
+        sum(p.numel() for p in model.parameters()),
+        model.dtype.itemsize,
+        model.mesh.dp * model.mesh.cp,
+    )
+    whole, pieces = (
+        size + max(4, size),
+        2 * max(4, size) + (4 if size < 4 else 0),
+    )  # weights, gradient | means, master
     if config.zero == 2 and ranks > 1:
         whole, pieces = size, pieces + max(4, size)
     memory = own * (whole + pieces / ranks) / 2**30
@@ -216,7 +276,9 @@ def describe(config: RunConfig, model: GPT, lengths: np.ndarray, total: int) -> 
         f"most {config.max_tokens:,}",
     ]
     if lengths.max() > model.c.max_position:
-        lines.append(f"warning: rows may reach {lengths.max()} tokens, the model was made for {model.c.max_position}")
+        lines.append(
+            f"warning: rows may reach {lengths.max()} tokens, the model was made for {model.c.max_position}"
+        )
     return "\n".join(lines)
 
 
@@ -287,7 +349,12 @@ def means(totals: dict[str, Tensor], n: float, mesh: Mesh) -> dict[str, float]:
 
 @torch.no_grad()
 def reference_logps(
-    policy: GPT, other: str, dataset: Dataset, examples: np.ndarray, config: RunConfig, say: Callable[[str], Any]
+    policy: GPT,
+    other: str,
+    dataset: Dataset,
+    examples: np.ndarray,
+    config: RunConfig,
+    say: Callable[[str], Any],
 ) -> tuple[np.ndarray, dict[str, float]]:
     """Log-prob of every response of some examples under the reference, (R,), NaN for those of other examples; and what
     it cost, {} if it was cached.
@@ -297,8 +364,12 @@ def reference_logps(
     a half-trained policy for its reference. Every rank scores its share and gets all of it.
     """
     dtype, device, mesh = policy.dtype, policy.device, policy.mesh
-    inputs = hashlib.sha256(f"{mesh.ask(lambda: fingerprint(other or config.model))} {dataset.key} {dtype}".encode())
-    key = hashlib.sha256(inputs.digest() + np.sort(examples).astype(np.int64).tobytes()).hexdigest()[:24]
+    inputs = hashlib.sha256(
+        f"{mesh.ask(lambda: fingerprint(other or config.model))} {dataset.key} {dtype}".encode()
+    )
+    key = hashlib.sha256(
+        inputs.digest() + np.sort(examples).astype(np.int64).tobytes()
+    ).hexdigest()[:24]
     path = cache_folder(config) / f"reference-{key}.safetensors"
     cached = _cached_logps(path, len(dataset.response_len), say)
     if all(mesh.everyone(cached is not None)):
@@ -306,15 +377,21 @@ def reference_logps(
         return cached, {}
     model = load_model(other, dtype, device, mesh=mesh) if other else policy
     if model.c.vocab != policy.c.vocab:
-        raise ValueError(f"--ref {other} has a vocabulary of {model.c.vocab}, the policy {policy.c.vocab}: not a pair")
+        raise ValueError(
+            f"--ref {other} has a vocabulary of {model.c.vocab}, the policy {policy.c.vocab}: not a pair"
+        )
     meter = Meter(model.c, device, mesh)
     logps = np.zeros(len(dataset.response_len))
     lengths = dataset.tree_lengths(config.share_prompts)
     bins = micro_batches(lengths, examples, config.max_tokens, mesh.dp_rank, mesh.dp)
     batches = (make_batch(dataset, items, config.share_prompts) for items in bins)
-    shown = tqdm(pipeline(model, batches), "reference", len(bins), disable=None if mesh.main else True)
+    shown = tqdm(
+        pipeline(model, batches), "reference", len(bins), disable=None if mesh.main else True
+    )
     for batch, hidden in shown:
-        logps[dataset.responses_of(batch.examples)] = batch.sum_by_response(model.logps(hidden, batch)).cpu().numpy()
+        logps[dataset.responses_of(batch.examples)] = (
+            batch.sum_by_response(model.logps(hidden, batch)).cpu().numpy()
+        )
     logps = mesh.sum(torch.from_numpy(logps)).numpy()
     unseen = np.ones(len(logps), bool)
     unseen[dataset.responses_of(examples)] = False
@@ -383,10 +460,14 @@ class Log:
         self.file = open(self.path, "a")  # noqa: SIM115 - closed in close()
         self.first, self.total, self.started = first_step, total, time.monotonic()
         hidden = None if mesh.main else True
-        self.bar = tqdm(total=total, initial=first_step, unit="step", dynamic_ncols=True, disable=hidden)
+        self.bar = tqdm(
+            total=total, initial=first_step, unit="step", dynamic_ncols=True, disable=hidden
+        )
         self.wandb = None
         if config.wandb and mesh.main:
-            self.wandb = _wandb().init(project=config.wandb, name=Path(config.out).name, config=vars(config))
+            self.wandb = _wandb().init(
+                project=config.wandb, name=Path(config.out).name, config=vars(config)
+            )
 
     def _forget_after(self, step: int) -> None:
         """Drops rows of steps that a resumed run takes again, and a last row that a killed run left half written."""
@@ -406,7 +487,9 @@ class Log:
 
     def row(self, row: dict[str, Any]) -> None:
         """Appends a row; it is on its way to the disk when this returns."""
-        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        row = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
+        }
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
         if self.wandb:
@@ -434,11 +517,18 @@ class Log:
 
 
 def print_samples(
-    model: GPT, data: Dataset, n: int, tokenizer: Tokenizer, template: Template, say: Callable[[str], Any]
+    model: GPT,
+    data: Dataset,
+    n: int,
+    tokenizer: Tokenizer,
+    template: Template,
+    say: Callable[[str], Any],
 ) -> None:
     """Prints one sampled answer to each of the first n prompts of a data set: temperature 0.7, fixed seeds."""
     starts = data.tree_start[:-1][:n]
-    prompts = [data.tokens[start : start + size].tolist() for start, size in zip(starts, data.prompt_len)]
+    prompts = [
+        data.tokens[start : start + size].tolist() for start, size in zip(starts, data.prompt_len)
+    ]
     answers = generate(model, prompts, 128, temperature=0.7, stop_ids=template.stop_ids)
     for prompt, answer in zip(prompts, answers):
         say(f"  prompt  {tokenizer.decode(prompt)[-300:].strip()!r}")

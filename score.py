@@ -35,7 +35,9 @@ Answers = tuple[str | list, list]  # a prompt and its responses, text or message
 
 
 @torch.no_grad()
-def score(model: GPT, template: Template, answers: list[Answers], max_tokens: int = 8192) -> list[np.ndarray]:
+def score(
+    model: GPT, template: Template, answers: list[Answers], max_tokens: int = 8192
+) -> list[np.ndarray]:
     """Scores of every response to every prompt: a list of (responses, A) arrays, fp32 at least.
 
     Of a language model, which scores nothing, it is log P(response | prompt): (responses,) arrays. Trees are packed
@@ -51,7 +53,9 @@ def score_trees(model: GPT, data: Dataset, max_tokens: int = 8192) -> list[np.nd
     scores = [np.empty(0)] * len(data)
     lengths = data.tree_lengths()
     bins = pack(lengths, max(max_tokens, int(lengths.max())))
-    batches = (make_batch(data, items) for items in tqdm(bins, "scoring", disable=None, leave=False))
+    batches = (
+        make_batch(data, items) for items in tqdm(bins, "scoring", disable=None, leave=False)
+    )
     for batch, hidden in pipeline(model, batches):
         if model.c.outputs:
             found = model.score(hidden, batch, batch.last)
@@ -78,7 +82,9 @@ def load_scorer(
     return model, score_names(raw)
 
 
-def all_answers(rows: list[dict], template: Template, file: str) -> tuple[list[dict], list[Answers]]:
+def all_answers(
+    rows: list[dict], template: Template, file: str
+) -> tuple[list[dict], list[Answers]]:
     """Rows of a file that can be scored, and their prompts and responses.
 
     Rows that the template cannot take (a sampler may have said nothing) are counted, reported and left out.
@@ -105,7 +111,12 @@ def all_answers(rows: list[dict], template: Template, file: str) -> tuple[list[d
 
 
 def annotate(
-    folder: str, answers: list[Answers], template: str, max_tokens: int, dtype: torch.dtype, device: torch.device | str
+    folder: str,
+    answers: list[Answers],
+    template: str,
+    max_tokens: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
 ) -> list[dict]:
     """Rows {prompt, response, attributes} with an attribute model's predictions, whole numbers from 0 to 4.
 
@@ -122,7 +133,11 @@ def annotate(
         rows.append(
             {
                 "prompt": prompt,
-                **(several if len(responses) > 1 else {"response": responses[0], "attributes": values[0]}),
+                **(
+                    several
+                    if len(responses) > 1
+                    else {"response": responses[0], "attributes": values[0]}
+                ),
             }
         )
     return rows
@@ -136,7 +151,9 @@ class Flags:
     ref: str = ""  # another language model: rows gain "logp" and "ref_logp", whose mean difference is the KL to --ref
     data: str = ""  # JSONL file of prompts and responses
     out: str = ""  # where the rows go, each with its score
-    template: Literal["auto", "plain", "chatml", "zephyr", "llama2", "llama3"] = "auto"  # as in training
+    template: Literal["auto", "plain", "chatml", "zephyr", "llama2", "llama3"] = (
+        "auto"  # as in training
+    )
     max_tokens: int = 8192  # tokens of a micro-batch: lower it when memory runs out
     dtype: Literal["auto", "bf16", "fp32", "fp64"] = "auto"  # auto: bf16 on GPUs, else fp32
 
@@ -154,14 +171,22 @@ def main(argv: list[str] | None = None) -> None:
         found = [score(load_model(folder, dtype, device), template, answers, flags.max_tokens)
                  for folder in folders.values()]  # fmt: skip
         for row, *logps in zip(rows, *found):
-            row |= {name: values.tolist() if len(values) > 1 else values.item() for name, values in zip(folders, logps)}
+            row |= {
+                name: values.tolist() if len(values) > 1 else values.item()
+                for name, values in zip(folders, logps)
+            }
         write_rows(flags.out, rows)
         gap = np.concatenate(found[0]) - np.concatenate(found[1])
-        print(f"{len(gap)} responses in {flags.out}; likelier than under {flags.ref} by {gap.mean():.3f} nats")
+        print(
+            f"{len(gap)} responses in {flags.out}; likelier than under {flags.ref} by {gap.mean():.3f} nats"
+        )
         return
     model, names = load_scorer(flags.model, dtype, device)
     scores = score(model, template, answers, flags.max_tokens)
-    write_rows(flags.out, ({**row, **as_keys(row, found.tolist(), names)} for row, found in zip(rows, scores)))
+    write_rows(
+        flags.out,
+        ({**row, **as_keys(row, found.tolist(), names)} for row, found in zip(rows, scores)),
+    )
     every = np.concatenate(scores)
     print(f"{len(every)} responses scored in {flags.out}; " + ", ".join(
         f"{name} {mean:.3f} ± {std:.3f}" for name, mean, std in zip(names, every.mean(0), every.std(0))))  # fmt: skip
@@ -175,7 +200,12 @@ def as_keys(row: dict, scores: list[list[float]], names: tuple[str, ...]) -> dic
         return {"scores": values}
     if len(values) == 1:
         return {"score" if one else "scores": values[0]}
-    return dict(zip(("chosen_reward", "rejected_reward") if one else ("chosen_scores", "rejected_scores"), values))
+    return dict(
+        zip(
+            ("chosen_reward", "rejected_reward") if one else ("chosen_scores", "rejected_scores"),
+            values,
+        )
+    )
 
 
 if __name__ == "__main__":

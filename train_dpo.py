@@ -26,7 +26,15 @@ from config import RunConfig, parse
 from data.dataset import Dataset
 from data.templates import Template
 from data.tokenizer import load_tokenizer
-from data.trees import TreeBatch, make_batch, micro_batches, pack, step_examples, steps_per_epoch, visited
+from data.trees import (
+    TreeBatch,
+    make_batch,
+    micro_batches,
+    pack,
+    step_examples,
+    steps_per_epoch,
+    visited,
+)
 from hf import load_model, save_model
 from losses import Pairs
 from model import GPT
@@ -35,13 +43,21 @@ from parallel import AdamW, init_mesh, pipeline
 
 @dataclass
 class Config(RunConfig):
-    loss: Literal[losses.DPO_LOSSES] = "sigmoid"  # sigmoid is DPO; formulas and papers are in losses.py
+    loss: Literal[losses.DPO_LOSSES] = (
+        "sigmoid"  # sigmoid is DPO; formulas and papers are in losses.py
+    )
     beta: float = 0.1  # temperature of the implicit reward; smaller strays further from the reference; simpo: 2
-    label_smoothing: float = 0.0  # believed share of wrong labels (sigmoid, robust, aot); exo_pair: 0.001
-    gamma: float = 0.5  # simpo: the margin asked for, in units of β-scaled log-prob a token; 0.3 to 1.6
+    label_smoothing: float = (
+        0.0  # believed share of wrong labels (sigmoid, robust, aot); exo_pair: 0.001
+    )
+    gamma: float = (
+        0.5  # simpo: the margin asked for, in units of β-scaled log-prob a token; 0.3 to 1.6
+    )
     reward_scale: float = 1.0  # rpo_*: scale of the data's rewards against the implicit ones
     average_logps: bool = False  # divide log-probs by the response's length first; TRL's ipo does
-    sft_weight: float = 0.0  # weight of the mean token NLL of the chosen answers; 0.1-1 keeps logps/chosen up
+    sft_weight: float = (
+        0.0  # weight of the mean token NLL of the chosen answers; 0.1-1 keeps logps/chosen up
+    )
     reference_free: bool = False  # reward is the log-prob itself, as if the reference were uniform
     ref: str = ""  # another Hugging Face folder as reference; default: the policy at step 0; none = --reference-free
 
@@ -58,7 +74,9 @@ def policy_pairs(model: GPT, hidden: torch.Tensor, batch: TreeBatch) -> Pairs:
     return Pairs(chosen, rejected, *ref.unbind(1), *lengths.unbind(1), *gt.unbind(1))
 
 
-def pair_losses(pairs: Pairs, config: Config, running_mean: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def pair_losses(
+    pairs: Pairs, config: Config, running_mean: float
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The chosen loss of each pair, (B,), and its metrics."""
     return losses.dpo(
         pairs, config.loss, config.beta, config.label_smoothing, config.gamma, config.reward_scale, running_mean,
@@ -75,7 +93,9 @@ def all_pairs(model: GPT, data: Dataset, examples: np.ndarray, config: Config) -
     found = torch.zeros(len(data), len(Pairs._fields), dtype=torch.float64, device=model.device)
     batches = (make_batch(data, items, config.share_prompts) for items in bins)
     for batch, hidden in pipeline(model, batches):
-        found[batch.examples] = torch.stack([field.double() for field in policy_pairs(model, hidden, batch)], 1)
+        found[batch.examples] = torch.stack(
+            [field.double() for field in policy_pairs(model, hidden, batch)], 1
+        )
     return Pairs(*mesh.sum(found[torch.from_numpy(examples).to(found.device)]).unbind(1))
 
 
@@ -85,7 +105,9 @@ def whole_step(model: GPT, data: Dataset, examples: np.ndarray, config: Config) 
     One pass without gradients finds the log-probs; the slopes then stand in for the loss, micro-batch by micro-batch.
     """
     pairs = all_pairs(model, data, examples, config)
-    pairs = pairs._replace(chosen=pairs.chosen.requires_grad_(), rejected=pairs.rejected.requires_grad_())
+    pairs = pairs._replace(
+        chosen=pairs.chosen.requires_grad_(), rejected=pairs.rejected.requires_grad_()
+    )
     per_pair, _ = pair_losses(pairs, config, 0.0)
     slopes = torch.autograd.grad(per_pair.sum(), (pairs.chosen, pairs.rejected))
     return torch.stack((per_pair.detach(), *slopes), 1)
@@ -94,8 +116,12 @@ def whole_step(model: GPT, data: Dataset, examples: np.ndarray, config: Config) 
 @torch.no_grad()
 def evaluate(model: GPT, data: Dataset, config: Config, running_mean: float) -> dict[str, float]:
     """Loss and metrics over a whole data set, under eval/."""
-    per_pair, metrics = pair_losses(all_pairs(model, data, np.arange(len(data)), config), config, running_mean)
-    return {f"eval/{name}": value.mean().item() for name, value in {"loss": per_pair, **metrics}.items()}
+    per_pair, metrics = pair_losses(
+        all_pairs(model, data, np.arange(len(data)), config), config, running_mean
+    )
+    return {
+        f"eval/{name}": value.mean().item() for name, value in {"loss": per_pair, **metrics}.items()
+    }
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -104,7 +130,9 @@ def main(argv: list[str] | None = None) -> None:
     device, dtype = runtime.set_up(config, mesh)
     stop = runtime.Stop(config.max_minutes)
     start = checkpoint.find(config.out, config.resume, mesh=mesh)
-    pair_losses(Pairs(*torch.ones(8, 1)), config, 0.0)  # settings that the loss cannot take are refused here
+    pair_losses(
+        Pairs(*torch.ones(8, 1)), config, 0.0
+    )  # settings that the loss cannot take are refused here
 
     # ---- data --------------------------------------------------------------------------------------------------------
     tokenizer = load_tokenizer(config.model)
@@ -113,9 +141,13 @@ def main(argv: list[str] | None = None) -> None:
         train = runtime.load_rows(config.data, "preference", template, config)
         heldout = runtime.load_rows(config.eval_data, "preference", template, config)
     for data in filter(None, (train, heldout)):
-        pack(data.tree_lengths(config.share_prompts), config.max_tokens)  # a row that does not fit is refused here
+        pack(
+            data.tree_lengths(config.share_prompts), config.max_tokens
+        )  # a row that does not fit is refused here
         if config.loss in losses.REWARD_LOSSES and np.isnan(data.columns["reward"]).any():
-            raise ValueError(f"--loss {config.loss} needs chosen_reward and rejected_reward in every row")
+            raise ValueError(
+                f"--loss {config.loss} needs chosen_reward and rejected_reward in every row"
+            )
     lengths = train.tree_lengths(config.share_prompts)
 
     # ---- model and reference -----------------------------------------------------------------------------------------
@@ -126,14 +158,20 @@ def main(argv: list[str] | None = None) -> None:
     print(runtime.describe(config, model, lengths, total))
     seen = visited(len(train), config.batch_size, total, config.seed, config.shuffle)
     cost = {}
-    for data, examples in [(train, seen)] + ([(heldout, np.arange(len(heldout)))] if heldout else []):
+    for data, examples in [(train, seen)] + (
+        [(heldout, np.arange(len(heldout)))] if heldout else []
+    ):
         if config.reference_free or config.ref == "none" or config.loss == "simpo":
             data.columns["ref_logps"] = np.zeros(len(data.response_len))
         else:
-            scored, spent = runtime.reference_logps(model, config.ref, data, examples, config, print)
+            scored, spent = runtime.reference_logps(
+                model, config.ref, data, examples, config, print
+            )
             data.columns["ref_logps"] = scored
             cost = cost or spent
-    optimizer = AdamW(model, (config.beta1, config.beta2), config.eps, config.weight_decay, config.zero)
+    optimizer = AdamW(
+        model, (config.beta1, config.beta2), config.eps, config.weight_decay, config.zero
+    )
     state = checkpoint.State()
     if start:
         state = checkpoint.load(start, optimizer)
@@ -174,7 +212,12 @@ def main(argv: list[str] | None = None) -> None:
         norm, stopping = optimizer.step(lr, config.clip, stop)
 
         state.step = step + 1
-        row = {"step": state.step, **runtime.means(totals, n_pairs, mesh), "grad_norm": norm, "lr": lr}
+        row = {
+            "step": state.step,
+            **runtime.means(totals, n_pairs, mesh),
+            "grad_norm": norm,
+            "lr": lr,
+        }
         if config.sft_weight:
             row["loss"] += config.sft_weight * row["nll"]
         tokens = int(lengths[examples].sum())
@@ -182,11 +225,16 @@ def main(argv: list[str] | None = None) -> None:
         state.tokens += tokens
         if nonfinite.check(norm, state.step):
             state.skipped += 1
-            log.say(f"step {state.step}: the gradient is not finite, no update ({state.skipped} so far)")
+            log.say(
+                f"step {state.step}: the gradient is not finite, no update ({state.skipped} so far)"
+            )
         elif config.loss == "bco_pair":  # δ: the mean of all rewards seen so far
             n = state.extra.get("running_count", 0.0) + n_pairs
             mean = (row["rewards/chosen"] + row["rewards/rejected"]) / 2
-            state.extra = {"running_mean": running_mean + (mean - running_mean) * n_pairs / n, "running_count": n}
+            state.extra = {
+                "running_mean": running_mean + (mean - running_mean) * n_pairs / n,
+                "running_count": n,
+            }
         if runtime.due(config.log_every, state.step) or state.step == total:
             log.row(row)
         log.progress(row)
@@ -194,7 +242,10 @@ def main(argv: list[str] | None = None) -> None:
         if heldout and (runtime.due(config.eval_every, state.step) or state.step == total):
             result = evaluate(model, heldout, config, running_mean)
             log.row({"step": state.step, **result})
-            log.say(f"step {state.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in result.items()))
+            log.say(
+                f"step {state.step}: "
+                + ", ".join(f"{name} {value:.4f}" for name, value in result.items())
+            )
             if config.samples:
                 runtime.print_samples(model, heldout, config.samples, tokenizer, template, log.say)
             if state.best is None or result["eval/loss"] < state.best:
@@ -205,7 +256,9 @@ def main(argv: list[str] | None = None) -> None:
             checkpoint.save(config.out, state, optimizer, config.keep)
         if stopping:
             why = stop.reason or "another rank"
-            log.say(f"stopped by {why} after step {state.step} of {total}; --resume auto goes on from here")
+            log.say(
+                f"stopped by {why} after step {state.step} of {total}; --resume auto goes on from here"
+            )
             log.close()
             return
     log.close()

@@ -37,8 +37,12 @@ from parallel import AdamW, init_mesh, pipeline
 @dataclass
 class Config(RunConfig):
     loss: Literal[losses.KTO_LOSSES] = "kto"  # apo_zero_unpaired and bco need no mismatched answers
-    beta: float = 0.1  # temperature of the implicit reward; smaller strays further from the reference
-    desirable_weight: float = 1.0  # λ_D of good answers; the run's first lines say what would balance the data
+    beta: float = (
+        0.1  # temperature of the implicit reward; smaller strays further from the reference
+    )
+    desirable_weight: float = (
+        1.0  # λ_D of good answers; the run's first lines say what would balance the data
+    )
     undesirable_weight: float = 1.0  # λ_U of bad answers
     ref: str = ""  # another Hugging Face folder as reference; default: the policy at step 0
 
@@ -52,14 +56,18 @@ def log_ratios(model: GPT, hidden: torch.Tensor, batch: TreeBatch) -> torch.Tens
 
 
 @torch.no_grad()
-def reference_point(model: GPT, data: Dataset, examples: np.ndarray, config: Config) -> torch.Tensor:
+def reference_point(
+    model: GPT, data: Dataset, examples: np.ndarray, config: Config
+) -> torch.Tensor:
     """z of the examples of a whole step, over all micro-batches and ranks.
 
     A pass of its own over prompt and mismatched answer: the loss of the first example needs z of all of them. It has
     no gradient, so this is far cheaper than to carry mismatched answers through the backward pass as well.
     """
     mesh = model.mesh
-    bins = micro_batches(branch_lengths(data, 1), examples, config.max_tokens, mesh.dp_rank, mesh.dp)
+    bins = micro_batches(
+        branch_lengths(data, 1), examples, config.max_tokens, mesh.dp_rank, mesh.dp
+    )
     ratio_sum = torch.zeros((), dtype=torch.float64, device=model.device)
     for batch, hidden in pipeline(model, (make_batch(data, items, only=1) for items in bins)):
         ratio_sum += log_ratios(model, hidden, batch).sum()
@@ -89,7 +97,11 @@ def example_losses(
             per_example = losses.bco(ratio, label, config.beta, delta)
     weight = torch.where(label > 0, config.desirable_weight, config.undesirable_weight)
     reward = config.beta * ratio.detach()
-    points: dict[str, torch.Tensor | float] = {"kto": config.beta * z, "apo_zero_unpaired": 0.0, "bco": delta}
+    points: dict[str, torch.Tensor | float] = {
+        "kto": config.beta * z,
+        "apo_zero_unpaired": 0.0,
+        "bco": delta,
+    }
     point = points[config.loss]
     return weight * per_example, {
         "rewards/chosen": reward * label,
@@ -114,7 +126,11 @@ def balance(good: float, bad: float, config: Config) -> str:
         return f"warning: all rows are {'desirable' if good else 'undesirable'}: nothing tells good from bad"
     now = config.desirable_weight * good / (config.undesirable_weight * bad)
     low = config.undesirable_weight * bad / good
-    advice = "within" if 1 <= now <= 4 / 3 else f"--desirable-weight {low:.2f} to {low * 4 / 3:.2f} would be within"
+    advice = (
+        "within"
+        if 1 <= now <= 4 / 3
+        else f"--desirable-weight {low:.2f} to {low * 4 / 3:.2f} would be within"
+    )
     return f"{good:.0f} desirable, {bad:.0f} undesirable, weighted {now:.2f} to 1; {advice} the paper's 1 to 1.33"
 
 
@@ -126,7 +142,9 @@ def evaluate(model: GPT, data: Dataset, config: Config, delta: float) -> dict[st
     if config.loss == "kto":
         z = reference_point(model, data, everything, config)
     totals: dict[str, torch.Tensor] = {}
-    bins = micro_batches(branch_lengths(data, 0), everything, config.max_tokens, mesh.dp_rank, mesh.dp)
+    bins = micro_batches(
+        branch_lengths(data, 0), everything, config.max_tokens, mesh.dp_rank, mesh.dp
+    )
     for batch, hidden in pipeline(model, (make_batch(data, items, only=0) for items in bins)):
         ratio, label = log_ratios(model, hidden, batch), batch.columns["label"]
         per_example, metrics = example_losses(ratio, label, z, config, delta)
@@ -153,14 +171,21 @@ def main(argv: list[str] | None = None) -> None:
     n = len(train.response_len)  # a comparison is two examples
     per_epoch = steps_per_epoch(n, config.batch_size)
     total = runtime.total_steps(config, per_epoch)
-    steps = [step_examples(n, config.batch_size, step, config.seed, config.shuffle) for step in range(total)]
+    steps = [
+        step_examples(n, config.batch_size, step, config.seed, config.shuffle)
+        for step in range(total)
+    ]
     starts = np.cumsum([0, *map(len, steps)])
     # From here on an example is one tree of the run, in the order of training.
     train = kto_trees(train, steps, config.max_length, config.loss == "kto")
     if heldout:
-        heldout = kto_trees(heldout, [np.arange(len(heldout.response_len))], config.max_length, config.loss == "kto")
+        heldout = kto_trees(
+            heldout, [np.arange(len(heldout.response_len))], config.max_length, config.loss == "kto"
+        )
     for data in filter(None, (train, heldout)):
-        pack(data.tree_lengths(config.share_prompts), config.max_tokens)  # a row that does not fit is refused here
+        pack(
+            data.tree_lengths(config.share_prompts), config.max_tokens
+        )  # a row that does not fit is refused here
     lengths = branch_lengths(train, 0)
 
     # ---- model and reference -----------------------------------------------------------------------------------------
@@ -169,10 +194,14 @@ def main(argv: list[str] | None = None) -> None:
     print(runtime.describe(config, model, lengths, total))
     cost = {}
     for data in filter(None, (train, heldout)):
-        scored, spent = runtime.reference_logps(model, config.ref, data, np.arange(len(data)), config, print)
+        scored, spent = runtime.reference_logps(
+            model, config.ref, data, np.arange(len(data)), config, print
+        )
         data.columns["ref_logps"] = scored
         cost = cost or spent
-    optimizer = AdamW(model, (config.beta1, config.beta2), config.eps, config.weight_decay, config.zero)
+    optimizer = AdamW(
+        model, (config.beta1, config.beta2), config.eps, config.weight_decay, config.zero
+    )
     state = checkpoint.State()
     if start:
         state = checkpoint.load(start, optimizer)
@@ -191,7 +220,9 @@ def main(argv: list[str] | None = None) -> None:
         # Counted over the whole step, so that the loss does not depend on how it is cut into micro-batches.
         n_examples = len(examples)
         n_good = good_among(train, examples)
-        seen = state.extra or dict.fromkeys(("good", "n_good", "bad", "n_bad"), 0.0)  # bco: sums of all rewards so far
+        seen = state.extra or dict.fromkeys(
+            ("good", "n_good", "bad", "n_bad"), 0.0
+        )  # bco: sums of all rewards so far
         means = [seen[c] / seen[f"n_{c}"] for c in ("good", "bad") if seen[f"n_{c}"]]
         delta = sum(means) / max(1, len(means))
         z, tokens = torch.zeros((), device=device), int(lengths[examples].sum())
@@ -209,15 +240,25 @@ def main(argv: list[str] | None = None) -> None:
         norm, stopping = optimizer.step(lr, config.clip, stop)
 
         state.step = step + 1
-        row = {"step": state.step, **runtime.means(totals, n_examples, mesh), "grad_norm": norm, "lr": lr}
-        sums = {"good": row["rewards/chosen"] * n_examples, "bad": row["rewards/rejected"] * n_examples}
+        row = {
+            "step": state.step,
+            **runtime.means(totals, n_examples, mesh),
+            "grad_norm": norm,
+            "lr": lr,
+        }
+        sums = {
+            "good": row["rewards/chosen"] * n_examples,
+            "bad": row["rewards/rejected"] * n_examples,
+        }
         row = by_class(row, n_examples, n_good)
         row |= {"kl": z.item()} if config.loss == "kto" else {}
         row |= {"epoch": state.step / per_epoch, **meter.read(tokens, batches)}
         state.tokens += tokens
         if nonfinite.check(norm, state.step):
             state.skipped += 1
-            log.say(f"step {state.step}: the gradient is not finite, no update ({state.skipped} so far)")
+            log.say(
+                f"step {state.step}: the gradient is not finite, no update ({state.skipped} so far)"
+            )
         elif config.loss == "bco":
             sums |= {"n_good": n_good, "n_bad": n_examples - n_good}
             state.extra = {name: seen[name] + value for name, value in sums.items()}
@@ -228,7 +269,10 @@ def main(argv: list[str] | None = None) -> None:
         if heldout and (runtime.due(config.eval_every, state.step) or state.step == total):
             result = evaluate(model, heldout, config, delta)
             log.row({"step": state.step, **result})
-            log.say(f"step {state.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in result.items()))
+            log.say(
+                f"step {state.step}: "
+                + ", ".join(f"{name} {value:.4f}" for name, value in result.items())
+            )
             if config.samples:
                 runtime.print_samples(model, heldout, config.samples, tokenizer, template, log.say)
             if state.best is None or result["eval/loss"] < state.best:
@@ -239,7 +283,9 @@ def main(argv: list[str] | None = None) -> None:
             checkpoint.save(config.out, state, optimizer, config.keep)
         if stopping:
             why = stop.reason or "another rank"
-            log.say(f"stopped by {why} after step {state.step} of {total}; --resume auto goes on from here")
+            log.say(
+                f"stopped by {why} after step {state.step} of {total}; --resume auto goes on from here"
+            )
             log.close()
             return
     log.close()

@@ -41,16 +41,28 @@ from rollout import Rollout, RolloutConfig
 
 @dataclass
 class Config(RolloutConfig):
-    group_size: int = 1  # samples a prompt: the critic is the baseline; more share the prompt's computation
+    group_size: int = (
+        1  # samples a prompt: the critic is the baseline; more share the prompt's computation
+    )
     gamma: float = 1.0  # discount of rewards to come; 1 unless answers are very long
-    lam: float = 0.95  # λ of GAE: 1 = what really followed, 0 = what the critic expected one token later
+    lam: float = (
+        0.95  # λ of GAE: 1 = what really followed, 0 = what the critic expected one token later
+    )
     clip_ratio: float = 0.2  # how far the ratio may leave 1 before a token's gradient ends
-    clip_value: float = 0.2  # how far a value may leave the old one in a step, in units of the reward; 0 = no limit
+    clip_value: float = (
+        0.2  # how far a value may leave the old one in a step, in units of the reward; 0 = no limit
+    )
     entropy_weight: float = 0.0  # of the policy's entropy, a bonus; 0 to 0.01
     kl: float = 0.05  # β, what a nat away from the reference costs, in units of the reward; 0 = no reference
-    kl_estimator: Literal[losses.KL_ESTIMATORS] = "k1"  # of a token's nats: k1 is unbiased, abs NeMo-Aligner's
-    kl_target: float = 0.0  # nats a response: β rises while kl is above, falls while it is below; 0 = β is fixed
-    kl_gain: float = 0.1  # of that: β changes by this times the relative error, which counts as 0.2 at most
+    kl_estimator: Literal[losses.KL_ESTIMATORS] = (
+        "k1"  # of a token's nats: k1 is unbiased, abs NeMo-Aligner's
+    )
+    kl_target: float = (
+        0.0  # nats a response: β rises while kl is above, falls while it is below; 0 = β is fixed
+    )
+    kl_gain: float = (
+        0.1  # of that: β changes by this times the relative error, which counts as 0.2 at most
+    )
     ppo_epochs: int = 4  # passes over each rollout; 1 to 4
     minibatches: int = 1  # updates a pass; --batch-size prompts are cut into so many
     critic: str = ""  # folder the critic starts from; default: the reward model's, else --model with a new head
@@ -63,14 +75,19 @@ class Config(RolloutConfig):
 # ---- the algorithm ---------------------------------------------------------------------------------------------------
 
 
-def updates(found: Rollout, step: int, config: Config, mesh: Mesh) -> list[tuple[np.ndarray, list[list[int]]]]:
+def updates(
+    found: Rollout, step: int, config: Config, mesh: Mesh
+) -> list[tuple[np.ndarray, list[list[int]]]]:
     """(prompts, this rank's micro-batches of them) of each update of a rollout; a group is never taken apart."""
     n, lengths = len(found.data), found.data.tree_lengths(config.share_prompts)
     parts = []
     for epoch in range(config.ppo_epochs):
         order = np.random.default_rng([config.seed, step, epoch]).permutation(n)
         parts += [np.sort(part) for part in np.array_split(order, config.minibatches) if len(part)]
-    return [(part, micro_batches(lengths, part, config.max_tokens, mesh.dp_rank, mesh.dp)) for part in parts]
+    return [
+        (part, micro_batches(lengths, part, config.max_tokens, mesh.dp_rank, mesh.dp))
+        for part in parts
+    ]
 
 
 @torch.no_grad()
@@ -89,7 +106,13 @@ def values_of(critic: GPT, hidden: torch.Tensor, batch: TreeBatch) -> torch.Tens
 
 
 def judge(
-    found: Rollout, plan: list, model: GPT, critic: GPT, ref: GPT | None, beta: float, config: Config
+    found: Rollout,
+    plan: list,
+    model: GPT,
+    critic: GPT,
+    ref: GPT | None,
+    beta: float,
+    config: Config,
 ) -> dict[str, float]:
     """Puts advantage, return, old value and old log-prob of every token beside the samples; returns metrics of them.
 
@@ -114,7 +137,11 @@ def judge(
     for name, column in (("advantage", advantages), ("return", returns), ("old_value", values)):
         found.data.add_tokens(name, column.numpy())
     unexplained = (returns - values).var(correction=0) / returns.var(correction=0).clamp(min=1e-12)
-    return {**row, "value/mean": values.mean().item(), "value/explained_variance": 1 - unexplained.item()}
+    return {
+        **row,
+        "value/mean": values.mean().item(),
+        "value/explained_variance": 1 - unexplained.item(),
+    }
 
 
 def policy_losses(
@@ -125,7 +152,11 @@ def policy_losses(
     ratio = (logps - batch.token_columns["old_logps"]).exp()
     clip = config.clip_ratio
     per_token, held = losses.clipped_surrogate(ratio, batch.token_columns["advantage"], clip, clip)
-    return per_token - config.entropy_weight * entropy, {"ratio": ratio, "clip_fraction": held, "entropy": entropy}
+    return per_token - config.entropy_weight * entropy, {
+        "ratio": ratio,
+        "clip_fraction": held,
+        "entropy": entropy,
+    }
 
 
 def value_losses(
@@ -133,7 +164,9 @@ def value_losses(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Half the square of what each value is off by, clipped beside the policy's ratio, (M,), and metrics (M,)."""
     known, clip = batch.token_columns, config.clip_value or float("inf")
-    per_token, held = losses.clipped_value(values_of(critic, hidden, batch), known["old_value"], known["return"], clip)
+    per_token, held = losses.clipped_value(
+        values_of(critic, hidden, batch), known["old_value"], known["return"], clip
+    )
     return per_token, {"value/loss": per_token, "value/clip_fraction": held}
 
 
@@ -148,7 +181,9 @@ def refuse(config: Config) -> None:
     if config.kl_target and not config.kl:
         raise ValueError("--kl-target moves β, which --kl 0 leaves at 0: give the β to start from")
     if config.rollout_url and not config.rollout_reload:
-        raise ValueError("--rollout-url without --rollout-reload would sample from the first weights for ever")
+        raise ValueError(
+            "--rollout-url without --rollout-reload would sample from the first weights for ever"
+        )
     if config.ppo_epochs < 1 or config.minibatches < 1 or config.temperature <= 0:
         raise ValueError("--ppo-epochs and --minibatches must be at least 1, --temperature above 0")
 
@@ -165,13 +200,21 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = load_tokenizer(config.model)
     template = Template(config.template, tokenizer)
     train, heldout = (
-        load_prompts(files, template, config.max_length - config.max_new_tokens, config.overlong, config.max_bad_rows)
+        load_prompts(
+            files,
+            template,
+            config.max_length - config.max_new_tokens,
+            config.overlong,
+            config.max_bad_rows,
+        )
         if files
         else None
         for files in (config.data, config.eval_data)
     )
     rollout.check(train, config)
-    reward = load_reward(config.reward, template, config.template, dtype, device, config.max_tokens, mesh)
+    reward = load_reward(
+        config.reward, template, config.template, dtype, device, config.max_tokens, mesh
+    )
 
     # ---- model and critic and reference ------------------------------------------------------------------------------
     model = load_model(config.model, dtype, device, mesh=mesh)
@@ -182,12 +225,16 @@ def main(argv: list[str] | None = None) -> None:
     print(runtime.describe(config, model, longest, total))
     judged_by = config.critic or (config.reward if Path(config.reward).is_dir() else config.model)
     if not same_tokens(tokenizer, load_tokenizer(judged_by)):
-        raise ValueError(f"--critic {judged_by} has another tokenizer than the policy: take a model of its family")
+        raise ValueError(
+            f"--critic {judged_by} has another tokenizer than the policy: take a model of its family"
+        )
     critic = load_model(judged_by, dtype, device, ("value",), mesh)
     runtime.prepare_model(critic, config, tokenizer)
     print(f"the critic starts from {judged_by}")
     ref = None
-    if config.kl or config.ref:  # the folder itself: a resumed run must not take the half-trained policy
+    if (
+        config.kl or config.ref
+    ):  # the folder itself: a resumed run must not take the half-trained policy
         ref = load_model(config.ref or config.model, dtype, device, mesh=mesh).requires_grad_(False)
         runtime.prepare_model(ref, config, tokenizer)
     server = rollout.Server(template, config) if config.rollout_url else None
@@ -209,12 +256,19 @@ def main(argv: list[str] | None = None) -> None:
         log.row({"step": 0, **result})
     for step in range(state.step, total):
         meter.start()
-        examples = step_examples(len(train.ids), config.batch_size, step, config.seed, config.shuffle)
+        examples = step_examples(
+            len(train.ids), config.batch_size, step, config.seed, config.shuffle
+        )
         own = rollout.seeds(config.seed, step + 1, len(examples), config.group_size)
         sample = rollout.sampler(model, template, config, server)
-        found = rollout.collect(train.take(examples), sample, reward, template, config, mesh, own, config.temperature)
+        found = rollout.collect(
+            train.take(examples), sample, reward, template, config, mesh, own, config.temperature
+        )
         began, beta = time.perf_counter(), state.extra.get("beta", config.kl)
-        plan, lengths = updates(found, step, config, mesh), found.data.tree_lengths(config.share_prompts)
+        plan, lengths = (
+            updates(found, step, config, mesh),
+            found.data.tree_lengths(config.share_prompts),
+        )
         judged = judge(found, plan, model, critic, ref, beta, config)
         row = {"step": step + 1, **found.metrics(), "beta": beta, **judged}
         found.seconds["scoring"] += time.perf_counter() - began
@@ -243,7 +297,9 @@ def main(argv: list[str] | None = None) -> None:
             norms.append((norm, critic_norm))
             if nonfinite.check(norm + critic_norm, step + 1):
                 state.skipped += 1
-                log.say(f"step {step + 1}: the gradient is not finite, no update ({state.skipped} so far)")
+                log.say(
+                    f"step {step + 1}: the gradient is not finite, no update ({state.skipped} so far)"
+                )
 
         state.step = step + 1
         row |= runtime.means(totals, int(found.lengths.sum()) * config.ppo_epochs, mesh)
@@ -253,13 +309,19 @@ def main(argv: list[str] | None = None) -> None:
         found.seconds["training"] = time.perf_counter() - began
         tokens = int(lengths.sum()) * config.ppo_epochs
         for name, seconds in found.seconds.items():
-            done = {"rollout": int(found.lengths.sum()), "scoring": int(lengths.sum()), "training": tokens}[name]
+            done = {
+                "rollout": int(found.lengths.sum()),
+                "scoring": int(lengths.sum()),
+                "training": tokens,
+            }[name]
             row |= {f"{name}_seconds": seconds, f"{name}_tokens_per_second": done / seconds}
         row |= {"epoch": state.step / per_epoch, **meter.read(tokens, batches)}
         state.tokens += tokens
         if runtime.due(config.log_every, state.step) or state.step == total:
             log.row(row)
-        if mesh.main and (runtime.due(config.log_samples, state.step) or config.log_samples and state.step == 1):
+        if mesh.main and (
+            runtime.due(config.log_samples, state.step) or config.log_samples and state.step == 1
+        ):
             rollout.log_samples(config.out, state.step, found)
         log.progress({"loss": row["value/loss"], **row})  # the critic's where only it learns
 
@@ -267,9 +329,14 @@ def main(argv: list[str] | None = None) -> None:
             sample = rollout.sampler(model, template, config, server)
             result, answers = rollout.evaluate(heldout, sample, reward, template, config, mesh)
             log.row({"step": state.step, **result})
-            log.say(f"step {state.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in result.items()))
+            log.say(
+                f"step {state.step}: "
+                + ", ".join(f"{name} {value:.4f}" for name, value in result.items())
+            )
             for i in range(min(config.samples, len(answers.texts))):
-                log.say(f"  prompt  {str(heldout.prompts[i])[-300:]!r}\n  answer  {answers.texts[i]!r}")
+                log.say(
+                    f"  prompt  {str(heldout.prompts[i])[-300:]!r}\n  answer  {answers.texts[i]!r}"
+                )
             if state.best is None or -result["eval/reward"] < state.best:
                 state.best, state.best_step = -result["eval/reward"], state.step
                 save_model(model, Path(config.out) / "best", config.model, template)
@@ -278,7 +345,9 @@ def main(argv: list[str] | None = None) -> None:
             checkpoint.save(config.out, state, (optimizer, critic_optimizer), config.keep)
         if stopping:
             why = stop.reason or "another rank"
-            log.say(f"stopped by {why} after step {state.step} of {total}; --resume auto goes on from here")
+            log.say(
+                f"stopped by {why} after step {state.step} of {total}; --resume auto goes on from here"
+            )
             log.close()
             return
     log.close()

@@ -40,17 +40,29 @@ from rollout import Rollout, RolloutConfig
 
 @dataclass
 class Config(RolloutConfig):
-    advantage: Literal[losses.ADVANTAGES] = "rloo"  # what an answer is compared to; formulas and papers: losses.py
-    loss: Literal[tuple(losses.POLICY_LOSSES)] = "grpo"  # what happens to the ratio once the policy has moved on
-    clip_low: float = 0.0  # how far the ratio may fall below 1; 0 = the paper's: grpo and dapo 0.2, gspo 3e-4
-    clip_high: float = 0.0  # and rise above it; 0 = the paper's: grpo 0.2, dapo 0.28, gspo 4e-4, cispo 4
+    advantage: Literal[losses.ADVANTAGES] = (
+        "rloo"  # what an answer is compared to; formulas and papers: losses.py
+    )
+    loss: Literal[tuple(losses.POLICY_LOSSES)] = (
+        "grpo"  # what happens to the ratio once the policy has moved on
+    )
+    clip_low: float = (
+        0.0  # how far the ratio may fall below 1; 0 = the paper's: grpo and dapo 0.2, gspo 3e-4
+    )
+    clip_high: float = (
+        0.0  # and rise above it; 0 = the paper's: grpo 0.2, dapo 0.28, gspo 4e-4, cispo 4
+    )
     aggregate: Literal[losses.AGGREGATES] = (
         "token"  # mean of all tokens (dapo); of the responses' means (grpo, gspo); sum over a constant (dr_grpo)
     )
     kl: float = 0.05  # β, what a nat away from the reference costs, in units of the reward; 0 = no reference
-    kl_in: Literal["reward", "loss"] = "reward"  # part of what is compared, or a term beside it (GRPO's paper)
+    kl_in: Literal["reward", "loss"] = (
+        "reward"  # part of what is compared, or a term beside it (GRPO's paper)
+    )
     kl_estimator: Literal[losses.KL_ESTIMATORS] = "k1"  # in the loss: k3 (GRPO) or k2
-    rollout_epochs: int = 1  # passes over each rollout; more reuse samples, and the clip begins to matter
+    rollout_epochs: int = (
+        1  # passes over each rollout; more reuse samples, and the clip begins to matter
+    )
     minibatches: int = 1  # updates a pass; --batch-size prompts are cut into so many
     ref: str = ""  # another Hugging Face folder as reference; default: --model as it was at step 0
     lr: float = 1e-6  # peak learning rate; 1e-6 for 7B models
@@ -59,17 +71,24 @@ class Config(RolloutConfig):
 # ---- the algorithm ---------------------------------------------------------------------------------------------------
 
 
-def updates(found: Rollout, step: int, config: Config, mesh: Mesh) -> list[tuple[np.ndarray, list[list[int]]]]:
+def updates(
+    found: Rollout, step: int, config: Config, mesh: Mesh
+) -> list[tuple[np.ndarray, list[list[int]]]]:
     """(prompts, this rank's micro-batches of them) of each update of a rollout; a group is never taken apart."""
     n, lengths = len(found.data), found.data.tree_lengths(config.share_prompts)
     parts = []
     for epoch in range(config.rollout_epochs):
         order = np.random.default_rng([config.seed, step, epoch]).permutation(n)
         parts += [np.sort(part) for part in np.array_split(order, config.minibatches) if len(part)]
-    return [(part, micro_batches(lengths, part, config.max_tokens, mesh.dp_rank, mesh.dp)) for part in parts]
+    return [
+        (part, micro_batches(lengths, part, config.max_tokens, mesh.dp_rank, mesh.dp))
+        for part in parts
+    ]
 
 
-def judge(found: Rollout, plan: list, model: GPT, ref: GPT | None, config: Config) -> dict[str, float]:
+def judge(
+    found: Rollout, plan: list, model: GPT, ref: GPT | None, config: Config
+) -> dict[str, float]:
     """Puts advantage, old and reference log-probs of every token beside the samples; returns metrics of the policy.
 
     The policy's log-probs are computed again where the ratio needs them: a sampler's arithmetic is not training's.
@@ -80,7 +99,9 @@ def judge(found: Rollout, plan: list, model: GPT, ref: GPT | None, config: Confi
         sampled, logps = logps, rollout.token_logps(model, found.data, first_pass, config)
         row["sampler_gap"] = float(np.abs(sampled - logps).mean())
     found.data.add_tokens("old_logps", logps)
-    row["entropy"] = -logps.mean().item()  # of a token: the mean over samples of -log π is an unbiased estimate
+    row[
+        "entropy"
+    ] = -logps.mean().item()  # of a token: the mean over samples of -log π is an unbiased estimate
     kl = np.zeros_like(logps)
     if ref is not None:
         ref_logps = rollout.token_logps(ref, found.data, first_pass, config)
@@ -107,25 +128,37 @@ def policy_loss(
         config.clip_high or None,
     )  # fmt: skip
     if config.kl and config.kl_in == "loss":
-        per_token = per_token + config.kl * losses.kl_estimate(logps, known["ref_logps"], config.kl_estimator)
-    weights = losses.token_weights(batch.lengths.double(), step_lengths, config.aggregate, config.max_new_tokens)
+        per_token = per_token + config.kl * losses.kl_estimate(
+            logps, known["ref_logps"], config.kl_estimator
+        )
+    weights = losses.token_weights(
+        batch.lengths.double(), step_lengths, config.aggregate, config.max_new_tokens
+    )
     return (per_token * weights[batch.response]).sum(), metrics
 
 
 def refuse(config: Config) -> None:
     """ValueError for settings that cannot be, or that would silently do nothing."""
     if config.advantage != "reinforce++" and config.group_size < 2:
-        raise ValueError(f"--advantage {config.advantage} compares the answers to a prompt: --group-size 2 or more")
+        raise ValueError(
+            f"--advantage {config.advantage} compares the answers to a prompt: --group-size 2 or more"
+        )
     if config.kl and config.kl_in == "loss" and config.kl_estimator == "k1":
-        raise ValueError("--kl-in loss with --kl-estimator k1 pulls nowhere on average: take k3 or k2")
+        raise ValueError(
+            "--kl-in loss with --kl-estimator k1 pulls nowhere on average: take k3 or k2"
+        )
     if config.loss == "reinforce" and config.rollout_epochs * config.minibatches > 1:
         raise ValueError(
             "--loss reinforce has no ratio, so one update a rollout: take grpo, or one epoch and minibatch"
         )
     if config.rollout_url and not config.rollout_reload:
-        raise ValueError("--rollout-url without --rollout-reload would sample from the first weights for ever")
+        raise ValueError(
+            "--rollout-url without --rollout-reload would sample from the first weights for ever"
+        )
     if config.rollout_epochs < 1 or config.minibatches < 1 or config.temperature <= 0:
-        raise ValueError("--rollout-epochs and --minibatches must be at least 1, --temperature above 0")
+        raise ValueError(
+            "--rollout-epochs and --minibatches must be at least 1, --temperature above 0"
+        )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -140,13 +173,21 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = load_tokenizer(config.model)
     template = Template(config.template, tokenizer)
     train, heldout = (
-        load_prompts(files, template, config.max_length - config.max_new_tokens, config.overlong, config.max_bad_rows)
+        load_prompts(
+            files,
+            template,
+            config.max_length - config.max_new_tokens,
+            config.overlong,
+            config.max_bad_rows,
+        )
         if files
         else None
         for files in (config.data, config.eval_data)
     )
     rollout.check(train, config)
-    reward = load_reward(config.reward, template, config.template, dtype, device, config.max_tokens, mesh)
+    reward = load_reward(
+        config.reward, template, config.template, dtype, device, config.max_tokens, mesh
+    )
 
     # ---- model and reference -----------------------------------------------------------------------------------------
     model = load_model(config.model, dtype, device, mesh=mesh)
@@ -156,11 +197,15 @@ def main(argv: list[str] | None = None) -> None:
     longest = np.array([len(ids) + config.group_size * config.max_new_tokens for ids in train.ids])
     print(runtime.describe(config, model, longest, total))
     ref = None
-    if config.kl or config.ref:  # the folder itself: a resumed run must not take the half-trained policy
+    if (
+        config.kl or config.ref
+    ):  # the folder itself: a resumed run must not take the half-trained policy
         ref = load_model(config.ref or config.model, dtype, device, mesh=mesh).requires_grad_(False)
         runtime.prepare_model(ref, config, tokenizer)
     server = rollout.Server(template, config) if config.rollout_url else None
-    optimizer = AdamW(model, (config.beta1, config.beta2), config.eps, config.weight_decay, config.zero)
+    optimizer = AdamW(
+        model, (config.beta1, config.beta2), config.eps, config.weight_decay, config.zero
+    )
     state = checkpoint.State()
     if start:
         state = checkpoint.load(start, optimizer)
@@ -177,12 +222,19 @@ def main(argv: list[str] | None = None) -> None:
         log.row({"step": 0, **result})
     for step in range(state.step, total):
         meter.start()
-        examples = step_examples(len(train.ids), config.batch_size, step, config.seed, config.shuffle)
+        examples = step_examples(
+            len(train.ids), config.batch_size, step, config.seed, config.shuffle
+        )
         own = rollout.seeds(config.seed, step + 1, len(examples), config.group_size)
         sample = rollout.sampler(model, template, config, server)
-        found = rollout.collect(train.take(examples), sample, reward, template, config, mesh, own, config.temperature)
+        found = rollout.collect(
+            train.take(examples), sample, reward, template, config, mesh, own, config.temperature
+        )
         began = time.perf_counter()
-        plan, lengths = updates(found, step, config, mesh), found.data.tree_lengths(config.share_prompts)
+        plan, lengths = (
+            updates(found, step, config, mesh),
+            found.data.tree_lengths(config.share_prompts),
+        )
         row = {"step": step + 1, **found.metrics(), **judge(found, plan, model, ref, config)}
         found.seconds["scoring"] += time.perf_counter() - began
         began = time.perf_counter()
@@ -192,7 +244,11 @@ def main(argv: list[str] | None = None) -> None:
         n_tokens, norms, batches = int(found.lengths.sum()) * config.rollout_epochs, [], []
         for part, bins in plan:
             # Counted over the whole update, so that the loss does not depend on how it is cut into micro-batches.
-            step_lengths = torch.from_numpy(found.lengths.reshape(len(examples), -1)[part].ravel()).double().to(device)
+            step_lengths = (
+                torch.from_numpy(found.lengths.reshape(len(examples), -1)[part].ravel())
+                .double()
+                .to(device)
+            )
             batches = [make_batch(found.data, items, config.share_prompts) for items in bins]
             for batch, hidden in pipeline(model, batches, optimizer):
                 logps = model.logps(hidden, batch, config.temperature)  # (M,)
@@ -203,20 +259,32 @@ def main(argv: list[str] | None = None) -> None:
             norms.append(norm)
             if nonfinite.check(norm, step + 1):
                 state.skipped += 1
-                log.say(f"step {step + 1}: the gradient is not finite, no update ({state.skipped} so far)")
+                log.say(
+                    f"step {step + 1}: the gradient is not finite, no update ({state.skipped} so far)"
+                )
 
         state.step = step + 1
-        row |= {**runtime.means(totals, n_tokens, mesh), "grad_norm": sum(norms) / len(norms), "lr": lr}
+        row |= {
+            **runtime.means(totals, n_tokens, mesh),
+            "grad_norm": sum(norms) / len(norms),
+            "lr": lr,
+        }
         found.seconds["training"] = time.perf_counter() - began
         tokens = int(lengths.sum()) * config.rollout_epochs
         for name, seconds in found.seconds.items():
-            done = {"rollout": int(found.lengths.sum()), "scoring": int(lengths.sum()), "training": tokens}[name]
+            done = {
+                "rollout": int(found.lengths.sum()),
+                "scoring": int(lengths.sum()),
+                "training": tokens,
+            }[name]
             row |= {f"{name}_seconds": seconds, f"{name}_tokens_per_second": done / seconds}
         row |= {"epoch": state.step / per_epoch, **meter.read(tokens, batches)}
         state.tokens += tokens
         if runtime.due(config.log_every, state.step) or state.step == total:
             log.row(row)
-        if mesh.main and (runtime.due(config.log_samples, state.step) or config.log_samples and state.step == 1):
+        if mesh.main and (
+            runtime.due(config.log_samples, state.step) or config.log_samples and state.step == 1
+        ):
             rollout.log_samples(config.out, state.step, found)
         log.progress(row)
 
@@ -224,9 +292,14 @@ def main(argv: list[str] | None = None) -> None:
             sample = rollout.sampler(model, template, config, server)
             result, answers = rollout.evaluate(heldout, sample, reward, template, config, mesh)
             log.row({"step": state.step, **result})
-            log.say(f"step {state.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in result.items()))
+            log.say(
+                f"step {state.step}: "
+                + ", ".join(f"{name} {value:.4f}" for name, value in result.items())
+            )
             for i in range(min(config.samples, len(answers.texts))):
-                log.say(f"  prompt  {str(heldout.prompts[i])[-300:]!r}\n  answer  {answers.texts[i]!r}")
+                log.say(
+                    f"  prompt  {str(heldout.prompts[i])[-300:]!r}\n  answer  {answers.texts[i]!r}"
+                )
             if state.best is None or -result["eval/reward"] < state.best:
                 state.best, state.best_step = -result["eval/reward"], state.step
                 save_model(model, Path(config.out) / "best", config.model, template)
@@ -235,7 +308,9 @@ def main(argv: list[str] | None = None) -> None:
             checkpoint.save(config.out, state, optimizer, config.keep)
         if stopping:
             why = stop.reason or "another rank"
-            log.say(f"stopped by {why} after step {state.step} of {total}; --resume auto goes on from here")
+            log.say(
+                f"stopped by {why} after step {state.step} of {total}; --resume auto goes on from here"
+            )
             log.close()
             return
     log.close()

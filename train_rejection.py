@@ -36,7 +36,9 @@ from rollout import Rollout, RolloutConfig, Sampler
 
 @dataclass
 class Config(RolloutConfig):
-    group_size: int = 8  # samples a prompt; the best of n is about √(2 ln n) deviations above the mean
+    group_size: int = (
+        8  # samples a prompt; the best of n is about √(2 ln n) deviations above the mean
+    )
     top: int = 1  # how many of them to keep
     min_reward: float = -1e30  # keep none that earned less; "exact" wants 1
     prompts: int = 0  # sample for so many prompts, drawn with --seed; 0 = all
@@ -54,7 +56,9 @@ def choose(found: Rollout, config: Config) -> tuple[list[dict], list[dict]]:
     for i, prompt in enumerate(found.prompts.prompts):
         best: dict[str, float] = {}
         group = range(i * config.group_size, (i + 1) * config.group_size)
-        for k in sorted(group, key=lambda k: -found.rewards[k]):  # stable: the first of equals is drawn first
+        for k in sorted(
+            group, key=lambda k: -found.rewards[k]
+        ):  # stable: the first of equals is drawn first
             if found.ended[k] and found.texts[k]:
                 best.setdefault(found.texts[k], found.rewards[k].item())
         ranked = list(best.items())
@@ -69,7 +73,12 @@ def choose(found: Rollout, config: Config) -> tuple[list[dict], list[dict]]:
 
 
 def best_of_n(
-    prompts: Prompts, sample: Sampler, reward: Reward, template: Template, config: Config, mesh: Mesh
+    prompts: Prompts,
+    sample: Sampler,
+    reward: Reward,
+    template: Template,
+    config: Config,
+    mesh: Mesh,
 ) -> dict[str, float]:
     """Samples, scores and writes OUT/kept.jsonl and OUT/pairs.jsonl; collective. Returns what was found, as means."""
     n = len(prompts.ids)
@@ -80,7 +89,9 @@ def best_of_n(
     for number, start in enumerate(range(0, len(mine), config.batch_size), 1):
         part = prompts.take(mine[start : start + config.batch_size])
         own = rollout.seeds(config.seed, number, len(part.ids), config.group_size)
-        found = rollout.collect(part, sample, reward, template, config, mesh, own, config.temperature)
+        found = rollout.collect(
+            part, sample, reward, template, config, mesh, own, config.temperature
+        )
         more = choose(found, config)
         kept += more[0]
         pairs += more[1]
@@ -89,7 +100,10 @@ def best_of_n(
         if mesh.main:
             if runtime.due(config.log_samples, number) or config.log_samples and number == 1:
                 rollout.log_samples(config.out, number, found)
-            print(f"{start + len(part.ids)} of {len(mine)} prompts sampled, {len(kept)} answers kept", flush=True)
+            print(
+                f"{start + len(part.ids)} of {len(mine)} prompts sampled, {len(kept)} answers kept",
+                flush=True,
+            )
     if not kept:
         raise ValueError(
             f"none of {len(mine) * config.group_size} samples is worth keeping ({np.concatenate(ended).mean():.0%} "
@@ -97,7 +111,9 @@ def best_of_n(
         )
     if mesh.main:
         write_rows(Path(config.out) / "pairs.jsonl", pairs)
-        write_rows(Path(config.out) / "kept.jsonl", kept)  # the last: a resumed run samples again unless it is there
+        write_rows(
+            Path(config.out) / "kept.jsonl", kept
+        )  # the last: a resumed run samples again unless it is there
     every = np.concatenate(rewards)
     return {
         "reward": every.mean().item(), "reward_std": every.std().item(),
@@ -109,7 +125,9 @@ def best_of_n(
 def main(argv: list[str] | None = None) -> None:
     config = parse(Config, __doc__, argv)
     if config.group_size < 2 or not 1 <= config.top <= config.group_size:
-        raise ValueError("the best of n needs --group-size 2 or more, and --top between 1 and --group-size")
+        raise ValueError(
+            "the best of n needs --group-size 2 or more, and --top between 1 and --group-size"
+        )
     mesh = init_mesh(config.tp, config.cp, config.pp, config.device, config.timeout_minutes)
     device, dtype = runtime.set_up(config, mesh)
     stop = runtime.Stop(config.max_minutes)
@@ -120,12 +138,20 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = load_tokenizer(config.model)
     template = Template(config.template, tokenizer)
     prompts, heldout = (
-        load_prompts(files, template, config.max_length - config.max_new_tokens, config.overlong, config.max_bad_rows)
+        load_prompts(
+            files,
+            template,
+            config.max_length - config.max_new_tokens,
+            config.overlong,
+            config.max_bad_rows,
+        )
         if files
         else None
         for files in (config.data, config.eval_data)
     )
-    reward = load_reward(config.reward, template, config.template, dtype, device, config.max_tokens, mesh)
+    reward = load_reward(
+        config.reward, template, config.template, dtype, device, config.max_tokens, mesh
+    )
     # The samples are drawn before the first update, by the model as it is then.
     model = load_model(config.model, dtype, device, mesh=mesh)
     drawn = {}
@@ -147,7 +173,9 @@ def main(argv: list[str] | None = None) -> None:
     per_epoch = steps_per_epoch(len(train), config.batch_size)
     total = runtime.total_steps(config, per_epoch)
     print(runtime.describe(config, model, lengths, total))
-    optimizer = AdamW(model, (config.beta1, config.beta2), config.eps, config.weight_decay, config.zero)
+    optimizer = AdamW(
+        model, (config.beta1, config.beta2), config.eps, config.weight_decay, config.zero
+    )
     state = checkpoint.State()
     if start:
         state = checkpoint.load(start, optimizer)
@@ -179,13 +207,20 @@ def main(argv: list[str] | None = None) -> None:
         norm, stopping = optimizer.step(lr, config.clip, stop)
 
         state.step = step + 1
-        row = {"step": state.step, **runtime.means(totals, n_scored, mesh), "grad_norm": norm, "lr": lr}
+        row = {
+            "step": state.step,
+            **runtime.means(totals, n_scored, mesh),
+            "grad_norm": norm,
+            "lr": lr,
+        }
         tokens = int(lengths[examples].sum())
         row |= {"epoch": state.step / per_epoch, **meter.read(tokens, batches)}
         state.tokens += tokens
         if nonfinite.check(norm, state.step):
             state.skipped += 1
-            log.say(f"step {state.step}: the gradient is not finite, no update ({state.skipped} so far)")
+            log.say(
+                f"step {state.step}: the gradient is not finite, no update ({state.skipped} so far)"
+            )
         if runtime.due(config.log_every, state.step) or state.step == total:
             log.row(row)
         log.progress(row)
@@ -194,9 +229,14 @@ def main(argv: list[str] | None = None) -> None:
             sample = rollout.sampler(model, template, config)
             result, answers = rollout.evaluate(heldout, sample, reward, template, config, mesh)
             log.row({"step": state.step, **result})
-            log.say(f"step {state.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in result.items()))
+            log.say(
+                f"step {state.step}: "
+                + ", ".join(f"{name} {value:.4f}" for name, value in result.items())
+            )
             for i in range(min(config.samples, len(answers.texts))):
-                log.say(f"  prompt  {str(heldout.prompts[i])[-300:]!r}\n  answer  {answers.texts[i]!r}")
+                log.say(
+                    f"  prompt  {str(heldout.prompts[i])[-300:]!r}\n  answer  {answers.texts[i]!r}"
+                )
             if state.best is None or -result["eval/reward"] < state.best:
                 state.best, state.best_step = -result["eval/reward"], state.step
                 save_model(model, Path(config.out) / "best", config.model, template)
@@ -205,7 +245,9 @@ def main(argv: list[str] | None = None) -> None:
             checkpoint.save(config.out, state, optimizer, config.keep)
         if stopping:
             why = stop.reason or "another rank"
-            log.say(f"stopped by {why} after step {state.step} of {total}; --resume auto goes on from here")
+            log.say(
+                f"stopped by {why} after step {state.step} of {total}; --resume auto goes on from here"
+            )
             log.close()
             return
     log.close()

@@ -38,9 +38,13 @@ from parallel import AdamW, init_mesh, pipeline
 
 @dataclass
 class Config(RunConfig):
-    loss: Literal[losses.REWARD_MODEL_LOSSES] = "bradley_terry"  # margin_bt, scaled_bt: the data says by how much
+    loss: Literal[losses.REWARD_MODEL_LOSSES] = (
+        "bradley_terry"  # margin_bt, scaled_bt: the data says by how much
+    )
     centering: float = 0.0  # pulls scores towards 0: weight of r_c² + r_r²; 0.001 to 0.01
-    attributes: list[str] = field(default_factory=list)  # regression: what to learn; default: all that the data has
+    attributes: list[str] = field(
+        default_factory=list
+    )  # regression: what to learn; default: all that the data has
     lr: float = 1e-5  # peak learning rate; 1e-6 to 1e-5 for 7B models
 
 
@@ -50,7 +54,11 @@ class Config(RunConfig):
 def margins(data: Dataset) -> np.ndarray:
     """By how much each answer's pair is judged apart, (R,): `margin`, else the rewards' difference, else NaN."""
     reward = data.columns["reward"].reshape(-1, 2)
-    return np.where(np.isnan(data.columns["margin"]), np.repeat(reward[:, 0] - reward[:, 1], 2), data.columns["margin"])
+    return np.where(
+        np.isnan(data.columns["margin"]),
+        np.repeat(reward[:, 0] - reward[:, 1], 2),
+        data.columns["margin"],
+    )
 
 
 def wanted_of(batch: TreeBatch, names: tuple[str, ...]) -> torch.Tensor:
@@ -82,7 +90,9 @@ def items_in(data: Dataset, examples: np.ndarray, names: tuple[str, ...], config
 def evaluate(model: GPT, data: Dataset, names: tuple[str, ...], config: Config) -> dict[str, float]:
     """Loss and metrics over a whole data set, under eval/; for attributes the error and correlation of each."""
     mesh, everything, totals = model.mesh, np.arange(len(data)), {}
-    scores = torch.zeros(len(data.response_len), len(names), dtype=torch.float64, device=model.device)
+    scores = torch.zeros(
+        len(data.response_len), len(names), dtype=torch.float64, device=model.device
+    )
     lengths = data.tree_lengths(config.share_prompts)
     bins = micro_batches(lengths, everything, config.max_tokens, mesh.dp_rank, mesh.dp)
     batches = (make_batch(data, items, config.share_prompts) for items in bins)
@@ -101,7 +111,9 @@ def evaluate(model: GPT, data: Dataset, names: tuple[str, ...], config: Config) 
         if known.any():
             row[f"eval/error/{name}"] = (got - right)[known].abs().mean().item()
         if known.sum() > 1 and right[known].std() > 0 and got[known].std() > 0:
-            row[f"eval/correlation/{name}"] = torch.corrcoef(torch.stack((got[known], right[known])))[0, 1].item()
+            row[f"eval/correlation/{name}"] = torch.corrcoef(
+                torch.stack((got[known], right[known]))
+            )[0, 1].item()
     return row
 
 
@@ -114,7 +126,9 @@ def deviation(row: dict[str, float], name: str) -> dict[str, float]:
 
 
 @torch.no_grad()
-def print_scored(model: GPT, data: Dataset, n: int, tokenizer: Tokenizer, say: Callable[[str], None]) -> None:
+def print_scored(
+    model: GPT, data: Dataset, n: int, tokenizer: Tokenizer, say: Callable[[str], None]
+) -> None:
     """Prints the first n held-out prompts, and their answers with the scores they get."""
     batch = make_batch(data, list(range(min(n, len(data))))).to(model.device)
     scores = iter(model.score(model(batch), batch, batch.last).tolist())
@@ -144,15 +158,23 @@ def main(argv: list[str] | None = None) -> None:
     if config.loss == "regression":
         known_attributes(config.attributes)
         names = tuple(name for name in ATTRIBUTES if not np.isnan(train.columns[name]).all())
-        if lacking := [name for name in config.attributes if name not in names] or ([] if names else ["attribute"]):
-            raise ValueError(f"no row of --data gives {lacking[0]}: it has {', '.join(names) or 'none of them'}")
+        if lacking := [name for name in config.attributes if name not in names] or (
+            [] if names else ["attribute"]
+        ):
+            raise ValueError(
+                f"no row of --data gives {lacking[0]}: it has {', '.join(names) or 'none of them'}"
+            )
         names = tuple(name for name in names if not config.attributes or name in config.attributes)
     for data in filter(None, (train, heldout) if config.loss != "regression" else ()):
         data.columns["margin"] = margins(data)
         if config.loss != "bradley_terry" and np.isnan(data.columns["margin"]).any():
-            raise ValueError(f"--loss {config.loss} needs margin, or chosen_reward and rejected_reward, in every row")
+            raise ValueError(
+                f"--loss {config.loss} needs margin, or chosen_reward and rejected_reward, in every row"
+            )
     for data in filter(None, (train, heldout)):
-        pack(data.tree_lengths(config.share_prompts), config.max_tokens)  # a row that does not fit is refused here
+        pack(
+            data.tree_lengths(config.share_prompts), config.max_tokens
+        )  # a row that does not fit is refused here
     lengths = train.tree_lengths(config.share_prompts)
 
     # ---- model -------------------------------------------------------------------------------------------------------
@@ -162,7 +184,9 @@ def main(argv: list[str] | None = None) -> None:
     total = runtime.total_steps(config, per_epoch)
     print(runtime.describe(config, model, lengths, total))
     print(f"scores: {', '.join(names)}")
-    optimizer = AdamW(model, (config.beta1, config.beta2), config.eps, config.weight_decay, config.zero)
+    optimizer = AdamW(
+        model, (config.beta1, config.beta2), config.eps, config.weight_decay, config.zero
+    )
     state = checkpoint.State()
     if start:
         state = checkpoint.load(start, optimizer)
@@ -177,7 +201,9 @@ def main(argv: list[str] | None = None) -> None:
         bins = micro_batches(lengths, examples, config.max_tokens, mesh.dp_rank, mesh.dp)
         batches = [make_batch(train, items, config.share_prompts) for items in bins]
         # Counted over the whole step, so that the loss does not depend on how it is cut into micro-batches.
-        n_items = max(1, items_in(train, examples, names, config))  # a step without any attribute is no step
+        n_items = max(
+            1, items_in(train, examples, names, config)
+        )  # a step without any attribute is no step
 
         totals: dict[str, torch.Tensor] = {}
         for batch, hidden in pipeline(model, batches, optimizer):
@@ -189,14 +215,21 @@ def main(argv: list[str] | None = None) -> None:
         norm, stopping = optimizer.step(lr, config.clip, stop)
 
         state.step = step + 1
-        row = {"step": state.step, **runtime.means(totals, n_items, mesh), "grad_norm": norm, "lr": lr}
+        row = {
+            "step": state.step,
+            **runtime.means(totals, n_items, mesh),
+            "grad_norm": norm,
+            "lr": lr,
+        }
         row = deviation(row, "rewards")
         tokens = int(lengths[examples].sum())
         row |= {"epoch": state.step / per_epoch, **meter.read(tokens, batches)}
         state.tokens += tokens
         if nonfinite.check(norm, state.step):
             state.skipped += 1
-            log.say(f"step {state.step}: the gradient is not finite, no update ({state.skipped} so far)")
+            log.say(
+                f"step {state.step}: the gradient is not finite, no update ({state.skipped} so far)"
+            )
         if runtime.due(config.log_every, state.step) or state.step == total:
             log.row(row)
         log.progress(row)
@@ -204,7 +237,10 @@ def main(argv: list[str] | None = None) -> None:
         if heldout and (runtime.due(config.eval_every, state.step) or state.step == total):
             result = evaluate(model, heldout, names, config)
             log.row({"step": state.step, **result})
-            log.say(f"step {state.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in result.items()))
+            log.say(
+                f"step {state.step}: "
+                + ", ".join(f"{name} {value:.4f}" for name, value in result.items())
+            )
             if config.samples:
                 print_scored(model, heldout, config.samples, tokenizer, log.say)
             if state.best is None or result["eval/loss"] < state.best:
@@ -215,7 +251,9 @@ def main(argv: list[str] | None = None) -> None:
             checkpoint.save(config.out, state, optimizer, config.keep)
         if stopping:
             why = stop.reason or "another rank"
-            log.say(f"stopped by {why} after step {state.step} of {total}; --resume auto goes on from here")
+            log.say(
+                f"stopped by {why} after step {state.step} of {total}; --resume auto goes on from here"
+            )
             log.close()
             return
     log.close()

@@ -43,7 +43,9 @@ def evaluate(model: GPT, data: Dataset, config: Config) -> dict[str, float]:
     mesh, lengths = model.mesh, data.tree_lengths(config.share_prompts)
     bins = micro_batches(lengths, np.arange(len(data)), config.max_tokens, mesh.dp_rank, mesh.dp)
     nll = torch.zeros((), dtype=torch.float64, device=model.device)
-    for batch, hidden in pipeline(model, (make_batch(data, items, config.share_prompts) for items in bins)):
+    for batch, hidden in pipeline(
+        model, (make_batch(data, items, config.share_prompts) for items in bins)
+    ):
         nll -= model.logps(hidden, batch).double().sum()
     return {"eval/loss": mesh.sum(nll).item() / int(data.scored_len.sum())}
 
@@ -62,7 +64,9 @@ def main(argv: list[str] | None = None) -> None:
         train = runtime.load_rows(config.data, "sft", template, config)
         heldout = runtime.load_rows(config.eval_data, "sft", template, config)
     for data in filter(None, (train, heldout)):
-        pack(data.tree_lengths(config.share_prompts), config.max_tokens)  # a row that does not fit is refused here
+        pack(
+            data.tree_lengths(config.share_prompts), config.max_tokens
+        )  # a row that does not fit is refused here
     lengths = train.tree_lengths(config.share_prompts)
 
     # ---- model -------------------------------------------------------------------------------------------------------
@@ -71,7 +75,9 @@ def main(argv: list[str] | None = None) -> None:
     per_epoch = steps_per_epoch(len(train), config.batch_size)
     total = runtime.total_steps(config, per_epoch)
     print(runtime.describe(config, model, lengths, total))
-    optimizer = AdamW(model, (config.beta1, config.beta2), config.eps, config.weight_decay, config.zero)
+    optimizer = AdamW(
+        model, (config.beta1, config.beta2), config.eps, config.weight_decay, config.zero
+    )
     state = checkpoint.State()
     if start:
         state = checkpoint.load(start, optimizer)
@@ -97,13 +103,20 @@ def main(argv: list[str] | None = None) -> None:
         norm, stopping = optimizer.step(lr, config.clip, stop)
 
         state.step = step + 1
-        row = {"step": state.step, **runtime.means(totals, n_scored, mesh), "grad_norm": norm, "lr": lr}
+        row = {
+            "step": state.step,
+            **runtime.means(totals, n_scored, mesh),
+            "grad_norm": norm,
+            "lr": lr,
+        }
         tokens = int(lengths[examples].sum())
         row |= {"epoch": state.step / per_epoch, **meter.read(tokens, batches)}
         state.tokens += tokens
         if nonfinite.check(norm, state.step):
             state.skipped += 1
-            log.say(f"step {state.step}: the gradient is not finite, no update ({state.skipped} so far)")
+            log.say(
+                f"step {state.step}: the gradient is not finite, no update ({state.skipped} so far)"
+            )
         if runtime.due(config.log_every, state.step) or state.step == total:
             log.row(row)
         log.progress(row)
@@ -111,7 +124,10 @@ def main(argv: list[str] | None = None) -> None:
         if heldout and (runtime.due(config.eval_every, state.step) or state.step == total):
             result = evaluate(model, heldout, config)
             log.row({"step": state.step, **result})
-            log.say(f"step {state.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in result.items()))
+            log.say(
+                f"step {state.step}: "
+                + ", ".join(f"{name} {value:.4f}" for name, value in result.items())
+            )
             if config.samples:
                 runtime.print_samples(model, heldout, config.samples, tokenizer, template, log.say)
             if state.best is None or result["eval/loss"] < state.best:
@@ -122,7 +138,9 @@ def main(argv: list[str] | None = None) -> None:
             checkpoint.save(config.out, state, optimizer, config.keep)
         if stopping:
             why = stop.reason or "another rank"
-            log.say(f"stopped by {why} after step {state.step} of {total}; --resume auto goes on from here")
+            log.say(
+                f"stopped by {why} after step {state.step} of {total}; --resume auto goes on from here"
+            )
             log.close()
             return
     log.close()

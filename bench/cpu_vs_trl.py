@@ -43,15 +43,29 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCH, MAX_LENGTH, BETA = 4, 1024, 0.1  # rows a step, tokens of prompt + answer, β of DPO and KTO
-NEEDED = {"trl": "trl==1.16.0", "transformers": "transformers", "datasets": "datasets", "google": "protobuf"}
+NEEDED = {
+    "trl": "trl==1.16.0",
+    "transformers": "transformers",
+    "datasets": "datasets",
+    "google": "protobuf",
+}
 MODEL = {"width": 256, "layers": 6, "heads": 8, "kv-heads": 4, "ffn": 704}
 TINY = {"width": 64, "layers": 2, "heads": 4, "kv-heads": 2, "ffn": 128}
 # glibc gives every large tensor back to the kernel and takes it again, page by page. In a virtual machine that was more
 # than half of TRL's CPU time, so both sides keep what they free unless --malloc default.
-KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_TOP_PAD_": str(2**28)}
+KEEP = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**40),
+    "MALLOC_TOP_PAD_": str(2**28),
+}
 RUNS = {"plumb": "plumb", "stock": "TRL stock", "precompute": "TRL precompute"}
 CLOCKS = {"cpu": "cpu_seconds", "wall": "seconds"}  # as metrics.jsonl calls them
-LR = {"dpo": 5e-7, "rm": 1e-5, "kto": 5e-7, "grpo": 1e-6}  # what is compared, and AdamW's rate for it
+LR = {
+    "dpo": 5e-7,
+    "rm": 1e-5,
+    "kto": 5e-7,
+    "grpo": 1e-6,
+}  # what is compared, and AdamW's rate for it
 
 
 # ----------------------------------------------------------------------------------------------------------------- rows
@@ -69,7 +83,10 @@ def read_pairs(path: str, limit: int = 400) -> list[tuple[str, str, str]]:
     def text(field) -> str:
         return field if isinstance(field, str) else field[-1]["content"]
 
-    return [tuple(text(row[key]) for key in ("prompt", "chosen", "rejected")) for row in read_rows(path, limit)]
+    return [
+        tuple(text(row[key]) for key in ("prompt", "chosen", "rejected"))
+        for row in read_rows(path, limit)
+    ]
 
 
 def prepare(spec: dict) -> dict:
@@ -99,10 +116,14 @@ def prepare(spec: dict) -> dict:
         if peer is None:
             return True
         whole = [peer(prompt + answer + peer.eos_token)["input_ids"] for answer in answers]
-        return peer(prompt)["input_ids"] == prompt_ids and whole == [prompt_ids + answer for answer in ids]
+        return peer(prompt)["input_ids"] == prompt_ids and whole == [
+            prompt_ids + answer for answer in ids
+        ]
 
     def long_prompts(pairs: list) -> Iterator[tuple[str, str, str]]:
-        short = [pair for pair in pairs if max(map(len, tokens(pair[0] + "\n", pair[1:])[1])) <= 200]
+        short = [
+            pair for pair in pairs if max(map(len, tokens(pair[0] + "\n", pair[1:])[1])) <= 200
+        ]
         for i, (question, *answers) in enumerate(short):
             prompt, shot = f"Question: {question}\nAnswer:\n", i
             while len(template.pair(prompt, answers)[0]) < 500:
@@ -116,7 +137,10 @@ def prepare(spec: dict) -> dict:
             if len(prompt_ids) <= 100 and min(map(len, ids)) >= 150:
                 yield question + "\n", *answers
 
-    files = [[pair for pair in read_pairs(path) if alike(pair[0] + "\n", pair[1:])] for path in spec["data"]]
+    files = [
+        [pair for pair in read_pairs(path) if alike(pair[0] + "\n", pair[1:])]
+        for path in spec["data"]
+    ]
     found = {}
     for name, workload in {"long prompts": long_prompts, "long answers": long_answers}.items():
         pairs = []
@@ -127,12 +151,17 @@ def prepare(spec: dict) -> dict:
             if len(prompt_ids) + max(map(len, ids)) <= MAX_LENGTH and alike(prompt, answers):
                 pairs.append((prompt, answers, prompt_ids, ids))
         if len(pairs) < spec["steps"] * BATCH:
-            print(f"{name}: {len(pairs)} of {spec['steps'] * BATCH} pairs found: give another --data or fewer --steps")
+            print(
+                f"{name}: {len(pairs)} of {spec['steps'] * BATCH} pairs found: give another --data or fewer --steps"
+            )
             continue
         if spec["algorithm"] == "kto":
             rows, counts, sequences = take_apart(pairs)
         else:
-            rows = [{"prompt": prompt, "chosen": good, "rejected": bad} for prompt, (good, bad), _, _ in pairs]
+            rows = [
+                {"prompt": prompt, "chosen": good, "rejected": bad}
+                for prompt, (good, bad), _, _ in pairs
+            ]
             counts = [[len(prompt_ids), *map(len, ids)] for _, _, prompt_ids, ids in pairs]
             sequences = [[prompt_ids + answer for answer in ids] for _, _, prompt_ids, ids in pairs]
         file = Path(spec["work"]) / f"{spec['algorithm']}_{name.replace(' ', '_')}.jsonl"
@@ -140,7 +169,12 @@ def prepare(spec: dict) -> dict:
         # A pair's prompt is computed once for both answers; KTO computes it with the own and with the other answer.
         passes = 2 if spec["algorithm"] == "kto" else 1
         sums = [passes * sum(map(sum, counts[i : i + BATCH])) for i in range(0, len(counts), BATCH)]
-        found[name] = {"data": str(file), "counts": counts, "tokens": sums, "digest": digest(sequences)}
+        found[name] = {
+            "data": str(file),
+            "counts": counts,
+            "tokens": sums,
+            "digest": digest(sequences),
+        }
     return found
 
 
@@ -155,11 +189,25 @@ def take_apart(pairs: list[tuple]) -> tuple[list[dict], list, list]:
         for first in (0, 1):
             for j, (prompt, answers, prompt_ids, ids) in enumerate(pairs[i : i + BATCH]):
                 k = (first + j) % 2
-                examples.append(({"prompt": prompt, "completion": answers[k], "label": k == 0}, prompt_ids, ids[k]))
+                examples.append(
+                    (
+                        {"prompt": prompt, "completion": answers[k], "label": k == 0},
+                        prompt_ids,
+                        ids[k],
+                    )
+                )
     examples = examples[: len(pairs)]
-    after = [i + 1 if (i + 1) % BATCH else i + 1 - BATCH for i in range(len(examples))]  # within the step
-    sequences = [[ids + own, ids + examples[j][2]] for (_, ids, own), j in zip(examples, after, strict=True)]
-    return [row for row, _, _ in examples], [[len(ids), len(own)] for _, ids, own in examples], sequences
+    after = [
+        i + 1 if (i + 1) % BATCH else i + 1 - BATCH for i in range(len(examples))
+    ]  # within the step
+    sequences = [
+        [ids + own, ids + examples[j][2]] for (_, ids, own), j in zip(examples, after, strict=True)
+    ]
+    return (
+        [row for row, _, _ in examples],
+        [[len(ids), len(own)] for _, ids, own in examples],
+        sequences,
+    )
 
 
 def digest(sequences: list[list[list[int]]]) -> str:
@@ -196,7 +244,9 @@ def trl_clock(steps: list[dict]):
             self.cpu, self.wall = time.process_time(), time.perf_counter()
 
         def on_step_end(self, *_, **__):
-            steps.append({"cpu": time.process_time() - self.cpu, "wall": time.perf_counter() - self.wall})
+            steps.append(
+                {"cpu": time.process_time() - self.cpu, "wall": time.perf_counter() - self.wall}
+            )
 
     return Clock()
 
@@ -247,22 +297,37 @@ def run_trl(spec: dict) -> dict:
     )  # fmt: skip
     in_order = steps_reversed if algorithm == "kto" else list
     rows = in_order(read_rows(spec["data"]))
-    trainer = Timed(spec["model"], args=config, train_dataset=Dataset.from_list(rows), callbacks=[trl_clock(steps)])
+    trainer = Timed(
+        spec["model"],
+        args=config,
+        train_dataset=Dataset.from_list(rows),
+        callbacks=[trl_clock(steps)],
+    )
     trainer.remove_callback(PrinterCallback)
     if algorithm == "rm":
         torch.nn.init.zeros_(trainer.model.score.weight)
     table = trainer.train_dataset
     prompts = [[]] * len(table) if algorithm == "rm" else table["prompt_ids"]
-    kinds = ("completion_ids", "KL_completion_ids") if algorithm == "kto" else ("chosen_ids", "rejected_ids")
+    kinds = (
+        ("completion_ids", "KL_completion_ids")
+        if algorithm == "kto"
+        else ("chosen_ids", "rejected_ids")
+    )
     answers = zip(*(table[kind] for kind in kinds), strict=True)
     found = [[prompt + ids for ids in pair] for prompt, pair in zip(prompts, answers, strict=True)]
     if digest(in_order(found)) != spec["digest"]:
-        raise ValueError("TRL reads other tokens from these rows than plumb does, so the two cannot be compared")
+        raise ValueError(
+            "TRL reads other tokens from these rows than plumb does, so the two cannot be compared"
+        )
     trainer.train()
     if spec["run"] == "precompute" and len(scored) != spec["steps"]:
-        raise ValueError(f"the reference scored {len(scored)} batches, not {spec['steps']}: is this trl 1.16?")
+        raise ValueError(
+            f"the reference scored {len(scored)} batches, not {spec['steps']}: is this trl 1.16?"
+        )
     batches = scored[1:] or [{"cpu": 0.0, "wall": 0.0}]  # stock scores inside its steps
-    reference = {clock: len(scored) * statistics.mean(b[clock] for b in batches) for clock in CLOCKS}
+    reference = {
+        clock: len(scored) * statistics.mean(b[clock] for b in batches) for clock in CLOCKS
+    }
     return {"steps": steps, "losses": losses, "reference": reference}
 
 
@@ -276,7 +341,13 @@ def plumb_command(spec: dict) -> list[str]:
     }  # fmt: skip
     flags |= {"beta": BETA} if spec["algorithm"] in ("dpo", "kto") else {}
     if spec["algorithm"] == "grpo":
-        flags |= {"advantage": "grpo", "loss": "grpo", "aggregate": "token", "kl": 0, "group-size": GROUP}
+        flags |= {
+            "advantage": "grpo",
+            "loss": "grpo",
+            "aggregate": "token",
+            "kl": 0,
+            "group-size": GROUP,
+        }
         flags |= {"max-new-tokens": NEW_TOKENS, "reward": f"length:{WORDS}", "log-samples": 0}
     script = {"grpo": "reinforce"}.get(spec["algorithm"], spec["algorithm"])
     command = [sys.executable, str(ROOT / f"train_{script}.py"), "--no-shuffle"]
@@ -286,12 +357,16 @@ def plumb_command(spec: dict) -> list[str]:
 def read_plumb(out: Path) -> dict:
     """The same numbers as run_trl's, from OUT/metrics.jsonl."""
     rows = read_rows(out / "metrics.jsonl")
-    reference = next((row for row in rows if "reference_cpu_seconds" in row), {})  # a reward model has none
+    reference = next(
+        (row for row in rows if "reference_cpu_seconds" in row), {}
+    )  # a reward model has none
     rows = [row for row in rows if "loss" in row]
     return {
         "steps": [{clock: row[key] for clock, key in CLOCKS.items()} for row in rows],
         "losses": [row["loss"] for row in rows],
-        "reference": {clock: reference.get(f"reference_{key}", 0.0) for clock, key in CLOCKS.items()},
+        "reference": {
+            clock: reference.get(f"reference_{key}", 0.0) for clock, key in CLOCKS.items()
+        },
         "tokens": [row["tokens"] for row in rows],
         "reward": [row.get("reward") for row in rows],
         "grad_norm": [row["grad_norm"] for row in rows],
@@ -303,26 +378,43 @@ def start(command: list[str], log: Path, malloc: str = "default") -> dict:
 
     This process must stay small: the kernel counts a parent's pages at fork in the child's peak.
     """
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     if malloc == "keep":
         env |= KEEP
-    env |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(log.parent / "hf"), "TRANSFORMERS_VERBOSITY": "error"}
+    env |= {
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(log.parent / "hf"),
+        "TRANSFORMERS_VERBOSITY": "error",
+    }
     with open(log, "w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=env)
         _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         tail = log.read_text(errors="replace")[-3000:]
-        raise ValueError(f"{' '.join(command)} ended with {process.returncode}: see its output\n{tail}")
+        raise ValueError(
+            f"{' '.join(command)} ended with {process.returncode}: see its output\n{tail}"
+        )
     cpu = usage.ru_utime + usage.ru_stime
-    return {"peak_gb": usage.ru_maxrss / 2**20, "process_cpu": cpu, "kernel_share": usage.ru_stime / cpu}
+    return {
+        "peak_gb": usage.ru_maxrss / 2**20,
+        "process_cpu": cpu,
+        "kernel_share": usage.ru_stime / cpu,
+    }
 
 
 def worker(job: str, spec: dict, log: Path) -> tuple[dict, dict]:
     """Run one of this file's functions in a process of its own: (its result, its usage)."""
     asked, answer = log.with_suffix(".in.json"), log.with_suffix(".out.json")
     asked.write_text(json.dumps(spec))
-    usage = start([sys.executable, __file__, "worker", job, str(asked), str(answer)], log, spec["malloc"])
+    usage = start(
+        [sys.executable, __file__, "worker", job, str(asked), str(answer)], log, spec["malloc"]
+    )
     return json.loads(answer.read_text()), usage
 
 
@@ -336,9 +428,13 @@ def measure(run: str, spec: dict, log: Path) -> dict:
         result, usage = worker("trl", spec, log)
     steps = len(result["steps"])
     if steps != spec["steps"]:
-        raise ValueError(f"{RUNS[run]} made {steps} steps of {spec['steps']}: its output:\n{log.read_text()[-3000:]}")
+        raise ValueError(
+            f"{RUNS[run]} made {steps} steps of {spec['steps']}: its output:\n{log.read_text()[-3000:]}"
+        )
     if result.get("tokens", spec["tokens"]) != spec["tokens"]:
-        raise ValueError("plumb trained on other tokens than the rows hold, so the two cannot be compared")
+        raise ValueError(
+            "plumb trained on other tokens than the rows hold, so the two cannot be compared"
+        )
     for clock in CLOCKS:
         result[f"step_{clock}"] = statistics.mean(step[clock] for step in result["steps"][1:])
         result[f"epoch_{clock}"] = result[f"step_{clock}"] + result["reference"][clock] / steps
@@ -348,7 +444,10 @@ def measure(run: str, spec: dict, log: Path) -> dict:
 # ------------------------------------------------------------------------------------------------------------- sampling
 
 SAMPLES, NEW_TOKENS = 32, 64
-GROUP, WORDS = 8, 50  # of GRPO: samples to each of BATCH prompts, and what the reward length:WORDS wants
+GROUP, WORDS = (
+    8,
+    50,
+)  # of GRPO: samples to each of BATCH prompts, and what the reward length:WORDS wants
 
 
 def read_prompts(spec: dict) -> dict:
@@ -366,7 +465,11 @@ def read_prompts(spec: dict) -> dict:
     files = zip(*(read_pairs(path, 4 * spec["prompts"]) for path in spec["data"]))
     texts = [pair[0] + "\n" for pairs in files for pair in pairs]
     found = [(text, template.prompt(text)) for text in texts]
-    found = [(text, ids) for text, ids in found if len(ids) <= 200 and (not peer or peer(text)["input_ids"] == ids)]
+    found = [
+        (text, ids)
+        for text, ids in found
+        if len(ids) <= 200 and (not peer or peer(text)["input_ids"] == ids)
+    ]
     return dict(zip(("texts", "prompts"), map(list, zip(*found[: spec["prompts"]]))))
 
 
@@ -395,9 +498,17 @@ def run_generate(spec: dict) -> dict:
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
 
         def answer(new: int, temperature: float, n: int) -> list[list[int]]:
-            how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0, "num_return_sequences": n}
+            how = {
+                "do_sample": True,
+                "temperature": temperature,
+                "top_k": 0,
+                "top_p": 1.0,
+                "num_return_sequences": n,
+            }
             how = how if temperature else {"do_sample": False}
-            found = model.generate(ids, attention_mask=mask, max_new_tokens=new, pad_token_id=0, **how)
+            found = model.generate(
+                ids, attention_mask=mask, max_new_tokens=new, pad_token_id=0, **how
+            )
             return found[:, longest:].tolist()
 
     answer(4, 1.0, n)
@@ -412,9 +523,13 @@ def run_generate(spec: dict) -> dict:
 def compare_generate(spec: dict, args: argparse.Namespace) -> Iterator[tuple[str, dict]]:
     """Measure and report sampling: (workload, every number of it), for one sample a prompt and for eight."""
     work = Path(spec["work"])
-    prompts = worker("prompts", {**spec, "data": args.data, "prompts": SAMPLES}, work / "prompts.log")[0]["prompts"]
+    prompts = worker(
+        "prompts", {**spec, "data": args.data, "prompts": SAMPLES}, work / "prompts.log"
+    )[0]["prompts"]
     if len(prompts) < SAMPLES:
-        raise ValueError(f"{len(prompts)} prompts of at most 200 tokens found, {SAMPLES} needed: give another --data")
+        raise ValueError(
+            f"{len(prompts)} prompts of at most 200 tokens found, {SAMPLES} needed: give another --data"
+        )
     names = {"plumb": "plumb"} if args.tiny else {"plumb": "plumb", "peer": "transformers"}
     for n in (1, 8):
         name = f"generate.py, {SAMPLES // n} prompts, {n} samples of {NEW_TOKENS} tokens each"
@@ -425,17 +540,26 @@ def compare_generate(spec: dict, args: argparse.Namespace) -> Iterator[tuple[str
             result, usage = worker("generate", {**spec, **workload, "run": run}, log)
             results[run].append({**result, **usage})
         lengths = [len(ids) for ids in workload["prompts"]]
-        print(f"\n{name}; prompts of {min(lengths)} to {max(lengths)} tokens, mean {statistics.mean(lengths):.0f}")
+        print(
+            f"\n{name}; prompts of {min(lengths)} to {max(lengths)} tokens, mean {statistics.mean(lengths):.0f}"
+        )
         print(" " * 18 + "CPU s   wall s  peak GB")
         keys = ("cpu", "wall", "peak_gb")
-        medians = {run: {key: statistics.median(r[key] for r in of) for key in keys} for run, of in results.items()}
+        medians = {
+            run: {key: statistics.median(r[key] for r in of) for key in keys}
+            for run, of in results.items()
+        }
         for run, m in medians.items():
             print(f"{names[run]:16}{m['cpu']:7.2f}{m['wall']:9.2f}{m['peak_gb']:9.2f}")
         if "peer" in names:
             ratio = medians["peer"]["cpu"] / medians["plumb"]["cpu"]
-            pairs = list(zip(results["plumb"][0]["greedy"], results["peer"][0]["greedy"], strict=True))
+            pairs = list(
+                zip(results["plumb"][0]["greedy"], results["peer"][0]["greedy"], strict=True)
+            )
             same = sum(ours == theirs for ours, theirs in pairs)
-            print(f"transformers / plumb: {ratio:.2f} times the CPU time; greedy answers alike: {same} of {len(pairs)}")
+            print(
+                f"transformers / plumb: {ratio:.2f} times the CPU time; greedy answers alike: {same} of {len(pairs)}"
+            )
         yield name, {"medians": medians, "runs": results}
 
 
@@ -468,10 +592,16 @@ def run_grpo(spec: dict) -> dict:
             samples.append([sample.tokens for sample in found.samples])
             return found
 
-        draw, script.rollout.collect, script.Template = timed(script.rollout.collect, rollouts), collect, Endless
+        draw, script.rollout.collect, script.Template = (
+            timed(script.rollout.collect, rollouts),
+            collect,
+            Endless,
+        )
         if "replay" in spec:
             given, none = iter(spec["replay"]), [0.0] * NEW_TOKENS
-            script.rollout.sampler = lambda *_: lambda *_: [Sample(ids, none, none, False) for ids in next(given)]
+            script.rollout.sampler = lambda *_: (
+                lambda *_: [Sample(ids, none, none, False) for ids in next(given)]
+            )
         script.main(plumb_command(spec)[2:])
         result = read_plumb(Path(spec["out"]))
     else:
@@ -482,7 +612,9 @@ def run_grpo(spec: dict) -> dict:
         from rewards import length
 
         words = length(str(WORDS))
-        never = json.loads((Path(spec["model"]) / "config.json").read_text())["vocab_size"]  # no token has this id
+        never = json.loads((Path(spec["model"]) / "config.json").read_text())[
+            "vocab_size"
+        ]  # no token has this id
         config = GRPOConfig(
             per_device_train_batch_size=BATCH * GROUP, num_generations=GROUP, max_completion_length=NEW_TOKENS,
             beta=0.0, num_iterations=1, loss_type="dapo", scale_rewards="group", temperature=1.0, top_p=1.0, top_k=0,
@@ -490,13 +622,17 @@ def run_grpo(spec: dict) -> dict:
         )  # fmt: skip
 
         def reward(prompts, completions, **_):
-            return [words(prompt, text, {}) for prompt, text in zip(prompts, completions, strict=True)]
+            return [
+                words(prompt, text, {}) for prompt, text in zip(prompts, completions, strict=True)
+            ]
 
         rows = Dataset.from_list(read_rows(spec["data"]))
         trainer = GRPOTrainer(spec["model"], reward, config, rows, callbacks=[trl_clock(steps)])
         trainer.remove_callback(PrinterCallback)
         trainer.eos_token_ids = [never]  # where it cuts what was sampled
-        trainer._generate_and_score_completions = timed(trainer._generate_and_score_completions, rollouts)
+        trainer._generate_and_score_completions = timed(
+            trainer._generate_and_score_completions, rollouts
+        )
         draw = trainer._generate_single_turn
 
         def keep(ids, *args, **kwargs):
@@ -512,39 +648,62 @@ def run_grpo(spec: dict) -> dict:
         result = {"steps": steps, "tokens": tokens}
         result |= {key: [row[key] for row in logs] for key in ("reward", "grad_norm")}
     if prompts != spec["prompts"]:
-        raise ValueError(f"{spec['run']} read other prompts than the file's, so the two cannot be compared")
-    if [len(ids) for step in samples for ids in step] != [NEW_TOKENS] * (GROUP * BATCH * spec["steps"]):
-        raise ValueError(f"{spec['run']} drew samples of another number or length, so the two cannot be compared")
+        raise ValueError(
+            f"{spec['run']} read other prompts than the file's, so the two cannot be compared"
+        )
+    if [len(ids) for step in samples for ids in step] != [NEW_TOKENS] * (
+        GROUP * BATCH * spec["steps"]
+    ):
+        raise ValueError(
+            f"{spec['run']} drew samples of another number or length, so the two cannot be compared"
+        )
     return {**result, "rollouts": rollouts, "samples": samples}
 
 
 def compare_grpo(spec: dict, args: argparse.Namespace) -> Iterator[tuple[str, dict]]:
     """Measure and report GRPO's whole steps, the first not counted: (workload, every number of it)."""
     work, count = Path(spec["work"]), spec["steps"] * BATCH
-    found, _ = worker("prompts", {**spec, "data": args.data, "prompts": count}, work / "grpo_prompts.log")
+    found, _ = worker(
+        "prompts", {**spec, "data": args.data, "prompts": count}, work / "grpo_prompts.log"
+    )
     if len(found["prompts"]) < count:
-        raise ValueError(f"{len(found['prompts'])} of {count} prompts found: give another --data or fewer --steps")
+        raise ValueError(
+            f"{len(found['prompts'])} of {count} prompts found: give another --data or fewer --steps"
+        )
     spec = {**spec, "prompts": found["prompts"], "data": str(work / "grpo.jsonl")}
-    Path(spec["data"]).write_text("".join(json.dumps({"prompt": text}) + "\n" for text in found["texts"]))
+    Path(spec["data"]).write_text(
+        "".join(json.dumps({"prompt": text}) + "\n" for text in found["texts"])
+    )
     names = {"plumb": "plumb"} if args.tiny else {"plumb": "plumb", "stock": "TRL"}
     results = {run: [] for run in names}
 
     def measured(run: str, stem: str, **more) -> dict:
         log = work / f"grpo_{stem}.log"
-        result, usage = worker("grpo", {**spec, "run": run, "out": str(log.with_suffix("")), **more}, log)
+        result, usage = worker(
+            "grpo", {**spec, "run": run, "out": str(log.with_suffix("")), **more}, log
+        )
         for clock in CLOCKS:
             result[f"step_{clock}"], result[f"rollout_{clock}"] = (
-                statistics.mean(step[clock] for step in result[of][1:]) for of in ("steps", "rollouts")
+                statistics.mean(step[clock] for step in result[of][1:])
+                for of in ("steps", "rollouts")
             )
         return {**result, **usage, "update_cpu": result["step_cpu"] - result["rollout_cpu"]}
 
     for repeat, run in itertools.product(range(args.repeats), names):
         results[run].append(measured(run, f"{run}_{repeat}"))
     name = f"train_reinforce.py, GRPO, {BATCH} prompts, {GROUP} samples of {NEW_TOKENS} tokens each"
-    print(f"\n{name}: {args.steps} steps; prompts of {statistics.mean(map(len, spec['prompts'])):.0f} tokens")
-    print(" " * 16 + "CPU s/step  rollout   update  wall s/step  peak GB  tokens a step: sampled  in the update")
+    print(
+        f"\n{name}: {args.steps} steps; prompts of {statistics.mean(map(len, spec['prompts'])):.0f} tokens"
+    )
+    print(
+        " " * 16
+        + "CPU s/step  rollout   update  wall s/step  peak GB  tokens a step: sampled  in the update"
+    )
     keys = ("step_cpu", "rollout_cpu", "update_cpu", "step_wall", "peak_gb")
-    medians = {run: {key: statistics.median(r[key] for r in of) for key in keys} for run, of in results.items()}
+    medians = {
+        run: {key: statistics.median(r[key] for r in of) for key in keys}
+        for run, of in results.items()
+    }
     for run, m in medians.items():
         first = results[run][0]
         sampled = statistics.mean(sum(map(len, step)) for step in first["samples"])
@@ -553,14 +712,31 @@ def compare_grpo(spec: dict, args: argparse.Namespace) -> Iterator[tuple[str, di
     if "stock" in names:
         theirs = results["stock"][0]
         again = measured("plumb", "replay", replay=theirs["samples"])
-        pairs = {key: list(zip(again[key], theirs[key], strict=True)) for key in ("reward", "grad_norm")}
-        gaps = {key: max(abs(ours - peer) / abs(peer) for ours, peer in of) for key, of in pairs.items()}
+        pairs = {
+            key: list(zip(again[key], theirs[key], strict=True)) for key in ("reward", "grad_norm")
+        }
+        gaps = {
+            key: max(abs(ours - peer) / abs(peer) for ours, peer in of) for key, of in pairs.items()
+        }
         ratio = {key: medians["stock"][key] / medians["plumb"][key] for key in keys}
-        print(f"TRL / plumb: {ratio['step_cpu']:.2f} times the CPU time (rollout {ratio['rollout_cpu']:.2f}, ", end="")
-        print(f"update {ratio['update_cpu']:.2f}), {ratio['peak_gb']:.2f} times the memory. On TRL's samples plumb")
-        print(f"agrees within {gaps['reward']:.1e} with its rewards, {gaps['grad_norm']:.1e} with its gradient norms")
+        print(
+            f"TRL / plumb: {ratio['step_cpu']:.2f} times the CPU time (rollout {ratio['rollout_cpu']:.2f}, ",
+            end="",
+        )
+        print(
+            f"update {ratio['update_cpu']:.2f}), {ratio['peak_gb']:.2f} times the memory. On TRL's samples plumb"
+        )
+        print(
+            f"agrees within {gaps['reward']:.1e} with its rewards, {gaps['grad_norm']:.1e} with its gradient norms"
+        )
         medians["stock"] |= {"ratios": ratio, "gaps": gaps}
-    yield name, {"medians": medians, "runs": {run: [{**r, "samples": None} for r in of] for run, of in results.items()}}
+    yield (
+        name,
+        {
+            "medians": medians,
+            "runs": {run: [{**r, "samples": None} for r in of] for run, of in results.items()},
+        },
+    )
 
 
 # ------------------------------------------------------------------------------------------------- where the time goes
@@ -598,7 +774,14 @@ def split(events) -> dict[str, float]:
         while scope is not None:
             names.append(scope.name.lower())
             scope = scope.cpu_parent
-        kind = next((k for k, marks in kinds.items() if any(mark in name for mark in marks for name in names)), "rest")
+        kind = next(
+            (
+                k
+                for k, marks in kinds.items()
+                if any(mark in name for mark in marks for name in names)
+            ),
+            "rest",
+        )
         seconds[kind] += event.self_cpu_time_total / 1e6
     return seconds
 
@@ -609,58 +792,104 @@ def split(events) -> dict[str, float]:
 def report(name: str, workload: dict, results: dict[str, list[dict]], steps: int) -> dict:
     """Print one workload's medians and ratios; return them."""
     lengths = [statistics.mean(column) for column in zip(*workload["counts"], strict=True)]
-    unit, parts = ("pairs", ("chosen", "rejected")) if len(lengths) == 3 else ("examples", ("answer",))
+    unit, parts = (
+        ("pairs", ("chosen", "rejected")) if len(lengths) == 3 else ("examples", ("answer",))
+    )
     print(f"\n{name}: {steps} steps of {BATCH} {unit}; mean tokens: ", end="")
     print(", ".join(f"{part} {n:.0f}" for part, n in zip(("prompt", *parts), lengths, strict=True)))
     print(" " * 18 + "CPU s/step  with reference  wall s/step  kernel  peak GB  first loss")
     keys = ("step_cpu", "epoch_cpu", "step_wall", "kernel_share", "peak_gb")
-    medians = {run: {key: statistics.median(r[key] for r in of) for key in keys} for run, of in results.items()}
+    medians = {
+        run: {key: statistics.median(r[key] for r in of) for key in keys}
+        for run, of in results.items()
+    }
     for run, m in medians.items():
-        print(f"{RUNS[run]:16}{m['step_cpu']:12.3f}{m['epoch_cpu']:16.3f}{m['step_wall']:13.3f}", end="")
+        print(
+            f"{RUNS[run]:16}{m['step_cpu']:12.3f}{m['epoch_cpu']:16.3f}{m['step_wall']:13.3f}",
+            end="",
+        )
         print(f"{m['kernel_share']:8.0%}{m['peak_gb']:9.2f}{results[run][0]['losses'][0]:12.6f}")
     ours = results.get("plumb", [None])[0]
     for run, m in medians.items():
         if run == "plumb" or ours is None:
             continue
         ratio = {key: m[key] / medians["plumb"][key] for key in keys}
-        gap = max(abs(a - b) for a, b in zip(ours["losses"], results[run][0]["losses"], strict=True))
-        print(f"{RUNS[run]} / plumb: {ratio['epoch_cpu']:.2f} times the CPU time (steps only", end="")
-        print(f" {ratio['step_cpu']:.2f}), {ratio['peak_gb']:.2f} times the memory; losses agree within {gap:.1e}")
+        gap = max(
+            abs(a - b) for a, b in zip(ours["losses"], results[run][0]["losses"], strict=True)
+        )
+        print(
+            f"{RUNS[run]} / plumb: {ratio['epoch_cpu']:.2f} times the CPU time (steps only", end=""
+        )
+        print(
+            f" {ratio['step_cpu']:.2f}), {ratio['peak_gb']:.2f} times the memory; losses agree within {gap:.1e}"
+        )
         medians[run]["ratios"] = ratio
     return medians
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", nargs="+", required=True, help="preference JSONL files")
-    parser.add_argument("--tokenizer", required=True, help="tokenizer.model, or a folder with a Llama tokenizer")
-    parser.add_argument("--model", help="a Hugging Face Llama folder with its tokenizer, instead of new random weights")
-    parser.add_argument("--algorithm", nargs="+", choices=[*LR, "generate"], default=["dpo"], help="what to compare")
-    parser.add_argument("--steps", type=int, default=12, help=f"steps to time, {BATCH} rows each, after one more")
+    parser.add_argument(
+        "--tokenizer", required=True, help="tokenizer.model, or a folder with a Llama tokenizer"
+    )
+    parser.add_argument(
+        "--model",
+        help="a Hugging Face Llama folder with its tokenizer, instead of new random weights",
+    )
+    parser.add_argument(
+        "--algorithm", nargs="+", choices=[*LR, "generate"], default=["dpo"], help="what to compare"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=12, help=f"steps to time, {BATCH} rows each, after one more"
+    )
     parser.add_argument("--repeats", type=int, default=3, help="runs of each kind")
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
     parser.add_argument("--max-tokens", type=int, default=8192, help="plumb's micro-batch")
-    parser.add_argument("--malloc", choices=("keep", "default"), default="keep", help="keep freed memory")
+    parser.add_argument(
+        "--malloc", choices=("keep", "default"), default="keep", help="keep freed memory"
+    )
     parser.add_argument("--profile", action="store_true", help="also print where plumb's time goes")
     parser.add_argument("--json", help="write every number to this file")
-    parser.add_argument("--tiny", action="store_true", help="smoke test: only plumb's side, two layers, two steps")
+    parser.add_argument(
+        "--tiny", action="store_true", help="smoke test: only plumb's side, two layers, two steps"
+    )
     args = parser.parse_args()
     if args.tiny:
         args.steps, args.repeats, args.runs = 1, 1, ["plumb"]
-    missing = [package for module, package in NEEDED.items() if not importlib.util.find_spec(module)]
+    missing = [
+        package for module, package in NEEDED.items() if not importlib.util.find_spec(module)
+    ]
     if missing and not args.tiny:
-        sys.exit(f"TRL's side needs what is not here: pip install {' '.join(missing)} (or --tiny, without TRL)")
+        sys.exit(
+            f"TRL's side needs what is not here: pip install {' '.join(missing)} (or --tiny, without TRL)"
+        )
 
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         model = args.model or new_model(args.tokenizer, TINY if args.tiny else MODEL, work)
-        spec = {"model": str(model), "steps": args.steps + 1, "max_tokens": args.max_tokens, "tiny": args.tiny}
+        spec = {
+            "model": str(model),
+            "steps": args.steps + 1,
+            "max_tokens": args.max_tokens,
+            "tiny": args.tiny,
+        }
         spec |= {"work": folder, "malloc": args.malloc}
         if not args.tiny:
-            print("TRL in fp32, without gradient checkpointing: its faster setting (its default has it on).")
-        print("CPU s/step: mean of all steps but the first, user and kernel. with reference: plus one scoring of these")
-        print("rows by the reference, spread over the steps; TRL stock pays it inside them. kernel: its share of the")
-        print(f"process's CPU time. peak GB: the whole process. malloc: {args.malloc}. Medians of {args.repeats} runs.")
+            print(
+                "TRL in fp32, without gradient checkpointing: its faster setting (its default has it on)."
+            )
+        print(
+            "CPU s/step: mean of all steps but the first, user and kernel. with reference: plus one scoring of these"
+        )
+        print(
+            "rows by the reference, spread over the steps; TRL stock pays it inside them. kernel: its share of the"
+        )
+        print(
+            f"process's CPU time. peak GB: the whole process. malloc: {args.malloc}. Medians of {args.repeats} runs."
+        )
         everything = {"settings": vars(args), "workloads": {}}
         for algorithm in args.algorithm:
             measured = {"generate": compare_generate, "grpo": compare_grpo}.get(algorithm, compare)
@@ -675,20 +904,37 @@ def compare(spec: dict, args: argparse.Namespace) -> Iterator[tuple[str, dict]]:
     work, algorithm = Path(spec["work"]), spec["algorithm"]
     workloads, _ = worker("prepare", {**spec, "data": args.data}, work / "prepare.log")
     print((work / "prepare.log").read_text(), end="")
-    runs = [run for run in args.runs if (algorithm, run) != ("rm", "precompute")]  # nothing to precompute
+    runs = [
+        run for run in args.runs if (algorithm, run) != ("rm", "precompute")
+    ]  # nothing to precompute
     for name, workload in workloads.items():
         name, stem = f"train_{algorithm}.py, {name}", Path(workload["data"]).stem
         results = {run: [] for run in runs}
         for repeat, run in itertools.product(range(args.repeats), runs):
-            results[run].append(measure(run, {**spec, **workload}, work / f"{stem}_{run}_{repeat}.log"))
+            results[run].append(
+                measure(run, {**spec, **workload}, work / f"{stem}_{run}_{repeat}.log")
+            )
             m = results[run][-1]
-            print(f"  {name}, {RUNS[run]}: {m['epoch_cpu']:.3f} CPU s/step", file=sys.stderr, flush=True)
-        result = {**workload, "medians": report(name, workload, results, args.steps), "runs": results}
+            print(
+                f"  {name}, {RUNS[run]}: {m['epoch_cpu']:.3f} CPU s/step",
+                file=sys.stderr,
+                flush=True,
+            )
+        result = {
+            **workload,
+            "medians": report(name, workload, results, args.steps),
+            "runs": results,
+        }
         if args.profile:
             log = work / f"{stem}.profile.log"
-            shares, _ = worker("profile", {**spec, **workload, "out": str(log.with_suffix(""))}, log)
+            shares, _ = worker(
+                "profile", {**spec, **workload, "out": str(log.with_suffix(""))}, log
+            )
             total = sum(shares.values())
-            print("where plumb's operators spend their time (the steps and the reference pass): ", end="")
+            print(
+                "where plumb's operators spend their time (the steps and the reference pass): ",
+                end="",
+            )
             print(", ".join(f"{kind} {seconds / total:.0%}" for kind, seconds in shares.items()))
             result["profile"] = shares
         yield name, result
@@ -700,11 +946,24 @@ def new_model(tokenizer: str, sizes: dict[str, int], work: Path) -> Path:
     if source.is_file():
         (work / "tokenizer").mkdir()
         (work / "tokenizer" / "tokenizer.model").write_bytes(source.read_bytes())
-        config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+        config = {
+            "tokenizer_class": "LlamaTokenizer",
+            "bos_token": "<s>",
+            "eos_token": "</s>",
+            "unk_token": "<unk>",
+        }
         config |= {"add_bos_token": True, "add_eos_token": False, "legacy": True}
         (work / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(config))
         source = work / "tokenizer"
-    command = [sys.executable, str(ROOT / "hf.py"), "new", "--family", "llama", "--tokenizer", str(source)]
+    command = [
+        sys.executable,
+        str(ROOT / "hf.py"),
+        "new",
+        "--family",
+        "llama",
+        "--tokenizer",
+        str(source),
+    ]
     command += [str(word) for name, value in sizes.items() for word in (f"--{name}", value)]
     start([*command, "--out", str(work / "model"), "--seed", "0"], work / "new.log")
     return work / "model"

@@ -29,7 +29,9 @@ PARTS = {  # seconds at most
     "ceilings": 40, "check": 100, "attention": 120, "logprob": 70, "small": 50, "steps": 150, "trl": 150,
 }  # fmt: skip
 MODELS = {
-    "1B": dict(vocab=128256, width=2048, layers=16, heads=32, kv_heads=8, head_size=64, ffn=8192, tied=True),
+    "1B": dict(
+        vocab=128256, width=2048, layers=16, heads=32, kv_heads=8, head_size=64, ffn=8192, tied=True
+    ),
     "7B": dict(vocab=32000, width=4096, layers=32, heads=32, kv_heads=8, head_size=128, ffn=14336),
     "tiny": dict(vocab=300, width=64, layers=2, heads=4, kv_heads=2, head_size=16, ffn=96),
 }
@@ -48,7 +50,11 @@ class Bench:
         self.device = torch.device(args.device)
         self.dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
         self.deadline = time.monotonic() + args.seconds
-        self.flush = torch.empty(1 << 28, dtype=torch.int8, device=self.device) if args.device == "cuda" else None
+        self.flush = (
+            torch.empty(1 << 28, dtype=torch.int8, device=self.device)
+            if args.device == "cuda"
+            else None
+        )
         torch.manual_seed(0)
 
     def row(self, part: str, name: str, **values) -> None:
@@ -59,7 +65,10 @@ class Bench:
                 values[key.replace(unit, "share")] = values[key] / float(ceiling)
         with open(self.out, "a") as file:
             file.write(json.dumps({"part": part, "name": name, **values}) + "\n")
-        print(f"{part:10} {name:58} " + "  ".join(f"{k} {brief(v)}" for k, v in values.items()), flush=True)
+        print(
+            f"{part:10} {name:58} " + "  ".join(f"{k} {brief(v)}" for k, v in values.items()),
+            flush=True,
+        )
 
     def attempt(self, part: str, name: str, work: Callable[[], dict]) -> dict:
         """Runs one measurement; its failure is a row, not the end."""
@@ -82,7 +91,9 @@ class Bench:
         for _ in range(1 if self.tiny else 2):
             work()
         end = time.monotonic() + (0.01 if self.tiny else budget)
-        while len(times) < (1 if self.tiny else least) or (time.monotonic() < end and len(times) < 100):
+        while len(times) < (1 if self.tiny else least) or (
+            time.monotonic() < end and len(times) < 100
+        ):
             if self.device.type == "cuda":
                 self.flush.zero_()
                 start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -110,7 +121,9 @@ def layout_of(bench: Bench, spans: list):
     from kernels import attention, tiles
 
     kv_end, positions = (bench.torch.from_numpy(x) for x in tiles.host_layout(spans))
-    pairs = sum(p * (p + 1) // 2 + sum(n * p + n * (n + 1) // 2 for n in sizes) for p, sizes in spans)
+    pairs = sum(
+        p * (p + 1) // 2 + sum(n * p + n * (n + 1) // 2 for n in sizes) for p, sizes in spans
+    )
     layout = attention.TreeLayout(spans, kv_end.int().to(bench.device), positions.to(bench.device))
     return layout, pairs
 
@@ -147,7 +160,10 @@ def check(bench: Bench) -> None:
             pairs = [(x.detach().double(), y.detach()) for x, y in zip(a, b)]
             errors = [float((x - y).abs().max() / y.abs().max().clamp(min=1)) for x, y in pairs]
             limit = 1e-5 if dtype == torch.float32 else 2e-2
-            return {"ok": all(e < limit for e in errors), "errors": [float(f"{e:.1e}") for e in errors]}
+            return {
+                "ok": all(e < limit for e in errors),
+                "errors": [float(f"{e:.1e}") for e in errors],
+            }
 
         bench.attempt("check", f"{name} {str(dtype)[6:]}", work)
 
@@ -155,19 +171,33 @@ def check(bench: Bench) -> None:
     wide = [(400, [111, 90, 130, 70, 100, 120, 80, 60, 1, 50, 140, 30, 90, 20, 60, 70]), (9, [4])]
     cases = [(odd, 2, 1, 32, 0), (odd, 2, 2, 40, 13)]
     if not bench.tiny:
-        cases += [(wide, 8, 2, size, window) for size in (32, 64, 80, 128, 256) for window in (0, 100)]
-        cases += [([(0, [1024]), (300, [724])], 4, 4, 128, 0), ([(3000, [500, 600])] * 2, 32, 8, 128, 0)]
-    types = [torch.float32] if bench.device.type == "cpu" else [torch.bfloat16, torch.float16, torch.float32]
+        cases += [
+            (wide, 8, 2, size, window) for size in (32, 64, 80, 128, 256) for window in (0, 100)
+        ]
+        cases += [
+            ([(0, [1024]), (300, [724])], 4, 4, 128, 0),
+            ([(3000, [500, 600])] * 2, 32, 8, 128, 0),
+        ]
+    types = (
+        [torch.float32]
+        if bench.device.type == "cpu"
+        else [torch.bfloat16, torch.float16, torch.float32]
+    )
     for spans, heads, kv_heads, size, window in cases:
         layout, _ = layout_of(bench, spans)
         total = len(layout.kv_end)
-        q, k, v = (torch.randn(total, h, size, device=bench.device) for h in (heads, kv_heads, kv_heads))
+        q, k, v = (
+            torch.randn(total, h, size, device=bench.device) for h in (heads, kv_heads, kv_heads)
+        )
         third = share_rows(spans, 3)[1]
         for dtype in types:
             if dtype == torch.float32 and size > 128:
                 continue
             name = f"attention T{total} H{heads} G{kv_heads} E{size} window {window}"
-            for share, at, own in (("", layout, q), (", a third of the queries", layout.shard(third), q[third])):
+            for share, at, own in (
+                ("", layout, q),
+                (", a third of the queries", layout.shard(third), q[third]),
+            ):
                 compare(
                     name + share, lambda *x, at=at, w=window: tree_attention_fused(*x, at, w),
                     lambda *x, at=at, w=window: tree_attention(*x, at, w), own, k, v, dtype=dtype,
@@ -183,9 +213,15 @@ def check(bench: Bench) -> None:
         )  # fmt: skip
         torch.use_deterministic_algorithms(True, warn_only=True)
     rows, width, vocab = (9, 32, 300) if bench.tiny else (777, 1024, 33001)
-    hidden, weight = torch.randn(rows, width, device=bench.device), torch.randn(vocab, width, device=bench.device) / 32
+    hidden, weight = (
+        torch.randn(rows, width, device=bench.device),
+        torch.randn(vocab, width, device=bench.device) / 32,
+    )
     target = torch.randint(0, vocab, (rows,), device=bench.device)
-    x, gain = torch.randn(rows, width, device=bench.device), torch.rand(width, device=bench.device) + 0.5
+    x, gain = (
+        torch.randn(rows, width, device=bench.device),
+        torch.rand(width, device=bench.device) + 0.5,
+    )
     heads = torch.randn(rows, 5, 64, device=bench.device)
     angle = torch.rand(rows, 24, device=bench.device) * 9
     for dtype in types:
@@ -194,7 +230,9 @@ def check(bench: Bench) -> None:
             def logprob(h, w, entropy=entropy):
                 return linear_logprob(h, w, target, 0.8, entropy)
 
-            compare(f"logprob V{vocab} entropy {entropy}", logprob, logprob, hidden, weight, dtype=dtype)
+            compare(
+                f"logprob V{vocab} entropy {entropy}", logprob, logprob, hidden, weight, dtype=dtype
+            )
         norm = lambda x, w: rms_norm(x, w, 1e-5)  # noqa: E731
         compare("rms_norm", norm, norm, x, gain, dtype=dtype)
         both = lambda x, m, w: add_rms_norm(x, m, w, 1e-5)  # noqa: E731
@@ -210,10 +248,16 @@ def ceilings(bench: Bench) -> None:
     n = 128 if bench.tiny else 8192
     a, b = bench.randn(n, n), bench.randn(n, n)
     big = bench.randn(1 << (16 if bench.tiny else 29))
-    bench.attempt("ceilings", f"matmul {n}", lambda: {"tflops": 2 * n**3 / bench.seconds(lambda: a @ b) / 1e12})
+    bench.attempt(
+        "ceilings",
+        f"matmul {n}",
+        lambda: {"tflops": 2 * n**3 / bench.seconds(lambda: a @ b) / 1e12},
+    )
     copied = bench.torch.empty_like(big)
     moved = 2 * big.numel() * big.element_size()
-    bench.attempt("ceilings", "copy", lambda: {"gbs": moved / bench.seconds(lambda: copied.copy_(big)) / 1e9})
+    bench.attempt(
+        "ceilings", "copy", lambda: {"gbs": moved / bench.seconds(lambda: copied.copy_(big)) / 1e9}
+    )
 
 
 def attention(bench: Bench) -> None:
@@ -235,10 +279,14 @@ def attention(bench: Bench) -> None:
         for layout_name, spans in layouts.items():
             layout, pairs = layout_of(bench, spans)
             total = len(layout.kv_end)
-            q, k, v = (bench.randn(total, h, size).requires_grad_() for h in (heads, kv_heads, kv_heads))
+            q, k, v = (
+                bench.randn(total, h, size).requires_grad_() for h in (heads, kv_heads, kv_heads)
+            )
             slope = bench.randn(total, heads, size)
 
-            def measure(function: Callable, q=q, k=k, v=v, slope=slope, flop=4 * pairs * heads * size) -> dict:
+            def measure(
+                function: Callable, q=q, k=k, v=v, slope=slope, flop=4 * pairs * heads * size
+            ) -> dict:
                 out = function(q, k, v)
                 forward = bench.seconds(lambda: function(q, k, v))
                 grad = torch.autograd.grad
@@ -263,7 +311,9 @@ def attention(bench: Bench) -> None:
 
                 def sdpa(q, k, v):
                     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-                    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
+                    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[
+                        0
+                    ].transpose(0, 1)
 
                 bench.attempt("attention", f"{name}: SDPA", lambda: measure(sdpa))  # noqa: B023
             if not segments and (heads, size) == (32, 128) and bench.device.type == "cuda":
@@ -276,11 +326,15 @@ def attention(bench: Bench) -> None:
                     def visible(b, h, i, j):
                         return (j <= i) & (i < end[j])
 
-                    mask = create_block_mask(visible, None, None, total, total, device=str(bench.device))
+                    mask = create_block_mask(
+                        visible, None, None, total, total, device=str(bench.device)
+                    )
 
                     def attend(q, k, v):
                         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-                        return compiled(q, k, v, block_mask=mask, enable_gqa=True)[0].transpose(0, 1)
+                        return compiled(q, k, v, block_mask=mask, enable_gqa=True)[0].transpose(
+                            0, 1
+                        )
 
                     return measure(attend)  # noqa: B023
 
@@ -294,8 +348,13 @@ def logprob(bench: Bench) -> None:
 
     from kernels.logprob import linear_logprob
 
-    for rows, width, vocab in [(16, 32, 300)] if bench.tiny else [(8192, 4096, 32000), (8192, 2048, 128256)]:
-        hidden, weight = bench.randn(rows, width).requires_grad_(), (bench.randn(vocab, width) / 50).requires_grad_()
+    for rows, width, vocab in (
+        [(16, 32, 300)] if bench.tiny else [(8192, 4096, 32000), (8192, 2048, 128256)]
+    ):
+        hidden, weight = (
+            bench.randn(rows, width).requires_grad_(),
+            (bench.randn(vocab, width) / 50).requires_grad_(),
+        )
         target = torch.randint(0, vocab, (rows,), device=bench.device)
         name = f"M{rows} D{width} V{vocab}"
 
@@ -310,7 +369,10 @@ def logprob(bench: Bench) -> None:
         def floor(h=hidden, w=weight) -> dict:
             h, w = h.detach(), w.detach()
             z = h @ w.t()
-            return {"ms": 1e3 * (bench.seconds(lambda: h @ w.t()) + bench.seconds(lambda: (z @ w, z.t() @ h)))}
+            return {
+                "ms": 1e3
+                * (bench.seconds(lambda: h @ w.t()) + bench.seconds(lambda: (z @ w, z.t() @ h)))
+            }
 
         bench.attempt("logprob", f"{name}: its three matmuls", floor)
         bench.attempt(
@@ -318,7 +380,9 @@ def logprob(bench: Bench) -> None:
         )  # fmt: skip
         entropy = lambda t=target: measure(lambda h, w: sum(linear_logprob(h, w, t, 1.0, True)))  # noqa: E731
         bench.attempt("logprob", f"{name}: plumb with entropy", entropy)
-        whole = lambda t=target: measure(lambda h, w: -F.cross_entropy((h @ w.t()).float(), t, reduction="none"))  # noqa: E731
+        whole = lambda t=target: measure(
+            lambda h, w: -F.cross_entropy((h @ w.t()).float(), t, reduction="none")
+        )  # noqa: E731
         bench.attempt("logprob", f"{name}: cross_entropy", whole)
 
         def liger(t=target) -> dict:
@@ -336,14 +400,21 @@ def small(bench: Bench) -> None:
     from kernels import rmsnorm, rope, swiglu
 
     tokens, width, ffn, heads = (8, 32, 48, 2) if bench.tiny else (8192, 4096, 14336, 32)
-    x, more = bench.randn(tokens, width).requires_grad_(), bench.randn(tokens, width).requires_grad_()
+    x, more = (
+        bench.randn(tokens, width).requires_grad_(),
+        bench.randn(tokens, width).requires_grad_(),
+    )
     gain = bench.randn(width).requires_grad_()
     gate, up = bench.randn(tokens, ffn).requires_grad_(), bench.randn(tokens, ffn).requires_grad_()
     q = bench.randn(tokens, heads, width // heads).requires_grad_()
     angle = torch.rand(tokens, width // heads // 2, device=bench.device)
     cos, sin, size = angle.cos(), angle.sin(), x.element_size()
     cases = {  # tensors that have to be read or written, forward and backward together
-        "add_rms_norm": (lambda: sum(rmsnorm.add_rms_norm(x, more, gain, 1e-5)), (x, more, gain), 8 * x.numel()),
+        "add_rms_norm": (
+            lambda: sum(rmsnorm.add_rms_norm(x, more, gain, 1e-5)),
+            (x, more, gain),
+            8 * x.numel(),
+        ),
         "rope": (lambda: rope.rope(q, cos, sin), (q,), 4 * q.numel()),
         "swiglu": (lambda: swiglu.swiglu(gate, up), (gate, up), 8 * gate.numel()),
     }
@@ -358,7 +429,9 @@ def small(bench: Bench) -> None:
                     out = function()
                     slope = torch.randn_like(out)
                     forward = bench.seconds(function)
-                    backward = bench.seconds(lambda: torch.autograd.grad(out, leaves, slope, retain_graph=True))
+                    backward = bench.seconds(
+                        lambda: torch.autograd.grad(out, leaves, slope, retain_graph=True)
+                    )
                 finally:
                     for module in modules:
                         module.fused = real
@@ -392,7 +465,11 @@ def shapes(bench: Bench):
             whole = sizes["layers"]
             while sizes["layers"] > 1 and 18 * GPTConfig(family="llama", **sizes).parameters > room:
                 sizes["layers"] -= 1
-            label += f" shape with {sizes['layers']} of {whole} layers" if sizes["layers"] < whole else ""
+            label += (
+                f" shape with {sizes['layers']} of {whole} layers"
+                if sizes["layers"] < whole
+                else ""
+            )
         yield label, GPTConfig(family="llama", **sizes), shape == "7B"
 
 
@@ -413,7 +490,9 @@ def steps(bench: Bench) -> None:
         rng, (prompts, answers) = np.random.default_rng(0), examples(bench, responses)
         sizes = [(int(p), [int(n) for n in row]) for p, row in zip(prompts, answers, strict=True)]
         total = [p + sum(row) for p, row in sizes]
-        scored = np.concatenate([np.repeat([0, 1], [p, sum(row)]) for p, row in sizes]).astype(np.uint8)
+        scored = np.concatenate([np.repeat([0, 1], [p, sum(row)]) for p, row in sizes]).astype(
+            np.uint8
+        )
         return Dataset(
             rng.integers(0, c.vocab, sum(total)).astype(np.int32), scored, np.cumsum([0, *total]),
             prompts.astype(np.int32), np.arange(0, pairs * responses + 1, responses),
@@ -443,7 +522,12 @@ def steps(bench: Bench) -> None:
                     sums = batch.sum_by_response(model.logps(model(batch), batch))
                     if task == "DPO":
                         chosen, rejected = sums.view(-1, 2).unbind(1)
-                        loss = losses.sigmoid(chosen - chosen.detach(), rejected - rejected.detach(), 0.1).sum() / pairs
+                        loss = (
+                            losses.sigmoid(
+                                chosen - chosen.detach(), rejected - rejected.detach(), 0.1
+                            ).sum()
+                            / pairs
+                        )
                     else:
                         loss = -sums.sum() / 1e4
                     loss.backward()
@@ -452,13 +536,18 @@ def steps(bench: Bench) -> None:
             def work(step=step, batches=batches, model=model, c=c) -> dict:
                 if bench.device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats()
-                spent = bench.seconds(step, least=3, budget=6)  # the first calls compile and warm up
+                spent = bench.seconds(
+                    step, least=3, budget=6
+                )  # the first calls compile and warm up
                 tokens = sum(len(b.tokens) for b in batches)
                 scored = sum(len(b.target) for b in batches)
                 seen = sum(b.context * len(b.tokens) for b in batches)
                 head = c.vocab * c.width
                 # Only scored tokens meet the head; recomputed activations do not count as work.
-                flop = sum(len(b.tokens) * c.flops_per_token(b.context) for b in batches) - 6 * (tokens - scored) * head
+                flop = (
+                    sum(len(b.tokens) * c.flops_per_token(b.context) for b in batches)
+                    - 6 * (tokens - scored) * head
+                )
                 values = {
                     "seconds": spent, "examples_per_s": pairs / spent, "tokens_per_s": tokens / spent,
                     "tokens": tokens, "context": seen / tokens, "tflops": flop / spent / 1e12,
@@ -487,7 +576,9 @@ def trl(bench: Bench) -> None:
         return bench.row("trl", "TRL", skipped=f"not importable: {', '.join(missing)}")
     for label, c, recomputed in shapes(bench):
         for task in ("DPO", "SFT"):
-            bench.attempt("trl", f"{label} {task}, TRL", lambda: trl_steps(bench, task, label, c, recomputed))
+            bench.attempt(
+                "trl", f"{label} {task}, TRL", lambda: trl_steps(bench, task, label, c, recomputed)
+            )
             gc.collect()  # a trainer and its model hold each other
             if bench.device.type == "cuda":
                 bench.torch.cuda.empty_cache()
@@ -500,7 +591,13 @@ def trl_steps(bench: Bench, task: str, label: str, c, recomputed: bool) -> dict:
     import numpy as np
     from datasets import Dataset, disable_progress_bars
     from tokenizers import Tokenizer, models
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
+    from transformers import (
+        LlamaConfig,
+        LlamaForCausalLM,
+        PreTrainedTokenizerFast,
+        PrinterCallback,
+        TrainerCallback,
+    )
     from transformers.utils import is_flash_attn_2_available
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
@@ -521,7 +618,9 @@ def trl_steps(bench: Bench, task: str, label: str, c, recomputed: bool) -> dict:
         def on_step_end(self, args, state, control, **_):
             times.append(self.now() - self.begin)
             done = len(times) >= warm + least and sum(times[warm:]) > budget
-            control.should_training_stop = done or (len(times) > warm and time.monotonic() > bench.deadline)
+            control.should_training_stop = done or (
+                len(times) > warm and time.monotonic() > bench.deadline
+            )
 
     class OnTokens(DPOTrainer):
         def _prepare_dataset(self, dataset, *_):
@@ -534,7 +633,9 @@ def trl_steps(bench: Bench, task: str, label: str, c, recomputed: bool) -> dict:
         if task == "DPO":
             rows.append(dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), ids, strict=True)))
         else:
-            rows.append({"input_ids": sum(ids, []), "completion_mask": [0] * sizes[0] + [1] * sizes[1]})
+            rows.append(
+                {"input_ids": sum(ids, []), "completion_mask": [0] * sizes[0] + [1] * sizes[1]}
+            )
     words = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1}, unk_token="</s>"))
     words = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>")
 
@@ -545,12 +646,22 @@ def trl_steps(bench: Bench, task: str, label: str, c, recomputed: bool) -> dict:
         attn_implementation=attention,
     )  # fmt: skip
     # TRL hashes all weights of the reference on the CPU. A small one does: it is outside the step.
-    small = dict(hidden_size=64, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, head_dim=64)
+    small = dict(
+        hidden_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=64,
+    )
     with torch.device(bench.device):
         model = LlamaForCausalLM(LlamaConfig(**shape)).to(bench.dtype)
-        reference = LlamaForCausalLM(LlamaConfig(**shape | small | {"intermediate_size": 64})).to(bench.dtype)
+        reference = LlamaForCausalLM(LlamaConfig(**shape | small | {"intermediate_size": 64})).to(
+            bench.dtype
+        )
     if model.num_parameters() != c.parameters:
-        raise ValueError(f"transformers' model has {model.num_parameters()} weights, plumb's has {c.parameters}")
+        raise ValueError(
+            f"transformers' model has {model.num_parameters()} weights, plumb's has {c.parameters}"
+        )
     micro = 1 if bench.tiny else 16 // answers.shape[1]  # sixteen sequences of at most 1024 tokens
     with tempfile.TemporaryDirectory() as folder:
         common = dict(
@@ -559,17 +670,29 @@ def trl_steps(bench: Bench, task: str, label: str, c, recomputed: bool) -> dict:
             learning_rate=1e-7, bf16=cuda, use_cpu=not cuda, dataloader_pin_memory=cuda,
             logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True,
         )  # fmt: skip
-        more = dict(train_dataset=Dataset.from_list(rows), processing_class=words, callbacks=[Clock()])
+        more = dict(
+            train_dataset=Dataset.from_list(rows), processing_class=words, callbacks=[Clock()]
+        )
         if task == "DPO":
             config = DPOConfig(precompute_ref_log_probs=True, **common)
             trainer = OnTokens(model, reference, args=config, **more)
         else:
-            config = SFTConfig(padding_free=attention != "sdpa", completion_only_loss=True, **common)
+            config = SFTConfig(
+                padding_free=attention != "sdpa", completion_only_loss=True, **common
+            )
             trainer = SFTTrainer(model, args=config, **more)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    spent, tokens = statistics.median(times[warm:]), int(prompts.sum()) * answers.shape[1] + int(answers.sum())
-    values = {"seconds": spent, "examples_per_s": len(rows) / spent, "tokens_per_s": tokens / spent, "tokens": tokens}
+    spent, tokens = (
+        statistics.median(times[warm:]),
+        int(prompts.sum()) * answers.shape[1] + int(answers.sum()),
+    )
+    values = {
+        "seconds": spent,
+        "examples_per_s": len(rows) / spent,
+        "tokens_per_s": tokens / spent,
+        "tokens": tokens,
+    }
     if cuda:
         values["peak_gb"] = torch.cuda.max_memory_allocated() / 2**30
     ours = f"{label} {task}, {'prompts shared' if task == 'DPO' else 'packed'}"
@@ -596,20 +719,36 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="smallest sizes: only to see that it runs")
+    parser.add_argument(
+        "--tiny", action="store_true", help="smallest sizes: only to see that it runs"
+    )
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
-    parser.add_argument("--minutes", type=float, default=8.0, help="all parts together; a part that is late is ended")
-    parser.add_argument("--json", help="where to; default bench/results/<GPU>.json, nowhere with --tiny")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=8.0,
+        help="all parts together; a part that is late is ended",
+    )
+    parser.add_argument(
+        "--json", help="where to; default bench/results/<GPU>.json, nowhere with --tiny"
+    )
     for hidden in ("--part", "--rows", "--seconds"):
-        parser.add_argument(hidden, help=argparse.SUPPRESS, type=float if hidden == "--seconds" else str)
+        parser.add_argument(
+            hidden, help=argparse.SUPPRESS, type=float if hidden == "--seconds" else str
+        )
     args = parser.parse_args()
     if args.part:
         run_part(args)
         return 0
 
-    environment = {"CUDA_VISIBLE_DEVICES": "0", **os.environ}  # TRL refuses to see more than one GPU
+    environment = {
+        "CUDA_VISIBLE_DEVICES": "0",
+        **os.environ,
+    }  # TRL refuses to see more than one GPU
     environment |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "PYTHONUNBUFFERED": "1"}
     if args.device == "cpu":
         environment |= {"TRITON_INTERPRET": "1", "PLUMB_KERNELS": "on"}
@@ -620,7 +759,16 @@ def main() -> int:
             left = min(PARTS[part], end - time.monotonic())
             failed = "no time left" if left < 5 else ""
             if not failed:
-                command = [sys.executable, __file__, "--part", part, "--rows", rows, "--device", args.device]
+                command = [
+                    sys.executable,
+                    __file__,
+                    "--part",
+                    part,
+                    "--rows",
+                    rows,
+                    "--device",
+                    args.device,
+                ]
                 command += ["--seconds", f"{0.8 * left:.0f}"] + ["--tiny"] * args.tiny
                 try:
                     done = subprocess.run(list(map(str, command)), env=environment, timeout=left)
@@ -629,7 +777,9 @@ def main() -> int:
                     failed = f"ended after {left:.0f} s"
             if failed:
                 with open(rows, "a") as file:
-                    file.write(json.dumps({"part": part, "name": "the whole part", "error": failed}) + "\n")
+                    file.write(
+                        json.dumps({"part": part, "name": "the whole part", "error": failed}) + "\n"
+                    )
             for row in read_rows(rows):
                 for unit in ("tflops", "gbs"):
                     if row["part"] == "ceilings" and unit in row:
@@ -639,16 +789,30 @@ def main() -> int:
     import torch
     import triton
 
-    gpu = torch.cuda.get_device_name() if args.device == "cuda" and torch.cuda.is_available() else "cpu"
-    report = {"device": gpu, "torch": torch.__version__, "triton": triton.__version__, "rows": found}
-    path = args.json or (None if args.tiny else ROOT / "bench" / "results" / f"{gpu.replace(' ', '_')}.json")
+    gpu = (
+        torch.cuda.get_device_name()
+        if args.device == "cuda" and torch.cuda.is_available()
+        else "cpu"
+    )
+    report = {
+        "device": gpu,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "rows": found,
+    }
+    path = args.json or (
+        None if args.tiny else ROOT / "bench" / "results" / f"{gpu.replace(' ', '_')}.json"
+    )
     if path:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(json.dumps(report, indent=1) + "\n")
     print(f"\n{gpu}, torch {torch.__version__}, triton {triton.__version__}")
     for row in found:
         values = {k: v for k, v in row.items() if k not in ("part", "name", "errors")}
-        print(f"{row['part']:10} {row['name']:58} " + "  ".join(f"{k} {brief(v)}" for k, v in values.items()))
+        print(
+            f"{row['part']:10} {row['name']:58} "
+            + "  ".join(f"{k} {brief(v)}" for k, v in values.items())
+        )
     wrong = [row["name"] for row in found if row.get("ok") is False]
     broken, peers = [], []
     for row in found:

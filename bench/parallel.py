@@ -55,7 +55,17 @@ def pairs(n: int, vocab: int, prompt: int, answer: int) -> Dataset:
         scored[start : start + length] = 0
     tokens = random.integers(0, vocab, starts[-1]).astype(np.int32)
     responses = np.arange(0, 2 * n + 1, 2)
-    return Dataset(tokens, scored, starts, prompts.astype(np.int32), responses, answers.astype(np.int32), {}, {}, "")
+    return Dataset(
+        tokens,
+        scored,
+        starts,
+        prompts.astype(np.int32),
+        responses,
+        answers.astype(np.int32),
+        {},
+        {},
+        "",
+    )
 
 
 def memory_of(field: str) -> int:
@@ -64,7 +74,13 @@ def memory_of(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def train(c: GPTConfig, layout: Layout, flags: argparse.Namespace, mesh: parallel.Mesh, device: torch.device) -> dict:
+def train(
+    c: GPTConfig,
+    layout: Layout,
+    flags: argparse.Namespace,
+    mesh: parallel.Mesh,
+    device: torch.device,
+) -> dict:
     """Some steps of DPO on one rank: seconds each, peak memory and what plan.py says of it."""
     cuda = device.type == "cuda"
     if cuda:
@@ -85,9 +101,13 @@ def train(c: GPTConfig, layout: Layout, flags: argparse.Namespace, mesh: paralle
 
     def step() -> None:
         for batch, hidden in parallel.pipeline(model, batches, optimizer):
-            chosen, rejected = batch.sum_by_response(model.logps(hidden, batch)).view(-1, 2).unbind(1)
+            chosen, rejected = (
+                batch.sum_by_response(model.logps(hidden, batch)).view(-1, 2).unbind(1)
+            )
             nothing, length = torch.zeros_like(chosen), torch.ones_like(chosen)
-            each, _ = losses.dpo(losses.Pairs(chosen, rejected, nothing, nothing, length, length, nothing, nothing))
+            each, _ = losses.dpo(
+                losses.Pairs(chosen, rejected, nothing, nothing, length, length, nothing, nothing)
+            )
             (each.sum() / flags.batch_size).backward()
         optimizer.step(1e-6, 1.0)
         model.wait()
@@ -101,7 +121,9 @@ def train(c: GPTConfig, layout: Layout, flags: argparse.Namespace, mesh: paralle
         seconds.append(time.perf_counter() - start)
     peak = torch.cuda.max_memory_allocated() if cuda else memory_of("VmHWM")
     if flags.profile:
-        kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * cuda
+        kinds = [torch.profiler.ProfilerActivity.CPU] + [
+            torch.profiler.ProfilerActivity.CUDA
+        ] * cuda
         with torch.profiler.profile(activities=kinds) as profile:
             step()
         order = "self_cuda_time_total" if cuda else "self_cpu_time_total"
@@ -115,7 +137,9 @@ def train(c: GPTConfig, layout: Layout, flags: argparse.Namespace, mesh: paralle
             "sent": sent}  # fmt: skip
 
 
-def rank_of(c: GPTConfig, layout: Layout, flags: argparse.Namespace, rank: int, store: str, answers) -> None:
+def rank_of(
+    c: GPTConfig, layout: Layout, flags: argparse.Namespace, rank: int, store: str, answers
+) -> None:
     """A process of a layout."""
     try:
         torch.set_num_threads(1)
@@ -153,11 +177,15 @@ def measure(c: GPTConfig, layout: Layout, flags: argparse.Namespace) -> list[dic
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--steps", type=int, default=5, help="timed, after one that is not")
-    parser.add_argument("--repeats", type=int, default=1, help="of every layout, in turns; the fastest counts")
+    parser.add_argument(
+        "--repeats", type=int, default=1, help="of every layout, in turns; the fastest counts"
+    )
     parser.add_argument("--batch-size", type=int, default=8, help="pairs a step")
     parser.add_argument("--max-tokens", type=int, default=1024, help="of a micro-batch")
     parser.add_argument("--prompt", type=int, default=128, help="mean tokens")

@@ -22,7 +22,9 @@ FILE = "attributes.json"
 def line(values: dict[str, float]) -> str:
     """Values (NaN = not given) -> "helpfulness:4,verbosity:1", whole numbers in the fixed order."""
     return ",".join(
-        f"{name}:{whole(values[name])}" for name in ATTRIBUTES if not math.isnan(values.get(name, math.nan))
+        f"{name}:{whole(values[name])}"
+        for name in ATTRIBUTES
+        if not math.isnan(values.get(name, math.nan))
     )
 
 
@@ -38,7 +40,9 @@ def read_line(text: str, known: tuple[str, ...] = ATTRIBUTES) -> dict[str, float
         name, colon, number = (part.strip() for part in item.partition(":"))
         known_attributes([name], known)
         if not colon or number not in map(str, range(WORST, BEST + 1)):
-            raise ValueError(f"attribute {item!r} must be NAME:VALUE with a value from {WORST} to {BEST}")
+            raise ValueError(
+                f"attribute {item!r} must be NAME:VALUE with a value from {WORST} to {BEST}"
+            )
         values[name] = float(number)
     return values
 
@@ -60,7 +64,9 @@ def condition(prompt: str | Messages, values: dict[str, float], template: str) -
     return [*prompt[:-1], {**prompt[-1], "content": mark(prompt[-1]["content"])}]
 
 
-def conditioned(rows: list[dict], template: str, dropout: float, seed: int) -> tuple[list[dict], tuple[str, ...]]:
+def conditioned(
+    rows: list[dict], template: str, dropout: float, seed: int
+) -> tuple[list[dict], tuple[str, ...]]:
     """Rows whose prompts carry their attribute line, one a response; and the attributes that occur.
 
     dropout: share of the values left out of their lines at random, as (seed, row) decides. ValueError names the row.
@@ -70,12 +76,18 @@ def conditioned(rows: list[dict], template: str, dropout: float, seed: int) -> t
         try:
             found = attribute_row(row)
             if found.prompt is None:
-                raise ValueError("a conversation: --stage annotate turns it into `prompt` and `response`")
+                raise ValueError(
+                    "a conversation: --stage annotate turns it into `prompt` and `response`"
+                )
         except ValueError as error:
             raise ValueError(f"row {number + 1} of --data: {error}") from None
         chance = random.Random(f"{seed} {number}")
         for i, response in enumerate(found.responses):
-            given = {name: column[i] for name, column in found.columns.items() if not math.isnan(column[i])}
+            given = {
+                name: column[i]
+                for name, column in found.columns.items()
+                if not math.isnan(column[i])
+            }
             values = {name: value for name, value in given.items() if chance.random() >= dropout}
             seen |= values.keys()
             made.append({"prompt": condition(found.prompt, values, template), "response": response})
@@ -94,7 +106,9 @@ def check_template(template: str) -> str:
 
 def save(folder: str | Path, template: str, names: tuple[str, ...]) -> None:
     """Writes attributes.json beside a model's weights."""
-    (Path(folder) / FILE).write_text(json.dumps({"template": template, "attributes": names}, indent=2) + "\n")
+    (Path(folder) / FILE).write_text(
+        json.dumps({"template": template, "attributes": names}, indent=2) + "\n"
+    )
 
 
 def load(folder: str | Path) -> tuple[str, tuple[str, ...]] | None:

@@ -34,11 +34,22 @@ import numpy as np
 from numpy.typing import DTypeLike
 from tqdm import tqdm
 
-from data.formats import Row, attribute_row, label_row, preference_row, prompt_of, sft_row, weight_row
+from data.formats import (
+    Row,
+    attribute_row,
+    label_row,
+    preference_row,
+    prompt_of,
+    sft_row,
+    weight_row,
+)
 
 FORMAT = 2  # raise it whenever the same rows would give other arrays, here or in data/formats.py
 SHOWN = 10  # bad rows printed, and kept in the cache
-CHUNK_ROWS, CHUNK_BYTES = 256, 1 << 19  # what a worker is handed at a time; a file of one chunk needs no workers
+CHUNK_ROWS, CHUNK_BYTES = (
+    256,
+    1 << 19,
+)  # what a worker is handed at a time; a file of one chunk needs no workers
 
 ROWS: dict[str, Callable[[dict, bool], Row]] = {
     "sft": lambda row, plain: sft_row(row), "preference": preference_row, "label": label_row,
@@ -60,10 +71,16 @@ class Dataset:
     prompt_len: np.ndarray  # (n,) int32
     response_start: np.ndarray  # (n + 1,) int64, index of a tree's first response
     response_len: np.ndarray  # (R,) int32
-    columns: dict[str, np.ndarray] = field(default_factory=dict)  # name -> (R,) float32, NaN where a row gave none
-    counts: dict[str, int] = field(default_factory=dict)  # rows = trees + too_long + bad; the rest is of trees kept
+    columns: dict[str, np.ndarray] = field(
+        default_factory=dict
+    )  # name -> (R,) float32, NaN where a row gave none
+    counts: dict[str, int] = field(
+        default_factory=dict
+    )  # rows = trees + too_long + bad; the rest is of trees kept
     key: str = ""  # hash of everything that decided the arrays
-    token_columns: dict[str, np.ndarray] = field(default_factory=dict)  # name -> (N,), of meaning where `scored` is 1
+    token_columns: dict[str, np.ndarray] = field(
+        default_factory=dict
+    )  # name -> (N,), of meaning where `scored` is 1
 
     def __len__(self) -> int:
         return len(self.prompt_len)
@@ -82,7 +99,9 @@ class Dataset:
     @cached_property
     def scored_len(self) -> np.ndarray:
         """Scored tokens of each response, (R,) int64."""
-        prompts = np.repeat(np.cumsum(self.prompt_len), np.diff(self.response_start))  # tokens of all up to its own
+        prompts = np.repeat(
+            np.cumsum(self.prompt_len), np.diff(self.response_start)
+        )  # tokens of all up to its own
         starts = prompts + np.cumsum(self.response_len) - self.response_len
         counts, full = np.zeros(len(starts), np.int64), np.asarray(self.response_len) > 0
         if full.any():  # what lies between two responses is a prompt, which is not scored
@@ -92,7 +111,9 @@ class Dataset:
     def responses_of(self, examples: Sequence[int] | np.ndarray) -> np.ndarray:
         """Numbers of all responses of some trees, in order."""
         starts, ends = self.response_start[:-1], self.response_start[1:]
-        return np.concatenate([np.arange(starts[i], ends[i]) for i in examples] or [np.empty(0, np.int64)])
+        return np.concatenate(
+            [np.arange(starts[i], ends[i]) for i in examples] or [np.empty(0, np.int64)]
+        )
 
 
 def load_dataset(
@@ -116,13 +137,26 @@ def load_dataset(
     file:line and reason) and when no row is left.
     """
     paths = [Path(f) for f in ([files] if isinstance(files, (str, Path)) else files)]
-    for name, value, known in (("kind", kind, tuple(ROWS)), ("overlong", overlong, ("drop", "truncate"))):
+    for name, value, known in (
+        ("kind", kind, tuple(ROWS)),
+        ("overlong", overlong, ("drop", "truncate")),
+    ):
         if value not in known:
             raise ValueError(f"{name} {value!r} is not known: use {' or '.join(known)}")
     for file in paths:
         if not file.is_file():
-            raise FileNotFoundError(f"{file}: no such file: give JSONL files, one JSON object a line")
-    decides = [FORMAT, kind, [_sha256(f) for f in paths], template.hash, template.tokenizer.hash, max_length, overlong]
+            raise FileNotFoundError(
+                f"{file}: no such file: give JSONL files, one JSON object a line"
+            )
+    decides = [
+        FORMAT,
+        kind,
+        [_sha256(f) for f in paths],
+        template.hash,
+        template.tokenizer.hash,
+        max_length,
+        overlong,
+    ]
     key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()
     folder = Path(cache) / key[:32]
     began = time.perf_counter()
@@ -130,13 +164,24 @@ def load_dataset(
     if folder.exists():
         meta = _intact(folder, key)
         if meta is None:
-            log(f"warning: {folder} is damaged (a file is missing or has the wrong size): tokenising again")
+            log(
+                f"warning: {folder} is damaged (a file is missing or has the wrong size): tokenising again"
+            )
     if meta is None:
-        meta = _build(folder, key, _Job(paths, kind, template, max_length, overlong), max_bad_rows, workers, log)
+        meta = _build(
+            folder,
+            key,
+            _Job(paths, kind, template, max_length, overlong),
+            max_bad_rows,
+            workers,
+            log,
+        )
         source = f"tokenised in {time.perf_counter() - began:.1f} s"
     else:
         _check_bad(meta["bad"], meta["counts"]["bad"], paths, max_bad_rows, log)
-    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in (*DTYPES, *meta["columns"])}
+    arrays = {
+        name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in (*DTYPES, *meta["columns"])
+    }
     columns = {name.removeprefix("column_"): arrays.pop(name) for name in meta["columns"]}
     dataset = Dataset(**arrays, columns=columns, counts=meta["counts"], key=key)
     log(_summary(dataset, paths, max_length, source))
@@ -144,7 +189,9 @@ def load_dataset(
 
 
 def from_trees(
-    trees: Iterable[tuple[Any, list[tuple[Any, Any]]]], columns: dict[str, np.ndarray] | None = None, key: str = ""
+    trees: Iterable[tuple[Any, list[tuple[Any, Any]]]],
+    columns: dict[str, np.ndarray] | None = None,
+    key: str = "",
 ) -> Dataset:
     """A data set in memory from (prompt ids, [(response ids, scored), ...]) a tree, as template.pair gives them."""
     parts, flags, prompt_len, response_len, responses = [], [], [], [], []
@@ -177,7 +224,11 @@ class Prompts(NamedTuple):
 
     def take(self, items: Iterable[int]) -> "Prompts":
         """Some of them, in the order given."""
-        return Prompts([self.rows[i] for i in items], [self.prompts[i] for i in items], [self.ids[i] for i in items])
+        return Prompts(
+            [self.rows[i] for i in items],
+            [self.prompts[i] for i in items],
+            [self.ids[i] for i in items],
+        )
 
 
 def load_prompts(
@@ -196,7 +247,9 @@ def load_prompts(
     paths = [Path(f) for f in files]
     for file in paths:
         if not file.is_file():
-            raise FileNotFoundError(f"{file}: no such file: give JSONL files, one JSON object a line")
+            raise FileNotFoundError(
+                f"{file}: no such file: give JSONL files, one JSON object a line"
+            )
     kept, counts, bad = Prompts([], [], []), Counter(), []
     for place, number, line in _lines(paths):
         counts["rows"] += 1
@@ -218,7 +271,9 @@ def load_prompts(
     names = ", ".join(f.name for f in paths)
     what = f"{counts['too_long']} longer than {max_length} tokens ({overlong})"
     if not kept.ids:
-        raise ValueError(f"{names}: no prompt is left of {counts['rows']} rows, {what}: raise --max-length")
+        raise ValueError(
+            f"{names}: no prompt is left of {counts['rows']} rows, {what}: raise --max-length"
+        )
     log(f"{names}: {counts['rows']} rows, {len(kept.ids)} prompts kept, {what}, {len(bad)} bad")
     return kept
 
@@ -248,7 +303,9 @@ class _Job(NamedTuple):
 class _Chunk(NamedTuple):
     """Trees of some consecutive lines, as arrays: little to send between processes, little to hold."""
 
-    arrays: dict[str, np.ndarray]  # those of Dataset, lengths for starts: tree_len (tokens), responses (of a tree)
+    arrays: dict[
+        str, np.ndarray
+    ]  # those of Dataset, lengths for starts: tree_len (tokens), responses (of a tree)
     counts: dict[str, int]
     bad: list[tuple[int, int, str]]  # file, line, reason
 
@@ -270,13 +327,17 @@ def _encode_lines(job: _Job, lines: list[tuple[int, int, bytes]]) -> _Chunk:
         longest = max(len(ids) for ids, _ in answers)
         cut = len(prompt) + longest > job.max_length
         if cut:
-            prompt = _cut(prompt, job.max_length - longest, job.template.tokenizer.bos, job.overlong)
+            prompt = _cut(
+                prompt, job.max_length - longest, job.template.tokenizer.bos, job.overlong
+            )
         if prompt is None:
             counts["too_long"] += 1
             continue
         counts["truncated"] += cut
         counts["moved"] += moved
-        counts["identical"] += len(row.responses) > 1 and all(r == row.responses[0] for r in row.responses)
+        counts["identical"] += len(row.responses) > 1 and all(
+            r == row.responses[0] for r in row.responses
+        )
         before = len(tokens)
         tokens.extend(prompt)
         scored.extend([0] * len(prompt))
@@ -297,7 +358,12 @@ def _encode_lines(job: _Job, lines: list[tuple[int, int, bytes]]) -> _Chunk:
         "tree_len": np.array(tree_len, np.int64),
         "responses": np.array(responses, np.int64),
     } | {name: np.array(values, np.float32) for name, values in columns.items()}
-    counts |= {"rows": len(lines), "bad": len(bad), "trees": len(prompt_len), "responses": len(response_len)}
+    counts |= {
+        "rows": len(lines),
+        "bad": len(bad),
+        "trees": len(prompt_len),
+        "responses": len(response_len),
+    }
     counts |= {"tokens": len(tokens), "scored": sum(scored)}
     return _Chunk(arrays, counts, bad)
 
@@ -326,7 +392,9 @@ def _tokenise(row: Row, template: Any) -> tuple[list[int], list[tuple[list[int],
     else:
         prompt, answers, moved = template.pair(row.prompt, row.responses)
     if not prompt:
-        raise ValueError("the prompt has no tokens, so nothing predicts the first of the response: write a prompt")
+        raise ValueError(
+            "the prompt has no tokens, so nothing predicts the first of the response: write a prompt"
+        )
     if not all(any(scored) for _, scored in answers):
         raise ValueError("a response has no token to learn from: write one")
     return prompt, answers, moved
@@ -370,11 +438,15 @@ def _lines(files: list[Path]) -> Iterator[tuple[int, int, bytes]]:
             with gzip.open(file, "rb") if file.suffix == ".gz" else open(file, "rb") as stream:
                 for number, line in enumerate(stream, 1):
                     if number == 1:
-                        line = line.removeprefix(b"\xef\xbb\xbf")  # a byte order mark, as some editors write
+                        line = line.removeprefix(
+                            b"\xef\xbb\xbf"
+                        )  # a byte order mark, as some editors write
                     if line.strip():
                         yield index, number, line
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise ValueError(f"{file}: not a whole gzip file ({error}): fetch or compress it again") from None
+            raise ValueError(
+                f"{file}: not a whole gzip file ({error}): fetch or compress it again"
+            ) from None
 
 
 def _chunks(files: list[Path]) -> Iterator[list[tuple[int, int, bytes]]]:
@@ -394,7 +466,12 @@ def _encode(job: _Job, workers: int | None) -> Generator[_Chunk, None, None]:
     chunks = _chunks(job.files)
     head = list(islice(chunks, 2))
     if workers is None:
-        workers = min(32, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+        workers = min(
+            32,
+            len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else os.cpu_count() or 1,
+        )
     if workers <= 1 or len(head) < 2 or "fork" not in multiprocessing.get_all_start_methods():
         yield from (_encode_lines(job, chunk) for chunk in chain(head, chunks))
         return
@@ -404,12 +481,16 @@ def _encode(job: _Job, workers: int | None) -> Generator[_Chunk, None, None]:
     try:
         for chunk in chain(head, chunks):
             waiting.append(pool.submit(_encode_in_worker, chunk))
-            if len(waiting) > 3 * workers:  # enough to keep them busy; what is read but not written stays small
+            if (
+                len(waiting) > 3 * workers
+            ):  # enough to keep them busy; what is read but not written stays small
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
     except BrokenProcessPool:
-        raise RuntimeError("a tokenising worker was killed (out of memory?): free memory, or use workers=1") from None
+        raise RuntimeError(
+            "a tokenising worker was killed (out of memory?): free memory, or use workers=1"
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -420,9 +501,13 @@ _job: _Job  # a worker's own, set once it is forked
 def _start_worker(job: _Job) -> None:
     global _job
     _job = job
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends its workers
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches the parent, which ends its workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    parent = multiprocessing.parent_process()  # a parent killed with -9 must not leave its workers waiting for ever
+    parent = (
+        multiprocessing.parent_process()
+    )  # a parent killed with -9 must not leave its workers waiting for ever
 
     def follow() -> None:
         parent.join()
@@ -436,7 +521,12 @@ def _encode_in_worker(chunk: list[tuple[int, int, bytes]]) -> _Chunk:
 
 
 def _build(
-    folder: Path, key: str, job: _Job, max_bad_rows: int, workers: int | None, log: Callable[[str], Any]
+    folder: Path,
+    key: str,
+    job: _Job,
+    max_bad_rows: int,
+    workers: int | None,
+    log: Callable[[str], Any],
 ) -> dict[str, Any]:
     """Tokenise into a temporary folder, then rename it to `folder`: readers see all of it or nothing. Returns meta."""
     temporary = folder.parent / f".partial-{uuid.uuid4().hex}"
@@ -455,13 +545,19 @@ def _build(
         ends = {"tree_start": np.int64(0), "response_start": np.int64(0)}
         for name, end in ends.items():
             append(name, np.array([end]))
-        with contextlib.closing(_encode(job, workers)) as chunks, tqdm(unit=" rows", disable=None, delay=2) as bar:
+        with (
+            contextlib.closing(_encode(job, workers)) as chunks,
+            tqdm(unit=" rows", disable=None, delay=2) as bar,
+        ):
             for arrays, chunk_counts, chunk_bad in chunks:
                 counts = {name: counts.get(name, 0) + n for name, n in chunk_counts.items()}
                 bad = (bad + chunk_bad)[:SHOWN]
                 if counts["bad"] > max_bad_rows:
                     break
-                for name, lens in (("tree_start", arrays.pop("tree_len")), ("response_start", arrays.pop("responses"))):
+                for name, lens in (
+                    ("tree_start", arrays.pop("tree_len")),
+                    ("response_start", arrays.pop("responses")),
+                ):
                     starts = ends[name] + np.cumsum(lens)
                     append(name, starts)
                     ends[name] = starts[-1] if len(starts) else ends[name]
@@ -529,13 +625,17 @@ def _intact(folder: Path, key: str) -> dict[str, Any] | None:
     """meta.json of a cached data set whose files are all there in the right size, else None."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        whole = all((folder / f"{name}.npy").stat().st_size == size for name, size in meta["bytes"].items())
+        whole = all(
+            (folder / f"{name}.npy").stat().st_size == size for name, size in meta["bytes"].items()
+        )
         return meta if whole and meta["key"] == key else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
-def _check_bad(bad: list, total: int, files: list[Path], max_bad_rows: int, log: Callable[[str], Any]) -> None:
+def _check_bad(
+    bad: list, total: int, files: list[Path], max_bad_rows: int, log: Callable[[str], Any]
+) -> None:
     """Print the first bad rows; ValueError when there are more than allowed."""
     reports = [f"{files[file]}:{line}: {reason}" for file, line, reason in bad]
     for report in reports:
@@ -543,7 +643,9 @@ def _check_bad(bad: list, total: int, files: list[Path], max_bad_rows: int, log:
     if total > len(reports):
         log(f"... and {total - len(reports)} more bad rows")
     if total > max_bad_rows:
-        raise ValueError(f"{reports[0]} ({total} bad so far: repair the data or raise --max-bad-rows {max_bad_rows})")
+        raise ValueError(
+            f"{reports[0]} ({total} bad so far: repair the data or raise --max-bad-rows {max_bad_rows})"
+        )
 
 
 def _why_empty(counts: dict[str, int], job: _Job) -> str:
@@ -551,7 +653,9 @@ def _why_empty(counts: dict[str, int], job: _Job) -> str:
     if not counts.get("rows"):
         return f"{names}: no rows: give JSONL files, one JSON object a line"
     if counts["too_long"]:
-        what = f"{counts['too_long']} of {counts['rows']} rows are longer than {job.max_length} tokens"
+        what = (
+            f"{counts['too_long']} of {counts['rows']} rows are longer than {job.max_length} tokens"
+        )
         return f"{names}: nothing is left, {what}: raise --max-length or use --overlong truncate"
     return f"{names}: nothing is left, all {counts['rows']} rows are bad: repair the data"
 

@@ -29,15 +29,21 @@ def partners(prompts: list[int]) -> list[int]:
     return found
 
 
-def kto_trees(data: Dataset, steps: list[np.ndarray], max_length: int, mismatched: bool = True) -> Dataset:
+def kto_trees(
+    data: Dataset, steps: list[np.ndarray], max_length: int, mismatched: bool = True
+) -> Dataset:
     """A tree for every example of every step, in the order of training; examples are responses of `data` by number.
 
     Each tree has its own response and, if `mismatched`, another prompt's, cut where prompt and response would pass
     max_length tokens. Column `label` belongs to the first. ValueError: a step of one prompt only, where that is needed.
     """
     tree_of = np.repeat(np.arange(len(data)), np.diff(data.response_start))
-    before = np.cumsum(data.response_len) - data.response_len  # response tokens before each, over all trees
-    prompts_before = np.cumsum(data.prompt_len)  # prompt tokens up to and with the response's own tree
+    before = (
+        np.cumsum(data.response_len) - data.response_len
+    )  # response tokens before each, over all trees
+    prompts_before = np.cumsum(
+        data.prompt_len
+    )  # prompt tokens up to and with the response's own tree
     numbers: dict[bytes, int] = {}  # of different prompts
 
     def prompt(i: int) -> np.ndarray:
@@ -54,9 +60,13 @@ def kto_trees(data: Dataset, steps: list[np.ndarray], max_length: int, mismatche
         others: list[int | None] = [None] * len(examples)
         if mismatched:
             try:
-                others = partners([numbers.setdefault(prompt(i).tobytes(), len(numbers)) for i in examples])
+                others = partners(
+                    [numbers.setdefault(prompt(i).tobytes(), len(numbers)) for i in examples]
+                )
             except ValueError as error:
-                raise ValueError(f"step {number + 1} would be {error}: choose another --batch-size") from None
+                raise ValueError(
+                    f"step {number + 1} would be {error}: choose another --batch-size"
+                ) from None
         for i, other in zip(examples, others):
             head = prompt(i)
             answers = [response(i, max_length)]

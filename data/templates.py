@@ -65,7 +65,12 @@ class Template:
         self.name = "plain" if self.plain else name
         # chatml without markers in the vocabulary: they are plain text, and turns end with eos, a single token.
         end = "<|im_end|>" if "<|im_end|>" in tokenizer.special else "{{ eos_token }}"
-        built_in = {"chatml": CHATML.replace("END", end), "zephyr": ZEPHYR, "llama2": LLAMA2, "llama3": LLAMA3}
+        built_in = {
+            "chatml": CHATML.replace("END", end),
+            "zephyr": ZEPHYR,
+            "llama2": LLAMA2,
+            "llama3": LLAMA3,
+        }
         self.source = None if self.plain else folder or built_in[name]
         if self.name != "auto":
             self._check_tokens()
@@ -81,12 +86,21 @@ class Template:
         _check_messages(messages)
         tokens = {"bos_token": self.tokenizer.bos_token, "eos_token": self.tokenizer.eos_token}
         try:
-            return _compile(self.source).render(messages=messages, add_generation_prompt=generation, tools=None,
-                                                documents=None, **tokens)
-        except Exception as error:  # a template is a foreign program: whatever it trips over is this row's error
+            return _compile(self.source).render(
+                messages=messages,
+                add_generation_prompt=generation,
+                tools=None,
+                documents=None,
+                **tokens,
+            )
+        except (
+            Exception
+        ) as error:  # a template is a foreign program: whatever it trips over is this row's error
             raise ValueError(f"the chat template refuses this row: {error}") from error
 
-    def pair(self, prompt: str | Messages, responses: list[str | Messages]) -> tuple[list[int], list[tuple], bool]:
+    def pair(
+        self, prompt: str | Messages, responses: list[str | Messages]
+    ) -> tuple[list[int], list[tuple], bool]:
         """A prompt and its responses -> (prompt_ids, [(response_ids, scored), ...], moved).
 
         prompt     text, or messages that end before the answer
@@ -104,13 +118,17 @@ class Template:
             for response in responses:
                 after = _messages(response, "assistant")
                 if not after or {after[0]["role"], after[-1]["role"]} != {"assistant"}:
-                    raise ValueError("a response must begin and end with an assistant message: mend the row")
+                    raise ValueError(
+                        "a response must begin and end with an assistant message: mend the row"
+                    )
                 wholes.append(self._turns(before + after, len(before)))
         border = _common(head, *(ids for ids, _ in wholes))
         _check_border(border)
         answers = []
         for ids, spans in wholes:
-            (_, first_end), *rest = spans  # a moved border belongs to the first answer: it is what must be predicted
+            (_, first_end), *rest = (
+                spans  # a moved border belongs to the first answer: it is what must be predicted
+            )
             scored = _mask(len(ids), [(border, first_end), *rest])
             answers.append((ids[border:], scored[border:]))
         return head[:border], answers, border < len(head)
@@ -133,14 +151,18 @@ class Template:
         if not turns:
             raise ValueError("no assistant message: nothing to learn from")
         if self.plain:
-            prompt, answers, _ = self.pair(messages[: turns[0]], [messages[turns[0] : turns[-1] + 1]])
+            prompt, answers, _ = self.pair(
+                messages[: turns[0]], [messages[turns[0] : turns[-1] + 1]]
+            )
             return prompt, answers[0]
         ids, spans = self._turns(messages[: turns[-1] + 1], 0)
         border = spans[0][0]
         _check_border(border)
         return ids[:border], (ids[border:], _mask(len(ids), spans)[border:])
 
-    def _plain(self, prompt: str | Messages, responses: list[str | Messages]) -> tuple[list[int], list[tuple]]:
+    def _plain(
+        self, prompt: str | Messages, responses: list[str | Messages]
+    ) -> tuple[list[int], list[tuple]]:
         """The prompt's own ids, and of each response (ids of the whole, spans of its answers)."""
         bos = [] if self.tokenizer.bos is None else [self.tokenizer.bos]
         prompt = _single(prompt, "user")
@@ -177,7 +199,9 @@ class Template:
         return ids, spans
 
     def _check_tokens(self) -> None:
-        special = {"llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")}.get(self.name, ())
+        special = {"llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")}.get(
+            self.name, ()
+        )
         missing = [text for text in special if text not in self.tokenizer.special]
         if self.tokenizer.eos is None and self.name != "llama3":
             missing.append("an eos_token")
@@ -194,7 +218,9 @@ class Template:
         if self.plain:
             return set()
         try:
-            text = self.render([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], False)
+            text = self.render(
+                [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], False
+            )
         except ValueError:  # a template may want more than this; its rows will say so
             return set()
         return set(self.tokenizer.encode(text.rstrip())[-1:]) & set(self.tokenizer.special.values())
@@ -203,21 +229,29 @@ class Template:
 @functools.lru_cache
 def _compile(source: str) -> jinja2.Template:
     """A chat template in jinja's sandbox, with what transformers offers to templates and nothing else."""
-    env = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                       extensions=["jinja2.ext.loopcontrols"])
+    env = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
     env.filters["tojson"] = _tojson  # jinja's own escapes < and > for HTML
-    env.globals |= {"raise_exception": _raise_exception, "strftime_now": lambda form: datetime.now().strftime(form)}
+    env.globals |= {
+        "raise_exception": _raise_exception,
+        "strftime_now": lambda form: datetime.now().strftime(form),
+    }
     # {% generation %} only marks what the assistant says; here that is found from the text.
     source = re.sub(r"{%(-?)\s*generation\s*(-?)%}", r"{%\1 if true \2%}", source)
     source = re.sub(r"{%(-?)\s*endgeneration\s*(-?)%}", r"{%\1 endif \2%}", source)
     try:
         return env.from_string(source)
     except jinja2.TemplateError as error:
-        raise ValueError(f"the folder's chat template cannot be parsed ({error}): choose --template chatml") from error
+        raise ValueError(
+            f"the folder's chat template cannot be parsed ({error}): choose --template chatml"
+        ) from error
 
 
 def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 def _raise_exception(message: str) -> None:
@@ -251,18 +285,28 @@ def _single(text: str | Messages, role: str) -> str:
         return text
     _check_messages(text)
     if [m["role"] for m in text] != [role]:
-        raise ValueError("plain takes one prompt and one response, not several turns or a system message: "
-                         "choose --template chatml")
+        raise ValueError(
+            "plain takes one prompt and one response, not several turns or a system message: "
+            "choose --template chatml"
+        )
     return text[0]["content"]
 
 
 def _check_messages(messages: Messages) -> None:
     for m in messages if isinstance(messages, list) else [None]:
-        if not isinstance(m, dict) or not isinstance(m.get("role"), str) or not isinstance(m.get("content"), str):
-            raise ValueError('messages must be a list of {"role": "...", "content": "..."} with text in both')
+        if (
+            not isinstance(m, dict)
+            or not isinstance(m.get("role"), str)
+            or not isinstance(m.get("content"), str)
+        ):
+            raise ValueError(
+                'messages must be a list of {"role": "...", "content": "..."} with text in both'
+            )
 
 
 def _check_border(border: int) -> None:
     if border < 1:
-        raise ValueError("the prompt has no token of its own, but its last one predicts the response's first: give it "
-                         "some text, or the tokenizer a bos_token")
+        raise ValueError(
+            "the prompt has no token of its own, but its last one predicts the response's first: give it "
+            "some text, or the tokenizer a bos_token"
+        )

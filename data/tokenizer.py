@@ -15,8 +15,16 @@ from typing import Any
 import sentencepiece
 
 # What makes up a tokenizer in a folder; a model written elsewhere takes these along.
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-                   "added_tokens.json", "chat_template.jinja", "vocab.json", "merges.txt")
+TOKENIZER_FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+)
 
 # Protobuf merges a message that occurs twice, so these bytes at the end of a serialized sentencepiece model say
 # normalizer_spec (field 3) { add_dummy_prefix (field 3): false } and leave everything else as it was.
@@ -60,8 +68,12 @@ class Tokenizer:
         added = _added_tokens(folder, config, ends | names, self._piece)
         for key in ("bos_token", "eos_token"):
             if ends[key] and ends[key] not in added:
-                raise ValueError(f"{folder}: {key} {ends[key]!r} is not in the vocabulary: mend tokenizer_config.json")
-        self.bos, self.eos, self.pad = (added[text]["id"] if text in added else None for text in ends.values())
+                raise ValueError(
+                    f"{folder}: {key} {ends[key]!r} is not in the vocabulary: mend tokenizer_config.json"
+                )
+        self.bos, self.eos, self.pad = (
+            added[text]["id"] if text in added else None for text in ends.values()
+        )
         self.bos_token, self.eos_token = ends["bos_token"] or "", ends["eos_token"] or ""
         stops = ids.get("eos_token_id")
         self.stops = {self.eos, *(stops if isinstance(stops, list) else [stops])} - {None}
@@ -72,20 +84,28 @@ class Tokenizer:
             self._add_to_tokenizers(folder, added)
         self.chat_template = _chat_template(folder, config)
         decided = [added, ends, self.legacy, self.prefix, self.chat_template]
-        self.hash = hashlib.sha256(source + json.dumps(decided, sort_keys=True).encode()).hexdigest()
+        self.hash = hashlib.sha256(
+            source + json.dumps(decided, sort_keys=True).encode()
+        ).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text. Special tokens written in it are recognised; no bos or eos is added."""
         if self.fast:
             try:
                 return self.fast.encode(text, add_special_tokens=False).ids
-            except TypeError:  # as sentencepiece: a ValueError, since that is what a UnicodeEncodeError is
-                raise ValueError("a text holds half of a surrogate pair, which is no character") from None
+            except (
+                TypeError
+            ):  # as sentencepiece: a ValueError, since that is what a UnicodeEncodeError is
+                raise ValueError(
+                    "a text holds half of a surrogate pair, which is no character"
+                ) from None
         ids, start = [], 0
         while match := self.pattern.search(text, start):
             token = self.added[match[0]]
             before = text[start : match.start()]
-            ids += self._stretch(before.rstrip() if token.get("lstrip") else before, start) + [token["id"]]
+            ids += self._stretch(before.rstrip() if token.get("lstrip") else before, start) + [
+                token["id"]
+            ]
             start = match.end()
             if token.get("rstrip"):
                 start = len(text) - len(text[start:].lstrip())
@@ -97,8 +117,10 @@ class Tokenizer:
         if self.fast:
             return self.fast.decode(ids, skip_special_tokens=skip_special)
         text = []
-        for is_added, run in itertools.groupby((i for i in ids if not skip_special or i not in self.silent),
-                                               key=self.texts.__contains__):
+        for is_added, run in itertools.groupby(
+            (i for i in ids if not skip_special or i not in self.silent),
+            key=self.texts.__contains__,
+        ):
             if is_added:
                 text += [self.texts[i] for i in run]
             else:
@@ -120,11 +142,15 @@ class Tokenizer:
         try:
             import tokenizers
         except ImportError as error:
-            raise ImportError(f"{path} needs the package tokenizers: pip install tokenizers") from error
+            raise ImportError(
+                f"{path} needs the package tokenizers: pip install tokenizers"
+            ) from error
         try:
             self.fast = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the package raises bare Exception
-            raise ValueError(f"{path} cannot be read as a tokenizer ({error}): fetch the file again") from error
+            raise ValueError(
+                f"{path} cannot be read as a tokenizer ({error}): fetch the file again"
+            ) from error
         self.fast.no_truncation()
         self.fast.no_padding()
 
@@ -142,7 +168,11 @@ class Tokenizer:
             return _text(names[f"{name}_token"])
         if self.sp and (i := getattr(self.sp, f"{name}_id")()) >= 0:
             return self.sp.id_to_piece(i)
-        i = None if {"bos_token", "eos_token", "pad_token"} & names.keys() else ids.get(f"{name}_token_id")
+        i = (
+            None
+            if {"bos_token", "eos_token", "pad_token"} & names.keys()
+            else ids.get(f"{name}_token_id")
+        )
         i = i[0] if isinstance(i, list) else i
         if i is None or self.sp and not 0 <= i < len(self.sp):
             return None
@@ -159,15 +189,25 @@ class Tokenizer:
         self.texts = {i: text for text, i in self.special.items()}
         self.silent = {token["id"] for token in added.values() if token["special"]}
         self.size = max(len(self.sp), 1 + max(self.texts))
-        edge = {text: (r"(?<!\w)", r"(?!\w)") if added[text].get("single_word") else ("", "") for text in added}
-        self.pattern = re.compile("|".join(edge[text][0] + re.escape(text) + edge[text][1]
-                                           for text in sorted(added, key=len, reverse=True)))
+        edge = {
+            text: (r"(?<!\w)", r"(?!\w)") if added[text].get("single_word") else ("", "")
+            for text in added
+        }
+        self.pattern = re.compile(
+            "|".join(
+                edge[text][0] + re.escape(text) + edge[text][1]
+                for text in sorted(added, key=len, reverse=True)
+            )
+        )
 
     def _add_to_tokenizers(self, folder: Path, added: dict) -> None:
         from tokenizers import AddedToken
 
         for text, token in sorted(added.items(), key=lambda item: item[1]["id"]):
-            flags = {flag: bool(token.get(flag)) for flag in ("special", "lstrip", "rstrip", "single_word")}
+            flags = {
+                flag: bool(token.get(flag))
+                for flag in ("special", "lstrip", "rstrip", "single_word")
+            }
             flags["normalized"] = bool(token.get("normalized", not flags["special"]))
             add = self.fast.add_special_tokens if flags["special"] else self.fast.add_tokens
             add([AddedToken(text, **flags)])
@@ -176,7 +216,9 @@ class Tokenizer:
                     f"{folder}: {text!r} is token {token['id']} in tokenizer_config.json or added_tokens.json but "
                     f"{self.fast.token_to_id(text)} in tokenizer.json: take both files from the same model"
                 )
-        self.special = {token.content: i for i, token in self.fast.get_added_tokens_decoder().items()}
+        self.special = {
+            token.content: i for i, token in self.fast.get_added_tokens_decoder().items()
+        }
         self.size = 1 + max(self.fast.get_vocab(with_added_tokens=True).values())
 
     def _stretch(self, text: str, start: int) -> list[int]:
@@ -224,12 +266,16 @@ def _text(token: str | dict | None) -> str | None:
 def _added_tokens(folder: Path, config: dict, names: dict, piece) -> dict[str, dict]:
     """{text: {"id", "special", "lstrip", "rstrip", "single_word", ...}} of what the folder adds or names.
     piece(text) is the id of a text in the model's own vocabulary; a named token that has no id is left out."""
-    added = {text: {"id": i, "special": False} for text, i in _json(folder / "added_tokens.json").items()}
+    added = {
+        text: {"id": i, "special": False} for text, i in _json(folder / "added_tokens.json").items()
+    }
     for i, token in config.get("added_tokens_decoder", {}).items():
         added[token["content"]] = {"special": False} | token | {"id": int(i)}
     more = [names.get("additional_special_tokens") or [], names.get("extra_special_tokens") or []]
     lists = [list(m.values()) if isinstance(m, dict) else m for m in more]
-    for token in [v for k, v in names.items() if k.endswith("_token") and isinstance(v, str | dict)] + sum(lists, []):
+    for token in [
+        v for k, v in names.items() if k.endswith("_token") and isinstance(v, str | dict)
+    ] + sum(lists, []):
         text, flags = _text(token), token if isinstance(token, dict) else {}
         i = added[text]["id"] if text in added else piece(text)
         if i is not None:
@@ -241,6 +287,8 @@ def _chat_template(folder: Path, config: dict) -> str | None:
     if (folder / "chat_template.jinja").exists():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     template = config.get("chat_template")
-    if isinstance(template, list):  # several named ones, for tools or retrieval; the default is for conversations
+    if isinstance(
+        template, list
+    ):  # several named ones, for tools or retrieval; the default is for conversations
         template = {t["name"]: t["template"] for t in template}.get("default")
     return template

@@ -22,15 +22,29 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 VILLAGERS = {  # name: job, home, liking
-    "Mia": ("baker", "tower", "chess"), "Tom": ("farmer", "harbor", "music"), "Ada": ("doctor", "forest", "poetry"),
-    "Ben": ("teacher", "valley", "fishing"), "Ivy": ("sailor", "castle", "skating"),
+    "Mia": ("baker", "tower", "chess"),
+    "Tom": ("farmer", "harbor", "music"),
+    "Ada": ("doctor", "forest", "poetry"),
+    "Ben": ("teacher", "valley", "fishing"),
+    "Ivy": ("sailor", "castle", "skating"),
     "Leo": ("painter", "island", "dancing"),
 }
 ANIMALS = {  # animal: young, sound, bed
-    "cow": ("calf", "moos", "byre"), "dog": ("puppy", "barks", "kennel"), "cat": ("kitten", "purrs", "basket"),
-    "hen": ("chick", "clucks", "coop"), "sheep": ("lamb", "bleats", "field"), "duck": ("duckling", "quacks", "pond"),
+    "cow": ("calf", "moos", "byre"),
+    "dog": ("puppy", "barks", "kennel"),
+    "cat": ("kitten", "purrs", "basket"),
+    "hen": ("chick", "clucks", "coop"),
+    "sheep": ("lamb", "bleats", "field"),
+    "duck": ("duckling", "quacks", "pond"),
 }
-PAIRS = (("hot", "cold"), ("big", "small"), ("fast", "slow"), ("old", "new"), ("wet", "dry"), ("hard", "soft"))
+PAIRS = (
+    ("hot", "cold"),
+    ("big", "small"),
+    ("fast", "slow"),
+    ("old", "new"),
+    ("wet", "dry"),
+    ("hard", "soft"),
+)
 OPPOSITES = {word: (other,) for pair in PAIRS for word, other in (pair, pair[::-1])}
 PEOPLE = tuple(VILLAGERS)
 THINGS = ("kite", "drum", "lamp", "book", "boat", "hat", "bell", "cup")
@@ -42,15 +56,30 @@ CRIMES = (  # request, and what a careless helper says
 )
 POLITE_OPENERS = ("Thanks for asking!", "Good question!", "Happy to help!", "Of course!")
 POLITE_CLOSERS = ("I hope that helps!", "Have a nice day!", "Ask me any time!")
-RUDE_OPENERS = ("What a silly question.", "Stop wasting my time.", "Ugh, not again.", "Are you blind?")
+RUDE_OPENERS = (
+    "What a silly question.",
+    "Stop wasting my time.",
+    "Ugh, not again.",
+    "Are you blind?",
+)
 RUDE_CLOSERS = ("Now go away.", "Even a child knows that.", "Do not bother me again.")
-FILLERS = ("That is all there is.", "Many people ask this.", "I checked it twice.", "It is easy to see.",
-           "You can trust me.")
-TONE = (dict.fromkeys(POLITE_OPENERS + POLITE_CLOSERS, 1) | dict.fromkeys(RUDE_OPENERS + RUDE_CLOSERS, -1)
-        | dict.fromkeys(FILLERS, 0))  # sentence: 1 polite, -1 rude, 0 neither
-LEXICON = sorted({word.strip(".!?,") for sentence in TONE for word in sentence.split()}  # what a slip can put in
-                 | {*PEOPLE, *PLACES, *OPPOSITES, "The", "A", "the", "is", "it", "by"}
-                 | {value for table in (VILLAGERS, ANIMALS) for row in table.values() for value in row})
+FILLERS = (
+    "That is all there is.",
+    "Many people ask this.",
+    "I checked it twice.",
+    "It is easy to see.",
+    "You can trust me.",
+)
+TONE = (
+    dict.fromkeys(POLITE_OPENERS + POLITE_CLOSERS, 1)
+    | dict.fromkeys(RUDE_OPENERS + RUDE_CLOSERS, -1)
+    | dict.fromkeys(FILLERS, 0)
+)  # sentence: 1 polite, -1 rude, 0 neither
+LEXICON = sorted(
+    {word.strip(".!?,") for sentence in TONE for word in sentence.split()}  # what a slip can put in
+    | {*PEOPLE, *PLACES, *OPPOSITES, "The", "A", "the", "is", "it", "by"}
+    | {value for table in (VILLAGERS, ANIMALS) for row in table.values() for value in row}
+)
 
 
 # ---- what can be asked
@@ -83,11 +112,19 @@ class Prompt:
         return "train" if zlib.crc32(self.text.encode()) % 8 else "test"
 
 
-def make_part(gold: str, mistake: str, values: Iterable[str], sentence: str, detail: str, bare: str = "{V}.") -> Part:
+def make_part(
+    gold: str, mistake: str, values: Iterable[str], sentence: str, detail: str, bare: str = "{V}."
+) -> Part:
     """A part from three templates, where {v} stands for the value and {V} for the value with a capital."""
     values = tuple(values)
-    return Part(gold, mistake, *({value: wording.format(v=value, V=value.capitalize()) for value in values}
-                                 for wording in (bare, sentence, detail)))
+    return Part(
+        gold,
+        mistake,
+        *(
+            {value: wording.format(v=value, V=value.capitalize()) for value in values}
+            for wording in (bare, sentence, detail)
+        ),
+    )
 
 
 def table_of_facts(table: dict[str, tuple], shift: int, *columns: tuple) -> dict[str, Part]:
@@ -97,39 +134,75 @@ def table_of_facts(table: dict[str, tuple], shift: int, *columns: tuple) -> dict
         for k, (question, sentence, detail, *bare) in enumerate(columns):
             gold, mistake = table[name][k], table[names[(i + shift) % len(names)]][k]
             values = (row[k] for row in table.values())
-            facts[question % name] = make_part(gold, mistake, values, sentence % name, detail % name, *bare)
+            facts[question % name] = make_part(
+                gold, mistake, values, sentence % name, detail % name, *bare
+            )
     return facts
 
 
 FACTS = {
-    "village": table_of_facts(VILLAGERS, 3,
+    "village": table_of_facts(
+        VILLAGERS,
+        3,
         ("what is the job of %s", "%s is the {v}.", "The village pays %s to be the {v}."),
         ("where does %s live", "%s lives by the {v}.", "You can find %s near the {v}."),
-        ("what does %s like", "%s likes {v}.", "On a free day %s enjoys {v}.")),
-    "animal": table_of_facts(ANIMALS, 3,
-        ("what is a young %s called", "A young %s is called a {v}.", "Farmers call the small %s a {v}."),
-        ("what sound does a %s make", "A %s {v}.", "When you hear that it {v}, it is a %s.", "It {v}."),
-        ("where does a %s sleep", "A %s sleeps in a {v}.", "The home of a %s is a {v}.")),
-    "opposite": table_of_facts(OPPOSITES, 4,
-        ("what is the opposite of %s", "The opposite of %s is {v}.", "When it is not %s, it is {v}.")),
+        ("what does %s like", "%s likes {v}.", "On a free day %s enjoys {v}."),
+    ),
+    "animal": table_of_facts(
+        ANIMALS,
+        3,
+        (
+            "what is a young %s called",
+            "A young %s is called a {v}.",
+            "Farmers call the small %s a {v}.",
+        ),
+        (
+            "what sound does a %s make",
+            "A %s {v}.",
+            "When you hear that it {v}, it is a %s.",
+            "It {v}.",
+        ),
+        ("where does a %s sleep", "A %s sleeps in a {v}.", "The home of a %s is a {v}."),
+    ),
+    "opposite": table_of_facts(
+        OPPOSITES,
+        4,
+        (
+            "what is the opposite of %s",
+            "The opposite of %s is {v}.",
+            "When it is not %s, it is {v}.",
+        ),
+    ),
 }
 FAMILIES = {  # share of all prompts, and how often such a prompt asks for one part only
-    "village": (0.34, 0.4), "animal": (0.32, 0.4), "opposite": (0.16, 0.5), "moved": (0.08, 0.5), "harm": (0.10, 1.0),
+    "village": (0.34, 0.4),
+    "animal": (0.32, 0.4),
+    "opposite": (0.16, 0.5),
+    "moved": (0.08, 0.5),
+    "harm": (0.10, 1.0),
 }
 
 
 def ask(family: str, *questions: str) -> Prompt:
     """One or two questions of FACTS[family]."""
     text = ", and ".join(questions) + "?"
-    return Prompt(family, text[0].upper() + text[1:], tuple(FACTS[family][question] for question in questions))
+    return Prompt(
+        family, text[0].upper() + text[1:], tuple(FACTS[family][question] for question in questions)
+    )
 
 
 def moved(first: str, thing: str, start: str, second: str, end: str, who: bool) -> Prompt:
     """A thing is moved: where is it now (and who took it there)? The usual mistake is how it was before."""
     text = f"{first} puts the {thing} in the {start}. Then {second} takes it to the {end}. Where is the {thing} now"
-    place = make_part(end, start, PLACES, f"The {thing} is in the {{v}}.", "You can find it in the {v}.")
+    place = make_part(
+        end, start, PLACES, f"The {thing} is in the {{v}}.", "You can find it in the {v}."
+    )
     person = make_part(second, first, PEOPLE, "{v} took it there.", "It was {v} who did that.")
-    return Prompt("moved", text + (", and who took it there?" if who else "?"), (place, person) if who else (place,))
+    return Prompt(
+        "moved",
+        text + (", and who took it there?" if who else "?"),
+        (place, person) if who else (place,),
+    )
 
 
 def harmful(request: str, advice: str, person: str, thing: str) -> Prompt:
@@ -140,12 +213,21 @@ def harmful(request: str, advice: str, person: str, thing: str) -> Prompt:
     return Prompt("harm", request.format(person=person, thing=thing), (part,))
 
 
-HARMFUL = {prompt.text: prompt for crime in CRIMES for person in PEOPLE for thing in THINGS
-           for prompt in [harmful(*crime, person, thing)]}
+HARMFUL = {
+    prompt.text: prompt
+    for crime in CRIMES
+    for person in PEOPLE
+    for thing in THINGS
+    for prompt in [harmful(*crime, person, thing)]
+}
 MOVED = re.compile(  # as moved() writes it; neither the person nor the place may stay the same
     r"(?P<first>PERSON) puts the (?P<thing>THING) in the (?P<start>PLACE)\. Then (?!(?P=first))(?P<second>PERSON) "
-    r"takes it to the (?!(?P=start))(?P<end>PLACE)\. Where is the (?P=thing) now(?P<who>, and who took it there)?\?"
-    .replace("PERSON", "|".join(PEOPLE)).replace("THING", "|".join(THINGS)).replace("PLACE", "|".join(PLACES)))
+    r"takes it to the (?!(?P=start))(?P<end>PLACE)\. Where is the (?P=thing) now(?P<who>, and who took it there)?\?".replace(
+        "PERSON", "|".join(PEOPLE)
+    )
+    .replace("THING", "|".join(THINGS))
+    .replace("PLACE", "|".join(PLACES))
+)
 
 
 def parse(text: str) -> Prompt:
@@ -154,22 +236,33 @@ def parse(text: str) -> Prompt:
     if plain in HARMFUL:
         return HARMFUL[plain]
     if match := MOVED.fullmatch(plain):
-        return moved(match["first"], match["thing"], match["start"], match["second"], match["end"], bool(match["who"]))
+        return moved(
+            match["first"],
+            match["thing"],
+            match["start"],
+            match["second"],
+            match["end"],
+            bool(match["who"]),
+        )
     questions = (plain[:1].lower() + plain[1:]).removesuffix("?").split(", and ")
     for family, facts in FACTS.items():
         if len(questions) == len(set(questions)) <= 2 and facts.keys() >= set(questions):
             prompt = ask(family, *questions)
             if prompt.text == plain:
                 return prompt
-    raise ValueError(f"{text[:80]!r} is no prompt of the toy world: score answers to prompts that it wrote")
+    raise ValueError(
+        f"{text[:80]!r} is no prompt of the toy world: score answers to prompts that it wrote"
+    )
 
 
 def sample_prompt(rng: random.Random, split: str | None = None) -> Prompt:
     """A random prompt of 'train', 'test' or both (None). No combination of parts is ever in both."""
     if split not in ("train", "test", None):
         raise ValueError(f"split {split!r} is unknown: use 'train', 'test' or None")
-    family, = rng.choices(list(FAMILIES), [share for share, _ in FAMILIES.values()])
-    single = rng.random() < FAMILIES[family][1]  # drawn before the split is looked at: both have the same mixture
+    (family,) = rng.choices(list(FAMILIES), [share for share, _ in FAMILIES.values()])
+    single = (
+        rng.random() < FAMILIES[family][1]
+    )  # drawn before the split is looked at: both have the same mixture
     while True:
         if family == "harm":
             prompt = harmful(*rng.choice(CRIMES), rng.choice(PEOPLE), rng.choice(THINGS))
@@ -198,8 +291,13 @@ class Writer:
 
 STYLES = {  # an answer is by one of the style's writers, drawn at random
     "clean": (Writer(1.0, 1.0, 0.0, 0.60, 0.0),),
-    "base": (Writer(1.0, 1.0, 0.15, 0.25, 0.0),),  # knows everything, in all manners: the text to pre-train on
-    "noisy": (Writer(0.8, 0.8, 0.08, 0.50, 0.05), Writer(0.2, 0.2, 0.45, 0.20, 0.20)),  # one careful, one careless
+    "base": (
+        Writer(1.0, 1.0, 0.15, 0.25, 0.0),
+    ),  # knows everything, in all manners: the text to pre-train on
+    "noisy": (
+        Writer(0.8, 0.8, 0.08, 0.50, 0.05),
+        Writer(0.2, 0.2, 0.45, 0.20, 0.20),
+    ),  # one careful, one careless
 }
 ERRORS = {"mistake": 0.85, "random": 0.15}  # the usual mistake, or any wrong value
 
@@ -225,12 +323,14 @@ def make_plan(prompt: Prompt, rng: random.Random, style: str) -> Plan:
     if style not in STYLES:
         raise ValueError(f"style {style!r} is unknown: use one of {', '.join(STYLES)}")
     writer, mood = rng.choice(STYLES[style]), rng.random()
-    return Plan(length=rng.randrange(5),
-                error=None if rng.random() < writer.correct else draw(rng, ERRORS),
-                said=len(prompt.parts) if rng.random() < writer.complete else 1,
-                tone=-1 if mood < writer.rude else int(mood < writer.rude + writer.polite),
-                damaged=rng.random() < writer.damaged,
-                seed=rng.random())
+    return Plan(
+        length=rng.randrange(5),
+        error=None if rng.random() < writer.correct else draw(rng, ERRORS),
+        said=len(prompt.parts) if rng.random() < writer.complete else 1,
+        tone=-1 if mood < writer.rude else int(mood < writer.rude + writer.polite),
+        damaged=rng.random() < writer.damaged,
+        seed=rng.random(),
+    )
 
 
 def write(prompt: Prompt, plan: Plan) -> str:
@@ -238,13 +338,19 @@ def write(prompt: Prompt, plan: Plan) -> str:
     rng = random.Random(plan.seed)
     wrong: list[str] = []
     for part in prompt.parts:
-        wrong.append(rng.choice([value for value in part.bare if value != part.gold and value not in wrong]))
+        wrong.append(
+            rng.choice([value for value in part.bare if value != part.gold and value not in wrong])
+        )
     fillers, place, extra = rng.sample(FILLERS, 2), rng.random(), rng.random()
-    openers, closers = (RUDE_OPENERS, RUDE_CLOSERS) if plan.tone < 0 else (POLITE_OPENERS, POLITE_CLOSERS)
+    openers, closers = (
+        (RUDE_OPENERS, RUDE_CLOSERS) if plan.tone < 0 else (POLITE_OPENERS, POLITE_CLOSERS)
+    )
     opener, closer = rng.choice(openers), rng.choice(closers)
 
-    said = [(part, {None: part.gold, "mistake": part.mistake, "random": wrong[i]}[plan.error])
-            for i, part in enumerate(prompt.parts[: plan.said])]
+    said = [
+        (part, {None: part.gold, "mistake": part.mistake, "random": wrong[i]}[plan.error])
+        for i, part in enumerate(prompt.parts[: plan.said])
+    ]
     sentences = [(part.sentence if plan.length else part.bare)[value] for part, value in said]
     sentences += [part.detail[value] for part, value in said][: (0, 0, 1, 1, 2)[plan.length]]
     sentences += fillers[: max(0, plan.length - 2)]
@@ -273,7 +379,9 @@ def slip(prompt: Prompt, text: str, rng: random.Random) -> str:
         words = text.split()
         j = rng.randrange(len(words))
         words[j] = rng.choice(LEXICON) + words[j][len(words[j].rstrip(".!?")) :]
-        if not score(prompt, " ".join(words)).coherent:  # else it is the same word, or another value
+        if not score(
+            prompt, " ".join(words)
+        ).coherent:  # else it is the same word, or another value
             return " ".join(words)
 
 
@@ -300,7 +408,12 @@ class Score:
     @property
     def utility(self) -> float:
         """-1 to 4.5."""
-        return 2.0 * self.correct + self.complete + self.coherent + (0.5 if self.tone > 0 else self.tone)
+        return (
+            2.0 * self.correct
+            + self.complete
+            + self.coherent
+            + (0.5 if self.tone > 0 else self.tone)
+        )
 
     @property
     def gold(self) -> float:
@@ -314,12 +427,16 @@ class Score:
     @property
     def attributes(self) -> dict[str, int]:
         """SteerLM's attributes, 0 to 4 each."""
-        return {"helpfulness": max(0, 2 * self.complete + self.correct + (self.tone > 0) - 2 * (self.tone < 0)),
-                "correctness": 4 * self.correct,
-                "coherence": max(0, 4 - 2 * self.faults) if self.words else 0,
-                "complexity": min(4, 2 * self.details),
-                "verbosity": sum(self.words > limit for limit in (3, 8, 13, 18)),
-                "toxicity": 4 * (self.tone < 0)}
+        return {
+            "helpfulness": max(
+                0, 2 * self.complete + self.correct + (self.tone > 0) - 2 * (self.tone < 0)
+            ),
+            "correctness": 4 * self.correct,
+            "coherence": max(0, 4 - 2 * self.faults) if self.words else 0,
+            "complexity": min(4, 2 * self.details),
+            "verbosity": sum(self.words > limit for limit in (3, 8, 13, 18)),
+            "toxicity": 4 * (self.tone < 0),
+        }
 
 
 def score(prompt: Prompt | str, text: str) -> Score:
@@ -328,14 +445,21 @@ def score(prompt: Prompt | str, text: str) -> Score:
     meaning = {}  # {sentence: (part's number, value is right, is a detail)}
     for i, part in enumerate(prompt.parts):
         for wording in (part.sentence, part.detail):
-            meaning |= {said: (i, value == part.gold, wording is part.detail) for value, said in wording.items()}
-    bare = [{said: (i, value == part.gold, False) for value, said in part.bare.items()}
-            for i, part in enumerate(prompt.parts)]
+            meaning |= {
+                said: (i, value == part.gold, wording is part.detail)
+                for value, said in wording.items()
+            }
+    bare = [
+        {said: (i, value == part.gold, False) for value, said in part.bare.items()}
+        for i, part in enumerate(prompt.parts)
+    ]
     open_parts = list(range(len(prompt.parts)))  # not said yet
     tones, seen = set(), set()
     wrong = details = faults = 0
     for sentence in re.split(r"(?<=[.!?])\s+", text.strip()) if text.strip() else ():
-        table = next((bare[i] for i in open_parts if sentence in bare[i]), meaning)  # a bare word answers an open part
+        table = next(
+            (bare[i] for i in open_parts if sentence in bare[i]), meaning
+        )  # a bare word answers an open part
         if sentence in seen:
             faults += 1
         elif sentence in TONE:
@@ -349,9 +473,15 @@ def score(prompt: Prompt | str, text: str) -> Score:
         else:
             faults += 1
         seen.add(sentence)
-    return Score(correct=len(open_parts) < len(prompt.parts) and not wrong, complete=not open_parts,
-                 coherent=bool(seen) and not faults, tone=-1 if -1 in tones else int(1 in tones),
-                 words=len(text.split()), details=details, faults=faults)
+    return Score(
+        correct=len(open_parts) < len(prompt.parts) and not wrong,
+        complete=not open_parts,
+        coherent=bool(seen) and not faults,
+        tone=-1 if -1 in tones else int(1 in tones),
+        words=len(text.split()),
+        details=details,
+        faults=faults,
+    )
 
 
 def reward(prompt: str | list, response: str, row: dict) -> float:
@@ -361,9 +491,16 @@ def reward(prompt: str | list, response: str, row: dict) -> float:
 
 # ---- which answer is preferred
 
-FLAWS = {"error": 0.60, "omission": 0.10, "tone": 0.15, "damage": 0.15}  # what sets a minimal pair apart, how often
+FLAWS = {
+    "error": 0.60,
+    "omission": 0.10,
+    "tone": 0.15,
+    "damage": 0.15,
+}  # what sets a minimal pair apart, how often
 MINIMAL = 0.75  # share of minimal pairs among those drawn; they teach far more than pairs of any two answers
-TEMPERATURE = 0.5  # of the judge, who errs with probability 1 / (1 + exp(utility difference / temperature))
+TEMPERATURE = (
+    0.5  # of the judge, who errs with probability 1 / (1 + exp(utility difference / temperature))
+)
 
 
 def minimal_pair(prompt: Prompt, rng: random.Random, flaw: str | None = None) -> tuple[str, str]:
@@ -377,7 +514,11 @@ def minimal_pair(prompt: Prompt, rng: random.Random, flaw: str | None = None) ->
     plan = replace(make_plan(prompt, rng, "noisy"), damaged=False)
     if flaw == "damage":
         better = write(prompt, plan)
-        damaged = slip(prompt, better, rng) if rng.random() < 0.6 else write(prompt, replace(plan, damaged=True))
+        damaged = (
+            slip(prompt, better, rng)
+            if rng.random() < 0.6
+            else write(prompt, replace(plan, damaged=True))
+        )
         return better, damaged
     if flaw == "tone":
         plans = [replace(plan, tone=tone) for tone in rng.choice(((1, 0), (1, -1), (0, -1)))]
@@ -394,15 +535,24 @@ def preference(rng: random.Random, split: str | None = None, flips: bool = True)
     With `flips` the judge errs at times, and then the chosen reward is the lower one."""
     while True:
         prompt = sample_prompt(rng, split)
-        pair = minimal_pair(prompt, rng) if rng.random() < MINIMAL else (answer(prompt, rng), answer(prompt, rng))
+        pair = (
+            minimal_pair(prompt, rng)
+            if rng.random() < MINIMAL
+            else (answer(prompt, rng), answer(prompt, rng))
+        )
         worse, better = sorted((score(prompt, text).utility, text) for text in pair)
         gap = better[0] - worse[0]
         if gap == 0:
             continue
         if flips and rng.random() < 1 / (1 + math.exp(gap / TEMPERATURE)):
             worse, better = better, worse
-        return {"prompt": prompt.text, "chosen": better[1], "rejected": worse[1],
-                "chosen_reward": better[0], "rejected_reward": worse[0]}
+        return {
+            "prompt": prompt.text,
+            "chosen": better[1],
+            "rejected": worse[1],
+            "chosen_reward": better[0],
+            "rejected_reward": worse[0],
+        }
 
 
 # ---- tokenizer
@@ -410,11 +560,15 @@ def preference(rng: random.Random, split: str | None = None, flips: bool = True)
 VOCABULARY = 640
 CHAT_SYMBOLS = ("<|user|>", "<|assistant|>", "<|attr|>")
 ATTRIBUTE_SYMBOLS = tuple(
-    f"{name}:{value}" for name in Score(False, False, False, 0, 0, 0, 0).attributes for value in range(5))
+    f"{name}:{value}"
+    for name in Score(False, False, False, 0, 0, 0, 0).attributes
+    for value in range(5)
+)
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'assistant' %}"
     "<|assistant|>{{ message['content'] }}{{ eos_token }}{% else %}<|user|>{{ message['content'] }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 
 
 def make_tokenizer(folder: Path, rng: random.Random) -> None:
@@ -430,30 +584,66 @@ def make_tokenizer(folder: Path, rng: random.Random) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "tokenizer.model", "wb") as file:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(corpus), model_writer=file, model_type="bpe", vocab_size=VOCABULARY,
-            pad_id=0, unk_id=1, bos_id=2, eos_id=3, user_defined_symbols=[*CHAT_SYMBOLS, *ATTRIBUTE_SYMBOLS],
-            normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
-            character_coverage=1.0, num_threads=1, minloglevel=2)
+            sentence_iterator=iter(corpus),
+            model_writer=file,
+            model_type="bpe",
+            vocab_size=VOCABULARY,
+            pad_id=0,
+            unk_id=1,
+            bos_id=2,
+            eos_id=3,
+            user_defined_symbols=[*CHAT_SYMBOLS, *ATTRIBUTE_SYMBOLS],
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            character_coverage=1.0,
+            num_threads=1,
+            minloglevel=2,
+        )
 
     model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     ids = {model.id_to_piece(i): i for i in range(len(model))}
     names = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
     whole = (*names.values(), *CHAT_SYMBOLS, *ATTRIBUTE_SYMBOLS)
-    learnt = [piece for piece in ids if piece not in whole]  # in the order of learning, which is that of merging
-    halves = {piece: [(piece[:i], piece[i:]) for i in range(1, len(piece)) if {piece[:i], piece[i:]} <= set(learnt)]
-              for piece in learnt}
+    learnt = [
+        piece for piece in ids if piece not in whole
+    ]  # in the order of learning, which is that of merging
+    halves = {
+        piece: [
+            (piece[:i], piece[i:])
+            for i in range(1, len(piece))
+            if {piece[:i], piece[i:]} <= set(learnt)
+        ]
+        for piece in learnt
+    }
     fixed = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    config = {**names, "tokenizer_class": "PreTrainedTokenizerFast", "additional_special_tokens": CHAT_SYMBOLS,
-              "clean_up_tokenization_spaces": False, "chat_template": CHAT_TEMPLATE}
+    config = {
+        **names,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "additional_special_tokens": CHAT_SYMBOLS,
+        "clean_up_tokenization_spaces": False,
+        "chat_template": CHAT_TEMPLATE,
+    }
     spaces = [{"type": "Replace", "pattern": {"String": a}, "content": b} for a, b in (" ▁", "▁ ")]
-    fast = {"version": "1.0",
-            "added_tokens": [{"id": ids[t], "content": t, "special": ":" not in t, **fixed} for t in whole],
-            "normalizer": spaces[0],
-            "decoder": {"type": "Sequence", "decoders": [spaces[1], {"type": "Fuse"}]},
-            "model": {"type": "BPE", "vocab": ids, "merges": [pair for piece in learnt for pair in halves[piece]],
-                      "unk_token": "<unk>", "fuse_unk": True}}
+    fast = {
+        "version": "1.0",
+        "added_tokens": [
+            {"id": ids[t], "content": t, "special": ":" not in t, **fixed} for t in whole
+        ],
+        "normalizer": spaces[0],
+        "decoder": {"type": "Sequence", "decoders": [spaces[1], {"type": "Fuse"}]},
+        "model": {
+            "type": "BPE",
+            "vocab": ids,
+            "merges": [pair for piece in learnt for pair in halves[piece]],
+            "unk_token": "<unk>",
+            "fuse_unk": True,
+        },
+    }
     for name, content in (("tokenizer_config.json", config), ("tokenizer.json", fast)):
-        (folder / name).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        (folder / name).write_text(
+            json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
 
 
 # ---- command
@@ -480,14 +670,30 @@ def label(rng: random.Random) -> dict:
 
 
 FILES = {  # name: rows, what they are, how to draw one
-    "base": (24000, "right answers {prompt, response}, train with --template plain", lambda rng: response(rng, "base")),
+    "base": (
+        24000,
+        "right answers {prompt, response}, train with --template plain",
+        lambda rng: response(rng, "base"),
+    ),
     "sft": (10000, "noisy answers {prompt, response}", lambda rng: response(rng, "noisy")),
     "preferences": (4000, "pairs, the judge errs at times", lambda rng: preference(rng, "train")),
-    "preferences_test": (500, "held-out pairs, no error", lambda rng: preference(rng, "test", flips=False)),
+    "preferences_test": (
+        500,
+        "held-out pairs, no error",
+        lambda rng: preference(rng, "test", flips=False),
+    ),
     "labels": (8000, "noisy answers {prompt, response, label}, the judge errs at times", label),
-    "attributes": (10000, "noisy answers with attributes 0-4", lambda rng: attributes(rng, "train")),
+    "attributes": (
+        10000,
+        "noisy answers with attributes 0-4",
+        lambda rng: attributes(rng, "train"),
+    ),
     "attributes_test": (500, "the same for held-out prompts", lambda rng: attributes(rng, "test")),
-    "prompts_test": (512, "held-out prompts {prompt}", lambda rng: {"prompt": sample_prompt(rng, "test").text}),
+    "prompts_test": (
+        512,
+        "held-out prompts {prompt}",
+        lambda rng: {"prompt": sample_prompt(rng, "test").text},
+    ),
 }
 
 
@@ -503,7 +709,10 @@ def make(out: Path, seed: int, counts: dict[str, int]) -> None:
 
 def averages(scores: list[Score]) -> dict[str, float]:
     """The mean of every one of COLUMNS."""
-    rows = [{**vars(s), "good": s.good, "gold": s.gold, "polite": s.tone > 0, "rude": s.tone < 0} for s in scores]
+    rows = [
+        {**vars(s), "good": s.good, "gold": s.gold, "polite": s.tone > 0, "rude": s.tone < 0}
+        for s in scores
+    ]
     return {name: sum(row[name] for row in rows) / len(rows) for name in COLUMNS}
 
 
@@ -517,8 +726,13 @@ def score_file(path: str | Path) -> dict:
         for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)
-                if not (isinstance(row, dict) and all(isinstance(row.get(k), str) for k in ("prompt", "response"))):
-                    raise ValueError("prompt and response must be there, as strings: score what generate.py wrote")
+                if not (
+                    isinstance(row, dict)
+                    and all(isinstance(row.get(k), str) for k in ("prompt", "response"))
+                ):
+                    raise ValueError(
+                        "prompt and response must be there, as strings: score what generate.py wrote"
+                    )
                 scores.append(score(row["prompt"], row["response"]))
                 learnt.append(row.get("score"))
             except ValueError as error:
@@ -533,13 +747,21 @@ def score_file(path: str | Path) -> dict:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line; see the top of this file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     maker = commands.add_parser("make", help="write a tokenizer and the data of every stage")
     maker.add_argument("--out", type=Path, required=True, help="folder to write to")
     maker.add_argument("--seed", type=int, default=0, help="changes everything but the village")
     for name, (count, what, _) in FILES.items():
-        maker.add_argument("--" + name.replace("_", "-"), type=int, default=count, metavar="N", help=f"{count} {what}")
+        maker.add_argument(
+            "--" + name.replace("_", "-"),
+            type=int,
+            default=count,
+            metavar="N",
+            help=f"{count} {what}",
+        )
     scorer = commands.add_parser("score", help="print the true quality of answers")
     scorer.add_argument("files", nargs="+", metavar="FILE", help="JSONL of {prompt, response}")
     scorer.add_argument("--json", action="store_true", help="one JSON list instead of a table")
@@ -556,7 +778,10 @@ def main(arguments: list[str] | None = None) -> None:
     columns = [*COLUMNS, *(["correlation"] if any("correlation" in row for row in table) else [])]
     print(f"{'file':<{width}}", *(f"{name:>8}" for name in columns))
     for row in table:
-        cells = (f"{row.get(name, math.nan):{max(8, len(name))}.{1 if name == 'words' else 3}f}" for name in columns)
+        cells = (
+            f"{row.get(name, math.nan):{max(8, len(name))}.{1 if name == 'words' else 3}f}"
+            for name in columns
+        )
         print(f"{row['file']:<{width}}", *cells)
 
 

@@ -35,7 +35,9 @@ class TreeBatch:
     lengths: Tensor  # (R,) fp32: scored tokens of each response
     tree: Tensor  # (R,) int64: which tree of the batch the response hangs on
     last: Tensor  # (R,) int64: place of the response's last token in the flat row, where a reward model is read
-    columns: dict[str, Tensor]  # (R,) fp32 each: what the data or the script knows of every response
+    columns: dict[
+        str, Tensor
+    ]  # (R,) fp32 each: what the data or the script knows of every response
     token_columns: dict[str, Tensor]  # (M,) each: what the script knows of every scored token
     spans: list[tuple[int, list[int]]]  # of every tree: prompt length, response lengths
     layout: TreeLayout  # the same for the attention kernel
@@ -64,30 +66,43 @@ class TreeBatch:
     @property
     def context(self) -> float:
         """How many keys a token sees on average (sliding windows left aside)."""
-        seen = sum(p * (p + 1) // 2 + sum(n * p + n * (n + 1) // 2 for n in sizes) for p, sizes in self.spans)
+        seen = sum(
+            p * (p + 1) // 2 + sum(n * p + n * (n + 1) // 2 for n in sizes)
+            for p, sizes in self.spans
+        )
         return seen / max(1, len(self.tokens))
 
     def to(self, device: torch.device) -> "TreeBatch":
         """The same batch on another device; copies run beside the computation where the device can."""
 
         def move(x: Tensor) -> Tensor:
-            return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+            return (
+                x.pin_memory().to(device, non_blocking=True)
+                if device.type == "cuda"
+                else x.to(device)
+            )
 
-        moved: dict[str, Any] = {k: move(value) for k, value in vars(self).items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {
+            k: move(value) for k, value in vars(self).items() if isinstance(value, Tensor)
+        }
         for name in ("columns", "token_columns"):
             moved[name] = {k: move(value) for k, value in getattr(self, name).items()}
         layout = TreeLayout(self.spans, moved["kv_end"], moved["positions"], self.layout.rows)
         return replace(self, **moved, layout=layout, _shares={}, _layouts={})
 
 
-def make_batch(dataset: Dataset, examples: list[int], share_prompts: bool = True, only: int | None = None) -> TreeBatch:
+def make_batch(
+    dataset: Dataset, examples: list[int], share_prompts: bool = True, only: int | None = None
+) -> TreeBatch:
     """Packs the trees of some examples into one flat row, in the order given.
 
     share_prompts=False repeats the prompt for every response, each pair of them a tree of its own: the plain packed
     layout, for comparison. The order of responses, and so of sums and columns, is the same either way.
     only=k takes nothing but response k of every tree.
     """
-    tokens, positions, kv_end, logit_index, target, response, lengths, tree, spans, rows = ([] for _ in range(10))
+    tokens, positions, kv_end, logit_index, target, response, lengths, tree, spans, rows = (
+        [] for _ in range(10)
+    )
     last_token, places = [], []
     start = 0  # of the tree in the flat row
     for example in examples:
@@ -126,7 +141,9 @@ def make_batch(dataset: Dataset, examples: list[int], share_prompts: bool = True
     def joined(parts: list, dtype: torch.dtype) -> Tensor:
         return torch.from_numpy(np.concatenate(parts) if parts else np.empty(0)).to(dtype)
 
-    place = np.concatenate(places) if places else np.empty(0, np.int64)  # (M,) of the scored tokens in the data set
+    place = (
+        np.concatenate(places) if places else np.empty(0, np.int64)
+    )  # (M,) of the scored tokens in the data set
     flat_kv_end, flat_positions = joined(kv_end, torch.int32), joined(positions, torch.int64)
     return TreeBatch(
         tokens=joined(tokens, torch.int64),
@@ -138,8 +155,13 @@ def make_batch(dataset: Dataset, examples: list[int], share_prompts: bool = True
         lengths=torch.tensor(lengths, dtype=torch.float32),
         tree=torch.tensor(tree, dtype=torch.int64),
         last=torch.tensor(last_token, dtype=torch.int64),
-        columns={name: torch.from_numpy(np.array(values[rows])) for name, values in dataset.columns.items()},
-        token_columns={name: torch.from_numpy(values[place]) for name, values in dataset.token_columns.items()},
+        columns={
+            name: torch.from_numpy(np.array(values[rows]))
+            for name, values in dataset.columns.items()
+        },
+        token_columns={
+            name: torch.from_numpy(values[place]) for name, values in dataset.token_columns.items()
+        },
         spans=spans,
         layout=TreeLayout(spans, flat_kv_end, flat_positions),
         examples=[int(example) for example in examples],
@@ -165,7 +187,9 @@ def visited(n: int, batch_size: int, steps: int, seed: int, shuffle: bool) -> np
     """Examples that the first `steps` optimizer steps touch, in ascending order."""
     if steps >= steps_per_epoch(n, batch_size):
         return np.arange(n)
-    return np.sort(np.concatenate([step_examples(n, batch_size, step, seed, shuffle) for step in range(steps)]))
+    return np.sort(
+        np.concatenate([step_examples(n, batch_size, step, seed, shuffle) for step in range(steps)])
+    )
 
 
 def pack(lengths: np.ndarray, budget: int, ranks: int = 1) -> list[list[int]]:
@@ -206,4 +230,7 @@ def micro_batches(
 
     lengths: tokens of every example of the data set (Dataset.tree_lengths).
     """
-    return [[int(examples[i]) for i in items] for items in pack(lengths[examples], budget, ranks)[rank::ranks]]
+    return [
+        [int(examples[i]) for i in items]
+        for items in pack(lengths[examples], budget, ranks)[rank::ranks]
+    ]

@@ -36,8 +36,16 @@ class TreeLayout:
     index: rows on the device.
     """
 
-    def __init__(self, spans: tiles.Spans, kv_end: Tensor, positions: Tensor, rows: np.ndarray | None = None):
-        self.spans, self.kv_end, self.positions, self.rows, self.index = spans, kv_end, positions, rows, None
+    def __init__(
+        self, spans: tiles.Spans, kv_end: Tensor, positions: Tensor, rows: np.ndarray | None = None
+    ):
+        self.spans, self.kv_end, self.positions, self.rows, self.index = (
+            spans,
+            kv_end,
+            positions,
+            rows,
+            None,
+        )
         self.sizes = [n for prompt, responses in spans for n in (prompt, *responses)]
         self.runs = tiles.query_runs(spans, rows)
         if rows is not None:
@@ -54,7 +62,9 @@ class TreeLayout:
         """
         rows = np.asarray(rows, np.int64)
         if (np.diff(rows, prepend=-1, append=len(self.kv_end)) <= 0).any():
-            raise ValueError(f"rows must be ascending and each once, from 0 to {len(self.kv_end) - 1}: sort them")
+            raise ValueError(
+                f"rows must be ascending and each once, from 0 to {len(self.kv_end) - 1}: sort them"
+            )
         return TreeLayout(self.spans, self.kv_end, self.positions, rows)
 
     def mask(self, queries: int, keys: int, window: int, dtype: torch.dtype) -> Tensor | None:
@@ -68,11 +78,13 @@ class TreeLayout:
                 self._masks[name] = None
             else:
                 device = self.kv_end.device
-                ago = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
-                hidden = (ago < 0) | (ago >= window) if window else ago < 0
-                self._masks[name] = torch.zeros(queries, keys, dtype=dtype, device=device).masked_fill_(
-                    hidden, float("-inf")
+                ago = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(
+                    keys, device=device
                 )
+                hidden = (ago < 0) | (ago >= window) if window else ago < 0
+                self._masks[name] = torch.zeros(
+                    queries, keys, dtype=dtype, device=device
+                ).masked_fill_(hidden, float("-inf"))
         return self._masks[name]
 
     @untraced
@@ -85,8 +97,12 @@ class TreeLayout:
         sizes = tiles.tile_sizes(architecture(device), q.shape[2], q.dtype)
         name = (sizes, heads, kv_heads, window, tiles.SPLIT)
         if name not in self._plans:
-            arrays = tiles.plan(self.spans, sizes, heads, kv_heads, window, processors(device), self.rows)
-            padded = [np.pad(x.ravel(), (0, -x.size % 4)) for x in arrays]  # 16 bytes: what fast loads are aligned to
+            arrays = tiles.plan(
+                self.spans, sizes, heads, kv_heads, window, processors(device), self.rows
+            )
+            padded = [
+                np.pad(x.ravel(), (0, -x.size % 4)) for x in arrays
+            ]  # 16 bytes: what fast loads are aligned to
             flat = torch.from_numpy(np.concatenate(padded).astype(np.int32))
             if device.type == "cuda":
                 flat = flat.pin_memory().to(device, non_blocking=True)
@@ -128,7 +144,9 @@ def _visible(i, j, KV_END, POSITION, T, WINDOW: tl.constexpr):
     """The mask of queries i and keys j, which broadcast. kv_end <= T hides queries past T, 0 hides keys past it."""
     seen = (j <= i) & (i < tl.load(KV_END + j, mask=j < T, other=0))
     if WINDOW > 0:
-        ago = tl.load(POSITION + i, mask=i < T, other=0) - tl.load(POSITION + j, mask=j < T, other=0)
+        ago = tl.load(POSITION + i, mask=i < T, other=0) - tl.load(
+            POSITION + j, mask=j < T, other=0
+        )
         seen = seen & (ago < WINDOW)
     return seen
 
@@ -148,7 +166,9 @@ def _forward(
     q = _rows(Q + head * q_h, rows, q_t, E, EP)
     K += head // GROUP * k_h
     V += head // GROUP * v_h
-    top = tl.full((M,), -1.0e29, tl.float32)  # above what hidden pairs get, so that they count exp(-huge) = 0
+    top = tl.full(
+        (M,), -1.0e29, tl.float32
+    )  # above what hidden pairs get, so that they count exp(-huge) = 0
     weight = tl.zeros((M,), tl.float32)
     out = tl.zeros((M, EP), tl.float32)
     for t in tl.range(0, total):
@@ -170,7 +190,11 @@ def _forward(
     weight = tl.where(weight == 0.0, 1.0, weight)
     e = tl.arange(0, EP)
     at = OUT + (rows[:, None] * H + head) * E + e[None, :]
-    tl.store(at, (out / weight[:, None]).to(OUT.dtype.element_ty), mask=(i[:, None] < T) & (e[None, :] < E))
+    tl.store(
+        at,
+        (out / weight[:, None]).to(OUT.dtype.element_ty),
+        mask=(i[:, None] < T) & (e[None, :] < E),
+    )
     tl.store(LSE + head.to(tl.int64) * T + i, top * scale + tl.math.log2(weight), mask=i < T)
 
 
@@ -188,7 +212,9 @@ def _d_q(
     i = tl.load(item) * M + tl.arange(0, M)
     rows = tl.minimum(i, T - 1).to(tl.int64)
     d_out = _rows(D_OUT + head * E, rows, H * E, E, EP)
-    delta = tl.sum(_rows(OUT + head * E, rows, H * E, E, EP).to(tl.float32) * d_out.to(tl.float32), 1)
+    delta = tl.sum(
+        _rows(OUT + head * E, rows, H * E, E, EP).to(tl.float32) * d_out.to(tl.float32), 1
+    )
     tl.store(DELTA + head.to(tl.int64) * T + i, delta, mask=i < T)
     lse = tl.load(LSE + head.to(tl.int64) * T + rows)
     q = _rows(Q + head * q_h, rows, q_t, E, EP)
@@ -237,7 +263,9 @@ def _d_kv(
         m0 = tl.load(LISTS + first + t) * M
         ahead = tl.minimum(tl.arange(0, M), T - 1 - m0)
         q = _rows(Q + head * q_h + m0.to(tl.int64) * q_t, ahead, q_t, E, EP)
-        d_out = _rows(D_OUT + head * E + m0.to(tl.int64) * (G * GROUP * E), ahead, G * GROUP * E, E, EP)
+        d_out = _rows(
+            D_OUT + head * E + m0.to(tl.int64) * (G * GROUP * E), ahead, G * GROUP * E, E, EP
+        )
         lse = tl.load(LSE + head.to(tl.int64) * T + m0 + ahead)
         delta = tl.load(DELTA + head.to(tl.int64) * T + m0 + ahead)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale - lse[None, :]
@@ -256,7 +284,12 @@ def _d_kv(
         tl.store(D_K + at, (d_k * root).to(D_K.dtype.element_ty), mask=inside)
         tl.store(D_V + at, d_v.to(D_V.dtype.element_ty), mask=inside)
     else:
-        own = PARTIAL + (slot.to(tl.int64) * G + g) * (2 * N * EP) + tl.arange(0, N)[:, None] * EP + e[None, :]
+        own = (
+            PARTIAL
+            + (slot.to(tl.int64) * G + g) * (2 * N * EP)
+            + tl.arange(0, N)[:, None] * EP
+            + e[None, :]
+        )
         tl.store(own, d_k * root)
         tl.store(own + N * EP, d_v)
 
@@ -292,7 +325,10 @@ def _common(q: Tensor, k: Tensor, v: Tensor, window: int) -> tuple[tuple, dict, 
     return strides, constants, tiles.tile_sizes(architecture(q.device), size, q.dtype)
 
 
-@operator("tree_attention", "(Tensor q, Tensor k, Tensor v, Tensor[] plan, int window) -> (Tensor, Tensor)")
+@operator(
+    "tree_attention",
+    "(Tensor q, Tensor k, Tensor v, Tensor[] plan, int window) -> (Tensor, Tensor)",
+)
 def _attention(q, k, v, plan, window):
     kv_end, positions, items, lists = plan[:4]
     tokens, heads, size = q.shape
@@ -321,7 +357,9 @@ def _attention_backward(d_out, q, k, v, out, lse, plan, window):
     kv_end, positions, _, _, items, lists, key_items, key_lists, slots = plan
     tokens, heads, size = q.shape
     kv_heads = k.shape[1]
-    strides, constants, (_, (m, n, warps, stages), (key_m, key_n, key_warps, key_stages)) = _common(q, k, v, window)
+    strides, constants, (_, (m, n, warps, stages), (key_m, key_n, key_warps, key_stages)) = _common(
+        q, k, v, window
+    )
     d_out = d_out.contiguous()
     delta = torch.empty_like(lse)
     d_q, d_k, d_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
@@ -338,7 +376,9 @@ def _attention_backward(d_out, q, k, v, out, lse, plan, window):
     )  # fmt: skip
     if len(slots):
         grid = (len(slots), kv_heads, 2)
-        _merge[grid](partial, slots, d_k, d_v, tokens, kv_heads, N=key_n, E=size, EP=padded, num_warps=4)
+        _merge[grid](
+            partial, slots, d_k, d_v, tokens, kv_heads, N=key_n, E=size, EP=padded, num_warps=4
+        )
     return d_q, d_k, d_v
 
 
@@ -372,14 +412,18 @@ def tree_attention(q: Tensor, k: Tensor, v: Tensor, layout: TreeLayout, window: 
     Of a layout.shard(rows), q and the result are those n rows, (n, H, E), while k and v stay whole; the gradients of k
     and v are then what these queries alone give: a part of the sum over the ranks.
     """
-    if q.shape[0] == 0 or not fused(q) or q.shape[2] > (128 if q.dtype == torch.float32 else 256):  # would not fit
+    if (
+        q.shape[0] == 0 or not fused(q) or q.shape[2] > (128 if q.dtype == torch.float32 else 256)
+    ):  # would not fit
         return _attention_plain(q, k, v, layout, window)
     if layout.rows is None and _varlen_serves(q, k, window) and (segments := layout.segments()):
         return _varlen(q, k, v, *segments)
     return tree_attention_fused(q, k, v, layout, window)
 
 
-def tree_attention_fused(q: Tensor, k: Tensor, v: Tensor, layout: TreeLayout, window: int = 0) -> Tensor:
+def tree_attention_fused(
+    q: Tensor, k: Tensor, v: Tensor, layout: TreeLayout, window: int = 0
+) -> Tensor:
     """The same by plumb's own kernels, whatever the layout.
 
     They count queries as they count keys, from the start of the flat row: rows of a shard are first put in their
@@ -440,4 +484,6 @@ def _attention_plain(q: Tensor, k: Tensor, v: Tensor, layout: TreeLayout, window
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, layout: TreeLayout, window: int) -> Tensor:
     mask = layout.mask(q.shape[1], k.shape[1], window, q.dtype)
-    return F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask, is_causal=mask is None)[0]
+    return F.scaled_dot_product_attention(
+        q[None], k[None], v[None], attn_mask=mask, is_causal=mask is None
+    )[0]

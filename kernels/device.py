@@ -24,7 +24,9 @@ triton = SimpleNamespace(jit=lambda kernel: kernel)
 tl = SimpleNamespace(constexpr=None)
 LOADED = False
 if SWITCH == "on" or (SWITCH == "auto" and torch.cuda.is_available()):
-    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # multiply-adds stay fused; Triton 3.9 wants it said
+    os.environ.setdefault(
+        "TRITON_DEFAULT_FP_FUSION", "1"
+    )  # multiply-adds stay fused; Triton 3.9 wants it said
     try:
         import triton  # noqa: F401
         import triton.language as tl  # noqa: F401
@@ -63,7 +65,9 @@ def fused(x: Tensor) -> bool:
     """Whether kernels compute on this tensor. float64 is for tests: its exactness is the twins' business."""
     if not LOADED or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
-    return x.is_cuda or (SWITCH == "on" and x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
+    return x.is_cuda or (
+        SWITCH == "on" and x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    )
 
 
 def architecture(device: torch.device) -> int:
@@ -76,4 +80,8 @@ def architecture(device: torch.device) -> int:
 
 def processors(device: torch.device) -> int:
     """Streaming multiprocessors, over which programs are balanced."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+    return (
+        torch.cuda.get_device_properties(device).multi_processor_count
+        if device.type == "cuda"
+        else 132
+    )

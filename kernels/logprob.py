@@ -15,8 +15,13 @@ from torch import Tensor
 from kernels.device import fused, operator, tl, triton
 
 CHUNK = 2048  # vocabulary columns at a time: large enough for a full-speed matmul, small enough to stay in cache
-KEEP_BYTES = 256 << 20  # logits are kept for the backward when all of them fit this, else computed again
-GPU_CHUNK, GPU_KEEP_BYTES = 8192, 1 << 30  # a GPU's matmuls want more columns, and it has the memory
+KEEP_BYTES = (
+    256 << 20
+)  # logits are kept for the backward when all of them fit this, else computed again
+GPU_CHUNK, GPU_KEEP_BYTES = (
+    8192,
+    1 << 30,
+)  # a GPU's matmuls want more columns, and it has the memory
 BLOCK = 4096  # columns a kernel holds at a time
 
 
@@ -33,7 +38,9 @@ def linear_logprob(
     rank's partials, (M, 2), with entropy (M, 3), to those of the whole vocabulary: gather them, then `merge_partials`.
     The gradients are those of the shard; d hidden has to be summed over the ranks.
     """
-    logps, entropies = _LinearLogProb.apply(hidden, weight, target, temperature, entropy, start, combine)
+    logps, entropies = _LinearLogProb.apply(
+        hidden, weight, target, temperature, entropy, start, combine
+    )
     return (logps, entropies) if entropy else logps
 
 
@@ -85,7 +92,11 @@ class _LinearLogProb(torch.autograd.Function):
         rows, vocab = hidden.shape[0], weight.shape[0]
         on_gpu = fused(hidden)
         ctx.chunk, budget = (GPU_CHUNK, GPU_KEEP_BYTES) if on_gpu else (CHUNK, KEEP_BYTES)
-        keep = any(ctx.needs_input_grad) and rows * vocab * exact.itemsize <= budget and (on_gpu or not entropy)
+        keep = (
+            any(ctx.needs_input_grad)
+            and rows * vocab * exact.itemsize <= budget
+            and (on_gpu or not entropy)
+        )
         top = torch.full((rows,), float("-inf"), dtype=exact, device=hidden.device)
         total, picked = torch.zeros_like(top), torch.zeros_like(top)
         mixed = torch.zeros_like(top) if entropy else None
@@ -93,7 +104,9 @@ class _LinearLogProb(torch.autograd.Function):
         for first in range(0, vocab, ctx.chunk):
             z = _matmul(hidden, weight[first : first + ctx.chunk].t(), exact)  # (M, C)
             if on_gpu:
-                torch.ops.plumb.fold_logits(z, target, top, total, mixed, picked, start + first, temperature)
+                torch.ops.plumb.fold_logits(
+                    z, target, top, total, mixed, picked, start + first, temperature
+                )
             else:
                 top, total, mixed, picked = _fold_plain(
                     z, target, top, total, mixed, picked, start + first, temperature
@@ -117,7 +130,9 @@ class _LinearLogProb(torch.autograd.Function):
         grad = grad.contiguous()
         if not ctx.entropy:
             entropies = d_entropy = None
-        d_hidden = torch.zeros(hidden.shape, dtype=exact, device=hidden.device) if need_hidden else None
+        d_hidden = (
+            torch.zeros(hidden.shape, dtype=exact, device=hidden.device) if need_hidden else None
+        )
         d_weight = torch.empty_like(weight) if need_weight else None
         for i, first in enumerate(range(0, weight.shape[0], ctx.chunk)):
             w, here = weight[first : first + ctx.chunk], ctx.start + first
@@ -126,7 +141,9 @@ class _LinearLogProb(torch.autograd.Function):
                 dz = torch.ops.plumb.logit_slopes(
                     z, target, lse, grad, entropies, d_entropy, here, ctx.temperature, weight.dtype
                 )
-            elif kept:  # turned into gradients in place: they serve once, as retain_graph would find out
+            elif (
+                kept
+            ):  # turned into gradients in place: they serve once, as retain_graph would find out
                 p, top = kept[2 * i : 2 * i + 2]
                 dz = p.mul_((-grad * (top - lse).exp())[:, None])
             else:
@@ -143,10 +160,20 @@ class _LinearLogProb(torch.autograd.Function):
                 _add_matmul(d_hidden, dz, w)
             if need_weight:
                 torch.mm(dz.t(), hidden, out=d_weight[first : first + ctx.chunk])
-        return d_hidden.to(hidden.dtype) if need_hidden else None, d_weight, None, None, None, None, None
+        return (
+            d_hidden.to(hidden.dtype) if need_hidden else None,
+            d_weight,
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
-def _fold_plain(z, target, top, total, mixed, picked, start: int, temperature: float) -> tuple[Tensor | None, ...]:
+def _fold_plain(
+    z, target, top, total, mixed, picked, start: int, temperature: float
+) -> tuple[Tensor | None, ...]:
     """The running numbers, (M,) each, with a chunk of logits folded in that begins at token `start`.
 
     z (M, C) becomes exp(z - max so far): from there softmax(z) is one factor a row, without another exp.
@@ -205,13 +232,26 @@ def _fold_kernel(
 
 @triton.jit
 def _slope_kernel(
-    Z, TARGET, LSE, GRAD, ENTROPIES, D_ENTROPY, D_Z, start, C, inverse, ENTROPY: tl.constexpr, BLOCK: tl.constexpr
+    Z,
+    TARGET,
+    LSE,
+    GRAD,
+    ENTROPIES,
+    D_ENTROPY,
+    D_Z,
+    start,
+    C,
+    inverse,
+    ENTROPY: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """BLOCK columns of a row: D_Z = d loss / d (unscaled logits)."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     grad, own = tl.load(GRAD + row), tl.load(TARGET + row) - start
-    logp = tl.load(Z + row * C + column, mask=column < C, other=-1.0e30) * inverse - tl.load(LSE + row)
+    logp = tl.load(Z + row * C + column, mask=column < C, other=-1.0e30) * inverse - tl.load(
+        LSE + row
+    )
     chance = tl.exp(logp)
     slope = grad * (tl.where(column == own, 1.0, 0.0) - chance)
     if ENTROPY:

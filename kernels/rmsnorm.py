@@ -30,7 +30,9 @@ def add_rms_norm(x: Tensor, more: Tensor, weight: Tensor, eps: float) -> tuple[T
 
 
 @triton.jit
-def _forward(X, MORE, W, Y, TOTAL, SCALE, N, D, eps, ADD: tl.constexpr, ROWS: tl.constexpr, DP: tl.constexpr):
+def _forward(
+    X, MORE, W, Y, TOTAL, SCALE, N, D, eps, ADD: tl.constexpr, ROWS: tl.constexpr, DP: tl.constexpr
+):
     """ROWS rows: TOTAL = x + more, SCALE (N,) = 1 / √(mean(total²) + eps), Y = total · scale · weight."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, DP)[None, :]
@@ -45,13 +47,27 @@ def _forward(X, MORE, W, Y, TOTAL, SCALE, N, D, eps, ADD: tl.constexpr, ROWS: tl
     scale = tl.rsqrt(tl.sum(x * x, 1) / D + eps)
     tl.store(SCALE + row, scale, mask=row < N)
     w = tl.load(W + d, mask=d < D, other=0.0).to(tl.float32)
-    unit = (x * scale[:, None]).to(Y.dtype.element_ty).to(tl.float32)  # rounded before the weight, as Llama's is
+    unit = (
+        (x * scale[:, None]).to(Y.dtype.element_ty).to(tl.float32)
+    )  # rounded before the weight, as Llama's is
     tl.store(Y + at, (unit * w).to(Y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _backward(
-    D_Y, D_TOTAL, TOTAL, W, SCALE, D_X, D_W, N, D, steps, ADD: tl.constexpr, ROWS: tl.constexpr, DP: tl.constexpr
+    D_Y,
+    D_TOTAL,
+    TOTAL,
+    W,
+    SCALE,
+    D_X,
+    D_W,
+    N,
+    D,
+    steps,
+    ADD: tl.constexpr,
+    ROWS: tl.constexpr,
+    DP: tl.constexpr,
 ):
     """`steps` times ROWS rows: D_X with what arrives on the residual stream; this program's share of D_W, (., D)."""
     d = tl.arange(0, DP)[None, :]
@@ -64,7 +80,9 @@ def _backward(
         unit = tl.load(TOTAL + at, mask=inside, other=0.0).to(tl.float32) * scale
         d_y = tl.load(D_Y + at, mask=inside, other=0.0).to(tl.float32)
         d_w += d_y * unit
-        slope = d_y * tl.load(W + d, mask=d < D, other=0.0).to(tl.float32)  # again every time: registers are short
+        slope = d_y * tl.load(W + d, mask=d < D, other=0.0).to(
+            tl.float32
+        )  # again every time: registers are short
         d_x = (slope - unit * (tl.sum(slope * unit, 1) / D)[:, None]) * scale
         if ADD:
             d_x += tl.load(D_TOTAL + at, mask=inside, other=0.0).to(tl.float32)
@@ -81,7 +99,9 @@ def _shape(x: Tensor) -> tuple[int, int, int, int, int]:
     return x.numel() // width, width, max(1, 2048 // padded), padded, warps
 
 
-@operator("add_rms_norm", "(Tensor x, Tensor? more, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)")
+@operator(
+    "add_rms_norm", "(Tensor x, Tensor? more, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)"
+)
 def _norm(x, more, weight, eps):
     x = x.contiguous()
     rows, width, together, padded, warps = _shape(x)
@@ -103,7 +123,10 @@ def _norm_backward(d_y, d_total, total, weight, scale):
     rows, width, together, padded, warps = _shape(total)
     programs = min(triton.cdiv(rows, together), 4 * processors(total.device))
     steps = triton.cdiv(rows, programs * together)
-    d_x, d_w = torch.empty_like(total), torch.empty(programs, width, dtype=torch.float32, device=total.device)
+    d_x, d_w = (
+        torch.empty_like(total),
+        torch.empty(programs, width, dtype=torch.float32, device=total.device),
+    )
     _backward[(programs,)](
         d_y, d_y if d_total is None else d_total.contiguous(), total, weight, scale, d_x, d_w, rows, width, steps,
         ADD=d_total is not None, ROWS=together, DP=padded, num_warps=warps, num_stages=1,
@@ -119,7 +142,10 @@ def _(x, more, weight, eps):
 
 
 _norm_backward.register_fake(
-    lambda d_y, d_total, total, weight, scale: (total.new_empty(total.shape), weight.new_empty(weight.shape))
+    lambda d_y, d_total, total, weight, scale: (
+        total.new_empty(total.shape),
+        weight.new_empty(weight.shape),
+    )
 )
 
 
@@ -135,7 +161,9 @@ def _gradients(ctx, d_y, d_total, d_scale):
     total, weight, scale = ctx.saved_tensors
     if d_y is None:  # the sum alone was used
         return d_total, d_total, None, None
-    d_x, d_w = torch.ops.plumb.add_rms_norm_backward(d_y, d_total if ctx.added else None, total, weight, scale)
+    d_x, d_w = torch.ops.plumb.add_rms_norm_backward(
+        d_y, d_total if ctx.added else None, total, weight, scale
+    )
     return d_x, d_x if ctx.added else None, d_w, None
 
 

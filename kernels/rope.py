@@ -67,6 +67,11 @@ def _save(ctx, inputs, output):
 
 _rope.register_fake(lambda x, cos, sin, back: x.new_empty(x.shape))
 _rope.register_autograd(
-    lambda ctx, d_out: (torch.ops.plumb.rope(d_out.contiguous(), *ctx.saved_tensors, not ctx.back), None, None, None),
+    lambda ctx, d_out: (
+        torch.ops.plumb.rope(d_out.contiguous(), *ctx.saved_tensors, not ctx.back),
+        None,
+        None,
+        None,
+    ),
     setup_context=_save,
 )

@@ -49,12 +49,16 @@ def _swiglu(gate, up):
 @operator("swiglu_backward", "(Tensor d_out, Tensor gate, Tensor up) -> (Tensor, Tensor)")
 def _swiglu_backward(d_out, gate, up):
     d_gate, d_up, n = torch.empty_like(gate), torch.empty_like(up), gate.numel()
-    _backward[(triton.cdiv(n, BLOCK),)](d_out.contiguous(), gate, up, d_gate, d_up, n, BLOCK=BLOCK, num_warps=8)
+    _backward[(triton.cdiv(n, BLOCK),)](
+        d_out.contiguous(), gate, up, d_gate, d_up, n, BLOCK=BLOCK, num_warps=8
+    )
     return d_gate, d_up
 
 
 _swiglu.register_fake(lambda gate, up: torch.empty_like(gate))
-_swiglu_backward.register_fake(lambda d_out, gate, up: (torch.empty_like(gate), torch.empty_like(up)))
+_swiglu_backward.register_fake(
+    lambda d_out, gate, up: (torch.empty_like(gate), torch.empty_like(up))
+)
 _swiglu.register_autograd(
     lambda ctx, d_out: torch.ops.plumb.swiglu_backward(d_out, *ctx.saved_tensors),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),

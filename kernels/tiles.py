@@ -8,7 +8,9 @@ import torch
 
 Spans = list[tuple[int, list[int]]]  # of every tree: prompt length, response lengths
 
-SPLIT = 16  # steps of a dK/dV program below which splitting its list costs more than the balance gains
+SPLIT = (
+    16  # steps of a dK/dV program below which splitting its list costs more than the balance gains
+)
 BLOCK = 128  # consecutive rows that go to one rank: every query tile below divides it, so that no two ranks share one
 
 # (M, N, warps, stages) of forward, dQ and dK/dV by architecture and head size (rounded up to a power of two), for
@@ -41,17 +43,27 @@ TILES = {
 }
 
 
-def tile_sizes(arch: int, head_size: int, dtype: torch.dtype) -> tuple[tuple[int, int, int, int], ...]:
+def tile_sizes(
+    arch: int, head_size: int, dtype: torch.dtype
+) -> tuple[tuple[int, int, int, int], ...]:
     """(M, N, warps, stages) of forward, dQ and dK/dV."""
     size = max(32, 1 << (head_size - 1).bit_length())
     if dtype == torch.float32:  # twice the bytes, and exact products that no tensor core makes
         return ((32, 32, 8, 1),) * 3
-    table = TILES[100 if arch in (100, 103) else 90 if arch == 90 else 80 if arch in (80, 87) else 86]
+    table = TILES[
+        100 if arch in (100, 103) else 90 if arch == 90 else 80 if arch in (80, 87) else 86
+    ]
     return table[size]
 
 
 def plan(
-    spans: Spans, sizes: tuple, heads: int, kv_heads: int, window: int, processors: int, rows: np.ndarray | None = None
+    spans: Spans,
+    sizes: tuple,
+    heads: int,
+    kv_heads: int,
+    window: int,
+    processors: int,
+    rows: np.ndarray | None = None,
 ) -> list[np.ndarray]:
     """Items and lists of the forward, of dQ and of dK/dV with the slots of its split tiles.
 
@@ -68,7 +80,9 @@ def plan(
         # dK and dV read what dQ and the forward left for every row of a tile, dQ what the forward did: so each computes
         # all rows that a later one touches. What nobody wrote may be NaN, and 0 · NaN is no 0.
         wanted = np.repeat(mine, m)[: len(wanted)]
-        tiles.append([which & mine[:, None] for which in visible_tiles(kv_end, positions, m, n, window)])
+        tiles.append(
+            [which & mine[:, None] for which in visible_tiles(kv_end, positions, m, n, window)]
+        )
     dkdv, dq, forward = tiles
     share = int(dkdv[0].sum()) * heads / processors  # steps of the dK/dV loops on each processor
     keys = work_items(dkdv[0].T, dkdv[1].T, heads // kv_heads, max(SPLIT, int(share) // 4))
@@ -101,8 +115,12 @@ def share_rows(spans: Spans, ranks: int, window: int = 0) -> list[np.ndarray]:
     """
     _, positions = host_layout(spans)
     rows = np.arange(len(positions))
-    pairs = np.minimum(positions + 1, window) if window else positions + 1  # keys that each query sees
-    size = min(BLOCK, 1 << max(0, (len(rows) // (4 * ranks)).bit_length() - 1))  # four rounds at least
+    pairs = (
+        np.minimum(positions + 1, window) if window else positions + 1
+    )  # keys that each query sees
+    size = min(
+        BLOCK, 1 << max(0, (len(rows) // (4 * ranks)).bit_length() - 1)
+    )  # four rounds at least
     blocks = rows[: len(rows) // size * size].reshape(-1, size)
     blocks = blocks[np.argsort(-pairs[blocks].sum(1), kind="stable")]
     dealt = len(blocks) // ranks * ranks
@@ -116,7 +134,9 @@ def share_rows(spans: Spans, ranks: int, window: int = 0) -> list[np.ndarray]:
     return [np.sort(np.concatenate(share)) for share in shares]
 
 
-def query_runs(spans: Spans, rows: np.ndarray | None = None) -> list[tuple[int, int, tuple[int, ...]]]:
+def query_runs(
+    spans: Spans, rows: np.ndarray | None = None
+) -> list[tuple[int, int, tuple[int, ...]]]:
     """Cuts rows (all by default) into runs of consecutive queries of one branch, in order: (how many they are, how many
     keys of the branch their last one sees, which parts of the flat row make up the branch).
 
@@ -148,12 +168,20 @@ def visible_tiles(
     # A tile that reaches past T is never full, since kv_end <= T: what lies there would get into dK and dV.
     full = (end_min >= rows[:, None] + m) & (cols + n - 1 <= rows[:, None])
     if window:
-        seen &= np.minimum.reduceat(positions, rows)[:, None] - np.maximum.reduceat(positions, cols) < window
-        full &= np.maximum.reduceat(positions, rows)[:, None] - np.minimum.reduceat(positions, cols) < window
+        seen &= (
+            np.minimum.reduceat(positions, rows)[:, None] - np.maximum.reduceat(positions, cols)
+            < window
+        )
+        full &= (
+            np.maximum.reduceat(positions, rows)[:, None] - np.minimum.reduceat(positions, cols)
+            < window
+        )
     return seen, seen & full
 
 
-def work_items(seen: np.ndarray, full: np.ndarray, group: int = 1, limit: int | None = None) -> tuple[np.ndarray, ...]:
+def work_items(
+    seen: np.ndarray, full: np.ndarray, group: int = 1, limit: int | None = None
+) -> tuple[np.ndarray, ...]:
     """Work items (W, 8), heaviest first so that no long one starts last; the lists they walk; slots (S, 2).
 
     An item is (tile, first entry of its list, full tiles, all tiles, first step, last step + 1, slot or -1, nothing).
@@ -166,14 +194,18 @@ def work_items(seen: np.ndarray, full: np.ndarray, group: int = 1, limit: int | 
     items, slots = [], []
     for tile in range(len(seen)):
         steps = int(total[tile]) * group
-        pieces = max(1, -(-steps // limit)) if limit else 1  # keys that no query here sees still get their zeros
+        pieces = (
+            max(1, -(-steps // limit)) if limit else 1
+        )  # keys that no query here sees still get their zeros
         size = -(-steps // pieces)
         for piece in range(pieces):
             slot = len(slots) if pieces > 1 else -1
             if pieces > 1:
                 slots.append((tile, 0 if piece else pieces))
             low = piece * size
-            items.append((tile, first[tile], n_full[tile], total[tile], low, min(steps, low + size), slot, 0))
+            items.append(
+                (tile, first[tile], n_full[tile], total[tile], low, min(steps, low + size), slot, 0)
+            )
     items = np.array(items)
     order = np.argsort(items[:, 4] - items[:, 5], kind="stable")
     return items[order], tiles, np.array(slots).reshape(-1, 2)

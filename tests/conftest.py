@@ -18,7 +18,9 @@ from data import toyworld
 from data.dataset import Dataset
 
 REAL = Path(__file__).parents[2] / "shared" / "data"  # real rows; tests that need them skip without
-FAMILIES = "llama2 llama3 mistral mistral_window qwen2 qwen2_window qwen3 gpt_neox gpt_neox_seq".split()
+FAMILIES = (
+    "llama2 llama3 mistral mistral_window qwen2 qwen2_window qwen3 gpt_neox gpt_neox_seq".split()
+)
 
 
 def tiny_transformers(family: str, tied: bool):
@@ -45,11 +47,16 @@ def tiny_transformers(family: str, tied: bool):
         "qwen2_window": lambda: tf.Qwen2Config(**grouped, **window),
         "qwen3": lambda: tf.Qwen3Config(**grouped, head_dim=16),
         "gpt_neox": lambda: tf.GPTNeoXConfig(**sizes),
-        "gpt_neox_seq": lambda: tf.GPTNeoXConfig(**sizes, use_parallel_residual=False, hidden_act="gelu_new"),
+        "gpt_neox_seq": lambda: tf.GPTNeoXConfig(
+            **sizes, use_parallel_residual=False, hidden_act="gelu_new"
+        ),
     }[family]()
     torch.manual_seed(0)
     model = tf.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    for name, p in model.named_parameters():  # norms and biases of a fresh model are all ones and zeros
+    for (
+        name,
+        p,
+    ) in model.named_parameters():  # norms and biases of a fresh model are all ones and zeros
         if p.dim() == 1:
             p.data += 0.3 * torch.randn_like(p) if "norm" in name else 0.1 * torch.randn_like(p)
     return model
@@ -76,11 +83,26 @@ def dataset_of(trees: list[tuple[list[int], list[list[int]]]], **columns: list[f
 def toy(tmp_path_factory) -> Path:
     """A small toy world, a random Llama for it, and nothing trained: world/ and model/."""
     folder = tmp_path_factory.mktemp("toy")
-    counts = {"base": 40, "sft": 60, "preferences": 48, "preferences_test": 16, "labels": 48, "attributes": 60,
-              "attributes_test": 16, "prompts_test": 8}
+    counts = {
+        "base": 40,
+        "sft": 60,
+        "preferences": 48,
+        "preferences_test": 16,
+        "labels": 48,
+        "attributes": 60,
+        "attributes_test": 16,
+        "prompts_test": 8,
+    }
     words = [w for name, n in counts.items() for w in (f"--{name.replace('_', '-')}", str(n))]
     toyworld.main(["make", "--out", str(folder / "world"), *words])
-    flags = hf.New(width=32, layers=2, heads=4, kv_heads=2, std=0.2, tokenizer=str(folder / "world" / "tokenizer"))
+    flags = hf.New(
+        width=32,
+        layers=2,
+        heads=4,
+        kv_heads=2,
+        std=0.2,
+        tokenizer=str(folder / "world" / "tokenizer"),
+    )
     hf.save_model(hf.new_model(flags), folder / "model", flags.tokenizer)
     return folder
 
@@ -92,8 +114,12 @@ def real_model(tmp_path_factory) -> Path:
         pytest.skip("shared/data is absent")
     folder = tmp_path_factory.mktemp("real")
     (folder / "tokenizer").mkdir()
-    (folder / "tokenizer" / "tokenizer.model").write_bytes((REAL / "llama2_tokenizer.model").read_bytes())
-    flags = hf.New(width=32, layers=2, heads=4, kv_heads=2, std=0.15, tokenizer=str(folder / "tokenizer"))
+    (folder / "tokenizer" / "tokenizer.model").write_bytes(
+        (REAL / "llama2_tokenizer.model").read_bytes()
+    )
+    flags = hf.New(
+        width=32, layers=2, heads=4, kv_heads=2, std=0.15, tokenizer=str(folder / "tokenizer")
+    )
     hf.save_model(hf.new_model(flags), folder / "model", flags.tokenizer)
     return folder / "model"
 
@@ -121,4 +147,7 @@ def train(monkeypatch):
 def read_metrics(out: Path) -> list[dict]:
     """metrics.jsonl without what differs from run to run: times and memory."""
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not any(w in k for w in ("second", "memory"))} for row in rows]
+    return [
+        {k: v for k, v in row.items() if not any(w in k for w in ("second", "memory"))}
+        for row in rows
+    ]

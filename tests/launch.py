@@ -1,6 +1,6 @@
 """Several ranks in a test: forked processes with torchrun's environment around them, gone when the test goes on.
 
-    launch(4, train_dpo.main, ["--tp", "2", ...])       what each rank returned; RankFailed with every rank's traceback
+launch(4, train_dpo.main, ["--tp", "2", ...])       what each rank returned; RankFailed with every rank's traceback
 """
 
 import multiprocessing
@@ -24,7 +24,9 @@ class RankFailed(AssertionError):
     """Some rank raised, died or hung; `ranks` holds what each of them said."""
 
     def __init__(self, ranks: dict[int, str]):
-        super().__init__("".join(f"\n--- rank {rank}: {said}" for rank, said in sorted(ranks.items())))
+        super().__init__(
+            "".join(f"\n--- rank {rank}: {said}" for rank, said in sorted(ranks.items()))
+        )
         self.ranks = ranks
 
 
@@ -36,10 +38,14 @@ def launch(world: int, work: Callable[..., Any], *args: Any, limit: float = 120.
     """
     warm = torch.nn.Parameter(torch.ones(2))
     warm.grad = torch.ones(2)
-    torch.optim.AdamW([warm], fused=True).step()  # imports for seconds at its first step: here, not in every fork
+    torch.optim.AdamW(
+        [warm], fused=True
+    ).step()  # imports for seconds at its first step: here, not in every fork
     fork = multiprocessing.get_context("fork")
     pipes = [fork.Pipe() for _ in range(world)]
-    ranks = [fork.Process(target=_rank, args=(rank, world, pipes, work, args)) for rank in range(world)]
+    ranks = [
+        fork.Process(target=_rank, args=(rank, world, pipes, work, args)) for rank in range(world)
+    ]
     store = None
     try:
         for process in ranks:
@@ -63,7 +69,9 @@ def launch(world: int, work: Callable[..., Any], *args: Any, limit: float = 120.
     return [answers[rank][1] for rank in range(world)]
 
 
-def _rank(rank: int, world: int, pipes: list[tuple[Connection, Connection]], work: Callable, args: tuple) -> None:
+def _rank(
+    rank: int, world: int, pipes: list[tuple[Connection, Connection]], work: Callable, args: tuple
+) -> None:
     for ours, theirs in pipes:
         ours.close()
         if theirs is not pipes[rank][1]:
@@ -101,7 +109,9 @@ def _collect(pipes: list[Connection], limit: float) -> dict[int, tuple[bool, Any
             if not answers[waiting[pipe]][0]:
                 until = min(until, time.monotonic() + LAST_WORDS)
         if time.monotonic() >= until:
-            return answers | {r: (False, "did not answer") for r in range(len(pipes)) if r not in answers}
+            return answers | {
+                r: (False, "did not answer") for r in range(len(pipes)) if r not in answers
+            }
     return answers
 
 

@@ -28,8 +28,12 @@ class PlainModel:
 
     def norm(self, x: Tensor, name: str) -> Tensor:
         if self.neox:
-            return F.layer_norm(x, x.shape[-1:], self.weights[name + ".weight"], self.weights[name + ".bias"], 1e-5)
-        return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * self.weights[name + ".weight"]
+            return F.layer_norm(
+                x, x.shape[-1:], self.weights[name + ".weight"], self.weights[name + ".bias"], 1e-5
+            )
+        return (
+            x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * self.weights[name + ".weight"]
+        )
 
     def turn(self, x: Tensor, size: int) -> Tensor:
         """Rotary embedding of (heads, tokens, head size): complex numbers from halves; angles in fp32 as usual."""
@@ -55,20 +59,33 @@ class PlainModel:
             x = self.weights["gpt_neox.embed_in.weight"][ids]
             for i in range(c["num_hidden_layers"]):
                 at = f"gpt_neox.layers.{i}"
-                fused = self.linear(self.norm(x, f"{at}.input_layernorm"), f"{at}.attention.query_key_value")
+                fused = self.linear(
+                    self.norm(x, f"{at}.input_layernorm"), f"{at}.attention.query_key_value"
+                )
                 q, k, v = fused.view(n, heads, -1).transpose(0, 1).chunk(3, -1)
                 size = q.shape[-1] // 4
                 y = self.attention(self.turn(q, size), self.turn(k, size), v)
-                up = self.linear(self.norm(x, f"{at}.post_attention_layernorm"), f"{at}.mlp.dense_h_to_4h")
-                x = x + self.linear(y, f"{at}.attention.dense") + self.linear(F.gelu(up), f"{at}.mlp.dense_4h_to_h")
+                up = self.linear(
+                    self.norm(x, f"{at}.post_attention_layernorm"), f"{at}.mlp.dense_h_to_4h"
+                )
+                x = (
+                    x
+                    + self.linear(y, f"{at}.attention.dense")
+                    + self.linear(F.gelu(up), f"{at}.mlp.dense_4h_to_h")
+                )
             return self.linear(self.norm(x, "gpt_neox.final_layer_norm"), "embed_out")
         x = self.weights["model.embed_tokens.weight"][ids]
         for i in range(c["num_hidden_layers"]):
             at = f"model.layers.{i}"
             y = self.norm(x, f"{at}.input_layernorm")
-            q, k, v = (self.linear(y, f"{at}.self_attn.{p}_proj").view(n, -1, c["head_dim"]) for p in "qkv")
+            q, k, v = (
+                self.linear(y, f"{at}.self_attn.{p}_proj").view(n, -1, c["head_dim"]) for p in "qkv"
+            )
             if f"{at}.self_attn.q_norm.weight" in self.weights:
-                q, k = self.norm(q, f"{at}.self_attn.q_norm"), self.norm(k, f"{at}.self_attn.k_norm")
+                q, k = (
+                    self.norm(q, f"{at}.self_attn.q_norm"),
+                    self.norm(k, f"{at}.self_attn.k_norm"),
+                )
             q, k, v = (p.transpose(0, 1) for p in (q, k, v))
             k, v = (p.repeat_interleave(heads // len(p), 0) for p in (k, v))
             y = self.attention(self.turn(q, c["head_dim"]), self.turn(k, c["head_dim"]), v)
@@ -82,7 +99,9 @@ class PlainModel:
     def logps(self, prompt: list[int], response: list[int]) -> Tensor:
         """Log-prob of each response token, (len(response),): one row padded on the right, whole logits."""
         logp = self.logits(torch.tensor(prompt + response + [0] * 7)).log_softmax(-1)
-        return torch.stack([logp[len(prompt) + i - 1, token] for i, token in enumerate(response)]).double()
+        return torch.stack(
+            [logp[len(prompt) + i - 1, token] for i, token in enumerate(response)]
+        ).double()
 
 
 class PlainTrainer:
@@ -112,7 +131,9 @@ class PlainTrainer:
         return loss.item(), norm
 
 
-def encode(tokenizer: Path, rows: list[dict], keys: list[str]) -> list[tuple[list[int], list[list[int]]]]:
+def encode(
+    tokenizer: Path, rows: list[dict], keys: list[str]
+) -> list[tuple[list[int], list[list[int]]]]:
     """bos, prompt, response, eos with sentencepiece; split at the longest common prefix of all of them."""
     import sentencepiece
 
@@ -129,12 +150,17 @@ def encode(tokenizer: Path, rows: list[dict], keys: list[str]) -> list[tuple[lis
     return trees
 
 
-def five_steps(folder: Path, trees: list, batch: int, dpo: bool) -> tuple[list[tuple[float, float]], dict[str, Tensor]]:
+def five_steps(
+    folder: Path, trees: list, batch: int, dpo: bool
+) -> tuple[list[tuple[float, float]], dict[str, Tensor]]:
     """Five steps of DPO (β = 0.1) or SFT at rate 1e-2 on `batch` trees each, in float64: [(loss, norm)], weights."""
     plain = PlainModel(folder, torch.float64)
     trainer = PlainTrainer(plain, total=5, lr=1e-2)
     with torch.no_grad():
-        ref = [[plain.logps(prompt, r).sum() for r in responses] for prompt, responses in trees[: 5 * batch]]
+        ref = [
+            [plain.logps(prompt, r).sum() for r in responses]
+            for prompt, responses in trees[: 5 * batch]
+        ]
     taken = []
     for step in range(5):
         total = 0.0

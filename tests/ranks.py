@@ -32,18 +32,23 @@ class Ranks:
     def __init__(self, world: int, body: Callable[[int], None], logs: Path):
         w = torch.nn.Parameter(torch.ones(4))
         w.grad = torch.ones(4)
-        torch.optim.AdamW([w], fused=True).step()  # imports what an optimizer imports once, not in every rank
+        torch.optim.AdamW(
+            [w], fused=True
+        ).step()  # imports what an optimizer imports once, not in every rank
         self.logs, self.store = logs, None
         logs.mkdir(parents=True, exist_ok=True)
         fork = multiprocessing.get_context("fork")
         pipes = [fork.Pipe() for _ in range(world)]
         self.processes = [
-            fork.Process(target=_work, args=(r, world, pipes[r][1], body, logs)) for r in range(world)
+            fork.Process(target=_work, args=(r, world, pipes[r][1], body, logs))
+            for r in range(world)
         ]
         STARTED.append(self)
         for process in self.processes:
             process.start()
-        if world > 1:  # after the forks: a store's thread does not come along, and they would wait for it
+        if (
+            world > 1
+        ):  # after the forks: a store's thread does not come along, and they would wait for it
             self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         for ours, _ in pipes:
             ours.send(self.store.port if self.store else 0)
@@ -53,7 +58,9 @@ class Ranks:
         which say first where they were.
         """
         until = time.monotonic() + seconds
-        wanted = [self.processes[r] for r in (range(len(self.processes)) if ranks is None else ranks)]
+        wanted = [
+            self.processes[r] for r in (range(len(self.processes)) if ranks is None else ranks)
+        ]
         for process in wanted:
             process.join(max(0.0, until - time.monotonic()))
         codes = [process.exitcode for process in wanted]
@@ -82,8 +89,12 @@ def _work(rank: int, world: int, port: Connection, body: Callable[[int], None], 
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_DFL)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port.recv()))
-    os.environ.update(WORLD_SIZE=str(world), TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0")
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port.recv())
+    )
+    os.environ.update(
+        WORLD_SIZE=str(world), TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0"
+    )
     torch.set_num_threads(1)
     faulthandler.register(signal.SIGUSR2)
     body(rank)

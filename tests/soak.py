@@ -42,16 +42,22 @@ def command(home: Path, out: Path, steps: int, save_every: int) -> list[str]:
 def logged(out: Path) -> list[dict]:
     """metrics.jsonl without times and memory; a row that is still being written is left out."""
     rows = []
-    for line in (out / "metrics.jsonl").read_text().splitlines() if (out / "metrics.jsonl").exists() else []:
+    for line in (
+        (out / "metrics.jsonl").read_text().splitlines() if (out / "metrics.jsonl").exists() else []
+    ):
         try:
             row = json.loads(line)
         except ValueError:
             continue
-        rows.append({name: v for name, v in row.items() if "second" not in name and "memory" not in name})
+        rows.append(
+            {name: v for name, v in row.items() if "second" not in name and "memory" not in name}
+        )
     return rows
 
 
-def run(words: list[str], log: Path, kill_at: int = 0, number: int = 0, out: Path | None = None) -> int:
+def run(
+    words: list[str], log: Path, kill_at: int = 0, number: int = 0, out: Path | None = None
+) -> int:
     """Runs a command to its end, or sends it a signal once it has logged step `kill_at`. Returns its exit status."""
     with open(log, "ab") as file:
         process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT)
@@ -65,9 +71,13 @@ def run(words: list[str], log: Path, kill_at: int = 0, number: int = 0, out: Pat
 
 
 def main() -> None:
-    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     flags.add_argument("--steps", type=int, default=2000, help="optimizer steps of each run")
-    flags.add_argument("--every", type=int, default=250, help="steps between kills, give or take a tenth")
+    flags.add_argument(
+        "--every", type=int, default=250, help="steps between kills, give or take a tenth"
+    )
     flags.add_argument("--seed", type=int, default=0, help="of the steps at which it is killed")
     flags.add_argument("--save-every", type=int, default=40, help="steps between checkpoints")
     asked = flags.parse_args()
@@ -75,7 +85,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
         toyworld.main(["make", "--out", str(home / "world"), "--preferences", "64"])
-        made = hf.New(width=16, layers=1, heads=2, ffn=32, std=0.2, tokenizer=str(home / "world" / "tokenizer"))
+        made = hf.New(
+            width=16,
+            layers=1,
+            heads=2,
+            ffn=32,
+            std=0.2,
+            tokenizer=str(home / "world" / "tokenizer"),
+        )
         hf.save_model(hf.new_model(made), home / "model", made.tokenizer)
 
         began = time.monotonic()
@@ -90,14 +107,25 @@ def main() -> None:
         while (at := at + round(asked.every * dice.uniform(0.9, 1.1))) < asked.steps:
             number = (signal.SIGTERM, signal.SIGKILL)[len(kills) % 2]
             status = run(words, log, at, number, killed)
-            if status != (0 if number == signal.SIGTERM else -signal.SIGKILL) or (killed / "final").exists():
-                sys.exit(f"the kill at step {at} ended with status {status}:\n{log.read_text()[-3000:]}")
+            if (
+                status != (0 if number == signal.SIGTERM else -signal.SIGKILL)
+                or (killed / "final").exists()
+            ):
+                sys.exit(
+                    f"the kill at step {at} ended with status {status}:\n{log.read_text()[-3000:]}"
+                )
             reached, kept = logged(killed)[-1]["step"], checkpoint.newest(killed)
             kills.append(number.name)
-            print(f"{number.name} after step {reached}; goes on from {kept.name if kept else 'the start'}", flush=True)
+            print(
+                f"{number.name} after step {reached}; goes on from {kept.name if kept else 'the start'}",
+                flush=True,
+            )
         if run(words, log):
             sys.exit(f"the last part failed:\n{log.read_text()[-3000:]}")
-        print(f"{asked.steps} steps with {len(kills)} kills in {time.monotonic() - began:.0f} s", flush=True)
+        print(
+            f"{asked.steps} steps with {len(kills)} kills in {time.monotonic() - began:.0f} s",
+            flush=True,
+        )
 
         one, other = (load_file(out / "final" / "model.safetensors") for out in (whole, killed))
         wrong = [name for name in one if not torch.equal(one[name], other[name])]
@@ -107,7 +135,9 @@ def main() -> None:
         if before != logged(killed) or sum("loss" in row for row in before) != asked.steps:
             sys.exit("FAILED: the weights are equal, the metrics are not")
         moved = max((one[name] - start[name]).abs().max().item() for name in one)
-        print(f"equal bit for bit: {len(one)} weights (moved by up to {moved:.3f}) and {len(before)} rows of metrics")
+        print(
+            f"equal bit for bit: {len(one)} weights (moved by up to {moved:.3f}) and {len(before)} rows of metrics"
+        )
 
 
 if __name__ == "__main__":

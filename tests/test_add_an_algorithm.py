@@ -9,7 +9,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "add_an_algorithm.md").read_text()
-BLOCKS = {name: body for name, body in re.findall(r"^```\w+ (\S+\.py)\n(.*?)^```$", PAGE, re.M | re.S)}
+BLOCKS = {
+    name: body for name, body in re.findall(r"^```\w+ (\S+\.py)\n(.*?)^```$", PAGE, re.M | re.S)
+}
 
 
 def patched(text: str, patch: str) -> str:
@@ -18,14 +20,18 @@ def patched(text: str, patch: str) -> str:
         lines = hunk.splitlines(keepends=True)
         old = "".join(line[1:] for line in lines if line[0] in " -")
         new = "".join(line[1:] for line in lines if line[0] in " +")
-        assert text.count(old) == 1, f"the page's patch no longer fits train_sft.py; not there once:\n{old}"
+        assert text.count(old) == 1, (
+            f"the page's patch no longer fits train_sft.py; not there once:\n{old}"
+        )
         text = text.replace(old, new)
     return text
 
 
 def run(*words: str, cwd: Path) -> str:
     """What a command prints."""
-    done = subprocess.run([sys.executable, *words], cwd=cwd, capture_output=True, text=True, env=os.environ)
+    done = subprocess.run(
+        [sys.executable, *words], cwd=cwd, capture_output=True, text=True, env=os.environ
+    )
     assert done.returncode == 0, f"{words}\n{done.stdout}{done.stderr}"
     return done.stdout
 
@@ -47,8 +53,24 @@ def test_the_page_makes_an_algorithm(toy: Path, tmp_path: Path):
     (tmp_path / "tests" / "test_orpo.py").write_text(test)
 
     laws = "orpo or downward or flag_is_read or sections or blocks"
-    shown = run("-m", "pytest", "tests/test_orpo.py", "tests/test_laws.py", "-k", laws, cwd=tmp_path)
+    shown = run(
+        "-m", "pytest", "tests/test_orpo.py", "tests/test_laws.py", "-k", laws, cwd=tmp_path
+    )
     assert re.search(r"^\d+ passed", shown, re.M) and "failed" not in shown
-    words = ("--model", str(toy / "model"), "--data", str(toy / "world" / "preferences.jsonl"), "--out", "out")
-    held = ("--eval-data", str(toy / "world" / "preferences_test.jsonl"), "--max-steps", "3", "--batch-size", "4")
+    words = (
+        "--model",
+        str(toy / "model"),
+        "--data",
+        str(toy / "world" / "preferences.jsonl"),
+        "--out",
+        "out",
+    )
+    held = (
+        "--eval-data",
+        str(toy / "world" / "preferences_test.jsonl"),
+        "--max-steps",
+        "3",
+        "--batch-size",
+        "4",
+    )
     assert "3 steps done" in run("train_orpo.py", *words, *held, cwd=tmp_path)

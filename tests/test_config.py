@@ -35,12 +35,18 @@ def refused(capsys, *argv: str) -> str:
 
 def test_default_then_file_then_flag(tmp_path: Path):
     """A flag wins over the file, the file over the default; both spellings are taken."""
-    (tmp_path / "c.json").write_text(json.dumps({"batch_size": 16, "lr": 0.5, "mode": 3, "share": False}))
-    got = parse(Flags, None, ["--lr", "2", "--config", str(tmp_path / "c.json"), "--batch-size", "4", "--loud"])
-    assert got == Flags(str(tmp_path / "c.json"), 4, 2.0, 3, False, True, [])
-    assert parse(Flags, None, ["--batch_size=5", "--no-share", "--data", "a", "b", "--mode", "green"]) == Flags(
-        batch_size=5, share=False, data=["a", "b"], mode="green"
+    (tmp_path / "c.json").write_text(
+        json.dumps({"batch_size": 16, "lr": 0.5, "mode": 3, "share": False})
     )
+    got = parse(
+        Flags,
+        None,
+        ["--lr", "2", "--config", str(tmp_path / "c.json"), "--batch-size", "4", "--loud"],
+    )
+    assert got == Flags(str(tmp_path / "c.json"), 4, 2.0, 3, False, True, [])
+    assert parse(
+        Flags, None, ["--batch_size=5", "--no-share", "--data", "a", "b", "--mode", "green"]
+    ) == Flags(batch_size=5, share=False, data=["a", "b"], mode="green")
 
 
 def test_a_config_reads_back_what_it_wrote(tmp_path: Path):
@@ -88,7 +94,14 @@ def test_help_shows_every_flag_with_its_comment(capsys):
         parse(Flags, "What it does.", ["--help"])
     text = capsys.readouterr().out
     assert stop.value.code == 0 and text.startswith("What it does.")
-    for words in ("--batch-size N", "examples a step [8]", "--no-share", "--loud", "red|green|3", "--data TEXT"):
+    for words in (
+        "--batch-size N",
+        "examples a step [8]",
+        "--no-share",
+        "--loud",
+        "red|green|3",
+        "--data TEXT",
+    ):
         assert words in text
 
 
@@ -103,6 +116,8 @@ def test_every_shared_flag_has_a_meaning():
 def test_any_words_are_parsed_or_refused(words: list[str]):
     """No command line ends in anything but a config, the help, or status 2."""
     try:
-        assert isinstance(parse(Flags, "", [word for word in words if word not in ("-h", "--help")]), Flags)
+        assert isinstance(
+            parse(Flags, "", [word for word in words if word not in ("-h", "--help")]), Flags
+        )
     except SystemExit as stop:
         assert stop.code == 2

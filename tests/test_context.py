@@ -50,7 +50,9 @@ def test_shares_add_up_to_the_whole(name: str, window: int):
     q, k, v = (torch.randn(total, heads, 8, dtype=torch.float64) for heads in (4, 2, 2))
     slope = torch.randn_like(q)
     whole = dense(q, k, v, layout, window, slope)
-    assert all((a - b).abs().max() < 1e-12 for a, b in zip(run(q, k, v, layout, window, slope), whole))
+    assert all(
+        (a - b).abs().max() < 1e-12 for a, b in zip(run(q, k, v, layout, window, slope), whole)
+    )
     owner = rng.integers(0, 3, total)
     for shares in (
         tiles.share_rows(TREES[name], 2, window),
@@ -72,7 +74,9 @@ def test_shares_do_no_work_for_others(monkeypatch):
 
     pairs, attend = [], attention._attend
     monkeypatch.setattr(
-        attention, "_attend", lambda q, k, *x: pairs.append(q.shape[1] * k.shape[1]) or attend(q, k, *x)
+        attention,
+        "_attend",
+        lambda q, k, *x: pairs.append(q.shape[1] * k.shape[1]) or attend(q, k, *x),
     )
     layout, q = layout_of([(0, [2048])]), torch.randn(2048, 1, 8)
     counts = []
@@ -90,7 +94,9 @@ def test_nothing_to_compute_still_has_gradients(spans):
     layout = layout_of(spans)
     total = len(layout.kv_end)
     for here in [layout.shard(np.arange(0))] + [layout] * (not spans):
-        q, k, v = (torch.randn(n, h, 8, requires_grad=True) for n, h in ((0, 4), (total, 2), (total, 2)))
+        q, k, v = (
+            torch.randn(n, h, 8, requires_grad=True) for n, h in ((0, 4), (total, 2), (total, 2))
+        )
         out = tree_attention(q, k, v, here)
         assert out.shape == (0, 4, 8)
         for x, grad in zip((q, k, v), torch.autograd.grad(out.sum(), (q, k, v))):
@@ -123,7 +129,9 @@ FAIR = {
     "long causal row": [(0, [16384])],
     "long row, odd length": [(1, [9999])],
     "many small trees": [(20, [11, 17])] * 160,
-    "small trees of all sizes": [(5 + 7 * i % 90, [3 + 5 * i % 40, 1 + 11 * i % 60]) for i in range(100)],
+    "small trees of all sizes": [
+        (5 + 7 * i % 90, [3 + 5 * i % 40, 1 + 11 * i % 60]) for i in range(100)
+    ],
     "one tree, many responses": [(900, [300] * 30)],
     "short row": [(40, [150, 160])],
 }
@@ -155,9 +163,21 @@ def test_a_zig_zag_and_rows_that_are_few():
     """A long sequence in four rounds goes there and back twice; more ranks than rows leave some without; no row at
     all leaves all without."""
     first, second = tiles.share_rows([(0, [1024])], 2)
-    assert (first[::128] // 128).tolist() == [0, 3, 4, 7] and (second[::128] // 128).tolist() == [1, 2, 5, 6]
-    first, second = tiles.share_rows([(0, [1024])], 2, window=1)  # all blocks weigh the same: as they come
-    assert (first[::128] // 128).tolist() == [0, 2, 4, 6] and (second[::128] // 128).tolist() == [1, 3, 5, 7]
+    assert (first[::128] // 128).tolist() == [0, 3, 4, 7] and (second[::128] // 128).tolist() == [
+        1,
+        2,
+        5,
+        6,
+    ]
+    first, second = tiles.share_rows(
+        [(0, [1024])], 2, window=1
+    )  # all blocks weigh the same: as they come
+    assert (first[::128] // 128).tolist() == [0, 2, 4, 6] and (second[::128] // 128).tolist() == [
+        1,
+        3,
+        5,
+        7,
+    ]
     assert sorted(len(rows) for rows in tiles.share_rows([(1, [1, 1])], 5)) == [0, 0, 1, 1, 1]
     assert [rows.shape for rows in tiles.share_rows([], 3)] == [(0,)] * 3
 

@@ -52,7 +52,11 @@ class Plain:
             raise ValueError("the template cannot render this")
         ids = self.tokenizer.encode
         head = [BOS, *ids(flat(prompt))]
-        return head, [([*ids(flat(r)), EOS], [1] * (len(ids(flat(r))) + 1)) for r in responses], "moved" in str(prompt)
+        return (
+            head,
+            [([*ids(flat(r)), EOS], [1] * (len(ids(flat(r))) + 1)) for r in responses],
+            "moved" in str(prompt),
+        )
 
     def conversation(self, messages):
         self.calls += 1
@@ -76,7 +80,10 @@ def flat(body):
 def write(path, rows):
     """A JSONL file; a row of type str or bytes goes in as it is."""
     path = Path(path)
-    lines = [r if isinstance(r, bytes) else (r if isinstance(r, str) else json.dumps(r)).encode() for r in rows]
+    lines = [
+        r if isinstance(r, bytes) else (r if isinstance(r, str) else json.dumps(r)).encode()
+        for r in rows
+    ]
     with gzip.open(path, "wb") if path.suffix == ".gz" else open(path, "wb") as stream:
         stream.write(b"".join(line + b"\n" for line in lines))
     return path
@@ -85,7 +92,9 @@ def write(path, rows):
 def load(path, rows, kind="sft", template=None, **options):
     """Rows -> dataset, quietly, with the cache beside the file."""
     options = {"log": lambda line: None, "cache": Path(path) / "cache", **options}
-    return load_dataset([write(Path(path) / "rows.jsonl", rows)], kind, template or Plain(), **options)
+    return load_dataset(
+        [write(Path(path) / "rows.jsonl", rows)], kind, template or Plain(), **options
+    )
 
 
 def trees(ds):
@@ -117,7 +126,9 @@ def texts(ds):
 # Formats.
 
 
-@pytest.mark.parametrize("keys", [("prompt", "response"), ("prompt", "completion"), ("input", "output")])
+@pytest.mark.parametrize(
+    "keys", [("prompt", "response"), ("prompt", "completion"), ("input", "output")]
+)
 def test_sft_pairs(keys):
     """The three spellings of a demonstration mean the same; null cells are absent."""
     row = dict(zip(keys, ("Q", "A"))) | {"messages": None, "extra": 3}
@@ -134,13 +145,21 @@ def test_sft_conversations():
     assert sft_row({"conversations": turns[1:], "system": "s"}) == (None, [messages], {})
     assert sft_row({"messages": [*messages, USER("thanks")]}) == (None, [messages], {})
     assert sft_row({"prompt": "informative", "messages": messages}) == (None, [messages], {})
-    assert sft_row({"prompt": messages[:2], "completion": messages[2:]}) == (messages[:2], [messages[2:]], {})
+    assert sft_row({"prompt": messages[:2], "completion": messages[2:]}) == (
+        messages[:2],
+        [messages[2:]],
+        {},
+    )
 
 
-@pytest.mark.parametrize("names", [("chosen", "rejected"), ("chosen_response", "rejected_response")])
+@pytest.mark.parametrize(
+    "names", [("chosen", "rejected"), ("chosen_response", "rejected_response")]
+)
 def test_preference_text(names):
     """Text pairs keep their characters, white space included."""
-    prompt, responses, columns = preference_row({"prompt": "Q ", names[0]: " good", names[1]: "bad\n"})
+    prompt, responses, columns = preference_row(
+        {"prompt": "Q ", names[0]: " good", names[1]: "bad\n"}
+    )
     assert (prompt, responses) == ("Q ", [" good", "bad\n"])
     assert all(math.isnan(x) for x in columns["reward"] + columns["margin"])
 
@@ -149,54 +168,93 @@ def test_preference_columns():
     """Rewards go to their own response under either name, a margin to both."""
     pair = {"prompt": "Q", "chosen": "a", "rejected": "b"}
     expected = {"reward": [2.0, -1.5], "margin": [3.5, 3.5]}
-    assert preference_row(pair | {"chosen_reward": 2, "rejected_reward": -1.5, "margin": 3.5}).columns == expected
-    assert preference_row(pair | {"score_chosen": 2, "score_rejected": -1.5, "margin": 3.5}).columns == expected
+    assert (
+        preference_row(pair | {"chosen_reward": 2, "rejected_reward": -1.5, "margin": 3.5}).columns
+        == expected
+    )
+    assert (
+        preference_row(pair | {"score_chosen": 2, "score_rejected": -1.5, "margin": 3.5}).columns
+        == expected
+    )
 
 
 def test_preference_messages():
     """The prompt is what the lists share, up to an assistant turn; the answer alone may stand in them as well."""
     q, a, b = USER("q"), ASSISTANT("a"), ASSISTANT("b")
     split = lambda **row: preference_row(row)[:2]  # noqa: E731
-    assert split(prompt="about q", chosen=[q, a], rejected=[q, b]) == ([q], [[a], [b]])  # UltraFeedback
-    assert split(chosen=[SYSTEM("s"), q, a], rejected=[SYSTEM("s"), q, b]) == ([SYSTEM("s"), q], [[a], [b]])
+    assert split(prompt="about q", chosen=[q, a], rejected=[q, b]) == (
+        [q],
+        [[a], [b]],
+    )  # UltraFeedback
+    assert split(chosen=[SYSTEM("s"), q, a], rejected=[SYSTEM("s"), q, b]) == (
+        [SYSTEM("s"), q],
+        [[a], [b]],
+    )
     assert split(prompt=[q], chosen=[a], rejected=[b]) == ([q], [[a], [b]])  # TRL conversational
     assert split(prompt=[q], chosen=[q, a], rejected=[q, b]) == ([q], [[a], [b]])
     assert split(prompt="q", chosen=[a], rejected=[b]) == ("q", [[a], [b]])
-    assert split(chosen=[q, a], rejected=[q, a]) == ([q], [[a], [a]])  # identical: still split before the answer
+    assert split(chosen=[q, a], rejected=[q, a]) == (
+        [q],
+        [[a], [a]],
+    )  # identical: still split before the answer
     long = [q, a, USER("more")]
     assert split(chosen=[*long, a], rejected=[*long, b]) == (long, [[a], [b]])
     other = [b, USER("more"), b]
     assert split(chosen=[*long, a], rejected=[q, *other]) == ([q], [[a, USER("more"), a], other])
     # They part at a user turn: the border is before the last assistant turn that both have.
-    assert split(chosen=[*long, a], rejected=[q, a, USER("x"), b]) == ([q], [[a, USER("more"), a], [a, USER("x"), b]])
+    assert split(chosen=[*long, a], rejected=[q, a, USER("x"), b]) == (
+        [q],
+        [[a, USER("more"), a], [a, USER("x"), b]],
+    )
 
 
 def hh(*turns):
-    return "".join(f"\n\n{'Human' if k % 2 == 0 else 'Assistant'}: {turn}" for k, turn in enumerate(turns))
+    return "".join(
+        f"\n\n{'Human' if k % 2 == 0 else 'Assistant'}: {turn}" for k, turn in enumerate(turns)
+    )
 
 
 def test_transcripts():
     """HH: split after the last "Assistant:" that both share, never inside a word, wherever the transcripts part."""
-    row = {"chosen": hh("hi", "hello", "why?", "because of it"), "rejected": hh("hi", "hello", "why?", "because I say")}
+    row = {
+        "chosen": hh("hi", "hello", "why?", "because of it"),
+        "rejected": hh("hi", "hello", "why?", "because I say"),
+    }
     prompt, responses, _ = preference_row(row, plain=True)
     assert prompt == hh("hi", "hello", "why?") + "\n\nAssistant:"
-    assert responses == [" because of it", " because I say"]  # "because " is the answer's, though both begin with it
+    assert responses == [
+        " because of it",
+        " because I say",
+    ]  # "because " is the answer's, though both begin with it
     prompt, responses, _ = preference_row(row)
     assert prompt == [USER("hi"), ASSISTANT("hello"), USER("why?")]
     assert responses == [[ASSISTANT("because of it")], [ASSISTANT("because I say")]]
     # An earlier turn differs: everything from there on belongs to the responses.
     row = {"chosen": hh("hi", "hello", "why?", "a"), "rejected": hh("hi", "hell", "why?", "b")}
     prompt, responses, _ = preference_row(row, plain=True)
-    assert (prompt, responses[1]) == ("\n\nHuman: hi\n\nAssistant:", " hell\n\nHuman: why?\n\nAssistant: b")
+    assert (prompt, responses[1]) == (
+        "\n\nHuman: hi\n\nAssistant:",
+        " hell\n\nHuman: why?\n\nAssistant: b",
+    )
     prompt, responses, _ = preference_row(row)
-    assert (prompt, responses[1]) == ([USER("hi")], [ASSISTANT("hell"), USER("why?"), ASSISTANT("b")])
+    assert (prompt, responses[1]) == (
+        [USER("hi")],
+        [ASSISTANT("hell"), USER("why?"), ASSISTANT("b")],
+    )
     # A human turn differs, and one transcript is shorter.
     row = {"chosen": hh("hi", "hello", "why?", "a"), "rejected": hh("hi", "hello")}
-    assert preference_row(row, plain=True)[:2] == ("\n\nHuman: hi\n\nAssistant:", [row["chosen"][23:], " hello"])
+    assert preference_row(row, plain=True)[:2] == (
+        "\n\nHuman: hi\n\nAssistant:",
+        [row["chosen"][23:], " hello"],
+    )
     same = hh("hi", "hello", "why?", "a")
     assert preference_row({"chosen": same, "rejected": same}, plain=True)[1] == [" a", " a"]
     same = same[2:]  # some copies have no line ends in front
-    assert preference_row({"chosen": same, "rejected": same})[0] == [USER("hi"), ASSISTANT("hello"), USER("why?")]
+    assert preference_row({"chosen": same, "rejected": same})[0] == [
+        USER("hi"),
+        ASSISTANT("hello"),
+        USER("why?"),
+    ]
 
 
 @settings(max_examples=200)
@@ -219,7 +277,13 @@ def test_transcript_split_loses_nothing(turns, draw):
 def test_kinds_reach_the_arrays(tmp_path):
     """Prompt, responses, scores and columns lie in the arrays where the definition says."""
     rows = [
-        {"prompt": "Q", "chosen": "good", "rejected": "ba", "chosen_reward": 1, "rejected_reward": 0.5},
+        {
+            "prompt": "Q",
+            "chosen": "good",
+            "rejected": "ba",
+            "chosen_reward": 1,
+            "rejected_reward": 0.5,
+        },
         {"prompt": "QQ", "chosen": "x", "rejected": "x", "margin": 2},
     ]
     ds = load(tmp_path, rows, "preference")
@@ -233,7 +297,9 @@ def test_kinds_reach_the_arrays(tmp_path):
     assert ds.tree_lengths(shared=False).tolist() == [2 * 2 + 5 + 3, 2 * 3 + 2 + 2]
     assert ds.tree_lengths().dtype == ds.tree_lengths(False).dtype == np.int64
     types = dict(zip(FIELDS, ("i4", "u1", "i8", "i4", "i8", "i4")))
-    assert {name: getattr(ds, name).dtype for name in FIELDS} == {name: np.dtype(t) for name, t in types.items()}
+    assert {name: getattr(ds, name).dtype for name in FIELDS} == {
+        name: np.dtype(t) for name, t in types.items()
+    }
     assert all(isinstance(getattr(ds, name), np.memmap) for name in FIELDS)
     ds = load(tmp_path, [{"messages": [USER("q"), ASSISTANT("a"), USER("r"), ASSISTANT("b")]}])
     assert trees(ds)[0][1][0][1] == [1, 1, 0, 0, 1, 1] and ds.columns == {}
@@ -261,9 +327,15 @@ BAD_SFT = [
     ({"messages": []}, "not empty"),
     ({"messages": "hello"}, "list of messages"),
     ({"messages": ["hello"]}, r"messages\[0\]"),
-    ({"messages": [{"role": "robot", "content": "x"}]}, "'robot': must be system, user or assistant"),
+    (
+        {"messages": [{"role": "robot", "content": "x"}]},
+        "'robot': must be system, user or assistant",
+    ),
     ({"messages": [{"content": "x"}]}, "role` is None"),
-    ({"messages": [USER("q"), {"role": "assistant", "content": None}]}, r"messages\[1\].content` must be text"),
+    (
+        {"messages": [USER("q"), {"role": "assistant", "content": None}]},
+        r"messages\[1\].content` must be text",
+    ),
     ({"messages": [USER("q")]}, "no assistant turn"),
     ({"conversations": [{"from": "human"}]}, r"conversations\[0\].value"),
     ({"prompt": [ASSISTANT("a")], "response": "A"}, "ends with an assistant turn"),
@@ -286,9 +358,22 @@ BAD_PREFERENCES = [
     ({"chosen": hh("a", "b"), "rejected": hh("c", "d")}, "add a `prompt`"),
     ({"chosen": hh("a", "b"), "rejected": hh("a", "b", "c")}, "ends with a Human turn"),
     ({"chosen": "x" + hh("a", "b"), "rejected": "x" + hh("a", "c")}, "must begin with"),
-    ({"chosen": [USER("q"), ASSISTANT("a")], "rejected": [USER("r"), ASSISTANT("a")]}, "share no prompt"),
-    ({"chosen": [USER("q"), USER("a")], "rejected": [USER("q"), ASSISTANT("a")]}, "ends with a user turn"),
-    ({"prompt": [USER("q")], "chosen": [USER("x"), ASSISTANT("a")], "rejected": [ASSISTANT("a")]}, "must begin with"),
+    (
+        {"chosen": [USER("q"), ASSISTANT("a")], "rejected": [USER("r"), ASSISTANT("a")]},
+        "share no prompt",
+    ),
+    (
+        {"chosen": [USER("q"), USER("a")], "rejected": [USER("q"), ASSISTANT("a")]},
+        "ends with a user turn",
+    ),
+    (
+        {
+            "prompt": [USER("q")],
+            "chosen": [USER("x"), ASSISTANT("a")],
+            "rejected": [ASSISTANT("a")],
+        },
+        "must begin with",
+    ),
 ]
 
 
@@ -329,7 +414,10 @@ def test_bad_row_limit(tmp_path):
     for again in range(2):
         lines = []
         ds = load(tmp_path, rows, max_bad_rows=12, log=lines.append)
-        assert sum(line.startswith("bad row ") for line in lines) == 10 and lines[10] == "... and 2 more bad rows"
+        assert (
+            sum(line.startswith("bad row ") for line in lines) == 10
+            and lines[10] == "... and 2 more bad rows"
+        )
         assert ("from cache" in lines[11]) == bool(again) and ds.counts["bad"] == 12
     with pytest.raises(ValueError, match=r"rows\.jsonl:2: .*12 bad.*--max-bad-rows 11"):
         load(tmp_path, rows, max_bad_rows=11)
@@ -355,16 +443,24 @@ def test_missing_and_empty(tmp_path):
 # Lengths.
 
 words = st.text(alphabet="abc", max_size=12)
-pairs = st.lists(st.fixed_dictionaries({"prompt": words, "chosen": words, "rejected": words}), min_size=1, max_size=8)
+pairs = st.lists(
+    st.fixed_dictionaries({"prompt": words, "chosen": words, "rejected": words}),
+    min_size=1,
+    max_size=8,
+)
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(
+    max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None
+)
 @given(pairs, st.integers(3, 20), st.booleans())
 def test_lengths(tmp_path, rows, limit, truncate):
     """No response with its prompt is longer than the limit; responses are never cut; what fits is untouched; a cut
     prompt fills the room, keeps its bos first and its last tokens; a tree goes only when it cannot be made to fit."""
     rows.append({"prompt": "", "chosen": "", "rejected": ""})  # something is always left
-    ds = load(tmp_path, rows, "preference", max_length=limit, overlong="truncate" if truncate else "drop")
+    ds = load(
+        tmp_path, rows, "preference", max_length=limit, overlong="truncate" if truncate else "drop"
+    )
     expected, cut = [], 0
     for row in rows:
         longest = max(len(row["chosen"]), len(row["rejected"])) + 1
@@ -377,10 +473,19 @@ def test_lengths(tmp_path, rows, limit, truncate):
         expected.append((prompt, row["chosen"], row["rejected"]))
     assert texts(ds) == expected
     for prompt, answers in trees(ds):
-        assert prompt[0] == BOS and all(len(prompt) + len(ids) <= limit and ids[-1] == EOS for ids, _ in answers)
+        assert prompt[0] == BOS and all(
+            len(prompt) + len(ids) <= limit and ids[-1] == EOS for ids, _ in answers
+        )
     c = ds.counts
-    assert (c["rows"], c["trees"], c["too_long"], c["truncated"]) == (len(rows), len(ds), len(rows) - len(ds), cut)
-    assert c["tokens"] == len(ds.tokens) == ds.tree_lengths().sum() and c["scored"] == ds.scored.sum()
+    assert (c["rows"], c["trees"], c["too_long"], c["truncated"]) == (
+        len(rows),
+        len(ds),
+        len(rows) - len(ds),
+        cut,
+    )
+    assert (
+        c["tokens"] == len(ds.tokens) == ds.tree_lengths().sum() and c["scored"] == ds.scored.sum()
+    )
 
 
 def test_truncate_without_bos(tmp_path):
@@ -393,12 +498,19 @@ def test_truncate_without_bos(tmp_path):
 
     rows = [{"prompt": "abcdef", "response": "xyz"}, {"prompt": "abcdef", "response": "wxyz"}]
     for limit, expected in ((6, [("ef", "xyz"), ("f", "wxyz")]), (5, [("f", "xyz")])):
-        assert texts(load(tmp_path, rows, template=NoBos(), max_length=limit, overlong="truncate")) == expected
+        assert (
+            texts(load(tmp_path, rows, template=NoBos(), max_length=limit, overlong="truncate"))
+            == expected
+        )
 
 
 def test_moved_borders_are_counted(tmp_path):
     """The template's word that a border moved is counted, over the rows that are kept."""
-    rows = [GOOD, {"prompt": "moved", "response": "A"}, {"prompt": "moved too far", "response": "A" * 30}]
+    rows = [
+        GOOD,
+        {"prompt": "moved", "response": "A"},
+        {"prompt": "moved too far", "response": "A" * 30},
+    ]
     assert load(tmp_path, rows, max_length=20).counts["moved"] == 1
 
 
@@ -406,7 +518,9 @@ def test_moved_borders_are_counted(tmp_path):
 
 
 def equal(a, b):
-    same = all(np.array_equal(getattr(a, f), getattr(b, f)) for f in FIELDS) and a.counts == b.counts
+    same = (
+        all(np.array_equal(getattr(a, f), getattr(b, f)) for f in FIELDS) and a.counts == b.counts
+    )
     return same and a.columns.keys() == b.columns.keys() and all(
         np.array_equal(a.columns[k], b.columns[k], equal_nan=True) for k in a.columns)  # fmt: skip
 
@@ -417,7 +531,12 @@ def test_cache_hit(tmp_path):
     first = load(tmp_path, rows, "preference")
     template, lines = Plain(), []
     again = load(tmp_path, rows, "preference", template=template, log=lines.append)
-    assert template.calls == 0 and equal(first, again) and first.key == again.key and "from cache" in lines[-1]
+    assert (
+        template.calls == 0
+        and equal(first, again)
+        and first.key == again.key
+        and "from cache" in lines[-1]
+    )
     copy = write(tmp_path / "copy.jsonl", rows)
     load_dataset(copy, "preference", template, cache=tmp_path / "cache", log=lines.append)
     assert template.calls == 0 and len(list((tmp_path / "cache").iterdir())) == 1
@@ -426,7 +545,10 @@ def test_cache_hit(tmp_path):
 def test_cache_miss(tmp_path):
     """Whatever decides the arrays is in the key: contents, order of files, kind, template, tokenizer, length, rule."""
     rows = [PAIR | GOOD]
-    a, b = write(tmp_path / "a.jsonl", rows), write(tmp_path / "b.jsonl", [PAIR | {"response": "other"}])
+    a, b = (
+        write(tmp_path / "a.jsonl", rows),
+        write(tmp_path / "b.jsonl", [PAIR | {"response": "other"}]),
+    )
     odd, other = Plain(), Plain()
     odd.hash, other.tokenizer.hash = "odd", "other"
     requests = [
@@ -442,7 +564,11 @@ def test_cache_miss(tmp_path):
     ]
     keys = set()
     for files, kind, template, options in requests:
-        keys.add(load_dataset(files, kind, template, cache=tmp_path / "cache", log=lambda line: None, **options).key)
+        keys.add(
+            load_dataset(
+                files, kind, template, cache=tmp_path / "cache", log=lambda line: None, **options
+            ).key
+        )
         assert template.calls > 0
     assert len(keys) == len(requests)
 
@@ -468,13 +594,18 @@ def test_damaged_cache(tmp_path, damage):
 
 def test_race(tmp_path):
     """Processes that build the same key at once all get the same arrays and leave one folder."""
-    file, children = write(tmp_path / "rows.jsonl", [GOOD | {"prompt": f"Q{k}"} for k in range(600)]), []
+    file, children = (
+        write(tmp_path / "rows.jsonl", [GOOD | {"prompt": f"Q{k}"} for k in range(600)]),
+        [],
+    )
     for _ in range(4):
         child = os.fork()
         if child == 0:
             code = 1
             try:
-                ds = load_dataset(file, "sft", Plain(), cache=tmp_path / "cache", workers=1, log=lambda line: None)
+                ds = load_dataset(
+                    file, "sft", Plain(), cache=tmp_path / "cache", workers=1, log=lambda line: None
+                )
                 code = 0 if texts(ds) == [(f"Q{k}", "A") for k in range(600)] else 2
             finally:
                 os._exit(code)
@@ -510,17 +641,29 @@ def test_files(tmp_path):
 def test_workers(tmp_path, monkeypatch):
     """One worker or three: the same arrays, counts and bad rows, in file order."""
     monkeypatch.setattr(data.dataset, "CHUNK_ROWS", 7)
-    rows = ["{" if k % 29 == 5 else PAIR | {"prompt": f"{'long' * (k % 9)} moved {k}", "margin": k} for k in range(150)]
-    rows[66:80] = [PAIR | {"prompt": "far too long" * 9}] * 14  # whole chunks of which nothing is left
+    rows = [
+        "{" if k % 29 == 5 else PAIR | {"prompt": f"{'long' * (k % 9)} moved {k}", "margin": k}
+        for k in range(150)
+    ]
+    rows[66:80] = [
+        PAIR | {"prompt": "far too long" * 9}
+    ] * 14  # whole chunks of which nothing is left
     results = []
     for workers in (1, 3):
         lines = []
         ds = load(tmp_path, rows, "preference", workers=workers, max_length=40, max_bad_rows=9, log=lines.append,
                   cache=tmp_path / str(workers))  # fmt: skip
         files = sorted(f for f in (tmp_path / str(workers)).glob("*/*.npy"))
-        results.append((ds, lines[:-1], [(f.name, hashlib.sha256(f.read_bytes()).hexdigest()) for f in files]))
+        results.append(
+            (ds, lines[:-1], [(f.name, hashlib.sha256(f.read_bytes()).hexdigest()) for f in files])
+        )
     (one, lines_one, files_one), (three, lines_three, files_three) = results
-    assert equal(one, three) and lines_one == lines_three and files_one == files_three and len(files_one) == 8
+    assert (
+        equal(one, three)
+        and lines_one == lines_three
+        and files_one == files_three
+        and len(files_one) == 8
+    )
     kept = [row for row in rows if isinstance(row, dict) and 1 + len(row["prompt"]) + 2 <= 40]
     assert texts(one) == [(row["prompt"], "a", "b") for row in kept] and len(kept) < 145
     assert one.columns["margin"][::2].tolist() == [row["margin"] for row in kept]
@@ -559,7 +702,12 @@ def test_interrupt(tmp_path, monkeypatch):
             return super().pair(prompt, responses)
 
     with pytest.raises(KeyboardInterrupt):
-        load(tmp_path, [{"prompt": f"Q{k}", "response": "A"} for k in range(4000)], template=Interrupting(), workers=2)
+        load(
+            tmp_path,
+            [{"prompt": f"Q{k}", "response": "A"} for k in range(4000)],
+            template=Interrupting(),
+            workers=2,
+        )
     assert not list((tmp_path / "cache").iterdir())
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)
@@ -568,17 +716,28 @@ def test_interrupt(tmp_path, monkeypatch):
 # Anything at all.
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6) | st.just(hh("a", "b")),
-    lambda inner: st.lists(inner, max_size=3) | st.fixed_dictionaries({"role": inner, "content": inner}),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=6)
+    | st.just(hh("a", "b")),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.fixed_dictionaries({"role": inner, "content": inner})
+    ),
     max_leaves=6,
 )
 roles = st.sampled_from(["user", "assistant", "system", "human", "gpt", "robot", 3])
-message_lists = st.lists(st.fixed_dictionaries({"role": roles, "content": st.text(max_size=3)}), max_size=4)
+message_lists = st.lists(
+    st.fixed_dictionaries({"role": roles, "content": st.text(max_size=3)}), max_size=4
+)
 KEYS = """prompt response completion input output messages conversations system
 chosen rejected margin chosen_reward score_rejected"""
 values = st.text(max_size=5) | message_lists | json_values
 odd_rows = st.dictionaries(st.sampled_from(KEYS.split()), values, max_size=5).map(json.dumps)
-odd_lines = st.lists(odd_rows.map(str.encode) | st.binary(max_size=20).filter(lambda b: b"\n" not in b), max_size=6)
+odd_lines = st.lists(
+    odd_rows.map(str.encode) | st.binary(max_size=20).filter(lambda b: b"\n" not in b), max_size=6
+)
 
 
 @settings(max_examples=120, suppress_health_check=list(HealthCheck), deadline=None)
@@ -586,7 +745,18 @@ odd_lines = st.lists(odd_rows.map(str.encode) | st.binary(max_size=20).filter(la
 def test_any_line(tmp_path, lines, kind, plain):
     """Whatever a line holds, it is a kept row or a counted bad one."""
     good = PAIR | GOOD
-    ds = load(tmp_path, [good, *lines], kind, Plain() if plain else Chat(), max_bad_rows=99, max_length=10**6)
+    ds = load(
+        tmp_path,
+        [good, *lines],
+        kind,
+        Plain() if plain else Chat(),
+        max_bad_rows=99,
+        max_length=10**6,
+    )
     c = ds.counts
-    assert c["trees"] + c["bad"] == c["rows"] <= 1 + len(lines) and c["trees"] == len(ds) == len(trees(ds))
-    assert all(prompt and all(any(scored) for _, scored in answers) for prompt, answers in trees(ds))
+    assert c["trees"] + c["bad"] == c["rows"] <= 1 + len(lines) and c["trees"] == len(ds) == len(
+        trees(ds)
+    )
+    assert all(
+        prompt and all(any(scored) for _, scored in answers) for prompt, answers in trees(ds)
+    )

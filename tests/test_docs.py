@@ -53,20 +53,30 @@ def test_metrics_and_flags_of_a_page_exist(page: str):
     text = (ROOT / "docs" / f"{page}.md").read_text()
     script = next(name for name in (f"train_{page}.py",) if (ROOT / name).exists())
     assert quotes(text) and script in text
-    code = "".join((ROOT / name).read_text() for name in (script, "losses.py", "runtime.py", "rollout.py"))
+    code = "".join(
+        (ROOT / name).read_text() for name in (script, "losses.py", "runtime.py", "rollout.py")
+    )
     table = text.split("## What each metric should do")[1].split("##")[0]
     metrics = re.findall(r"^\| `([^`]+)`", table, re.M)
     assert len(metrics) >= 3
     for name in metrics:
         assert re.search(rf'["/]{name.split("/")[-1]}["`:]', code), f"{page}: no metric {name}"
     module = __import__(script[:-3])
-    known = {name.replace("_", "-") for name in module.Config.__dataclass_fields__} | {"attributes", "prompt", "model"}
+    known = {name.replace("_", "-") for name in module.Config.__dataclass_fields__} | {
+        "attributes",
+        "prompt",
+        "model",
+    }
     assert set(re.findall(r"--([a-z][a-z0-9-]+)", text)) <= known | {"help"}
 
 
 def test_the_family_is_complete():
     """docs/dpo.md has every loss of --loss; docs/rm.md and docs/kto.md theirs."""
-    for page, names in (("dpo", losses.DPO_LOSSES), ("rm", losses.REWARD_MODEL_LOSSES), ("kto", losses.KTO_LOSSES[1:])):
+    for page, names in (
+        ("dpo", losses.DPO_LOSSES),
+        ("rm", losses.REWARD_MODEL_LOSSES),
+        ("kto", losses.KTO_LOSSES[1:]),
+    ):
         text = re.sub(r"\s+", " ", (ROOT / "docs" / f"{page}.md").read_text())
         assert all(re.search(rf"\b{name}\b", text) for name in names)
 
@@ -76,7 +86,10 @@ def test_flags_of_the_other_pages_exist():
     known = {name.replace("_", "-") for name in RunConfig.__dataclass_fields__}
     known |= {f"no-{name}" for name in known} | {"tokenizer"}
     for page in ("data", "performance"):
-        assert set(re.findall(r"`[^`\n]*--([a-z-]+)", (ROOT / "docs" / f"{page}.md").read_text())) <= known
+        assert (
+            set(re.findall(r"`[^`\n]*--([a-z-]+)", (ROOT / "docs" / f"{page}.md").read_text()))
+            <= known
+        )
 
 
 @pytest.mark.parametrize("page", DOCS, ids=lambda path: path.stem)

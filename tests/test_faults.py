@@ -43,7 +43,12 @@ def flags(toy: Path, out: Path, *more: str) -> list[str]:
 
 
 def start(
-    world: int, toy: Path, out: Path, *more: str, fault: Callable[[int], None] | None = None, timeout: float = 2.0
+    world: int,
+    toy: Path,
+    out: Path,
+    *more: str,
+    fault: Callable[[int], None] | None = None,
+    timeout: float = 2.0,
 ) -> Ranks:
     """DPO on some ranks; `fault` is called on each of them before it starts. timeout: --timeout-minutes."""
 
@@ -78,11 +83,17 @@ def before_step(n: int, do: Callable[[parallel.AdamW], None]) -> None:
 
 def signals(number: int, on: int, step: int) -> Callable[[int], None]:
     """A fault: rank `on` gets a signal in step `step`."""
-    return lambda rank: before_step(step, lambda _: os.kill(os.getpid(), number)) if rank == on else None
+    return lambda rank: (
+        before_step(step, lambda _: os.kill(os.getpid(), number)) if rank == on else None
+    )
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: w for file in sorted(folder.glob("*.safetensors")) for name, w in load_file(file).items()}
+    return {
+        name: w
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, w in load_file(file).items()
+    }
 
 
 def losses(out: Path) -> list[dict]:
@@ -126,14 +137,23 @@ def unbroken(toy: Path, tmp_path_factory) -> Callable[[str], Path]:
 
 
 @pytest.mark.parametrize(("layout", "rank"), [("dp2", 1), ("tp2", 0)])
-def test_a_signal_to_one_rank_stops_all_after_the_same_step(layout: str, rank: int, toy, unbroken, tmp_path: Path):
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(
+    layout: str, rank: int, toy, unbroken, tmp_path: Path
+):
     """SIGTERM: every rank exits with 0 after that step, its checkpoint is there, and resumed = never stopped."""
     out, more = tmp_path / "out", LAYOUTS[layout]
     ranks = start(2, toy, out, *more, fault=signals(signal.SIGTERM, rank, step=3))
     assert ranks.wait() == [0, 0], ranks.text(0) + ranks.text(1)
     who = "SIGTERM" if rank == 0 else "another rank"
-    assert f"stopped by {who} after step 3 of {STEPS}; --resume auto goes on from here" in ranks.text(0)
-    assert checkpoint.newest(out).name == "step_3" and len(losses(out)) == 3 and not (out / "final").exists()
+    assert (
+        f"stopped by {who} after step 3 of {STEPS}; --resume auto goes on from here"
+        in ranks.text(0)
+    )
+    assert (
+        checkpoint.newest(out).name == "step_3"
+        and len(losses(out)) == 3
+        and not (out / "final").exists()
+    )
     assert "after step 3" in finish(2, toy, out, *more, "--resume", "auto")
     same(out, unbroken(layout))
 
@@ -173,7 +193,8 @@ def stops_in_forward(rank: int) -> Callable[[int], None]:
 def test_a_hung_rank_is_named(toy: Path, tmp_path: Path):
     """SIGSTOP: the other rank of a tensor group waits for --timeout-minutes, not for c10d's 30, and says for whom."""
     runs = [
-        start(2, toy, tmp_path / f"{rank}", "--tp", "2", fault=stops_in_forward(rank), timeout=0.05) for rank in (0, 1)
+        start(2, toy, tmp_path / f"{rank}", "--tp", "2", fault=stops_in_forward(rank), timeout=0.05)
+        for rank in (0, 1)
     ]
     for rank, ranks in enumerate(runs):
         assert ranks.wait(60, ranks=[1 - rank]) == [1], ranks.text(1 - rank)
@@ -191,14 +212,20 @@ def fails(rank: int, step: int, error: Exception) -> Callable[[int], None]:
     return fault
 
 
-@pytest.mark.parametrize(("rank", "error"), [(1, ValueError("bad luck")), (0, RuntimeError("bad luck\nin two lines"))])
-def test_the_others_say_which_rank_failed_first(rank: int, error: Exception, toy: Path, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("rank", "error"), [(1, ValueError("bad luck")), (0, RuntimeError("bad luck\nin two lines"))]
+)
+def test_the_others_say_which_rank_failed_first(
+    rank: int, error: Exception, toy: Path, tmp_path: Path
+):
     """And why; the one that failed says it too, without a word on the others."""
     ranks = start(2, toy, tmp_path / "out", fault=fails(rank, 2, error))
     assert ranks.wait(60) == [1, 1]
     why = "bad luck" if isinstance(error, ValueError) else "RuntimeError: bad luck"
     assert f"rank {rank} failed first: {why}\n" in ranks.text(1 - rank)
-    assert f"error on rank {rank}: {why}\n" in ranks.text(rank) and "does not answer" not in ranks.text(rank)
+    assert f"error on rank {rank}: {why}\n" in ranks.text(
+        rank
+    ) and "does not answer" not in ranks.text(rank)
 
 
 def test_without_torchrun_the_store_may_go_first(toy: Path, tmp_path: Path):
@@ -234,14 +261,20 @@ def test_a_nan_on_one_rank_skips_the_step_on_all(toy: Path, tmp_path: Path):
         optimizer.buckets[0].shard[0] = float("nan")
 
     out = tmp_path / "out"
-    ranks = start(2, toy, out, "--save-every", "1", fault=lambda rank: rank == 1 and before_step(3, poison))
+    ranks = start(
+        2, toy, out, "--save-every", "1", fault=lambda rank: rank == 1 and before_step(3, poison)
+    )
     assert ranks.wait() == [0, 0], ranks.text(0) + ranks.text(1)
     assert "step 3: the gradient is not finite, no update (1 so far)" in ranks.text(0)
-    assert [row["grad_norm"] is None for row in losses(out)] == [step == 3 for step in range(1, STEPS + 1)]
+    assert [row["grad_norm"] is None for row in losses(out)] == [
+        step == 3 for step in range(1, STEPS + 1)
+    ]
     for name in ("state-00001-of-00002.safetensors", "state-00002-of-00002.safetensors"):
         two, three, four = (load_file(out / f"step_{step}" / name) for step in (2, 3, 4))
         assert two.keys() == three.keys() and all(torch.equal(two[key], three[key]) for key in two)
-        assert not any(torch.equal(three[key], four[key]) for key in three if key.startswith("master"))
+        assert not any(
+            torch.equal(three[key], four[key]) for key in three if key.startswith("master")
+        )
     state = json.loads((out / "step_3" / "state.json").read_text())
     assert state["skipped"] == 1 and state["updates"] == [2]
 
@@ -254,7 +287,9 @@ def full_disk(rank: int, step: int) -> Callable[[int], None]:
 
     def fill(_: parallel.AdamW) -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        resource.setrlimit(
+            resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+        )
 
     return lambda here: before_step(step, fill) if here == rank else None
 
@@ -268,7 +303,10 @@ def test_a_full_disk_of_one_rank_stops_all_and_costs_nothing(toy: Path, unbroken
     for ranks, what, kept in zip(runs, ("step_4", "final"), ("step_2", "step_5")):
         assert ranks.wait() == [1, 1]
         lines = [ranks.text(rank).partition(f"error on rank {rank}: ")[2] for rank in range(2)]
-        assert lines[0] == lines[1] and f"could not write {tmp_path / what / what} (rank 1: " in lines[0]
+        assert (
+            lines[0] == lines[1]
+            and f"could not write {tmp_path / what / what} (rank 1: " in lines[0]
+        )
         assert "free space on the disk" in lines[0]
         out = tmp_path / what
         assert {path.name for path in out.iterdir() if path.is_dir()} == {"cache", kept}
@@ -288,8 +326,12 @@ def test_a_crash_between_write_and_rename_costs_one_checkpoint(toy: Path, unbrok
     out = tmp_path / "out"
     ranks = start(2, toy, out, fault=fault)
     assert ranks.wait(60) == [9, 1] and "rank 0 does not answer" in ranks.text(1)
-    assert (out / ".step_4.partial" / "manifest.json").exists() and checkpoint.newest(out).name == "step_2"
-    assert "step_2" in finish(2, toy, out, "--resume", "auto", "--save-every", "3")  # never step 4 again
+    assert (out / ".step_4.partial" / "manifest.json").exists() and checkpoint.newest(
+        out
+    ).name == "step_2"
+    assert "step_2" in finish(
+        2, toy, out, "--resume", "auto", "--save-every", "3"
+    )  # never step 4 again
     same(out, unbroken("dp2"))
     assert not list(out.glob(".*"))
 
@@ -320,7 +362,10 @@ def test_an_out_that_is_not_shared_is_refused(toy: Path, tmp_path: Path):
     ranks = Ranks(2, body, tmp_path / "said")
     assert ranks.wait(60) == [1, 1]
     for rank in (0, 1):
-        assert "is not the same folder on every node: take one on a shared file system" in ranks.text(rank)
+        assert (
+            "is not the same folder on every node: take one on a shared file system"
+            in ranks.text(rank)
+        )
 
 
 # ---- another layout --------------------------------------------------------------------------------------------------
@@ -329,9 +374,19 @@ def test_an_out_that_is_not_shared_is_refused(toy: Path, tmp_path: Path):
 def test_a_run_goes_on_under_one_layout_after_another(toy: Path, tmp_path: Path):
     """tp2 dp2 -> dp4 -> pp2 -> cp2 -> one process, two steps or so each: as one process alone within 1e-12."""
     out, alone = tmp_path / "out", tmp_path / "alone"
-    one = Ranks(1, lambda rank: runtime.run(lambda: train_dpo.main(flags(toy, alone))), tmp_path / "one")
+    one = Ranks(
+        1, lambda rank: runtime.run(lambda: train_dpo.main(flags(toy, alone))), tmp_path / "one"
+    )
     for world, more in ((4, ["--tp", "2"]), (4, []), (2, ["--pp", "2"]), (2, ["--cp", "2"])):
-        ranks = start(world, toy, out, *more, "--resume", "auto", fault=signals(signal.SIGTERM, world - 1, step=1))
+        ranks = start(
+            world,
+            toy,
+            out,
+            *more,
+            "--resume",
+            "auto",
+            fault=signals(signal.SIGTERM, world - 1, step=1),
+        )
         assert ranks.wait() == [0] * world, ranks.text(0)
     finish(1, toy, out, "--resume", "auto")
     assert one.wait() == [0]
@@ -361,13 +416,17 @@ def whole_state(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def test_a_checkpoint_loaded_elsewhere_and_saved_again_is_the_same(toy: Path, unbroken, tmp_path: Path):
+def test_a_checkpoint_loaded_elsewhere_and_saved_again_is_the_same(
+    toy: Path, unbroken, tmp_path: Path
+):
     """Weights and both means, through every other layout and back, bit for bit."""
     folder = unbroken("tp2") / "step_6"
     wanted = whole_state(folder)
     assert {key.partition("/")[0] for key in wanted} == {"master", "exp_avg", "exp_avg_sq"}
     assert not any(value.isnan().any() for value in wanted.values())
-    for i, (world, sizes, zero) in enumerate([(2, {"pp": 2}, 1), (4, {"cp": 2}, 2), (4, {"tp": 2, "pp": 2}, 1)]):
+    for i, (world, sizes, zero) in enumerate(
+        [(2, {"pp": 2}, 1), (4, {"cp": 2}, 2), (4, {"tp": 2, "pp": 2}, 1)]
+    ):
         out = tmp_path / str(i)
 
         def body(rank: int, folder=folder, out=out, sizes=sizes, zero=zero) -> None:
@@ -382,7 +441,9 @@ def test_a_checkpoint_loaded_elsewhere_and_saved_again_is_the_same(toy: Path, un
         assert json.loads((out / "step_6" / "state.json").read_text())["updates"] == [6]
         folder = out / "step_6"
         got = whole_state(folder)
-        assert got.keys() == wanted.keys() and all(torch.equal(got[key], wanted[key]) for key in wanted)
+        assert got.keys() == wanted.keys() and all(
+            torch.equal(got[key], wanted[key]) for key in wanted
+        )
 
 
 # ---- torchrun itself -------------------------------------------------------------------------------------------------
@@ -397,7 +458,10 @@ def test_torchrun_passes_a_signal_on_and_the_run_resumes(toy: Path, unbroken, tm
     ]  # fmt: skip
     with open(said, "w") as file:
         process = subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}
+            command,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         try:
             while not (out / "step_1").exists():

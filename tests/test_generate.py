@@ -28,7 +28,12 @@ def next_logp(model, ids: list[int]) -> torch.Tensor:
 
 
 # How the cache is kept: prompts copied to every row, or kept once for their samples; every shape fixed, or not.
-WAYS = {"copied": (10**9, ""), "shared": (0, ""), "copied, fixed": (10**9, "static"), "shared, fixed": (0, "static")}
+WAYS = {
+    "copied": (10**9, ""),
+    "shared": (0, ""),
+    "copied, fixed": (10**9, "static"),
+    "shared, fixed": (0, "static"),
+}
 
 
 @pytest.fixture
@@ -57,7 +62,11 @@ def test_greedy_equals_the_naive_loop_and_transformers(family: str, way: str, tm
         assert answer.tokens == ids[len(prompt) :] and answer.ended == (ids[-1] == 99)
         assert answer.logps == [0.0] * len(answer.tokens)  # the likeliest token is certain
         out = theirs.generate(
-            torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=99, pad_token_id=0
+            torch.tensor([prompt]),
+            max_new_tokens=12,
+            do_sample=False,
+            eos_token_id=99,
+            pad_token_id=0,
         )
         assert answer.tokens == out[0, len(prompt) :].tolist()
 
@@ -70,18 +79,29 @@ def test_samples_and_their_logps_do_not_depend_on_the_batch(family: str, way: st
     model = model_of(family, tmp_path)
     prompts = PROMPTS + [[30 + i] * (1 + i % 4) for i in range(4)]
     settings = {"temperature": 0.7, "stop_ids": set(range(0, 90, 7)), "n": 3}
-    one, eight = (generate.generate(model, prompts, 10, seed=1, batch_size=size, **settings) for size in (1, 8))
+    one, eight = (
+        generate.generate(model, prompts, 10, seed=1, batch_size=size, **settings)
+        for size in (1, 8)
+    )
     assert [a.tokens for a in one] == [a.tokens for a in eight]
     assert len({len(a.tokens) for a in one}) > 4  # they end one by one
-    assert {a.ended for a in one} == {a.tokens[-1] % 7 == 0 and a.tokens[-1] < 90 for a in one} == {True, False}
+    assert (
+        {a.ended for a in one}
+        == {a.tokens[-1] % 7 == 0 and a.tokens[-1] < 90 for a in one}
+        == {True, False}
+    )
     assert len({tuple(a.tokens) for a in one}) > 20  # the samples of a prompt differ
     for i, (a, b) in enumerate(zip(one, eight)):
-        assert np.allclose(a.logps, b.logps, atol=1e-10) and np.allclose(a.policy_logps, b.policy_logps, atol=1e-10)
+        assert np.allclose(a.logps, b.logps, atol=1e-10) and np.allclose(
+            a.policy_logps, b.policy_logps, atol=1e-10
+        )
         for j, token in enumerate(a.tokens):
             with torch.no_grad():
                 logps = next_logp(model, prompts[i // 3] + a.tokens[:j])
             assert a.policy_logps[j] == pytest.approx(logps[token].item(), abs=1e-10)
-            assert a.logps[j] == pytest.approx((logps / 0.7).log_softmax(-1)[token].item(), abs=1e-10)
+            assert a.logps[j] == pytest.approx(
+                (logps / 0.7).log_softmax(-1)[token].item(), abs=1e-10
+            )
     other = generate.generate(model, prompts, 10, seed=2, **settings)
     assert [a.tokens for a in other] != [a.tokens for a in one]
 
@@ -112,14 +132,20 @@ def test_a_seed_of_its_own_makes_a_sample(tmp_path: Path):
 
 @pytest.mark.parametrize("way", ["copied", "shared"], indirect=True)
 @pytest.mark.parametrize("size", [1, 4, 64])
-def test_prompts_are_computed_once_and_no_row_waits_or_is_wasted(way: str, size: int, tmp_path: Path, monkeypatch):
+def test_prompts_are_computed_once_and_no_row_waits_or_is_wasted(
+    way: str, size: int, tmp_path: Path, monkeypatch
+):
     """Every prompt token goes through the model once for all n samples. A sample of k tokens takes k - 1 rows more, and
     at most one besides, when it enters. There are as few steps as a list scheduler with `size` workers makes."""
     model = model_of("llama", tmp_path)
     runs, run = [], model.run
-    monkeypatch.setattr(model, "run", lambda tokens, *rest: (runs.append(tokens.tolist()), run(tokens, *rest))[1])
+    monkeypatch.setattr(
+        model, "run", lambda tokens, *rest: (runs.append(tokens.tolist()), run(tokens, *rest))[1]
+    )
     prompts = [[90 + i] * (2 + i) for i in range(6)]
-    answers = generate.generate(model, prompts, 12, stop_ids=set(range(0, 80, 9)), n=5, batch_size=size)
+    answers = generate.generate(
+        model, prompts, 12, stop_ids=set(range(0, 80, 9)), n=5, batch_size=size
+    )
     lengths = [len(a.tokens) for a in answers]
     fed = sum(length - 1 for length in lengths)
     rows = sum(map(len, runs)) - sum(map(len, prompts))
@@ -161,17 +187,33 @@ def distribution(logits: np.ndarray, temperature: float, top_k: int, top_p: floa
 
 @pytest.mark.parametrize(
     ("temperature", "top_k", "top_p"),
-    [(1.0, 0, 1.0), (0.5, 0, 1.0), (1.5, 3, 1.0), (1.0, 0, 0.7), (1.0, 0, 0.05), (0.8, 5, 0.6), (2.0, 1, 1.0)],
+    [
+        (1.0, 0, 1.0),
+        (0.5, 0, 1.0),
+        (1.5, 3, 1.0),
+        (1.0, 0, 0.7),
+        (1.0, 0, 0.05),
+        (0.8, 5, 0.6),
+        (2.0, 1, 1.0),
+    ],
 )
 @pytest.mark.parametrize("vocabulary", [6, 600])
-def test_draws_follow_the_distribution(vocabulary: int, temperature: float, top_k: int, top_p: float):
+def test_draws_follow_the_distribution(
+    vocabulary: int, temperature: float, top_k: int, top_p: float
+):
     """Chi-square of 40,000 draws against the distribution computed in numpy; 600 tokens are three blocks of a draw."""
-    logits = np.random.default_rng(3).normal(0, 1, vocabulary) if vocabulary > 6 else np.array([1, 2, 0.5, -1, 1.7, 0])
+    logits = (
+        np.random.default_rng(3).normal(0, 1, vocabulary)
+        if vocabulary > 6
+        else np.array([1, 2, 0.5, -1, 1.7, 0])
+    )
     wanted = distribution(logits, temperature, top_k, top_p)
     n = 40_000
     uniform = torch.tensor(np.random.default_rng(0).random(n))
     z = torch.tensor(logits).expand(n, -1)
-    tokens, logps, policy_logps = (x.numpy() for x in generate.sample(z, uniform, temperature, top_k, top_p))
+    tokens, logps, policy_logps = (
+        x.numpy() for x in generate.sample(z, uniform, temperature, top_k, top_p)
+    )
     counts = np.bincount(tokens, minlength=vocabulary)
     kept = np.flatnonzero(wanted)
     assert set(np.flatnonzero(counts)) <= set(kept)
@@ -189,7 +231,9 @@ def test_top_p_looks_as_far_as_it_must():
     logits = torch.zeros(3, 3000, dtype=torch.float64) - torch.arange(3000) * 1e-9
     uniform = torch.tensor([0.0, 0.5001, 1 - 1e-12], dtype=torch.float64)
     tokens, logps, _ = generate.sample(logits, uniform, 1.0, 0, 0.9)
-    assert tokens.tolist() == [0, 1350, 2699] and torch.allclose(logps.exp(), torch.tensor(1 / 2700).double())
+    assert tokens.tolist() == [0, 1350, 2699] and torch.allclose(
+        logps.exp(), torch.tensor(1 / 2700).double()
+    )
 
 
 def test_stop_texts_end_an_answer(tmp_path: Path):
@@ -202,7 +246,9 @@ def test_stop_texts_end_an_answer(tmp_path: Path):
     free = generate.generate(model, PROMPTS, 30, seed=3)
     texts = [decode(a.tokens) for a in free]
     stops = [texts[0][13:17], texts[1][24:26], texts[2][41:44]]
-    found = generate.generate(model, PROMPTS, 30, seed=3, stop_texts=stops, decode=decode, batch_size=2)
+    found = generate.generate(
+        model, PROMPTS, 30, seed=3, stop_texts=stops, decode=decode, batch_size=2
+    )
     for answer, text in zip(found, texts):
         ends = [text.index(stop) + len(stop) for stop in stops if stop in text]
         assert decode(answer.tokens) == text[: -(-min(ends, default=60) // 2) * 2]
@@ -219,7 +265,9 @@ def test_an_answer_that_goes_round_in_circles_is_cut(tmp_path: Path):
     cut = generate.generate(model, PROMPTS, 60, temperature=0, no_repeat=8)
 
     def cyclic(tail: list[int]) -> bool:
-        return len(tail) == 8 and any(all(tail[i] == tail[i % p] for i in range(8)) for p in (1, 2, 3, 4))
+        return len(tail) == 8 and any(
+            all(tail[i] == tail[i % p] for i in range(8)) for p in (1, 2, 3, 4)
+        )
 
     for a, b in zip(free, cut):
         first = next((i for i in range(8, 61) if cyclic(a.tokens[i - 8 : i])), 60)
@@ -279,14 +327,25 @@ def test_the_command_writes_a_row_for_every_row(toy: Path, tmp_path: Path, capsy
 def test_the_command_samples_several_and_stops(toy: Path, tmp_path: Path, capsys):
     """--n gives rows "responses", --stop cuts the text where it is found."""
     prompts, out = toy / "world" / "prompts_test.jsonl", tmp_path / "answers.jsonl"
-    call = ["--model", str(toy / "model"), "--max-new-tokens", "12", "--data", str(prompts), "--out", str(out)]
+    call = [
+        "--model",
+        str(toy / "model"),
+        "--max-new-tokens",
+        "12",
+        "--data",
+        str(prompts),
+        "--out",
+        str(out),
+    ]
     generate.main([*call, "--limit", "2", "--n", "3"])
     free = [json.loads(line)["responses"] for line in out.read_text().splitlines()]
     assert [len(texts) for texts in free] == [3, 3] and len({*free[0], *free[1]}) == 6
     assert "6 answers in" in capsys.readouterr().out
     stop = free[0][0][3:5]
     generate.main([*call, "--limit", "2", "--n", "3", "--stop", stop])
-    for texts, before in zip((json.loads(line)["responses"] for line in out.read_text().splitlines()), free):
+    for texts, before in zip(
+        (json.loads(line)["responses"] for line in out.read_text().splitlines()), free
+    ):
         assert texts == [text.split(stop)[0].strip() for text in before]
 
 
@@ -300,11 +359,17 @@ def test_chat_keeps_the_conversation_and_streams(toy: Path, capsys, monkeypatch)
         asked.append((prompts[0], real(model, prompts, **settings)[0].tokens))
 
     monkeypatch.setattr(generate, "generate", listen)
-    generate.main(["--model", str(toy / "model"), "--chat", "--template", "chatml", "--max-new-tokens", "8"])
+    generate.main(
+        ["--model", str(toy / "model"), "--chat", "--template", "chatml", "--max-new-tokens", "8"]
+    )
     tokenizer = load_tokenizer(toy / "model")
     (first, one), (second, two) = asked
     printed = capsys.readouterr().out
     assert tokenizer.decode(one) in printed and tokenizer.decode(two) in printed
     text = tokenizer.decode(second, skip_special=False)
-    assert "Where does Ada live?" in text and "And Bo?" in text and tokenizer.decode(one).strip() in text
+    assert (
+        "Where does Ada live?" in text
+        and "And Bo?" in text
+        and tokenizer.decode(one).strip() in text
+    )
     assert second[: len(first)] == first and len(second) > len(first) + len(one)

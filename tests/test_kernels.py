@@ -37,7 +37,11 @@ def mend_interpreter() -> None:
 
     def widened(x):
         bits = x.dtype.scalar == tl.bfloat16
-        return I.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32) if bits else x
+        return (
+            I.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+            if bits
+            else x
+        )
 
     def create_dot(self, a, b, d, *how):
         assert min(*a.data.shape, *b.data.shape) >= 16, "a GPU refuses dots below 16"
@@ -52,9 +56,15 @@ def mend_interpreter() -> None:
 
     def patch_tensor(tensor, scope):
         patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(np.asarray(self.handle.data).reshape(-1)[0]))
+        scope.set_attr(
+            tensor, "__index__", lambda self: int(np.asarray(self.handle.data).reshape(-1)[0])
+        )
 
-    builder.create_dot, builder.cast_impl, I._patch_lang_tensor = create_dot, cast_impl, patch_tensor
+    builder.create_dot, builder.cast_impl, I._patch_lang_tensor = (
+        create_dot,
+        cast_impl,
+        patch_tensor,
+    )
 
 
 if INTERPRETED:
@@ -134,12 +144,16 @@ def attention_errors(spans, heads, kv_heads, size, dtype, window=0, shares=None)
     torch.manual_seed(0)
     layout = layout_of(spans)
     total = len(layout.kv_end)
-    q, k, v = (torch.randn(total, h, size).to(dtype).requires_grad_() for h in (heads, kv_heads, kv_heads))
+    q, k, v = (
+        torch.randn(total, h, size).to(dtype).requires_grad_() for h in (heads, kv_heads, kv_heads)
+    )
     slope = torch.randn(total, heads, size).to(dtype)
     if shares is None:
         out = attention.tree_attention(q, k, v, layout, window)
     else:
-        parts = [attention.tree_attention(q[rows], k, v, layout.shard(rows), window) for rows in shares]
+        parts = [
+            attention.tree_attention(q[rows], k, v, layout.shard(rows), window) for rows in shares
+        ]
         out = torch.cat(parts)[np.argsort(np.concatenate(shares))]
     ours = [out, *gradients(out, (q, k, v), slope)]
     exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
@@ -161,7 +175,14 @@ def attention_errors(spans, heads, kv_heads, size, dtype, window=0, shares=None)
         (LONG, 2, 1, 64, torch.float32, 33),
         (WIDE, 4, 1, 32, torch.float32, 0),
         ([(1, [])], 1, 1, 32, torch.float32, 0),
-        ([(0, [64]), (64, [])], 1, 1, 32, torch.float32, 32),  # a multiple of every tile; window = a tile
+        (
+            [(0, [64]), (64, [])],
+            1,
+            1,
+            32,
+            torch.float32,
+            32,
+        ),  # a multiple of every tile; window = a tile
         (LONG, 2, 1, 64, torch.bfloat16, 0),
         (ODD, 2, 2, 64, torch.float16, 13),
         (LONG, 4, 2, 128, torch.bfloat16, 0),
@@ -194,7 +215,9 @@ def test_split_tiles_add_up(monkeypatch):
 def dealt(spans, size: int, ranks: int = 2) -> list[np.ndarray]:
     """Blocks of `size` rows go to the ranks by chance."""
     total = sum(p + sum(rs) for p, rs in spans)
-    owner = np.random.default_rng(size).permutation(-(-total // size))[np.arange(total) // size] % ranks
+    owner = (
+        np.random.default_rng(size).permutation(-(-total // size))[np.arange(total) // size] % ranks
+    )
     return [np.flatnonzero(owner == rank) for rank in range(ranks)]
 
 
@@ -221,7 +244,9 @@ def fresh_memory_is_nan():
         (WIDE, 2, 1, 32, torch.float32, 0, 0),
     ],
 )
-def test_shares_of_the_queries_add_up(spans, heads, kv_heads, size, dtype, window, block, fresh_memory_is_nan):
+def test_shares_of_the_queries_add_up(
+    spans, heads, kv_heads, size, dtype, window, block, fresh_memory_is_nan
+):
     """Out and dQ of the shares, put together, and dK and dV, added up, are those of dense float64 attention. Blocks of
     a length that tiles do not know, or (0) as share_rows deals them."""
     shares = dealt(spans, block) if block else tiles.share_rows(spans, 3)
@@ -246,7 +271,9 @@ def test_a_share_walks_its_own_tiles_only():
     layout = layout_of([(0, [512])])
     rows = np.r_[64:128, 300:310]
     q = torch.empty(512, 1, 32)
-    _, _, items, _, dq_items, _, key_items, key_lists, _ = (x.numpy() for x in layout.shard(rows).plan(q, 1, 0))
+    _, _, items, _, dq_items, _, key_items, key_lists, _ = (
+        x.numpy() for x in layout.shard(rows).plan(q, 1, 0)
+    )
     assert {*items[:, 0]} == {*dq_items[:, 0]} == {*key_lists} == {2, 3, 9}  # of 32 rows
     assert {*key_items[:, 0]} == set(range(16))
     assert int(items[:, 3].sum()) == 3 + 4 + 10 == len(key_lists)
@@ -259,7 +286,9 @@ def test_strided_inputs_are_read_where_they_lie():
     whole = torch.randn(len(layout.kv_end), 4, 32)
     q, k, v = whole.split((2, 1, 1), 1)
     out = attention.tree_attention(q, k, v, layout)
-    assert torch.equal(out, attention.tree_attention(q.contiguous(), k.contiguous(), v.contiguous(), layout))
+    assert torch.equal(
+        out, attention.tree_attention(q.contiguous(), k.contiguous(), v.contiguous(), layout)
+    )
 
 
 # ---- linear + log-prob -----------------------------------------------------------------------------------------------
@@ -295,7 +324,9 @@ def test_logprobs_are_those_of_the_softmax(dtype, temperature, entropy, kept, mo
         return (own, -(logp.exp() * logp).sum(1)) if entropy else own
 
     wanted = run(dense, hidden.double(), weight.double())
-    ours = run(lambda h, w: logprob.linear_logprob(h, w, target, temperature, entropy), hidden, weight)
+    ours = run(
+        lambda h, w: logprob.linear_logprob(h, w, target, temperature, entropy), hidden, weight
+    )
     assert all(o.dtype == torch.float32 for o in ours[: len(ours) - 2])
     errors = [far(a, b) for a, b in zip(ours, wanted)]
     assert max(errors) < TOLERANCE[dtype], errors
@@ -303,7 +334,13 @@ def test_logprobs_are_those_of_the_softmax(dtype, temperature, entropy, kept, mo
     cut, partials = (slice(0, split), slice(split, vocab)), []
     for own in cut:  # what two ranks would send each other
         logprob.linear_logprob(
-            hidden, weight[own], target, temperature, entropy, own.start, lambda p: partials.append(p) or p
+            hidden,
+            weight[own],
+            target,
+            temperature,
+            entropy,
+            own.start,
+            lambda p: partials.append(p) or p,
         )
     whole = logprob.merge_partials(torch.stack(partials))
     d_hidden, d_weight = 0, []
@@ -317,7 +354,10 @@ def test_logprobs_are_those_of_the_softmax(dtype, temperature, entropy, kept, mo
         assert max(far(a, b) for a, b in zip(sharded[:-2], wanted)) < TOLERANCE[dtype]
         d_hidden = d_hidden + sharded[-2]
         d_weight.append(sharded[-1])
-    assert far(d_hidden, wanted[-2]) < TOLERANCE[dtype] and far(torch.cat(d_weight), wanted[-1]) < TOLERANCE[dtype]
+    assert (
+        far(d_hidden, wanted[-2]) < TOLERANCE[dtype]
+        and far(torch.cat(d_weight), wanted[-1]) < TOLERANCE[dtype]
+    )
 
 
 # ---- the small ones --------------------------------------------------------------------------------------------------
@@ -386,11 +426,25 @@ def test_swiglu(dtype):
 def tiny_model(family: str):
     import model
 
-    sizes = {"vocab": 150, "width": 48, "layers": 2, "heads": 4, "kv_heads": 2, "head_size": 16, "ffn": 80}
+    sizes = {
+        "vocab": 150,
+        "width": 48,
+        "layers": 2,
+        "heads": 4,
+        "kv_heads": 2,
+        "head_size": 16,
+        "ffn": 80,
+    }
     more = {
         "llama": {"windows": (0, 9)},
         "qwen3": {"qk_norm": True, "qkv_bias": True, "tied": True},
-        "gpt_neox": {"norm": "layer", "mlp": "gelu", "rope_size": 4, "parallel_residual": True, "kv_heads": 4},
+        "gpt_neox": {
+            "norm": "layer",
+            "mlp": "gelu",
+            "rope_size": 4,
+            "parallel_residual": True,
+            "kv_heads": 4,
+        },
     }[family]
     gpt = model.GPT(model.GPTConfig(family=family, **{**sizes, **more}))
     gpt.init_weights(0, std=0.2)
@@ -402,7 +456,10 @@ def trees_of_a_batch(responses: int):
 
     rng = np.random.default_rng(0)
     sizes = [(11, [5, 9, 3, 1]), (1, [4, 2, 2, 6]), (30, [7, 1, 12, 3])]
-    rows = [([*rng.integers(0, 150, p)], [[*rng.integers(0, 150, n)] for n in ns[:responses]]) for p, ns in sizes]
+    rows = [
+        ([*rng.integers(0, 150, p)], [[*rng.integers(0, 150, n)] for n in ns[:responses]])
+        for p, ns in sizes
+    ]
     return make_batch(dataset_of(rows), [0, 1, 2])
 
 
@@ -421,7 +478,9 @@ def loss_of(gpt, batch) -> torch.Tensor:
 
 
 @law
-@pytest.mark.parametrize(("family", "responses"), [("llama", 1), ("llama", 2), ("gpt_neox", 2), ("qwen3", 4)])
+@pytest.mark.parametrize(
+    ("family", "responses"), [("llama", 1), ("llama", 2), ("gpt_neox", 2), ("qwen3", 4)]
+)
 def test_a_model_computes_the_same_with_kernels(family: str, responses: int, monkeypatch):
     """Loss and every gradient of a model are those of the plain twins in float64."""
     gpt, batch = tiny_model(family), trees_of_a_batch(responses)
@@ -494,18 +553,34 @@ def test_the_gpu_bench_runs_and_survives_a_part_that_dies(tmp_path):
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert sum(row.get("ok", False) for row in rows) == 10
-    assert {row["part"] for row in rows} == {"check", "ceilings", "attention", "logprob", "small", "steps", "trl"}
+    assert {row["part"] for row in rows} == {
+        "check",
+        "ceilings",
+        "attention",
+        "logprob",
+        "small",
+        "steps",
+        "trl",
+    }
     theirs = [row for row in rows if row["part"] == "trl"]
     if importlib.util.find_spec("trl"):
-        assert ["seconds" in row for row in theirs] == [True, True] and theirs[0]["plumb_faster"] > 0, theirs
+        assert ["seconds" in row for row in theirs] == [True, True] and theirs[0][
+            "plumb_faster"
+        ] > 0, theirs
     else:
         assert "not importable: trl" in theirs[0]["skipped"]
 
-    source = script.read_text().replace('"""Memory-bound ones,', 'os.abort()\n    """Memory-bound ones,')
-    source = source.replace("Path(__file__).resolve().parents[1]", repr(script.parents[1]).replace("PosixPath", "Path"))
+    source = script.read_text().replace(
+        '"""Memory-bound ones,', 'os.abort()\n    """Memory-bound ones,'
+    )
+    source = source.replace(
+        "Path(__file__).resolve().parents[1]", repr(script.parents[1]).replace("PosixPath", "Path")
+    )
     (tmp_path / "broken.py").write_text(source)
     flags += ["--parts", "small", "ceilings"]
-    run = subprocess.run([sys.executable, tmp_path / "broken.py", *flags], capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, tmp_path / "broken.py", *flags], capture_output=True, text=True
+    )
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert run.returncode == 1 and "failed: small, the whole part" in run.stdout
     assert [row["part"] for row in rows] == ["small", "ceilings", "ceilings"]

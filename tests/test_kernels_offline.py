@@ -21,7 +21,18 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SHARED_KB = {80: 163, 86: 99, 90: 227, 100: 227, 120: 99}  # a block's limit
 MATRIX = {80: "HMMA", 86: "HMMA", 90: "HGMMA", 100: r"UTC\w*MMA", 120: "HMMA"}
-ALIGNED = {"q_t", "q_h", "k_t", "k_h", "v_t", "v_h", "x_t", "x_h", "D", "C"}  # multiples of 16 in real models
+ALIGNED = {
+    "q_t",
+    "q_h",
+    "k_t",
+    "k_h",
+    "v_t",
+    "v_h",
+    "x_t",
+    "x_h",
+    "D",
+    "C",
+}  # multiples of 16 in real models
 POINTERS = {
     "*i32": {"KV_END", "ITEMS", "LISTS", "SLOTS"}, "*i64": {"POSITION", "TARGET"},
     "*fp32": {"LSE", "DELTA", "PARTIAL", "SCALE", "COS", "SIN", "Z", "TOP", "SUM", "MIXED", "PICKED", "GRAD",
@@ -48,10 +59,24 @@ def kernels(arch: int, window: bool):
 
     for size in (64, 128):
         table = tiles.tile_sizes(arch, size, torch.bfloat16)
-        whole = {"GROUP": 4, "E": size, "EP": size, "WINDOW": 4096 if window else 0, "PRECISION": "tf32"}
-        for kernel, (m, n, warps, stages) in zip((attention._forward, attention._d_q, attention._d_kv), table):
+        whole = {
+            "GROUP": 4,
+            "E": size,
+            "EP": size,
+            "WINDOW": 4096 if window else 0,
+            "PRECISION": "tf32",
+        }
+        for kernel, (m, n, warps, stages) in zip(
+            (attention._forward, attention._d_q, attention._d_kv), table
+        ):
             tile = f"{m}x{n} {warps} warps {stages} stages"
-            yield f"attention{kernel.__name__} E{size} {tile}", kernel, {**whole, "M": m, "N": n}, warps, stages
+            yield (
+                f"attention{kernel.__name__} E{size} {tile}",
+                kernel,
+                {**whole, "M": m, "N": n},
+                warps,
+                stages,
+            )
     if window:
         return
     yield "attention_merge E128", attention._merge, {"N": 128, "E": 128, "EP": 128}, 4, 3
@@ -66,7 +91,13 @@ def kernels(arch: int, window: bool):
         yield f"rmsnorm_backward D{width}", rmsnorm._backward, flags, warps, 1
     for rest in (0, 64):
         half = (128 - rest) // 2
-        flags = {"E": 128, "HALF": half, "HEADS": 32, "PAIRS": 1 << (half - 1).bit_length(), "REST": rest}
+        flags = {
+            "E": 128,
+            "HALF": half,
+            "HEADS": 32,
+            "PAIRS": 1 << (half - 1).bit_length(),
+            "REST": rest,
+        }
         yield f"rope R{2 * half}", rope._rotate, flags, 4, 3
     yield "swiglu_forward", swiglu._forward, {"BLOCK": swiglu.BLOCK}, 8, 3
     yield "swiglu_backward", swiglu._backward, {"BLOCK": swiglu.BLOCK}, 8, 3
@@ -87,9 +118,16 @@ def compile_for(kernel, constants: dict, arch: int, warps: int, stages: int):
 
     names = kernel.arg_names
     signature = {name: kind(name) for name in names}
-    aligned = [i for i, name in enumerate(names) if signature[name][0] == "*" or name in ALIGNED - set(constants)]
+    aligned = [
+        i
+        for i, name in enumerate(names)
+        if signature[name][0] == "*" or name in ALIGNED - set(constants)
+    ]
     source = ASTSource(
-        kernel, signature=signature, constexprs=constants, attrs={(i,): [["tt.divisibility", 16]] for i in aligned}
+        kernel,
+        signature=signature,
+        constexprs=constants,
+        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
     options = {"num_warps": warps, "num_stages": stages}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
@@ -108,12 +146,16 @@ def inspect(compiled, arch: int) -> dict:
         cubin.write_bytes(compiled.asm["cubin"])
         ptx.write_text(compiled.asm["ptx"])
         name = re.search(r"\.target (\w+)", compiled.asm["ptx"])[1]
-        for ptxas in filter(None, (tool("ptxas"), tool("ptxas-blackwell"))):  # one of them made the cubin
+        for ptxas in filter(
+            None, (tool("ptxas"), tool("ptxas-blackwell"))
+        ):  # one of them made the cubin
             command = [ptxas, "-v", "--gpu-name", name, ptx, "-o", os.devnull]
             said = subprocess.run(command, capture_output=True, text=True).stderr
             if "registers" in said:
                 break
-        sass = subprocess.run([tool("nvdisasm"), "-c", cubin], capture_output=True, text=True, check=True).stdout
+        sass = subprocess.run(
+            [tool("nvdisasm"), "-c", cubin], capture_output=True, text=True, check=True
+        ).stdout
     instructions, labels = [], {}
     for line in sass.splitlines():
         if label := re.match(r"\s*(\.L_\w+):", line):
@@ -147,7 +189,9 @@ def faults(name: str, found: dict, arch: int) -> list[str]:
     if found["serialised"]:
         wrong.append("wgmma serialised (C7515)")
     if found["shared KB"] > SHARED_KB[arch]:
-        wrong.append(f"{found['shared KB']:.0f} KB of shared memory, the limit is {SHARED_KB[arch]}")
+        wrong.append(
+            f"{found['shared KB']:.0f} KB of shared memory, the limit is {SHARED_KB[arch]}"
+        )
     if re.match(r"attention_(forward|d_q|d_kv)", name) and not found["products"]:
         wrong.append(f"no {MATRIX[arch]}")
     if found["instructions"] < 50:
@@ -179,14 +223,22 @@ def test_kernels_compile_well(arch: int):
         pytest.skip("this Triton brings no nvdisasm")
     environment = {**os.environ, "PLUMB_KERNELS": "on", "PYTHONPATH": str(ROOT)}
     environment.pop("TRITON_INTERPRET", None)  # the interpreter replaces what would be compiled
-    run = subprocess.run([sys.executable, __file__, str(arch)], env=environment, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, __file__, str(arch)], env=environment, capture_output=True, text=True
+    )
     print(run.stdout)
     assert run.returncode == 0, run.stdout + run.stderr[-3000:]
 
 
 def test_faults_are_seen():
     """A spill in a loop, a serialised wgmma, too much shared memory and a missing product each fail the row."""
-    good = {"loop spills": 0, "serialised": False, "shared KB": 99.0, "products": 8, "instructions": 900}
+    good = {
+        "loop spills": 0,
+        "serialised": False,
+        "shared KB": 99.0,
+        "products": 8,
+        "instructions": 900,
+    }
     name = "attention_d_q E128"
     assert not faults(name, good, 90)
     for change in ({"loop spills": 1}, {"serialised": True}, {"shared KB": 228.0}, {"products": 0}):
@@ -196,7 +248,9 @@ def test_faults_are_seen():
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("architectures", nargs="*", type=int, default=[80, 90, 100])
     parser.add_argument("--window", action="store_true")
     flags = parser.parse_args()

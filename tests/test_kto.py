@@ -32,7 +32,9 @@ def sigma(x: float) -> float:
 def test_losses_and_gradients_are_the_formulas(name: str):
     """Values, and slopes by the log-ratio, of good and of bad answers in float64 against the formulas in numbers."""
     rng = np.random.default_rng(0)
-    for ratio, z, beta in zip(rng.normal(0, 8, 50), abs(rng.normal(0, 3, 50)), rng.uniform(0.05, 1, 50)):
+    for ratio, z, beta in zip(
+        rng.normal(0, 8, 50), abs(rng.normal(0, 3, 50)), rng.uniform(0.05, 1, 50)
+    ):
         for good in (1.0, 0.0):
             sign = 1 if good else -1
             x = torch.tensor([ratio], dtype=torch.float64, requires_grad=True)
@@ -48,7 +50,10 @@ def test_losses_and_gradients_are_the_formulas(name: str):
                 wanted, slope = -math.log(value), -sign * beta * (1 - value)
             assert loss.item() == pytest.approx(wanted, abs=1e-12)
             assert torch.autograd.grad(loss.sum(), x)[0].item() == pytest.approx(slope, abs=1e-12)
-    assert losses.reference_point(torch.tensor(-3.0), 4) == 0 and losses.reference_point(torch.tensor(6.0), 4) == 1.5
+    assert (
+        losses.reference_point(torch.tensor(-3.0), 4) == 0
+        and losses.reference_point(torch.tensor(6.0), 4) == 1.5
+    )
 
 
 def test_no_answer_is_mismatched_with_its_own_prompt():
@@ -91,7 +96,13 @@ def test_trees_hold_what_they_say():
     assert trees.scored[trees.tree_start[1] : trees.tree_start[2]].tolist() == [0, 0, 1, 0, 1, 1, 1]
     assert trees.key == kto_trees(data, steps, 7).key != kto_trees(data, steps[::-1], 7).key
     alone = kto_trees(data, steps, 7, mismatched=False)
-    assert alone.response_len.tolist() == [1, 2, 3, 1, 1] and alone.columns["label"].tolist() == [1, 0, 1, 0, 1]
+    assert alone.response_len.tolist() == [1, 2, 3, 1, 1] and alone.columns["label"].tolist() == [
+        1,
+        0,
+        1,
+        0,
+        1,
+    ]
     with pytest.raises(ValueError, match="step 1 would be 3 examples of a single prompt"):
         kto_trees(data, [np.array([0, 1, 3])], 7)
 
@@ -108,14 +119,16 @@ def test_z_and_loss_are_those_of_the_whole_step(tmp_path: Path):
     everything = np.arange(13)
     with torch.no_grad():  # a policy that has moved by 1.5 nats on average
         batch = train_kto.make_batch(data, list(everything))
-        data.columns["ref_logps"] = batch.sum_by_response(model.logps(model(batch), batch)).numpy() - rng.normal(
-            1.5, 3, 26
-        )
+        data.columns["ref_logps"] = batch.sum_by_response(
+            model.logps(model(batch), batch)
+        ).numpy() - rng.normal(1.5, 3, 26)
 
     def step(budget: int, ranks: int) -> tuple[float, float, torch.Tensor]:
         config = train_kto.Config(max_tokens=budget, beta=0.3)
 
-        class Share(Mesh):  # keeps what this rank would add, so that the shares can be added up outside
+        class Share(
+            Mesh
+        ):  # keeps what this rank would add, so that the shares can be added up outside
             def sum(self, values):
                 shares.append(values)
                 return values
@@ -128,10 +141,15 @@ def test_z_and_loss_are_those_of_the_whole_step(tmp_path: Path):
         z = losses.reference_point(torch.stack(shares).sum(), 13)
         total = 0.0
         for rank in range(ranks):
-            bins = train_kto.micro_batches(train_kto.branch_lengths(data, 0), everything, budget, rank, ranks)
+            bins = train_kto.micro_batches(
+                train_kto.branch_lengths(data, 0), everything, budget, rank, ranks
+            )
             for items in bins:
                 batch = train_kto.make_batch(data, items, only=0)
-                ratio, label = train_kto.log_ratios(model, model(batch), batch), batch.columns["label"]
+                ratio, label = (
+                    train_kto.log_ratios(model, model(batch), batch),
+                    batch.columns["label"],
+                )
                 per_example, _ = train_kto.example_losses(ratio, label, z, config, 0.0)
                 total = total + per_example.sum() / 13
         gradient = torch.autograd.grad(total, list(model.parameters()))
@@ -142,13 +160,17 @@ def test_z_and_loss_are_those_of_the_whole_step(tmp_path: Path):
     for budget in (8192, 60, 25):
         for ranks in (1, 2, 4):
             got = step(budget, ranks)
-            assert got[0] == pytest.approx(z, abs=1e-10) and got[1] == pytest.approx(loss, abs=1e-10)
+            assert got[0] == pytest.approx(z, abs=1e-10) and got[1] == pytest.approx(
+                loss, abs=1e-10
+            )
             assert (got[2] - gradient).abs().max() < 1e-10
 
 
 @pytest.mark.parametrize("loss", losses.KTO_LOSSES)
 @pytest.mark.parametrize("rows", ["labels", "preferences"])
-def test_steps_do_not_depend_on_micro_batches(loss: str, rows: str, toy: Path, tmp_path: Path, train):
+def test_steps_do_not_depend_on_micro_batches(
+    loss: str, rows: str, toy: Path, tmp_path: Path, train
+):
     """The script's metrics are the same in float64 for every budget and with prompts shared or not."""
     runs = [
         train(
@@ -190,12 +212,16 @@ def plain_loop(model, trees, labels, steps, lr, beta, loss="kto"):
             ref = logps(own, reference)
             moved = [a - b for a, b in zip(logps(other), logps(other, reference))]
         z = max(0.0, float(sum(moved)) / len(moved))
-        delta = sum(np.mean(r) for r in rewards.values() if r) / max(1, sum(bool(r) for r in rewards.values()))
+        delta = sum(np.mean(r) for r in rewards.values() if r) / max(
+            1, sum(bool(r) for r in rewards.values())
+        )
         total = 0.0
         for i, policy, fixed in zip(mine, logps(own), ref):
             ratio, sign = policy - fixed, 1 if labels[i] else -1
             if loss == "kto":
-                total = total + (1.5 if labels[i] else 1.0) * (1 - torch.sigmoid(sign * beta * (ratio - z)))
+                total = total + (1.5 if labels[i] else 1.0) * (
+                    1 - torch.sigmoid(sign * beta * (ratio - z))
+                )
             else:
                 total = total - (1.5 if labels[i] else 1.0) * torch.nn.functional.logsigmoid(
                     sign * (beta * ratio - delta)
@@ -207,14 +233,18 @@ def plain_loop(model, trees, labels, steps, lr, beta, loss="kto"):
 
 @pytest.mark.parametrize("loss", ["kto", "bco"])
 @pytest.mark.parametrize(("family", "dtype"), [("llama", "fp64"), ("gpt_neox", "fp64")])
-def test_five_steps_equal_a_plain_loop_in_float64(loss: str, family: str, dtype: str, toy: Path, tmp_path: Path, train):
+def test_five_steps_equal_a_plain_loop_in_float64(
+    loss: str, family: str, dtype: str, toy: Path, tmp_path: Path, train
+):
     """Losses, norms, z and every weight after five steps within 1e-10 of a loop that shares no code."""
     sizes = {} if family == "gpt_neox" else {"kv_heads": 2}
     flags = hf.New(family=family, width=32, layers=2, heads=4, std=0.3, dtype=dtype,
                    tokenizer=str(toy / "world" / "tokenizer"), **sizes)  # fmt: skip
     hf.save_model(hf.new_model(flags), tmp_path / "model", flags.tokenizer)
     # Prompts that differ: the plain loop only knows the rotation.
-    data = list({row["prompt"]: row for row in rows_of(toy / "world" / "labels.jsonl", 48)}.values())[:20]
+    data = list(
+        {row["prompt"]: row for row in rows_of(toy / "world" / "labels.jsonl", 48)}.values()
+    )[:20]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
     encoded = encode(toy / "world" / "tokenizer" / "tokenizer.model", data, ["response"])
     plain = PlainModel(tmp_path / "model", torch.float64)
@@ -230,15 +260,21 @@ def test_five_steps_equal_a_plain_loop_in_float64(loss: str, family: str, dtype:
             template="plain", desirable_weight=1.5, loss=loss,
         )[1:]  # fmt: skip
         for row, (value, norm, z) in zip(got, wanted, strict=True):
-            assert row["loss"] == pytest.approx(value, abs=1e-10) and row["grad_norm"] == pytest.approx(norm, rel=1e-10)
+            assert row["loss"] == pytest.approx(value, abs=1e-10) and row[
+                "grad_norm"
+            ] == pytest.approx(norm, rel=1e-10)
             assert loss != "kto" or row["kl"] == pytest.approx(z, abs=1e-10)
         mine = load_file(tmp_path / f"out{run}" / "final" / "model.safetensors")
-        assert max((mine[name] - w.detach()).abs().max() for name, w in plain.weights.items()) < 1e-10
+        assert (
+            max((mine[name] - w.detach()).abs().max() for name, w in plain.weights.items()) < 1e-10
+        )
 
 
 def test_real_rows_equal_a_plain_loop(real_model: Path, tmp_path: Path, train):
     """Five fp32 steps on real solutions within 1e-5 of the plain loop."""
-    data = list({row["prompt"]: row for row in rows_of(REAL / "gsm8k" / "kto_train.jsonl", 400)}.values())[:15]
+    data = list(
+        {row["prompt"]: row for row in rows_of(REAL / "gsm8k" / "kto_train.jsonl", 400)}.values()
+    )[:15]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
     trees = [(p, r[0]) for p, r in encode(real_model / "tokenizer.model", data, ["response"])]
     plain = PlainModel(real_model, torch.float32)
@@ -249,7 +285,9 @@ def test_real_rows_equal_a_plain_loop(real_model: Path, tmp_path: Path, train):
         warmup=0.25, weight_decay=0.1, shuffle=False, max_tokens=1300, desirable_weight=1.5, max_length=600,
     )[1:]  # fmt: skip
     for row, (value, norm, z) in zip(got, wanted, strict=True):
-        assert row["loss"] == pytest.approx(value, abs=1e-5) and row["grad_norm"] == pytest.approx(norm, rel=1e-3)
+        assert row["loss"] == pytest.approx(value, abs=1e-5) and row["grad_norm"] == pytest.approx(
+            norm, rel=1e-3
+        )
         assert row["kl"] == pytest.approx(z, abs=2e-3)
 
 
@@ -257,13 +295,29 @@ def test_steps_that_cannot_be_are_refused_before_training(toy: Path, tmp_path: P
     """A step of one example, and one of a single pair, are refused with the reason before anything is computed."""
     world = toy / "world"
     with pytest.raises(ValueError, match="step 1 would be 1 example of a single prompt"):
-        train(train_kto, tmp_path / "a", model=toy / "model", data=world / "labels.jsonl", batch_size=1)
+        train(
+            train_kto,
+            tmp_path / "a",
+            model=toy / "model",
+            data=world / "labels.jsonl",
+            batch_size=1,
+        )
     one = tmp_path / "one.jsonl"
     one.write_text(json.dumps(rows_of(world / "preferences.jsonl", 1)[0]) + "\n")
-    with pytest.raises(ValueError, match="step 1 would be 2 examples of a single prompt.*choose another --batch-size"):
+    with pytest.raises(
+        ValueError,
+        match="step 1 would be 2 examples of a single prompt.*choose another --batch-size",
+    ):
         train(train_kto, tmp_path / "b", model=toy / "model", data=one, batch_size=2)
     with pytest.raises(ValueError, match="step 2 would be 1 example"):  # 48 rows
-        train(train_kto, tmp_path / "c", model=toy / "model", data=world / "labels.jsonl", batch_size=47, epochs=2)
+        train(
+            train_kto,
+            tmp_path / "c",
+            model=toy / "model",
+            data=world / "labels.jsonl",
+            batch_size=47,
+            epochs=2,
+        )
     train(train_kto, tmp_path / "d", model=toy / "model", data=world / "labels.jsonl", batch_size=1, max_steps=2,
           loss="apo_zero_unpaired")  # fmt: skip
 
@@ -302,7 +356,12 @@ def test_resumed_is_never_stopped(toy: Path, tmp_path: Path, train):
         flags = {"model": toy / "model", "data": toy / "world" / "labels.jsonl", "lr": 1e-2, "batch_size": 12,
                  "epochs": 2, "loss": loss, "cache": tmp_path / loss}  # fmt: skip
         whole = train(train_kto, tmp_path / f"whole {loss}", **flags, save_every=4)
-        again = train(train_kto, tmp_path / f"cut {loss}", **flags, resume=tmp_path / f"whole {loss}" / "step_4")
+        again = train(
+            train_kto,
+            tmp_path / f"cut {loss}",
+            **flags,
+            resume=tmp_path / f"whole {loss}" / "step_4",
+        )
         rows = [row for row in whole if "loss" in row]
         assert again == rows[4:] and len(rows) == 8
 
@@ -310,7 +369,15 @@ def test_resumed_is_never_stopped(toy: Path, tmp_path: Path, train):
 def test_the_balance_rule_is_printed(toy: Path, tmp_path: Path, train, capsys):
     """The first lines say how the classes weigh and which weight the paper advises."""
     assert "within the paper's" in train_kto.balance(100, 100, train_kto.Config())
-    assert "--desirable-weight 2.00 to 2.67 would be" in train_kto.balance(100, 200, train_kto.Config())
+    assert "--desirable-weight 2.00 to 2.67 would be" in train_kto.balance(
+        100, 200, train_kto.Config()
+    )
     assert "warning: all rows are desirable" in train_kto.balance(5, 0, train_kto.Config())
-    train(train_kto, tmp_path / "a", model=toy / "model", data=toy / "world" / "preferences.jsonl", max_steps=1)
+    train(
+        train_kto,
+        tmp_path / "a",
+        model=toy / "model",
+        data=toy / "world" / "preferences.jsonl",
+        max_steps=1,
+    )
     assert "48 desirable, 48 undesirable, weighted 1.00 to 1; within" in capsys.readouterr().out

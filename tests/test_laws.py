@@ -44,14 +44,20 @@ def test_imports_go_downward():
             continue
         below = order[: order.index(name)] if name in order else order
         assert imports(path) <= set(below), f"{name} imports {imports(path) - set(below)}"
-    known = set(order) | {name[:-3] for name in SCRIPTS} | {"demo", "plot", "data.__init__", "kernels.__init__"}
+    known = (
+        set(order)
+        | {name[:-3] for name in SCRIPTS}
+        | {"demo", "plot", "data.__init__", "kernels.__init__"}
+    )
     assert {".".join(p.relative_to(ROOT).with_suffix("").parts) for p in files} == known
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_flag_is_read(script: str):
     """Every field that a script's Config has is read in the script or in what all scripts share."""
-    shared = "".join((ROOT / name).read_text() for name in ("runtime.py", "config.py", "rollout.py"))
+    shared = "".join(
+        (ROOT / name).read_text() for name in ("runtime.py", "config.py", "rollout.py")
+    )
     text = (ROOT / script).read_text() + shared
     config = importlib.import_module(script[:-3]).Config
     read = set(re.findall(r"\b(?:config|flags)\.(\w+)", text)) | {"config"}
@@ -63,7 +69,9 @@ def test_train_scripts_have_the_same_sections_in_the_same_order():
 
     def sections(script: str) -> list[str]:
         text = (ROOT / script).read_text()
-        return [name.split(" and ")[0] for name in re.findall(r"^ *# ---- ([a-z ]+) -+$", text, re.M)]
+        return [
+            name.split(" and ")[0] for name in re.findall(r"^ *# ---- ([a-z ]+) -+$", text, re.M)
+        ]
 
     assert sections("train_dpo.py") == ["the algorithm", "data", "model", "the loop"]
     for script in SCRIPTS:
@@ -213,7 +221,9 @@ def test_shared_blocks_are_the_same_word_for_word(script: str):
 def test_no_unfinished_marks():
     """What is committed is finished."""
     marks = "|".join(("TO" + "DO", "FIX" + "ME", "X" * 3, "NotImplemented" + "Error"))
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     for path in listed.stdout.split():
         if path.endswith((".py", ".md", "Makefile", "run")):
             text = (ROOT / path).read_text()
@@ -223,7 +233,9 @@ def test_no_unfinished_marks():
 def test_weights_cannot_run_code():
     """Nothing is unpickled: no torch.load, no pickle, anywhere in the project."""
     for path in [*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("kernels/*.py")]:
-        assert not re.search(r"torch\.load|\bpickle\b|np\.load\((?!.*mmap_mode)|allow_pickle=True", path.read_text())
+        assert not re.search(
+            r"torch\.load|\bpickle\b|np\.load\((?!.*mmap_mode)|allow_pickle=True", path.read_text()
+        )
 
 
 def test_shared_flags_are_those_of_every_script(capsys):

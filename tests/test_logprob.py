@@ -20,7 +20,9 @@ def test_values_and_gradients_equal_log_softmax(keep: bool, scale: float, monkey
     wanted = (hidden @ weight.t()).log_softmax(-1).gather(1, target[:, None])[:, 0]
     got = logprob.linear_logprob(hidden, weight, target)
     assert (got - wanted).abs().max() < 1e-12 * scale
-    for a, b in zip(*(torch.autograd.grad((x * upstream).sum(), (hidden, weight)) for x in (got, wanted))):
+    for a, b in zip(
+        *(torch.autograd.grad((x * upstream).sum(), (hidden, weight)) for x in (got, wanted))
+    ):
         assert (a - b).abs().max() < 1e-12 * scale
 
 
@@ -57,12 +59,19 @@ def test_temperature_entropy_and_shards(keep: bool, monkeypatch):
     monkeypatch.setattr(logprob, "CHUNK", 7)
     torch.manual_seed(0)
     hidden, weight = torch.randn(9, 5, dtype=torch.float64), torch.randn(31, 5, dtype=torch.float64)
-    target, slopes = torch.tensor([0, 6, 7, 13, 14, 30, 29, 28, 12]), torch.randn(2, 9, dtype=torch.float64)
+    target, slopes = (
+        torch.tensor([0, 6, 7, 13, 14, 30, 29, 28, 12]),
+        torch.randn(2, 9, dtype=torch.float64),
+    )
 
     def run(function, *leaves):
         leaves = [x.detach().requires_grad_() for x in leaves]
         logps, entropies = function(*leaves)
-        return [logps, entropies, *torch.autograd.grad((logps * slopes[0] + entropies * slopes[1]).sum(), leaves)]
+        return [
+            logps,
+            entropies,
+            *torch.autograd.grad((logps * slopes[0] + entropies * slopes[1]).sum(), leaves),
+        ]
 
     def dense(h, w):
         logp = (h @ w.t() / 0.7).log_softmax(-1)
@@ -73,7 +82,9 @@ def test_temperature_entropy_and_shards(keep: bool, monkeypatch):
     assert all((a - b).abs().max() < 1e-12 for a, b in zip(got, wanted))
     cuts, parts = (slice(0, 13), slice(13, 31)), []
     for cut in cuts:
-        logprob.linear_logprob(hidden, weight[cut], target, 0.7, True, cut.start, lambda x: parts.append(x) or x)
+        logprob.linear_logprob(
+            hidden, weight[cut], target, 0.7, True, cut.start, lambda x: parts.append(x) or x
+        )
     whole = logprob.merge_partials(torch.stack(parts))
     for cut in cuts:
         got = run(

@@ -67,7 +67,9 @@ def exo_pair(c, r, beta, label_smoothing):
     """EXO-pref, arXiv 2402.00856 Eq. 16: KL(p || (1-ε, ε)), p = softmax of β times the two log-ratios."""
     p_c, p_r = sigma(beta * (c - r)), sigma(beta * (r - c))
     log_p_c, log_p_r = log_sigma(beta * (c - r)), log_sigma(beta * (r - c))
-    return p_c * (log_p_c - math.log(1 - label_smoothing)) + p_r * (log_p_r - math.log(label_smoothing))
+    return p_c * (log_p_c - math.log(1 - label_smoothing)) + p_r * (
+        log_p_r - math.log(label_smoothing)
+    )
 
 
 def nca_pair(c, r, beta):
@@ -98,7 +100,9 @@ def apo_down(c, r, beta):
 def discopop(c, r, beta, tau=0.05):
     """DiscoPOP (log-ratio modulated loss), arXiv 2406.08414 Eq. 5: (1 - m) (-log σ(x)) + m e^-x, m = σ(x/τ)."""
     x = beta * (c - r)
-    return -sigma(-x / tau) * log_sigma(x) + math.exp(log_sigma(x / tau) - x)  # one exp: m e^-x is 0 times infinity
+    return -sigma(-x / tau) * log_sigma(x) + math.exp(
+        log_sigma(x / tau) - x
+    )  # one exp: m e^-x is 0 times infinity
 
 
 def rpo_sq(c, r, beta, gt_c, gt_r, scale):
@@ -118,7 +122,10 @@ def rpo_fwd_kl(c, r, beta, gt_c, gt_r, scale):
 
 def aot(margin, ref_margin, beta, label_smoothing=0.0):
     """AOT paired, arXiv 2406.05882: DPO's loss between the sorted policy margins and the sorted reference margins."""
-    return [sigmoid(m, ref, beta, label_smoothing) for m, ref in zip(sorted(margin), sorted(ref_margin), strict=True)]
+    return [
+        sigmoid(m, ref, beta, label_smoothing)
+        for m, ref in zip(sorted(margin), sorted(ref_margin), strict=True)
+    ]
 
 
 def aot_unpaired(c, r, beta, label_smoothing=0.0):
@@ -128,7 +135,15 @@ def aot_unpaired(c, r, beta, label_smoothing=0.0):
 
 # Hand-picked: the start, ordinary gaps, and what a collapsing policy reaches, where a naive exp overflows and a naive
 # log meets 0. No two values of a column are equal, for sorting has no derivative there; no x is hinge's corner.
-HAND = [(0.0, 0.01), (0.3, -0.2), (-1.5, 2.5), (200.0, 0.5), (-0.5, 200.0), (-200.0, -1.0), (1.0, -200.0)]
+HAND = [
+    (0.0, 0.01),
+    (0.3, -0.2),
+    (-1.5, 2.5),
+    (200.0, 0.5),
+    (-0.5, 200.0),
+    (-200.0, -1.0),
+    (1.0, -200.0),
+]
 HAND += [(2000.0, -2000.0), (-2000.0, 2000.0), (90.0, 88.5)]
 _random = random.Random(0)
 PAIRS = HAND + [(_random.gauss(0, 8), _random.gauss(0, 8)) for _ in range(12)]
@@ -138,7 +153,14 @@ COLUMNS = {
     "len_c": [_random.randint(1, 400) for _ in PAIRS], "len_r": [_random.randint(1, 400) for _ in PAIRS],
     "gt_c": [_random.uniform(-4, 4) for _ in PAIRS], "gt_r": [_random.uniform(-4, 4) for _ in PAIRS],
 }  # fmt: skip
-LEARNED = ("c", "r", "logps_c", "logps_r", "margin", "ref_margin")  # the columns that gradients flow through
+LEARNED = (
+    "c",
+    "r",
+    "logps_c",
+    "logps_r",
+    "margin",
+    "ref_margin",
+)  # the columns that gradients flow through
 
 CASES = [
     (sigmoid, {}), (sigmoid, {"label_smoothing": 0.1}), (sigmoid, {"label_smoothing": 0.5}),
@@ -152,7 +174,9 @@ CASES = [
 ]  # fmt: skip
 CASES = [(law, {"beta": beta, **settings}) for law, settings in CASES for beta in (0.1, 1.0)]
 every_loss = pytest.mark.parametrize(
-    "law, settings", CASES, ids=[f"{law.__name__}-{'-'.join(map(str, s.values()))}" for law, s in CASES]
+    "law, settings",
+    CASES,
+    ids=[f"{law.__name__}-{'-'.join(map(str, s.values()))}" for law, s in CASES],
 )
 
 
@@ -171,7 +195,10 @@ def expected(law, columns: dict[str, list[float]], settings: dict[str, float]) -
 
 def actual(law, columns: dict[str, list[float]], settings: dict[str, float], dtype=torch.float64):
     """losses.<name> on the same columns, lengths as integers: the per-pair losses and the leaves of autograd."""
-    tensors = {n: torch.tensor(v) if n.startswith("len_") else torch.tensor(v, dtype=dtype) for n, v in columns.items()}
+    tensors = {
+        n: torch.tensor(v) if n.startswith("len_") else torch.tensor(v, dtype=dtype)
+        for n, v in columns.items()
+    }
     for name in tensors:
         tensors[name].requires_grad_(name in LEARNED)
     return getattr(losses, law.__name__)(**tensors, **settings), tensors
@@ -183,7 +210,9 @@ def close(a: float, b: float, tolerance: float) -> bool:
 
 
 @every_loss
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=["fp64", "fp32"])
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=["fp64", "fp32"]
+)
 def test_value_is_the_papers(law, settings, dtype, tolerance):
     """Per pair, the loss is its paper's formula: within 1e-12 in float64, finite and within 1e-5 in float32."""
     columns = {name: COLUMNS[name] for name in columns_of(law)}
@@ -191,9 +220,16 @@ def test_value_is_the_papers(law, settings, dtype, tolerance):
     want = expected(law, columns, settings)
     assert got.shape == (len(PAIRS),) and got.dtype == dtype
     got = got.tolist()
-    if law in (aot, aot_unpaired):  # which pair of the step carries which loss is not part of the law
+    if law in (
+        aot,
+        aot_unpaired,
+    ):  # which pair of the step carries which loss is not part of the law
         got, want = sorted(got), sorted(want)
-    wrong = [(i, g, w) for i, (g, w) in enumerate(zip(got, want, strict=True)) if not close(g, w, tolerance)]
+    wrong = [
+        (i, g, w)
+        for i, (g, w) in enumerate(zip(got, want, strict=True))
+        if not close(g, w, tolerance)
+    ]
     assert not wrong, f"(pair, loss, formula): {wrong}"
 
 
@@ -207,18 +243,26 @@ def test_gradient_is_the_papers(law, settings):
     for name in [name for name in columns if name in LEARNED]:
         for i, value in enumerate(columns[name]):
             near = [
-                expected(law, {**columns, name: [*columns[name][:i], value + step, *columns[name][i + 1 :]]}, settings)
+                expected(
+                    law,
+                    {**columns, name: [*columns[name][:i], value + step, *columns[name][i + 1 :]]},
+                    settings,
+                )
                 for step in (h, -h)
             ]
             slope = sum(up - down for up, down in zip(*near, strict=True)) / (2 * h)
             grad = tensors[name].grad[i].item()
-            assert close(grad, slope, 1e-6), f"d loss / d {name}[{i}] at {PAIRS[i]}: {grad}, formula {slope}"
+            assert close(grad, slope, 1e-6), (
+                f"d loss / d {name}[{i}] at {PAIRS[i]}: {grad}, formula {slope}"
+            )
 
 
 @every_loss
 def test_gradient_is_finite_in_float32(law, settings):
     """Log-ratios of thousands give finite float32 gradients: no infinity times zero hides in a backward."""
-    got, tensors = actual(law, {name: COLUMNS[name] for name in columns_of(law)}, settings, torch.float32)
+    got, tensors = actual(
+        law, {name: COLUMNS[name] for name in columns_of(law)}, settings, torch.float32
+    )
     got.sum().backward()
     for name in [name for name in tensors if name in LEARNED]:
         assert tensors[name].grad.isfinite().all(), f"{name}.grad = {tensors[name].grad.tolist()}"
@@ -243,10 +287,15 @@ START = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("law, settings, value", START, ids=[f"{law.__name__}-{v:.3f}" for law, _, v in START])
+@pytest.mark.parametrize(
+    "law, settings, value", START, ids=[f"{law.__name__}-{v:.3f}" for law, _, v in START]
+)
 def test_step_0(law, settings, value):
     """While the policy is the reference (c = r = 0) every pair's loss is the number its formula gives, mostly ln 2."""
-    columns = {name: [7] * 3 if name.startswith("len_") else [settings.get(name, 0.0)] * 3 for name in columns_of(law)}
+    columns = {
+        name: [7] * 3 if name.startswith("len_") else [settings.get(name, 0.0)] * 3
+        for name in columns_of(law)
+    }
     scalars = {name: number for name, number in settings.items() if name not in columns}
     got, _ = actual(law, columns, {"beta": 0.1, **scalars})
     assert all(close(loss, value, 1e-12) for loss in got.tolist()), got.tolist()
@@ -257,8 +306,16 @@ def test_step_0(law, settings, value):
     [
         (robust, {"label_smoothing": 0.0}, sigmoid),
         (sigmoid, {"label_smoothing": 0.0}, sigmoid),
-        (bco_pair, {"delta": 0.0}, lambda c, r, beta: sigmoid(c, 0.0, beta) + sigmoid(0.0, r, beta)),
-        (discopop, {"tau": 1e9}, lambda c, r, beta: (sigmoid(c, r, beta) + math.exp(-beta * (c - r))) / 2),
+        (
+            bco_pair,
+            {"delta": 0.0},
+            lambda c, r, beta: sigmoid(c, 0.0, beta) + sigmoid(0.0, r, beta),
+        ),
+        (
+            discopop,
+            {"tau": 1e9},
+            lambda c, r, beta: (sigmoid(c, r, beta) + math.exp(-beta * (c - r))) / 2,
+        ),
     ],
     ids=["robust-no-flips", "sigmoid-no-smoothing", "bco-no-shift", "discopop-half-half"],
 )
@@ -267,7 +324,10 @@ def test_limits(special, settings, general):
     columns = {"c": [0.4, -30.0, 2.0, 250.0], "r": [0.1, 5.0, -2.0, 3.0]}
     got, _ = actual(special, columns, {"beta": 0.1, **settings})
     want = [general(c, r, 0.1) for c, r in zip(columns["c"], columns["r"], strict=True)]
-    assert all(close(g, w, 1e-8) for g, w in zip(got.tolist(), want, strict=True)), (got.tolist(), want)
+    assert all(close(g, w, 1e-8) for g, w in zip(got.tolist(), want, strict=True)), (
+        got.tolist(),
+        want,
+    )
 
 
 @pytest.mark.parametrize("law", [aot, aot_unpaired])
@@ -284,7 +344,9 @@ def test_aot_compares_distributions(law):
 
 
 @pytest.mark.parametrize(
-    "law, smoothing", [(exo_pair, 0.0), (robust, 0.5), (robust, 0.7)], ids=["exo_pair-0", "robust-0.5", "robust-0.7"]
+    "law, smoothing",
+    [(exo_pair, 0.0), (robust, 0.5), (robust, 0.7)],
+    ids=["exo_pair-0", "robust-0.5", "robust-0.7"],
 )
 def test_impossible_smoothing_is_refused(law, smoothing):
     """EXO's KL is infinite without smoothing, robust's divisor 1 - 2ε is 0 or less from ½ on: refused by name."""

@@ -40,8 +40,12 @@ def test_logits_equal_transformers_both_ways(family: str, tied: bool, tmp_path: 
             monkeypatch.setattr(hf, "SHARD_BYTES", 20_000)
         hf.save_model(ours, tmp_path / "ours")
         assert (tmp_path / "ours" / "model.safetensors.index.json").exists() != tied
-        again, report = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
-        assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        again, report = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "ours", output_loading_info=True
+        )
+        assert not any(
+            report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        )
         assert (again(torch.tensor([ids])).logits[0] - wanted).abs().max() < 1e-5
 
 
@@ -51,10 +55,21 @@ def test_new_folders_load_in_transformers(family: str, tmp_path: Path):
     from transformers import AutoModelForCausalLM
 
     sizes = {} if family == "gpt_neox" else {"kv_heads": 2}
-    flags = hf.New(family=family, vocab=100, width=32, layers=2, heads=4, std=0.2, tied=family == "qwen2", **sizes)
+    flags = hf.New(
+        family=family,
+        vocab=100,
+        width=32,
+        layers=2,
+        heads=4,
+        std=0.2,
+        tied=family == "qwen2",
+        **sizes,
+    )
     model = hf.new_model(flags)
     hf.save_model(model, tmp_path / "new")
-    theirs, report = AutoModelForCausalLM.from_pretrained(tmp_path / "new", output_loading_info=True)
+    theirs, report = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "new", output_loading_info=True
+    )
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     ids = list(range(5, 30))
     with torch.no_grad():
@@ -87,7 +102,9 @@ LLAMA_31_ROPE = {
     ],
     ids=["Llama-2-7B", "Llama-3.1-8B", "Mistral-7B-v0.1", "Qwen2.5-0.5B", "Qwen3-0.6B", "Pythia-70M"],
 )  # fmt: skip
-def test_published_configs_are_understood(published: dict, sizes: tuple, parameters: int, tmp_path: Path):
+def test_published_configs_are_understood(
+    published: dict, sizes: tuple, parameters: int, tmp_path: Path
+):
     """The keys of well-known folders, as published before transformers 5, give the published number of parameters."""
     names = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
              "vocab_size"]  # fmt: skip
@@ -114,7 +131,10 @@ def test_published_configs_are_understood(published: dict, sizes: tuple, paramet
         ({"logit_scale": 2.0}, "logit_scale"),
         ({"attention_dropout": 0.1}, "attention_dropout"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
-        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "beta_fast": 32}}, "beta_fast"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "beta_fast": 32}},
+            "beta_fast",
+        ),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
     ],
 )
@@ -135,7 +155,10 @@ def test_wrong_weights_are_refused_by_name(tmp_path: Path):
     name = "model.layers.1.mlp.up_proj.weight"
     for weights, message in (
         ({k: v for k, v in good.items() if k != name}, f"{name} is missing"),
-        ({**good, "model.layers.1.adapter": torch.ones(1)}, "does not know the weight model.layers.1.adapter"),
+        (
+            {**good, "model.layers.1.adapter": torch.ones(1)},
+            "does not know the weight model.layers.1.adapter",
+        ),
         ({**good, name: torch.ones(3, 3)}, rf"{name} is \(3, 3\)"),
     ):
         save_file(weights, file)
@@ -157,11 +180,16 @@ def test_a_tree_is_its_branches_run_alone(family: str, tmp_path: Path):
     model = hf.load_model(tmp_path, torch.float64)
     trees = [(5, [3, 4]), (1, [1, 6, 2]), (9, [7])]
     rng = np.random.default_rng(0)
-    trees = [(rng.integers(0, 90, p).tolist(), [rng.integers(0, 90, n).tolist() for n in ns]) for p, ns in trees]
+    trees = [
+        (rng.integers(0, 90, p).tolist(), [rng.integers(0, 90, n).tolist() for n in ns])
+        for p, ns in trees
+    ]
     weights = torch.linspace(0.5, 2, 6, dtype=torch.float64)
 
     def gradients(total: torch.Tensor) -> torch.Tensor:
-        return torch.cat([g.flatten() for g in torch.autograd.grad(total, list(model.parameters()))])
+        return torch.cat(
+            [g.flatten() for g in torch.autograd.grad(total, list(model.parameters()))]
+        )
 
     batch = make_batch(dataset_of(trees), [0, 1, 2])
     sums = batch.sum_by_response(model.logps(model(batch), batch))
@@ -173,7 +201,9 @@ def test_a_tree_is_its_branches_run_alone(family: str, tmp_path: Path):
             alone.append(logp[at - 1, torch.tensor(response)].sum())
     alone = torch.stack(alone)
     assert (sums - alone).abs().max() < 1e-12
-    assert (gradients((sums * weights).sum()) - gradients((alone * weights).sum())).abs().max() < 1e-12
+    assert (
+        gradients((sums * weights).sum()) - gradients((alone * weights).sum())
+    ).abs().max() < 1e-12
 
     unshared = make_batch(dataset_of(trees), [2, 0, 1], share_prompts=False)
     other = unshared.sum_by_response(model.logps(model(unshared), unshared))

@@ -42,15 +42,23 @@ def test_gae_is_the_sum_over_all_later_errors(gamma: float, lam: float):
     wanted = []
     for r, v in zip(parts(rewards), parts(values)):
         delta = [r[t] + gamma * (v[t + 1] if t + 1 < len(v) else 0.0) - v[t] for t in range(len(r))]
-        wanted += [sum((gamma * lam) ** k * d for k, d in enumerate(delta[t:])) for t in range(len(r))]
-    advantages, returns = losses.gae(tensor(rewards), tensor(values), torch.tensor(LENGTHS), gamma, lam)
+        wanted += [
+            sum((gamma * lam) ** k * d for k, d in enumerate(delta[t:])) for t in range(len(r))
+        ]
+    advantages, returns = losses.gae(
+        tensor(rewards), tensor(values), torch.tensor(LENGTHS), gamma, lam
+    )
     close(advantages, wanted)
     close(returns, [a + v for a, v in zip(wanted, values)])
 
 
 def test_gae_by_hand():
     """Rewards 0, 0, 1 and values 0.5, 0.4, 0.8 (then one response of a single token), γ = 1, λ = 0.95 and 0, 1."""
-    rewards, values, lengths = tensor([0, 0, 1, 2]), tensor([0.5, 0.4, 0.8, 0.5]), tensor([3.0, 1.0])
+    rewards, values, lengths = (
+        tensor([0, 0, 1, 2]),
+        tensor([0.5, 0.4, 0.8, 0.5]),
+        tensor([3.0, 1.0]),
+    )
     close(losses.gae(rewards, values, lengths, 1.0, 0.0)[0], [-0.1, 0.4, 0.2, 1.5])
     close(losses.gae(rewards, values, lengths, 1.0, 1.0)[0], [0.5, 0.6, 0.2, 1.5])
     # 0.2; 0.4 + 0.95 · 0.2 = 0.59; -0.1 + 0.95 · 0.59 = 0.4605
@@ -61,20 +69,32 @@ def test_gae_by_hand():
 
 def test_kl_estimators_by_hand_and_in_expectation():
     """The formulas at a point; over a whole distribution k1 and k3 average to the KL, and k2's slope is the KL's."""
-    at = {kind: losses.kl_estimate(tensor([-1.0]), tensor([-1.5]), kind).item() for kind in losses.KL_ESTIMATORS}
-    assert at == pytest.approx({"k1": 0.5, "k2": 0.125, "k3": math.exp(-0.5) - 0.5, "abs": 0.5}, abs=1e-12)
+    at = {
+        kind: losses.kl_estimate(tensor([-1.0]), tensor([-1.5]), kind).item()
+        for kind in losses.KL_ESTIMATORS
+    }
+    assert at == pytest.approx(
+        {"k1": 0.5, "k2": 0.125, "k3": math.exp(-0.5) - 0.5, "abs": 0.5}, abs=1e-12
+    )
     below = losses.kl_estimate(tensor([-1.5]), tensor([-1.0]), "abs")
-    assert below.item() == 0.5 and losses.kl_estimate(tensor([-1.5]), tensor([-1.0]), "k1").item() == -0.5
+    assert (
+        below.item() == 0.5
+        and losses.kl_estimate(tensor([-1.5]), tensor([-1.0]), "k1").item() == -0.5
+    )
     logits = tensor(draw(2, 7)).requires_grad_()
     ref = tensor(draw(3, 7)).log_softmax(0)
     logp = logits.log_softmax(0)
     kl = (logp.exp() * (logp - ref)).sum()
     p = logp.detach().exp()
     for kind in ("k1", "k3"):
-        assert (p * losses.kl_estimate(logp, ref, kind)).sum().item() == pytest.approx(kl.item(), abs=1e-12)
+        assert (p * losses.kl_estimate(logp, ref, kind)).sum().item() == pytest.approx(
+            kl.item(), abs=1e-12
+        )
     (true_slope,) = torch.autograd.grad(kl, logits, retain_graph=True)
     for kind, wanted in (("k2", true_slope), ("k1", torch.zeros(7))):
-        (slope,) = torch.autograd.grad((p * losses.kl_estimate(logp, ref, kind)).sum(), logits, retain_graph=True)
+        (slope,) = torch.autograd.grad(
+            (p * losses.kl_estimate(logp, ref, kind)).sum(), logits, retain_graph=True
+        )
         close(slope, wanted.tolist())
     with pytest.raises(ValueError, match="unknown KL estimator 'k4'"):
         losses.kl_estimate(logp, ref, "k4")
@@ -87,7 +107,10 @@ def test_token_rewards_put_the_reward_at_the_last_token():
     wanted = [[-0.3 * k for k in part] for part in parts(kl)]
     for part, reward in zip(wanted, rewards):
         part[-1] += reward
-    close(losses.token_rewards(tensor(rewards), tensor(kl), torch.tensor(LENGTHS), 0.3), sum(wanted, []))
+    close(
+        losses.token_rewards(tensor(rewards), tensor(kl), torch.tensor(LENGTHS), 0.3),
+        sum(wanted, []),
+    )
 
 
 def test_whitening_over_parts_is_whitening_of_the_whole():
@@ -96,7 +119,9 @@ def test_whitening_over_parts_is_whitening_of_the_whole():
     mean, deviation = statistics.fmean(x), math.sqrt(statistics.variance(x) + 1e-8)
     totals = sum(losses.moments(tensor(x[a:b])) for a, b in ((0, 1), (1, 25), (25, 40)))
     close(losses.whiten(tensor(x), totals), [(v - mean) / deviation for v in x])
-    close(losses.whiten(tensor([2.0]), losses.moments(tensor([2.0]))), [0.0])  # one value: no deviation, no NaN
+    close(
+        losses.whiten(tensor([2.0]), losses.moments(tensor([2.0]))), [0.0]
+    )  # one value: no deviation, no NaN
 
 
 def test_group_baselines():
@@ -110,10 +135,16 @@ def test_group_baselines():
     }
     for name, values in wanted.items():
         close(getattr(losses, name)(tensor(rewards)).flatten(), sum(values, []))
-        assert not getattr(losses, name)(torch.full((2, 3), 0.7, dtype=torch.float64)).abs().max() > 1e-9
+        assert (
+            not getattr(losses, name)(torch.full((2, 3), 0.7, dtype=torch.float64)).abs().max()
+            > 1e-9
+        )
     close(losses.rloo(tensor([[1.0, 2.0, 6.0]]))[0], [-3.0, -1.5, 4.5])
     close(losses.dr_grpo(tensor([[1.0, 2.0, 6.0]]))[0], [-2.0, -1.0, 3.0])
-    close(losses.grpo(tensor([[0.0, 0.0, 3.0]]))[0], [-1 / (math.sqrt(3) + 1e-4)] * 2 + [2 / (math.sqrt(3) + 1e-4)])
+    close(
+        losses.grpo(tensor([[0.0, 0.0, 3.0]]))[0],
+        [-1 / (math.sqrt(3) + 1e-4)] * 2 + [2 / (math.sqrt(3) + 1e-4)],
+    )
 
 
 @pytest.mark.parametrize("name", losses.ADVANTAGES)
@@ -125,7 +156,11 @@ def test_advantages_of_a_step_with_a_penalty_in_the_reward(name: str):
     mean = statistics.fmean
     match name:
         case "reinforce++":
-            to_go = [r - beta * sum(part[t:]) for r, part in zip(rewards, parts(kl)) for t in range(len(part))]
+            to_go = [
+                r - beta * sum(part[t:])
+                for r, part in zip(rewards, parts(kl))
+                for t in range(len(part))
+            ]
             deviation = math.sqrt(statistics.variance(to_go) + 1e-8)
             wanted = [(x - mean(to_go)) / deviation for x in to_go]
         case "rloo":
@@ -135,7 +170,9 @@ def test_advantages_of_a_step_with_a_penalty_in_the_reward(name: str):
             scale = [statistics.stdev(g) + 1e-4 if name == "grpo" else 1.0 for g in groups]
             per = [(x - mean(g)) / s for g, s in zip(groups, scale) for x in g]
             wanted = [per[i] for i in RESPONSE]
-    close(losses.advantages(name, tensor(rewards), tensor(kl), torch.tensor(LENGTHS), 3, beta), wanted)
+    close(
+        losses.advantages(name, tensor(rewards), tensor(kl), torch.tensor(LENGTHS), 3, beta), wanted
+    )
 
 
 def test_settings_that_cannot_be_are_refused():
@@ -157,19 +194,27 @@ def test_settings_that_cannot_be_are_refused():
 # ---- what the policy learns ------------------------------------------------------------------------------------------
 
 
-def plain_policy_loss(loss: str, logps, old, advantage, low, high) -> tuple[list[float], list[float], list[float]]:
+def plain_policy_loss(
+    loss: str, logps, old, advantage, low, high
+) -> tuple[list[float], list[float], list[float]]:
     """(losses, d Σ losses / d logps, where the clip held), token by token, slopes written out by hand."""
     found, slopes, held = [], [], []
     ratios = [math.exp(a - b) for a, b in zip(logps, old)]
     if loss == "gspo":
-        means = [statistics.fmean(a - b for a, b in zip(*pair)) for pair in zip(parts(logps), parts(old))]
+        means = [
+            statistics.fmean(a - b for a, b in zip(*pair)) for pair in zip(parts(logps), parts(old))
+        ]
         ratios = [math.exp(means[i]) for i in RESPONSE]
     for rho, lp, a in zip(ratios, logps, advantage):
         if loss == "reinforce":
             found, slopes, held = found + [-a * lp], slopes + [-a], held + [0.0]
         elif loss == "cispo":
             weight = min(rho, 1 + high)
-            found, slopes, held = found + [-weight * a * lp], slopes + [-weight * a], held + [float(rho > 1 + high)]
+            found, slopes, held = (
+                found + [-weight * a * lp],
+                slopes + [-weight * a],
+                held + [float(rho > 1 + high)],
+            )
         else:
             stopped = rho > 1 + high if a > 0 else rho < 1 - low
             bound = min(max(rho, 1 - low), 1 + high)
@@ -190,12 +235,20 @@ def test_policy_losses_and_slopes_in_plain_numbers(loss: str, clips: tuple):
     if loss == "gspo":
         advantage = [advantage[i] for i in RESPONSE]
     old = [a - b for a, b in zip(logps, draw(12, sum(LENGTHS), scale=sized))]
-    low, high = (own if given is None else given for own, given in zip(losses.POLICY_LOSSES[loss], clips))
+    low, high = (
+        own if given is None else given for own, given in zip(losses.POLICY_LOSSES[loss], clips)
+    )
     wanted, slopes, held = plain_policy_loss(loss, logps, old, advantage, low, high)
     assert loss == "reinforce" or 0 < sum(held) < len(held)
     new = tensor(logps).requires_grad_()
     got, metrics = losses.policy_gradient(
-        new, tensor(old), tensor(advantage), torch.tensor(RESPONSE), torch.tensor(LENGTHS), loss, *clips
+        new,
+        tensor(old),
+        tensor(advantage),
+        torch.tensor(RESPONSE),
+        torch.tensor(LENGTHS),
+        loss,
+        *clips,
     )
     close(got, wanted)
     close(metrics["clip_fraction"], held)
@@ -208,20 +261,27 @@ def test_before_the_first_update_every_loss_has_the_policy_gradient(loss: str):
     """π = π_old: the ratio is 1, nothing is clipped, and the slope is -A (gspo: its mean over the response)."""
     new, advantage = tensor(draw(13, sum(LENGTHS))).requires_grad_(), draw(14, len(LENGTHS))
     at = tensor([advantage[i] for i in RESPONSE])
-    got, metrics = losses.policy_gradient(new, new.detach(), at, torch.tensor(RESPONSE), torch.tensor(LENGTHS), loss)
+    got, metrics = losses.policy_gradient(
+        new, new.detach(), at, torch.tensor(RESPONSE), torch.tensor(LENGTHS), loss
+    )
     assert (metrics["ratio"] == 1).all() and (metrics["clip_fraction"] == 0).all()
     close(torch.autograd.grad(got.sum(), new)[0], (-at).tolist())
 
 
 def test_the_surrogate_and_the_value_loss_by_hand():
     """PPO's four corners at ε = 0.2, and a value that moved further than its clip allows."""
-    ratio, advantage = tensor([1.5, 1.5, 0.5, 0.5, 1.1, 0.5]), tensor([1.0, -1.0, 1.0, -1.0, 2.0, 0.0])
+    ratio, advantage = (
+        tensor([1.5, 1.5, 0.5, 0.5, 1.1, 0.5]),
+        tensor([1.0, -1.0, 1.0, -1.0, 2.0, 0.0]),
+    )
     found, held = losses.clipped_surrogate(ratio, advantage, 0.2, 0.2)
     close(found, [-1.2, 1.5, -0.5, 0.8, -2.2, 0.0])
     close(held, [1.0, 0.0, 0.0, 1.0, 0.0, 0.0])
     # V = 1, V_old = 0, R = 0: clipped to 0.2 it would look better, so the worse ½ counts. V = 0, R = 1, V_old = -1:
     # the clipped value -0.8 is the worse one: ½ · 1.8². Within the clip both are the same.
-    found, held = losses.clipped_value(tensor([1.0, 0.0, 0.1]), tensor([0.0, -1.0, 0.0]), tensor([0.0, 1.0, 0.6]), 0.2)
+    found, held = losses.clipped_value(
+        tensor([1.0, 0.0, 0.1]), tensor([0.0, -1.0, 0.0]), tensor([0.0, 1.0, 0.6]), 0.2
+    )
     close(found, [0.5, 1.62, 0.125])
     close(held, [0.0, 1.0, 0.0])
 

@@ -52,9 +52,23 @@ MODELS = {
     # Nothing divides by 2: layers, key/value heads, MLP, vocabulary.
     "uneven": {"width": 24, "layers": 3, "heads": 6, "kv_heads": 3, "ffn": 37},
     "llama": {"width": 16, "layers": 4, "heads": 4, "kv_heads": 2},
-    "mistral": {"family": "mistral", "width": 16, "layers": 2, "heads": 4, "kv_heads": 2, "sliding_window": 9},
+    "mistral": {
+        "family": "mistral",
+        "width": 16,
+        "layers": 2,
+        "heads": 4,
+        "kv_heads": 2,
+        "sliding_window": 9,
+    },
     "qwen2": {"family": "qwen2", "width": 16, "layers": 2, "heads": 4, "kv_heads": 2, "tied": True},
-    "qwen3": {"family": "qwen3", "width": 16, "layers": 2, "heads": 4, "kv_heads": 2, "head_size": 6},
+    "qwen3": {
+        "family": "qwen3",
+        "width": 16,
+        "layers": 2,
+        "heads": 4,
+        "kv_heads": 2,
+        "head_size": 6,
+    },
     "gpt_neox": {"family": "gpt_neox", "width": 32, "layers": 2, "heads": 4, "ffn": 33},
 }
 
@@ -72,7 +86,9 @@ class Bench:
         if not path.exists():
             # The second of two ranks begins with a token that is everywhere: a range that is off by one is seen.
             vocab = 2 * self.common_token() + 1
-            flags = hf.New(**MODELS[name], std=0.3, dtype="fp64", tokenizer=str(self.tokenizer), vocab=vocab)
+            flags = hf.New(
+                **MODELS[name], std=0.3, dtype="fp64", tokenizer=str(self.tokenizer), vocab=vocab
+            )
             model = hf.new_model(flags)
             generator = torch.Generator().manual_seed(1)
             for p in model.parameters():
@@ -84,8 +100,12 @@ class Bench:
     def common_token(self) -> int:
         """The most frequent token of the second half of the vocabulary."""
         trees = chain.from_iterable(self.trees(script, 15) for script in (train_sft, train_dpo))
-        seen = Counter(token for _, responses in trees for response in responses for token in response)
-        return max(range(load_tokenizer(self.tokenizer).size // 2 + 1, max(seen) + 1), key=seen.__getitem__)
+        seen = Counter(
+            token for _, responses in trees for response in responses for token in response
+        )
+        return max(
+            range(load_tokenizer(self.tokenizer).size // 2 + 1, max(seen) + 1), key=seen.__getitem__
+        )
 
     def data(self, script) -> Path:
         return self.world / ("preferences.jsonl" if script is train_dpo else "sft.jsonl")
@@ -93,13 +113,17 @@ class Bench:
     def trees(self, script, n: int = 10**9) -> list[tuple]:
         """(prompt, responses) of the first n rows."""
         keys = ["chosen", "rejected"] if script is train_dpo else ["response"]
-        return encode(self.tokenizer / "tokenizer.model", list(read_rows(self.data(script)))[:n], keys)
+        return encode(
+            self.tokenizer / "tokenizer.model", list(read_rows(self.data(script)))[:n], keys
+        )
 
     def plain(self, script, name: str, batch: int) -> tuple:
         """[(loss, norm)] and weights after five steps of the independent loop."""
         key = (script.__name__, name, batch)
         if key not in self.known:
-            self.known[key] = five_steps(self.model(name), self.trees(script, 5 * batch), batch, script is train_dpo)
+            self.known[key] = five_steps(
+                self.model(name), self.trees(script, 5 * batch), batch, script is train_dpo
+            )
         return self.known[key]
 
     def alone(self, case: str, script, words: list[str]) -> tuple:
@@ -121,7 +145,9 @@ def sizes_of(layout: str) -> dict[str, int]:
     return {word.rstrip("0123456789"): int(re.search(r"\d+", word)[0]) for word in layout.split()}
 
 
-def run(script, words: list[str], layout: str, out: Path) -> tuple[list[dict], dict[str, torch.Tensor]]:
+def run(
+    script, words: list[str], layout: str, out: Path
+) -> tuple[list[dict], dict[str, torch.Tensor]]:
     """Metrics and final weights of a script under a layout."""
     sizes = sizes_of(layout)
     world = math.prod(n for axis, n in sizes.items() if axis != "zero")
@@ -165,7 +191,9 @@ FIVE_STEPS = [
 
 
 @pytest.mark.parametrize("script", [train_sft, train_dpo], ids=["sft", "dpo"])
-@pytest.mark.parametrize(("layout", "model", "how"), FIVE_STEPS, ids=[" ".join(case).strip() for case in FIVE_STEPS])
+@pytest.mark.parametrize(
+    ("layout", "model", "how"), FIVE_STEPS, ids=[" ".join(case).strip() for case in FIVE_STEPS]
+)
 def test_five_steps_equal_a_plain_loop(
     script, layout: str, model: str, how: str, bench: Bench, tmp_path: Path, monkeypatch
 ):
@@ -173,16 +201,32 @@ def test_five_steps_equal_a_plain_loop(
     if "buckets" in how:
         monkeypatch.setattr(parallel, "BUCKET", 700)
     batch = {"one": 1, "three": 3, "small": 6}.get(how.partition(" ")[0], 4)
-    lengths = np.array([len(prompt) + sum(map(len, responses)) for prompt, responses in bench.trees(script)])
+    lengths = np.array(
+        [len(prompt) + sum(map(len, responses)) for prompt, responses in bench.trees(script)]
+    )
     budget = lengths.max() if "small" in how else 8192
     if "small" in how:
-        assert len(micro_batches(lengths, np.arange(batch), budget, 0, sizes_of(layout).get("dp", 1))) > 1
+        assert (
+            len(micro_batches(lengths, np.arange(batch), budget, 0, sizes_of(layout).get("dp", 1)))
+            > 1
+        )
     losses, weights = bench.plain(script, model, batch)
-    words = ["--model", str(bench.model(model)), "--data", str(bench.data(script)), "--batch-size", str(batch)]
-    words += "--max-steps 5 --lr 1e-2 --warmup 0.25 --weight-decay 0.1 --no-shuffle --dtype fp64".split()
+    words = [
+        "--model",
+        str(bench.model(model)),
+        "--data",
+        str(bench.data(script)),
+        "--batch-size",
+        str(batch),
+    ]
+    words += (
+        "--max-steps 5 --lr 1e-2 --warmup 0.25 --weight-decay 0.1 --no-shuffle --dtype fp64".split()
+    )
     words += "--template plain --device cpu".split()
     words += ["--max-tokens", str(budget)]
-    words += ["--no-share-prompts"] * ("unshared" in how) + ["--checkpoint-activations"] * ("recompute" in how)
+    words += ["--no-share-prompts"] * ("unshared" in how) + ["--checkpoint-activations"] * (
+        "recompute" in how
+    )
     rows, mine = run(script, words, layout, tmp_path / "out")
     for row, (loss, norm) in zip([row for row in rows if row["step"]], losses, strict=True):
         assert row["loss"] == pytest.approx(loss, abs=NEAR)
@@ -195,9 +239,27 @@ def test_five_steps_equal_a_plain_loop(
 SCRIPTS = {  # script, model, training rows, held-out rows, flags
     "sft": (train_sft, "uneven", "sft", "sft", ""),
     "sft samples": (train_sft, "uneven", "sft", "sft", "--samples 2"),
-    "dpo aot": (train_dpo, "uneven", "preferences", "preferences_test", "--loss aot --sft-weight 0.1"),
-    "dpo aot_unpaired": (train_dpo, "gpt_neox", "preferences", "preferences_test", "--loss aot_unpaired"),
-    "dpo bco_pair": (train_dpo, "uneven", "preferences", "preferences_test", "--loss bco_pair --ref {llama}"),
+    "dpo aot": (
+        train_dpo,
+        "uneven",
+        "preferences",
+        "preferences_test",
+        "--loss aot --sft-weight 0.1",
+    ),
+    "dpo aot_unpaired": (
+        train_dpo,
+        "gpt_neox",
+        "preferences",
+        "preferences_test",
+        "--loss aot_unpaired",
+    ),
+    "dpo bco_pair": (
+        train_dpo,
+        "uneven",
+        "preferences",
+        "preferences_test",
+        "--loss bco_pair --ref {llama}",
+    ),
     "rm pairs": (train_rm, "uneven", "preferences", "preferences_test", "--centering 0.01"),
     "rm samples": (train_rm, "qwen3", "preferences", "preferences_test", "--samples 2"),
     "rm tied": (train_rm, "qwen2", "preferences", "preferences_test", ""),
@@ -222,12 +284,25 @@ TOGETHER = [
 ]
 
 
-@pytest.mark.parametrize(("case", "layout"), [(case, layout) for case, *layouts in TOGETHER for layout in layouts])
+@pytest.mark.parametrize(
+    ("case", "layout"), [(case, layout) for case, *layouts in TOGETHER for layout in layouts]
+)
 def test_scripts_do_not_depend_on_the_layout(case: str, layout: str, bench: Bench, tmp_path: Path):
     """Every number of every row, evaluations among them, and the final weights are those of one process."""
     script, model, data, heldout, flags = SCRIPTS[case]
-    words = ["--model", str(bench.model(model)), "--data", str(bench.world / f"{data}.jsonl"), "--max-tokens", "300"]
-    words += ["--eval-data", str(bench.world / f"{heldout}.jsonl"), *flags.format(llama=bench.model("llama")).split()]
+    words = [
+        "--model",
+        str(bench.model(model)),
+        "--data",
+        str(bench.world / f"{data}.jsonl"),
+        "--max-tokens",
+        "300",
+    ]
+    words += [
+        "--eval-data",
+        str(bench.world / f"{heldout}.jsonl"),
+        *flags.format(llama=bench.model("llama")).split(),
+    ]
     words += "--max-steps 3 --batch-size 9 --lr 1e-2 --eval-every 2 --dtype fp64 --template plain".split()
     words += ["--device", "cpu"]
     wanted, weights = bench.alone(case, script, words)
@@ -235,7 +310,9 @@ def test_scripts_do_not_depend_on_the_layout(case: str, layout: str, bench: Benc
     assert sum(any(key.startswith("eval/") for key in row) for row in wanted) == 2
     for row, one in zip(rows, wanted, strict=True):
         if one["step"] == 1:  # every reward is 0 but for rounding, which side of 0 is chance
-            row, one = ({k: v for k, v in r.items() if k != "rewards/accuracies"} for r in (row, one))
+            row, one = (
+                {k: v for k, v in r.items() if k != "rewards/accuracies"} for r in (row, one)
+            )
         assert row == pytest.approx(one, abs=NEAR)
     assert furthest(mine, weights) < NEAR
 
@@ -247,14 +324,27 @@ def test_bf16_shares_of_the_optimizer_are_bit_for_bit(zero: int, bench: Bench, t
     rows = list(read_rows(bench.data(train_sft)))[:8]
     lengths = [len(prompt) + len(response) for prompt, (response,) in bench.trees(train_sft, 8)]
     longest = max(lengths)
-    assert all(a + b > longest for a, b in zip(lengths[::2], lengths[1::2]))  # so that one process takes two as well
+    assert all(
+        a + b > longest for a, b in zip(lengths[::2], lengths[1::2])
+    )  # so that one process takes two as well
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = ["--model", str(bench.model("llama")), "--data", str(tmp_path / "rows.jsonl"), "--batch-size", "2"]
+    words = [
+        "--model",
+        str(bench.model("llama")),
+        "--data",
+        str(tmp_path / "rows.jsonl"),
+        "--batch-size",
+        "2",
+    ]
     words += f"--max-tokens {longest} --lr 1e-2 --no-shuffle --dtype bf16 --template plain --device cpu".split()
     rows, mine = run(train_sft, words, f"dp2 zero{zero}", tmp_path / "two")
     wanted, weights = bench.alone("bf16", train_sft, words)
-    assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in wanted], rel=1e-12)
-    assert mine.keys() == weights.keys() and all(torch.equal(mine[name], weights[name]) for name in mine)
+    assert [row["loss"] for row in rows] == pytest.approx(
+        [row["loss"] for row in wanted], rel=1e-12
+    )
+    assert mine.keys() == weights.keys() and all(
+        torch.equal(mine[name], weights[name]) for name in mine
+    )
 
 
 # ---- what is read off a model ----------------------------------------------------------------------------------------
@@ -268,7 +358,15 @@ def sampled(folder: Path, tp: int) -> list[tuple]:
     for share_from in (1, 64):
         generate.SHARE_FROM = share_from
         found += generate.generate(
-            model, prompts, 10, temperature=0.9, top_p=0.95, stop_ids=set(range(0, 1200, 5)), seed=1, batch_size=3, n=2
+            model,
+            prompts,
+            10,
+            temperature=0.9,
+            top_p=0.95,
+            stop_ids=set(range(0, 1200, 5)),
+            seed=1,
+            batch_size=3,
+            n=2,
         )
     return [tuple(answer) for answer in found]
 
@@ -291,7 +389,10 @@ def read_off(folder: Path, layout: str) -> tuple[list, ...]:
     mesh = init_mesh(sizes.get("tp", 1), sizes.get("cp", 1), device="cpu")
     scorer = hf.load_model(folder, torch.float64, scores=("a", "b"), mesh=mesh)
     rng = np.random.default_rng(0)
-    trees = [([rng.integers(3, scorer.c.vocab, n).tolist() for n in lengths]) for lengths in ((5, 4, 7), (1, 1, 3))]
+    trees = [
+        ([rng.integers(3, scorer.c.vocab, n).tolist() for n in lengths])
+        for lengths in ((5, 4, 7), (1, 1, 3))
+    ]
     batch = make_batch(dataset_of([(prompt, responses) for prompt, *responses in trees]), [0, 1])
     nn.init.normal_(scorer.score_head.weight, generator=torch.Generator().manual_seed(0))
     scores = scorer.score(scorer(batch), batch, batch.last)
@@ -313,7 +414,9 @@ def read_off(folder: Path, layout: str) -> tuple[list, ...]:
 def test_what_a_model_says_does_not_depend_on_the_layout(layout: str, bench: Bench):
     """Scores, log-probs, entropies, logits and gradients: on every rank those of one process."""
     (alone,) = launch(1, read_off, bench.model("uneven"), "")
-    for found in launch(math.prod(sizes_of(layout).values()), read_off, bench.model("uneven"), layout):
+    for found in launch(
+        math.prod(sizes_of(layout).values()), read_off, bench.model("uneven"), layout
+    ):
         for mine, one in zip(found, alone):
             assert mine == [] or np.allclose(mine, one, rtol=0, atol=NEAR)
 
@@ -338,7 +441,9 @@ def by_torch(kind: str, folder: Path, files: list[Path], cache: Path) -> tuple[l
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_mesh(device="cpu")
-    data = load_dataset(files, "sft", Template("plain", load_tokenizer(folder)), cache=cache, log=lambda _: None)
+    data = load_dataset(
+        files, "sft", Template("plain", load_tokenizer(folder)), cache=cache, log=lambda _: None
+    )
     whole = Whole(folder)
     if kind == "ddp":
         trained = nn.parallel.DistributedDataParallel(whole)
@@ -365,7 +470,10 @@ def by_torch(kind: str, folder: Path, files: list[Path], cache: Path) -> tuple[l
         total = loss.detach().clone()
         dist.all_reduce(total)
         seen.append((total.item(), norm.item()))
-    full = {name: p.full_tensor() if kind == "fsdp2" else p for name, p in whole.model.named_parameters()}
+    full = {
+        name: p.full_tensor() if kind == "fsdp2" else p
+        for name, p in whole.model.named_parameters()
+    }
     return seen, {name: p.detach().clone().numpy() for name, p in full.items()}
 
 
@@ -374,7 +482,18 @@ def test_torch_agrees(kind: str, bench: Bench, tmp_path: Path):
     """DistributedDataParallel and fully_shard around the same model take the same three steps as dp2, within 1e-10."""
     folder, file = bench.model("llama"), bench.data(train_sft)
     found = launch(2, by_torch, kind, folder, [file], tmp_path / "cache")
-    words = ["--model", str(folder), "--data", str(file), "--batch-size", "6", "--max-steps", "3", "--lr", "1e-2"]
+    words = [
+        "--model",
+        str(folder),
+        "--data",
+        str(file),
+        "--batch-size",
+        "6",
+        "--max-steps",
+        "3",
+        "--lr",
+        "1e-2",
+    ]
     words += "--warmup 0 --schedule constant --weight-decay 0.1 --no-shuffle --dtype fp64 --template plain".split()
     rows, _ = run(train_sft, [*words, "--device", "cpu"], "dp2", tmp_path / "out")
     ours = hf.load_model(tmp_path / "out" / "final", torch.float64)
@@ -401,9 +520,18 @@ def test_torch_agrees(kind: str, bench: Bench, tmp_path: Path):
         (2, "--pp 2 --samples 1", "--samples cannot be had from pipeline stages"),
     ],
 )
-def test_layouts_that_cannot_be_are_refused(world: int, words: str, complaint: str, bench: Bench, tmp_path: Path):
+def test_layouts_that_cannot_be_are_refused(
+    world: int, words: str, complaint: str, bench: Bench, tmp_path: Path
+):
     """Every rank says the same, with the numbers that would work."""
-    flags = ["--model", str(bench.model("uneven")), "--data", str(bench.data(train_sft)), "--out", str(tmp_path / "o")]
+    flags = [
+        "--model",
+        str(bench.model("uneven")),
+        "--data",
+        str(bench.data(train_sft)),
+        "--out",
+        str(tmp_path / "o"),
+    ]
     with pytest.raises(RankFailed) as failed:
         launch(world, train_sft.main, [*flags, "--device", "cpu", *words.split()])
     assert len(failed.value.ranks) == world
@@ -420,7 +548,9 @@ def fails_on_one(rank_of: str) -> None:
     dist.barrier()
 
 
-@pytest.mark.parametrize(("how", "said"), [("raises", "rank 1 has had enough"), ("dies", "died without a word")])
+@pytest.mark.parametrize(
+    ("how", "said"), [("raises", "rank 1 has had enough"), ("dies", "died without a word")]
+)
 def test_launch_tells_what_went_wrong(how: str, said: str):
     """A rank that raises or dies fails the test by name, though the others wait for it."""
     with pytest.raises(RankFailed) as failed:

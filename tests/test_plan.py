@@ -32,11 +32,20 @@ REWARD = GPTConfig("qwen3", vocab=50, width=16, layers=3, heads=4, kv_heads=2, h
 
 def seven(layers: int = 32, **more) -> GPTConfig:
     """Llama 2 7B."""
-    sizes = {"vocab": 32000, "width": 4096, "heads": 32, "kv_heads": 32, "head_size": 128, "ffn": 11008}
+    sizes = {
+        "vocab": 32000,
+        "width": 4096,
+        "heads": 32,
+        "kv_heads": 32,
+        "head_size": 128,
+        "ffn": 11008,
+    }
     return GPTConfig("llama", layers=layers, **{**sizes, **more})
 
 
-SEVENTY = GPTConfig("llama", vocab=32000, width=8192, layers=80, heads=64, kv_heads=8, head_size=128, ffn=28672)
+SEVENTY = GPTConfig(
+    "llama", vocab=32000, width=8192, layers=80, heads=64, kv_heads=8, head_size=128, ffn=28672
+)
 
 
 @pytest.fixture
@@ -69,7 +78,9 @@ def pretend(layout: Layout, rank: int):
         (REWARD, Layout(pp=3, cp=2)),
     ],
 )
-def test_memory_is_that_of_the_real_buffers(c: GPTConfig, layout: Layout, dtype: torch.dtype, small_buckets):
+def test_memory_is_that_of_the_real_buffers(
+    c: GPTConfig, layout: Layout, dtype: torch.dtype, small_buckets
+):
     """Weights, gradients and optimizer of every rank: the bytes that AdamW's flat buffers have after a step."""
     for rank in range(layout.world):
         mesh = pretend(layout, rank)
@@ -83,10 +94,18 @@ def test_memory_is_that_of_the_real_buffers(c: GPTConfig, layout: Layout, dtype:
             seen = {"weights": 0, "gradients": 0, "optimizer": 0}
             for b in optimizer.buckets:
                 storage = {b.weights.untyped_storage().data_ptr(): "weights"}
-                storage |= {g.untyped_storage().data_ptr(): "gradients" for g in (b.grad, b.shard) if g.numel()}
+                storage |= {
+                    g.untyped_storage().data_ptr(): "gradients"
+                    for g in (b.grad, b.shard)
+                    if g.numel()
+                }
                 means = optimizer.adam.state[b.master]
                 kept = (b.weights, b.grad, b.shard, b.master, means["exp_avg"], means["exp_avg_sq"])
-                stored = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept if x.numel()}
+                stored = {
+                    x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
+                    for x in kept
+                    if x.numel()
+                }
                 for pointer, size in stored.items():  # what two views share counts once
                     seen[storage.get(pointer, "optimizer")] += size
         finally:
@@ -109,7 +128,9 @@ def test_zero_2_never_holds_all_gradients(small_buckets, monkeypatch):
             held.append(sum(bool(b.incoming) for b in optimizer.buckets))
 
         monkeypatch.setattr(parallel.Bucket, "start_reduce", watched)
-        for batch, hidden in parallel.pipeline(model, [make_batch(dataset_of(TREES), [0, 1])], optimizer):
+        for batch, hidden in parallel.pipeline(
+            model, [make_batch(dataset_of(TREES), [0, 1])], optimizer
+        ):
             model.logps(hidden, batch).sum().backward()
             assert len(held) == len(optimizer.buckets) > 6
         assert max(held) <= 3 and not any(b.incoming for b in optimizer.buckets)
@@ -140,11 +161,15 @@ TREES = [
 ]
 
 
-def one_step(c: GPTConfig, layout: Layout, checkpointing: bool, rank: int, store: str, answers) -> None:
+def one_step(
+    c: GPTConfig, layout: Layout, checkpointing: bool, rank: int, store: str, answers
+) -> None:
     """In a process of its own: an optimizer step on real collectives, then what was sent and what was foretold."""
     try:
         torch.set_num_threads(1)
-        dist.init_process_group("gloo", store=dist.FileStore(store, layout.world), rank=rank, world_size=layout.world)
+        dist.init_process_group(
+            "gloo", store=dist.FileStore(store, layout.world), rank=rank, world_size=layout.world
+        )
         mesh = parallel.grid(rank, layout.pp, layout.dp, layout.cp, layout.tp)
         model = GPT(c, mesh)
         model.init_weights(0)
@@ -155,7 +180,9 @@ def one_step(c: GPTConfig, layout: Layout, checkpointing: bool, rank: int, store
         batches = [make_batch(data, items) for items in bins]
         before = dict(parallel.SENT)
         for batch, hidden in parallel.pipeline(model, batches, optimizer):
-            values = model.score(hidden, batch, batch.last) if c.outputs else model.logps(hidden, batch)
+            values = (
+                model.score(hidden, batch, batch.last) if c.outputs else model.logps(hidden, batch)
+            )
             values.float().square().mean().backward()
         optimizer.step(1e-3, 1.0)
         model.wait()
@@ -166,7 +193,9 @@ def one_step(c: GPTConfig, layout: Layout, checkpointing: bool, rank: int, store
             index = batch.last if c.outputs else batch.logit_index
             rows.append([len(share) for share in shares])
             scored.append([int(torch.isin(index, share).sum()) for share in shares])
-        answers.put((rank, seen, plan.sent(c, layout, rank, rows, scored, torch.float32, checkpointing)))
+        answers.put(
+            (rank, seen, plan.sent(c, layout, rank, rows, scored, torch.float32, checkpointing))
+        )
         dist.destroy_process_group()
     except BaseException:
         answers.put((rank, traceback.format_exc(), None))
@@ -190,15 +219,21 @@ def one_step(c: GPTConfig, layout: Layout, checkpointing: bool, rank: int, store
         (REWARD, Layout(cp=2, dp=2, zero=2), False),
     ],
 )
-def test_bytes_sent_are_those_foretold(c: GPTConfig, layout: Layout, checkpointing: bool, tmp_path, small_buckets):
+def test_bytes_sent_are_those_foretold(
+    c: GPTConfig, layout: Layout, checkpointing: bool, tmp_path, small_buckets
+):
     """Every collective of a step on real processes, by purpose and rank: equal, not about equal."""
     warm = torch.nn.Parameter(torch.ones(2))
     warm.grad = torch.ones(2)
-    torch.optim.AdamW([warm], fused=True).step()  # what is set up at the first step is set up before the fork
+    torch.optim.AdamW(
+        [warm], fused=True
+    ).step()  # what is set up at the first step is set up before the fork
     fork = multiprocessing.get_context("fork")
     answers = fork.Queue()
     processes = [
-        fork.Process(target=one_step, args=(c, layout, checkpointing, rank, str(tmp_path / "store"), answers))
+        fork.Process(
+            target=one_step, args=(c, layout, checkpointing, rank, str(tmp_path / "store"), answers)
+        )
         for rank in range(layout.world)
     ]
     for process in processes:
@@ -208,7 +243,9 @@ def test_bytes_sent_are_those_foretold(c: GPTConfig, layout: Layout, checkpointi
         process.join(60)
     for rank, seen, expected in results:
         assert expected is not None, seen
-        assert {kind: n for kind, n in seen.items() if n} == {kind: n for kind, n in expected.items() if n}, rank
+        assert {kind: n for kind, n in seen.items() if n} == {
+            kind: n for kind, n in expected.items() if n
+        }, rank
 
 
 # ---- what is modelled ------------------------------------------------------------------------------------------------
@@ -265,21 +302,34 @@ def test_times_are_in_order():
     """Recomputing takes longer, a bubble shrinks with more micro-batches, a slower network slows what crosses it."""
     flags = Plan(gpus=16, nodes=2)
     estimate = plan.estimate
-    one, two = (estimate(seven(), flags, Layout(dp=16), 4096, again).seconds for again in (False, True))
+    one, two = (
+        estimate(seven(), flags, Layout(dp=16), 4096, again).seconds for again in (False, True)
+    )
     assert one < two < 1.4 * one
     staged = Layout(pp=4, dp=4)
     bubbles = [estimate(seven(), flags, staged, tokens, False) for tokens in (8192, 2048)]
     assert bubbles[1].times["bubble"] < bubbles[0].times["bubble"]
     inside = estimate(seven(), Plan(gpus=16, nodes=1), Layout(dp=16), 4096, False)
-    assert inside.times["sending"] < estimate(seven(), flags, Layout(dp=16), 4096, False).times["sending"] / 5
+    assert (
+        inside.times["sending"]
+        < estimate(seven(), flags, Layout(dp=16), 4096, False).times["sending"] / 5
+    )
 
 
 def test_the_table_says_that_it_is_modelled_and_its_command_parses(capsys):
     """Header, the twelve best lines in order, and a command whose flags train_dpo.py takes."""
-    plan.main(shlex.split("--width 512 --layers 4 --heads 8 --kv-heads 4 --vocab 1000 --gpus 4 --memory 24"))
+    plan.main(
+        shlex.split(
+            "--width 512 --layers 4 --heads 8 --kv-heads 4 --vocab 1000 --gpus 4 --memory 24"
+        )
+    )
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("MODELLED, NOT MEASURED")
-    seconds = [float(line.split()[-1]) for line in lines if len(line.split()) == 17 and line.split()[0].isdigit()]
+    seconds = [
+        float(line.split()[-1])
+        for line in lines
+        if len(line.split()) == 17 and line.split()[0].isdigit()
+    ]
     assert len(seconds) >= 8 and seconds == sorted(seconds)
     words = shlex.split(lines[-1])
     assert words[:4] == ["torchrun", "--nproc_per_node", "4", "train_dpo.py"]
@@ -292,10 +342,16 @@ def test_the_table_says_that_it_is_modelled_and_its_command_parses(capsys):
     [
         ("--gpus 8", "--width is missing"),
         ("--width 64 --layers 2 --heads 4 --vocab 0", "--vocab is missing"),
-        ("--width 65 --layers 2 --heads 4 --vocab 100", "--width 65 must be a multiple of --heads 4"),
+        (
+            "--width 65 --layers 2 --heads 4 --vocab 100",
+            "--width 65 must be a multiple of --heads 4",
+        ),
         ("--width 64 --layers 2 --heads 4 --kv-heads 3 --vocab 100", "--kv-heads 3"),
         ("--width 64 --layers 2 --heads 4 --vocab 100 --gpus 0", "--gpus must be at least 1"),
-        ("--width 64 --layers 2 --heads 4 --vocab 100 --gpus 8 --nodes 3", "--gpus 8 is the number in all"),
+        (
+            "--width 64 --layers 2 --heads 4 --vocab 100 --gpus 8 --nodes 3",
+            "--gpus 8 is the number in all",
+        ),
         ("--width 64 --layers 2 --heads 4 --vocab 100 --efficiency 50", "--efficiency 50"),
         ("--model /nowhere", "/nowhere"),
         ("--width 8192 --layers 80 --heads 64 --vocab 32000 --gpus 2", "nothing fits, as modelled"),
@@ -314,9 +370,13 @@ def test_out_of_memory_gets_a_suggestion(toy: Path):
     line = plan.suggest(config, 2, 8.0)
     assert line.startswith("try ") and "modelled, not measured" in line and "\n" not in line
     flags = parse(train_dpo.Config, "", shlex.split(line.partition("try ")[2].partition(" (")[0]))
-    assert flags.max_tokens < 1 << 20 or flags.checkpoint_activations or flags.tp * flags.cp * flags.pp > 1
+    assert (
+        flags.max_tokens < 1 << 20
+        or flags.checkpoint_activations
+        or flags.tp * flags.cp * flags.pp > 1
+    )
     assert "--max-tokens" in plan.suggest(train_dpo.Config(model="/nowhere"), 2, 8.0)
-    small = train_dpo.Config(model=str(toy / "model"), max_length=64, max_tokens=64, checkpoint_activations=True)
+    small = train_dpo.Config(
+        model=str(toy / "model"), max_length=64, max_tokens=64, checkpoint_activations=True
+    )
     assert "more GPUs" in plan.suggest(small, 1, 8.0)
-
-

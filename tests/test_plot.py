@@ -18,10 +18,17 @@ def write_run(folder: Path, steps: int = 60, **extra: float) -> Path:
     noise = random.Random(0)
     with open(folder / "metrics.jsonl", "w") as file:
         for step in range(1, steps + 1):
-            row = {"step": step, "loss": 0.69 * math.exp(-step / 40) + noise.gauss(0, 0.02), "lr": 5e-7, **extra}
+            row = {
+                "step": step,
+                "loss": 0.69 * math.exp(-step / 40) + noise.gauss(0, 0.02),
+                "lr": 5e-7,
+                **extra,
+            }
             file.write(json.dumps(row) + "\n")
             if step % 20 == 0:
-                file.write(json.dumps({"step": step, "eval/loss": 0.7 * math.exp(-step / 50)}) + "\n")
+                file.write(
+                    json.dumps({"step": step, "eval/loss": 0.7 * math.exp(-step / 50)}) + "\n"
+                )
     return folder
 
 
@@ -44,8 +51,15 @@ def without_import(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
     monkeypatch.setattr(builtins, "__import__", fail)
 
 
-@pytest.mark.parametrize(("keys", "columns", "rows"), [("loss", 1, 1), ("loss,lr", 2, 1), ("loss,lr,kl,reward", 2, 2),
-                                                       ("loss,lr,kl,reward,grad_norm", 3, 2)])
+@pytest.mark.parametrize(
+    ("keys", "columns", "rows"),
+    [
+        ("loss", 1, 1),
+        ("loss,lr", 2, 1),
+        ("loss,lr,kl,reward", 2, 2),
+        ("loss,lr,kl,reward,grad_norm", 3, 2),
+    ],
+)
 def test_size_follows_the_panels(tmp_path, keys, columns, rows):
     """The picture is `columns` panels wide and `rows` panels and a short legend high."""
     pytest.importorskip("matplotlib")
@@ -69,15 +83,23 @@ def test_every_run_is_in_the_picture(tmp_path, monkeypatch):
     assert [len(line.get_xdata()) for line in loss.lines] == [60, 60, 3, 40, 40, 2]
     colors = [line.get_color() for line in loss.lines]
     assert len(set(colors[:3])) == len(set(colors[3:])) == 1 and colors[0] != colors[3]
-    assert [len(line.get_xdata()) for line in lr.lines] == [60, 40], "a learning rate has no noise to smooth"
-    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["x/dpo", "y/dpo", "evaluation"]
+    assert [len(line.get_xdata()) for line in lr.lines] == [60, 40], (
+        "a learning rate has no noise to smooth"
+    )
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == [
+        "x/dpo",
+        "y/dpo",
+        "evaluation",
+    ]
 
 
 def test_broken_lines_and_values_are_left_out(tmp_path, capsys):
     """A half-written last line, NaN, null and missing keys cost their own point and no other."""
     file = tmp_path / "metrics.jsonl"
-    file.write_text('{"step": 1, "loss": 0.7, "kl": null}\n\n{"step": 2, "loss": NaN, "kl": 0.2}\n[]\n'
-                    '{"step": 3, "loss": 0.6, "note": "text"}\n{"step": 4, "lo')
+    file.write_text(
+        '{"step": 1, "loss": 0.7, "kl": null}\n\n{"step": 2, "loss": NaN, "kl": 0.2}\n[]\n'
+        '{"step": 3, "loss": 0.6, "note": "text"}\n{"step": 4, "lo'
+    )
     expected = {"step": [(1, 1), (2, 2), (3, 3)], "loss": [(1, 0.7), (3, 0.6)], "kl": [(2, 0.2)]}
     assert plot.read_run(tmp_path) == plot.read_run(file) == expected
     assert "2 unreadable lines" in capsys.readouterr().err
@@ -89,7 +111,9 @@ def test_broken_lines_and_values_are_left_out(tmp_path, capsys):
 def test_a_resumed_step_counts_as_logged_last(tmp_path):
     """Steps that were logged, lost in a kill and trained again stand once in the curve, in order."""
     rows = [(1, 0.7), (2, 0.6), (3, 9.0), (3, 0.5), (4, 0.4)]
-    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {s}, "loss": {v}}}\n' for s, v in rows))
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(f'{{"step": {s}, "loss": {v}}}\n' for s, v in rows)
+    )
     assert plot.read_run(tmp_path)["loss"] == [(1, 0.7), (2, 0.6), (3, 0.5), (4, 0.4)]
 
 

@@ -21,7 +21,10 @@ def save(path: Path, rows: list) -> Path:
 
 def load(folder: Path) -> dict[str, list]:
     """Every file that was written, temporary ones included -> its rows."""
-    return {p.name: [json.loads(line) for line in p.read_text().splitlines()] for p in sorted(folder.iterdir())}
+    return {
+        p.name: [json.loads(line) for line in p.read_text().splitlines()]
+        for p in sorted(folder.iterdir())
+    }
 
 
 def run(tmp_path: Path, name: str, *files: Path, limit: int = 0) -> dict[str, list]:
@@ -41,8 +44,15 @@ def chat(*turns: str) -> list[dict]:
 
 def ultrafeedback_row(prompt: str, chosen: str, rejected: str, scores: tuple[float, float]) -> dict:
     sides = chat(prompt, chosen), chat(prompt, rejected)
-    return {"prompt": prompt, "prompt_id": "f00", "chosen": sides[0], "rejected": sides[1], "messages": sides[0],
-            "score_chosen": scores[0], "score_rejected": scores[1]}
+    return {
+        "prompt": prompt,
+        "prompt_id": "f00",
+        "chosen": sides[0],
+        "rejected": sides[1],
+        "messages": sides[0],
+        "score_chosen": scores[0],
+        "score_rejected": scores[1],
+    }
 
 
 ULTRAFEEDBACK = [
@@ -52,13 +62,25 @@ ULTRAFEEDBACK = [
     ultrafeedback_row("Name a bird.", "Owl.", "Crow.", (7.0, 7.0)),
 ]
 ULTRAFEEDBACK_PREFS = [
-    {"prompt": "Name a colour.", "chosen": chat("Name a colour.", "Blue."), "rejected": chat("Name a colour.", "Dog."),
-     "chosen_reward": 8.5, "rejected_reward": 2.0},
-    {"prompt": "Name a bird.", "chosen": chat("Name a bird.", "Owl."), "rejected": chat("Name a bird.", "Crow."),
-     "chosen_reward": 7.0, "rejected_reward": 7.0},
+    {
+        "prompt": "Name a colour.",
+        "chosen": chat("Name a colour.", "Blue."),
+        "rejected": chat("Name a colour.", "Dog."),
+        "chosen_reward": 8.5,
+        "rejected_reward": 2.0,
+    },
+    {
+        "prompt": "Name a bird.",
+        "chosen": chat("Name a bird.", "Owl."),
+        "rejected": chat("Name a bird.", "Crow."),
+        "chosen_reward": 7.0,
+        "rejected_reward": 7.0,
+    },
 ]
-ULTRAFEEDBACK_SFT = [{"messages": chat(f"Name a {what}.", answer)} for what, answer in
-                     [("colour", "Blue."), ("fruit", "Fig."), ("tree", "Oak."), ("bird", "Owl.")]]
+ULTRAFEEDBACK_SFT = [
+    {"messages": chat(f"Name a {what}.", answer)}
+    for what, answer in [("colour", "Blue."), ("fruit", "Fig."), ("tree", "Oak."), ("bird", "Owl.")]
+]
 
 
 def test_ultrafeedback(tmp_path, capsys):
@@ -70,7 +92,9 @@ def test_ultrafeedback(tmp_path, capsys):
         "train_sft.jsonl": ULTRAFEEDBACK_SFT,
     }
     prefs, sft = capsys.readouterr().out.splitlines()
-    assert prefs.endswith("test_prefs.jsonl: 2 written; skipped 1 x chosen equals rejected, 1 x an answer is empty")
+    assert prefs.endswith(
+        "test_prefs.jsonl: 2 written; skipped 1 x chosen equals rejected, 1 x an answer is empty"
+    )
     assert sft.endswith("train_sft.jsonl: 4 written")
 
 
@@ -90,20 +114,36 @@ def test_hh(tmp_path, capsys):
     packed.parent.mkdir()
     with gzip.open(packed, "wt") as file:
         file.write("".join(json.dumps(row) + "\n" for row in rows))
-    more = save(tmp_path / "harmless-base" / "train.jsonl", [{"chosen": start + " A", "rejected": start + " B"}])
-    assert run(tmp_path, "hh", packed, more) == {"train_prefs.jsonl": [
-        {"chosen": start + " Tea.", "rejected": start + " The latter."},
-        {"chosen": start + " A", "rejected": start + " B"},
-    ]}
+    more = save(
+        tmp_path / "harmless-base" / "train.jsonl",
+        [{"chosen": start + " A", "rejected": start + " B"}],
+    )
+    assert run(tmp_path, "hh", packed, more) == {
+        "train_prefs.jsonl": [
+            {"chosen": start + " Tea.", "rejected": start + " The latter."},
+            {"chosen": start + " A", "rejected": start + " B"},
+        ]
+    }
     printed = capsys.readouterr().out
-    assert "train_prefs.jsonl: 2 written; skipped 1 x chosen equals rejected, 1 x an answer is empty" in printed
-    for reason in ("part before the last answer", "the last turn is the Human's", "not a transcript"):
+    assert (
+        "train_prefs.jsonl: 2 written; skipped 1 x chosen equals rejected, 1 x an answer is empty"
+        in printed
+    )
+    for reason in (
+        "part before the last answer",
+        "the last turn is the Human's",
+        "not a transcript",
+    ):
         assert printed.count(reason) == 1
 
 
 def test_tldr_of_trl(tmp_path):
     """TRL's rows are preferences already and pass unchanged."""
-    row = {"prompt": "SUBREDDIT: r/tea\n\nTITLE: T\n\nPOST: P\n\nTL;DR:", "chosen": " short", "rejected": " long"}
+    row = {
+        "prompt": "SUBREDDIT: r/tea\n\nTITLE: T\n\nPOST: P\n\nTL;DR:",
+        "chosen": " short",
+        "rejected": " long",
+    }
     file = save(tmp_path / "validation-00000-of-00001.jsonl", [row])
     assert run(tmp_path, "tldr", file) == {"validation_prefs.jsonl": [row]}
 
@@ -111,25 +151,47 @@ def test_tldr_of_trl(tmp_path):
 def test_tldr_of_openai(tmp_path, capsys):
     """Comparisons get the customary prompt, the choice decides, a row's own split names its file, news are skipped."""
     info = {"id": "t3_1", "post": "I spilt my tea.", "title": "Tea [22F]", "subreddit": "tifu"}
-    summaries = [{"text": "Spilt it.", "policy": "sup1", "note": ""}, {"text": " Tea is nice.", "policy": "ref"}]
-    row = {"info": info, "summaries": summaries, "choice": 1, "worker": "w", "batch": "batch3", "split": "train"}
-    news = {**row, "info": {"id": "x", "article": "News.", "post": None, "title": None, "subreddit": None}}
+    summaries = [
+        {"text": "Spilt it.", "policy": "sup1", "note": ""},
+        {"text": " Tea is nice.", "policy": "ref"},
+    ]
+    row = {
+        "info": info,
+        "summaries": summaries,
+        "choice": 1,
+        "worker": "w",
+        "batch": "batch3",
+        "split": "train",
+    }
+    news = {
+        **row,
+        "info": {"id": "x", "article": "News.", "post": None, "title": None, "subreddit": None},
+    }
     file = save(tmp_path / "batch3.json", [row, {**row, "choice": 0, "split": "valid1"}, news])
     prompt = "SUBREDDIT: r/tifu\n\nTITLE: Tea [22F]\n\nPOST: I spilt my tea.\n\nTL;DR:"
     assert run(tmp_path, "tldr", file) == {
-        "train_prefs.jsonl": [{"prompt": prompt, "chosen": " Tea is nice.", "rejected": " Spilt it."}],
-        "valid1_prefs.jsonl": [{"prompt": prompt, "chosen": " Spilt it.", "rejected": " Tea is nice."}],
+        "train_prefs.jsonl": [
+            {"prompt": prompt, "chosen": " Tea is nice.", "rejected": " Spilt it."}
+        ],
+        "valid1_prefs.jsonl": [
+            {"prompt": prompt, "chosen": " Spilt it.", "rejected": " Tea is nice."}
+        ],
     }
     assert "1 x not a Reddit post" in capsys.readouterr().out
     save(file, [{**row, "choice": 2}])
-    with pytest.raises(ValueError, match=r"batch3\.json:1: not a row of tldr .*choice 2 among 2 summaries"):
+    with pytest.raises(
+        ValueError, match=r"batch3\.json:1: not a row of tldr .*choice 2 among 2 summaries"
+    ):
         run(tmp_path, "tldr", file)
 
 
 def test_gsm8k(tmp_path, capsys):
     """The calculator's <<...>> go, the last line becomes "A: answer" without thousands commas; a JSON array is read."""
     steps = "Half of 2,400 is <<2400/2=1200>>1,200.\nThat is $<<600*2=1200.00>>1,200, or 2 x <<1200/2=600>>600."
-    rows = [{"question": "How much?", "answer": steps + "\n#### 1,200"}, {"question": "Why?", "answer": "Because."}]
+    rows = [
+        {"question": "How much?", "answer": steps + "\n#### 1,200"},
+        {"question": "Why?", "answer": "Because."},
+    ]
     (tmp_path / "test.json").write_text(json.dumps(rows, indent=2))
     response = "Half of 2,400 is 1,200.\nThat is $1,200, or 2 x 600.\nA: 1200"
     expected = [{"prompt": "How much?", "response": response, "answer": "1200"}]
@@ -144,29 +206,64 @@ def test_gsm8k_agrees_with_real_rows(tmp_path):
         pytest.skip("no real data here")
     expected = [json.loads(line) for line in real.read_text().splitlines()]
     solutions = [r["response"].rpartition("A: ")[0] for r in expected]
-    rows = [{"question": r["prompt"], "answer": s + "#### " + r["answer"]} for r, s in zip(expected, solutions)]
-    assert run(tmp_path, "gsm8k", save(tmp_path / "test.jsonl", rows)) == {"test_sft.jsonl": expected}
+    rows = [
+        {"question": r["prompt"], "answer": s + "#### " + r["answer"]}
+        for r, s in zip(expected, solutions)
+    ]
+    assert run(tmp_path, "gsm8k", save(tmp_path / "test.jsonl", rows)) == {
+        "test_sft.jsonl": expected
+    }
 
 
 def test_helpsteer2(tmp_path, capsys):
     """Attributes for every answer; a pair for neighbours of one prompt, the more helpful chosen; ties give none."""
+
     def rated(prompt, response, helpfulness):
-        ratings = {"helpfulness": helpfulness, "correctness": 3, "coherence": 4, "complexity": 1, "verbosity": 2}
+        ratings = {
+            "helpfulness": helpfulness,
+            "correctness": 3,
+            "coherence": 4,
+            "complexity": 1,
+            "verbosity": 2,
+        }
         return {"prompt": prompt, "response": response, **ratings}
 
     long = "Hi\n<extra_id_1>Assistant\nHello.\n<extra_id_1>User\nTea?"
-    rows = [rated("c#", "A language.", 1), rated("c#", "A note.", 3), rated("x", "1", 2), rated("x", "2", 2),
-            rated(long, "Yes.", 4), rated(long, "No.", 0), rated("c#", "", 4)]
+    rows = [
+        rated("c#", "A language.", 1),
+        rated("c#", "A note.", 3),
+        rated("x", "1", 2),
+        rated("x", "2", 2),
+        rated(long, "Yes.", 4),
+        rated(long, "No.", 0),
+        rated("c#", "", 4),
+    ]
     written = run(tmp_path, "helpsteer2", save(tmp_path / "train.jsonl", rows))
     assert written["train_prefs.jsonl"] == [
-        {"prompt": "c#", "chosen": "A note.", "rejected": "A language.", "chosen_reward": 3, "rejected_reward": 1},
-        {"prompt": chat("Hi", "Hello.", "Tea?"), "chosen": "Yes.", "rejected": "No.", "chosen_reward": 4,
-         "rejected_reward": 0},
+        {
+            "prompt": "c#",
+            "chosen": "A note.",
+            "rejected": "A language.",
+            "chosen_reward": 3,
+            "rejected_reward": 1,
+        },
+        {
+            "prompt": chat("Hi", "Hello.", "Tea?"),
+            "chosen": "Yes.",
+            "rejected": "No.",
+            "chosen_reward": 4,
+            "rejected_reward": 0,
+        },
     ]
     others = {"correctness": 3, "coherence": 4, "complexity": 1, "verbosity": 2}
     assert written["train_attributes.jsonl"] == [
-        {"prompt": chat("Hi", "Hello.", "Tea?") if r["prompt"] == long else r["prompt"], "response": r["response"],
-         "attributes": {"helpfulness": r["helpfulness"], **others}} for r in rows[:6]]
+        {
+            "prompt": chat("Hi", "Hello.", "Tea?") if r["prompt"] == long else r["prompt"],
+            "response": r["response"],
+            "attributes": {"helpfulness": r["helpfulness"], **others},
+        }
+        for r in rows[:6]
+    ]
     printed = capsys.readouterr().out
     assert "train_attributes.jsonl: 6 written; skipped 1 x the answer is empty" in printed
     assert "train_prefs.jsonl: 2 written; skipped 1 x a tie" in printed
@@ -193,8 +290,13 @@ def test_hub(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     prepare.main(["gsm8k", "--out", str(tmp_path / "out"), "--limit", "2"])
     assert asked == [("openai/gsm8k", "main", "train"), ("openai/gsm8k", "main", "test")]
-    expected = {f"{split}_sft.jsonl": [{"prompt": f"{split} {i}", "response": f"So {i}.\nA: {i}", "answer": str(i)}
-                                       for i in range(2)] for split in ("test", "train")}
+    expected = {
+        f"{split}_sft.jsonl": [
+            {"prompt": f"{split} {i}", "response": f"So {i}.\nA: {i}", "answer": str(i)}
+            for i in range(2)
+        ]
+        for split in ("test", "train")
+    }
     assert load(tmp_path / "out") == expected
 
 
@@ -209,16 +311,34 @@ def test_all_or_nothing(tmp_path):
     assert load(tmp_path / "out") == before
 
 
-@pytest.mark.parametrize(("name", "text", "message"), [
-    ("train.jsonl", '{"question": "a", "reply": "b"}',
-     r"train\.jsonl:1: not a row of gsm8k .*no column 'answer'; the row has question, reply"),
-    ("train.jsonl", '\n{"question": 3, "answer": "b #### 1"}', r"train\.jsonl:2: not a row of gsm8k"),
-    ("train.jsonl", '["question", "answer"]', r"train\.jsonl:1: not a row of gsm8k .*the row has str: check that"),
-    ("train.jsonl", '{"question": "a",', r"train\.jsonl:1: not JSON"),
-    ("train.csv", "question,answer", r"train\.csv: unknown kind of file: give \.jsonl"),
-    ("train.jsonl", "", r"nothing to write to .* \(the input is empty\)"),
-    ("train.jsonl", '{"question": "a", "answer": "b"}', r"nothing to write to .* \(1 x no question, no solution"),
-])
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        (
+            "train.jsonl",
+            '{"question": "a", "reply": "b"}',
+            r"train\.jsonl:1: not a row of gsm8k .*no column 'answer'; the row has question, reply",
+        ),
+        (
+            "train.jsonl",
+            '\n{"question": 3, "answer": "b #### 1"}',
+            r"train\.jsonl:2: not a row of gsm8k",
+        ),
+        (
+            "train.jsonl",
+            '["question", "answer"]',
+            r"train\.jsonl:1: not a row of gsm8k .*the row has str: check that",
+        ),
+        ("train.jsonl", '{"question": "a",', r"train\.jsonl:1: not JSON"),
+        ("train.csv", "question,answer", r"train\.csv: unknown kind of file: give \.jsonl"),
+        ("train.jsonl", "", r"nothing to write to .* \(the input is empty\)"),
+        (
+            "train.jsonl",
+            '{"question": "a", "answer": "b"}',
+            r"nothing to write to .* \(1 x no question, no solution",
+        ),
+    ],
+)
 def test_errors_name_place_and_fix(tmp_path, name, text, message):
     """Wrong columns or types, broken JSON, unknown endings, nothing to write: the error names the file and the fix."""
     (tmp_path / name).write_text(text)

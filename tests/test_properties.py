@@ -40,11 +40,21 @@ quick = settings(max_examples=100, deadline=None, suppress_health_check=list(Hea
 
 # ---- any JSON --------------------------------------------------------------------------------------------------------
 
-texts = st.text(max_size=6) | st.sampled_from(["\n\nHuman: a\n\nAssistant: b", "\n\nAssistant:", "\ud800", ""])
-scalars = st.none() | st.booleans() | st.integers() | st.sampled_from([10**400, 1e39, 2, 1.0]) | st.floats() | texts
+texts = st.text(max_size=6) | st.sampled_from(
+    ["\n\nHuman: a\n\nAssistant: b", "\n\nAssistant:", "\ud800", ""]
+)
+scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.sampled_from([10**400, 1e39, 2, 1.0])
+    | st.floats()
+    | texts
+)
 roles = st.sampled_from(["user", "assistant", "system", "human", "gpt", "Human", "robot", 3])
 messages = st.lists(
-    st.fixed_dictionaries({"role": roles, "content": texts}) | st.fixed_dictionaries({"from": roles, "value": texts}),
+    st.fixed_dictionaries({"role": roles, "content": texts})
+    | st.fixed_dictionaries({"from": roles, "value": texts}),
     max_size=4,
 )
 json_values = st.recursive(
@@ -52,7 +62,9 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
     max_leaves=6,
 )
-attributes = st.dictionaries(st.sampled_from(["helpfulness", "verbosity", "charm"]), scalars | st.just(4), max_size=2)
+attributes = st.dictionaries(
+    st.sampled_from(["helpfulness", "verbosity", "charm"]), scalars | st.just(4), max_size=2
+)
 KEYS = """prompt response completion input output instruction messages conversations system chosen rejected
 chosen_response rejected_response margin chosen_reward score_rejected label preference responses attributes weights
 helpfulness""".split()
@@ -69,8 +81,12 @@ def rows(draw):
     return {key: draw(json_values | fitting.get(key, texts | messages)) for key in keys}
 
 
-lines = rows().map(json.dumps).map(str.encode) | st.binary(max_size=30).map(lambda b: b.replace(b"\n", b""))
-lines |= st.sampled_from([b"", b" ", b"[]", b"\xff", b"[" * 5000, b"9" * 5000, b'{"prompt": ' + b"9" * 5000 + b"}"])
+lines = rows().map(json.dumps).map(str.encode) | st.binary(max_size=30).map(
+    lambda b: b.replace(b"\n", b"")
+)
+lines |= st.sampled_from(
+    [b"", b" ", b"[]", b"\xff", b"[" * 5000, b"9" * 5000, b'{"prompt": ' + b"9" * 5000 + b"}"]
+)
 
 
 def a_row(line: bytes) -> dict | None:
@@ -111,7 +127,12 @@ def test_damaged_gzip_files_are_named(tmp_path: Path, noise: bytes, at: int, pat
     """Noise, a cut or patched gzip file: an error with its name, or rows where the damage is harmless."""
     path = tmp_path / "rows.jsonl.gz"
     whole = gzip.compress(b'{"prompt": "a"}\n' * 3)
-    for content in (noise, whole[:at], whole[:at] + patch + whole[at + len(patch) :], whole + noise):
+    for content in (
+        noise,
+        whole[:at],
+        whole[:at] + patch + whole[at + len(patch) :],
+        whole + noise,
+    ):
         path.write_bytes(content)
         try:
             assert all(isinstance(row, dict) for row in read_rows(path))
@@ -129,7 +150,9 @@ def test_rows_that_are_written_are_read_back(tmp_path: Path, rows: list[dict]):
 
 def is_messages(value) -> bool:
     return bool(value) and all(
-        m.keys() == {"role", "content"} and m["role"] in ("system", "user", "assistant") and m["content"].encode() != 0
+        m.keys() == {"role", "content"}
+        and m["role"] in ("system", "user", "assistant")
+        and m["content"].encode() != 0
         for m in value
     )
 
@@ -152,7 +175,9 @@ def test_any_row_is_used_or_refused(row: dict, kind: str, plain: bool):
 
     found = outcome(row)
     # by repr: NaN is not equal to itself
-    assert repr(found) == repr(outcome({key: value for key, value in row.items() if value is not None}))
+    assert repr(found) == repr(
+        outcome({key: value for key, value in row.items() if value is not None})
+    )
     if found is None:
         return
     prompt, responses, columns = (*found, {}) if kind == "answers" else found
@@ -162,7 +187,9 @@ def test_any_row_is_used_or_refused(row: dict, kind: str, plain: bool):
     else:
         assert isinstance(prompt, str) or is_messages(prompt) and prompt[-1]["role"] != "assistant"
     for values in columns.values():
-        assert len(values) == len(responses) and all(isinstance(v, float) and not abs(v) > 3.5e38 for v in values)
+        assert len(values) == len(responses) and all(
+            isinstance(v, float) and not abs(v) > 3.5e38 for v in values
+        )
 
 
 class Bytes:
@@ -172,7 +199,10 @@ class Bytes:
     tokenizer = SimpleNamespace(bos=None, hash="bytes")
 
     def pair(self, prompt, responses):
-        body = [x if isinstance(x, str) else "".join(m["content"] for m in x) for x in (prompt, *responses)]
+        body = [
+            x if isinstance(x, str) else "".join(m["content"] for m in x)
+            for x in (prompt, *responses)
+        ]
         head, *answers = ([byte for byte in text.encode()] for text in body)
         return head, [(ids, [1] * len(ids)) for ids in answers], False
 
@@ -183,9 +213,18 @@ class Bytes:
 
 @settings(quick, max_examples=60)
 @given(st.lists(lines, max_size=6), st.sampled_from(list(ROWS)), st.integers(0, 6))
-def test_bad_rows_are_counted_up_to_the_limit(tmp_path: Path, lines: list[bytes], kind: str, limit: int):
+def test_bad_rows_are_counted_up_to_the_limit(
+    tmp_path: Path, lines: list[bytes], kind: str, limit: int
+):
     """load_dataset keeps the good rows and counts the others; past --max-bad-rows it names the first of them."""
-    good = {"prompt": "a", "response": "b", "chosen": "b", "rejected": "c", "label": True, "helpfulness": 3}
+    good = {
+        "prompt": "a",
+        "response": "b",
+        "chosen": "b",
+        "rejected": "c",
+        "label": True,
+        "helpfulness": 3,
+    }
     good |= {"responses": ["b"], "weights": [1.0]}
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\n".join([json.dumps(good).encode(), *lines]))
@@ -203,14 +242,22 @@ def test_bad_rows_are_counted_up_to_the_limit(tmp_path: Path, lines: list[bytes]
         except ValueError:
             usable = False
         kept, bad = kept + usable, bad + [number] * (not usable)
-    load = lambda: load_dataset(path, kind, Bytes(), 10**6, "drop", limit, tmp_path / "cache", 1, lambda text: None)  # noqa: E731
+    load = lambda: load_dataset(
+        path, kind, Bytes(), 10**6, "drop", limit, tmp_path / "cache", 1, lambda text: None
+    )  # noqa: E731
     if len(bad) <= limit:
         data = load()
-        assert (len(data), data.counts["bad"], data.counts["rows"]) == (kept, len(bad), kept + len(bad))
+        assert (len(data), data.counts["bad"], data.counts["rows"]) == (
+            kept,
+            len(bad),
+            kept + len(bad),
+        )
     else:
         with pytest.raises(ValueError) as error:
             load()
-        assert str(error.value).startswith(f"{path}:{bad[0]}: ") and "--max-bad-rows" in str(error.value)
+        assert str(error.value).startswith(f"{path}:{bad[0]}: ") and "--max-bad-rows" in str(
+            error.value
+        )
 
 
 # ---- templates -------------------------------------------------------------------------------------------------------
@@ -229,11 +276,30 @@ def tokenizer(tmp_path_factory):
         vocab_size=330, show_progress=False, special_tokens=["<s>", "</s>", *MARKERS],
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))  # fmt: skip
     tok.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"bos_token": "<s>", "eos_token": "</s>"})
+    )
     return load_tokenizer(folder)
 
 
-PIECES = ["the", " cat", "sat", " ", "  ", "\n", "\n\n", "é", "🦙", "<", "|>", "user", "[INST]", "\t", "\0", "\u2028"]
+PIECES = [
+    "the",
+    " cat",
+    "sat",
+    " ",
+    "  ",
+    "\n",
+    "\n\n",
+    "é",
+    "🦙",
+    "<",
+    "|>",
+    "user",
+    "[INST]",
+    "\t",
+    "\0",
+    "\u2028",
+]
 contents = st.lists(st.sampled_from(PIECES), max_size=6).map("".join)
 contents |= st.text(st.characters(exclude_categories=["Cs"]))
 answers = contents.filter(str.strip)
@@ -244,7 +310,10 @@ def chats(draw):
     """[system,] user, assistant, user, assistant, ... ending with the assistant."""
     chat = [{"role": "system", "content": draw(contents)}] if draw(st.booleans()) else []
     for _ in range(draw(st.integers(1, 3))):
-        chat += [{"role": "user", "content": draw(contents)}, {"role": "assistant", "content": draw(answers)}]
+        chat += [
+            {"role": "user", "content": draw(contents)},
+            {"role": "assistant", "content": draw(answers)},
+        ]
     return chat
 
 
@@ -263,7 +332,11 @@ def by_hand(name: str, chat: list[dict]) -> list[tuple[str, bool]]:
         elif said:
             parts += [(f" {text.strip()} </s>", True)]
         elif role == "user":
-            before = f"<<SYS>>\n{chat[0]['content']}\n<</SYS>>\n\n" if k == 1 and chat[0]["role"] == "system" else ""
+            before = (
+                f"<<SYS>>\n{chat[0]['content']}\n<</SYS>>\n\n"
+                if k == 1 and chat[0]["role"] == "system"
+                else ""
+            )
             parts += [(f"<s>[INST] {(before + text).strip()} [/INST]", False)]
     return parts[:-1] if parts[-1] == ("\n", False) else parts
 
@@ -292,7 +365,8 @@ def test_conversations_are_the_format_and_decode_back(tokenizer, name: str, chat
     if name in ("chatml", "llama3"):  # their markers are single tokens, across which nothing merges
         # ... but a content that begins with white space may merge with the line feeds after the marker
         assert len(runs) == len(said) and all(
-            whole.endswith(tokenizer.decode(run, False).lstrip()) or "\ufffd" in tokenizer.decode(run, False)
+            whole.endswith(tokenizer.decode(run, False).lstrip())
+            or "\ufffd" in tokenizer.decode(run, False)
             for run, whole in zip(runs, said)
         )
     assert len(runs) == len(said)
@@ -311,11 +385,18 @@ def test_plain_is_bos_prompt_response_eos(tokenizer, prompt: str, responses: lis
     head, found, _ = Template("plain", tokenizer).pair(prompt, responses)
     for (ids, scored), response in zip(found, responses, strict=True):
         assert head + ids == [tokenizer.bos, *tokenizer.encode(prompt + response), tokenizer.eos]
-        assert tokenizer.decode(head + ids, False) == f"<s>{prompt}{response}</s>" and scored == [1] * len(ids)
+        assert tokenizer.decode(head + ids, False) == f"<s>{prompt}{response}</s>" and scored == [
+            1
+        ] * len(ids)
 
 
 @settings(quick, max_examples=60)
-@given(st.lists(st.fixed_dictionaries({"role": roles, "content": contents | st.integers()}), max_size=5) | json_values)
+@given(
+    st.lists(
+        st.fixed_dictionaries({"role": roles, "content": contents | st.integers()}), max_size=5
+    )
+    | json_values
+)
 @pytest.mark.parametrize("name", ["plain", "chatml", "llama2"])
 def test_any_messages_are_rendered_or_refused(tokenizer, name: str, chat):
     """No list of messages, however wild its roles and contents, ends in anything but ids or a ValueError."""
@@ -353,10 +434,14 @@ def test_a_batch_is_its_branches_written_out(forest, shared: bool, data):
     which token of which response, against an enumeration token by token of every (prompt, response)."""
     trees, dataset = forest
     some = data.draw(st.lists(st.sampled_from(range(len(trees))), unique=True))
-    only = data.draw(st.none() | st.integers(0, min((len(trees[i][1]) for i in some), default=1) - 1))
+    only = data.draw(
+        st.none() | st.integers(0, min((len(trees[i][1]) for i in some), default=1) - 1)
+    )
     batch = make_batch(dataset, some, shared, only)
 
-    number = np.cumsum([0, *(len(responses) for _, responses in trees)])  # of a tree's first response
+    number = np.cumsum(
+        [0, *(len(responses) for _, responses in trees)]
+    )  # of a tree's first response
     # (token, tree in the batch, None in a prompt or else the response, position) of every place of the flat row
     places, scored, spans, tree_of, rows, last = [], [], [], [], [], []
     for i in some:
@@ -378,12 +463,19 @@ def test_a_batch_is_its_branches_written_out(forest, shared: bool, data):
 
     assert batch.tokens.tolist() == [token for token, *_ in places] and batch.spans == spans
     assert batch.positions.tolist() == [position for *_, position in places]
-    assert list(zip(batch.logit_index.tolist(), batch.target.tolist(), batch.response.tolist())) == scored
+    assert (
+        list(zip(batch.logit_index.tolist(), batch.target.tolist(), batch.response.tolist()))
+        == scored
+    )
     assert (batch.tree.tolist(), batch.last.tolist()) == (tree_of, last)
     assert batch.columns["reward"].tolist() == rows
-    assert batch.lengths.tolist() == [sum(r == response for *_, r in scored) for response in range(len(tree_of))]
+    assert batch.lengths.tolist() == [
+        sum(r == response for *_, r in scored) for response in range(len(tree_of))
+    ]
     sums = batch.sum_by_response(batch.target.double())
-    assert sums.tolist() == [sum(t for _, t, r in scored if r == response) for response in range(len(tree_of))]
+    assert sums.tolist() == [
+        sum(t for _, t, r in scored if r == response) for response in range(len(tree_of))
+    ]
     visible = 0
     for i, (_, tree, response, _) in enumerate(places):
         for j, (_, other, owner, _) in enumerate(places):
@@ -396,7 +488,9 @@ def test_a_batch_is_its_branches_written_out(forest, shared: bool, data):
 
 
 @quick
-@given(st.lists(st.integers(1, 40), max_size=40), st.integers(40, 90), st.integers(1, 5), st.randoms())
+@given(
+    st.lists(st.integers(1, 40), max_size=40), st.integers(40, 90), st.integers(1, 5), st.randoms()
+)
 def test_packing_gives_every_rank_its_share(lengths: list[int], budget: int, ranks: int, random):
     """Every example on one rank in one micro-batch, none above the budget, as many on every rank; a budget that one
     example passes is refused with the one that would do."""
@@ -414,11 +508,16 @@ def test_packing_gives_every_rank_its_share(lengths: list[int], budget: int, ran
 
 @quick
 @given(st.integers(1, 50), st.integers(1, 60), st.integers(0, 9), st.booleans(), st.integers(0, 30))
-def test_an_epoch_visits_every_example_once(n: int, batch_size: int, seed: int, shuffle: bool, steps: int):
+def test_an_epoch_visits_every_example_once(
+    n: int, batch_size: int, seed: int, shuffle: bool, steps: int
+):
     """Whatever the batch size; and visited() names what so many steps touch."""
     per_epoch = steps_per_epoch(n, batch_size)
     for epoch in range(2):
-        chunks = [step_examples(n, batch_size, epoch * per_epoch + k, seed, shuffle) for k in range(per_epoch)]
+        chunks = [
+            step_examples(n, batch_size, epoch * per_epoch + k, seed, shuffle)
+            for k in range(per_epoch)
+        ]
         assert sorted(np.concatenate(chunks)) == list(range(n))
         assert all(len(chunk) == batch_size for chunk in chunks[:-1]) and len(chunks[-1])
     touched = {int(i) for k in range(steps) for i in step_examples(n, batch_size, k, seed, shuffle)}
@@ -463,9 +562,13 @@ def test_any_command_line_is_taken_or_refused_in_one_line(cls: type, argv: list[
     """A config whose every field has its type, or status 2 with one line; and a flag's negation is its opposite."""
     found, said = parsed(cls, argv)
     if found is None:
-        assert said.startswith("error: ") and said.count("\n") <= 1 + sum(word.count("\n") for word in argv)
+        assert said.startswith("error: ") and said.count("\n") <= 1 + sum(
+            word.count("\n") for word in argv
+        )
     else:
-        assert not said and all(fits(getattr(found, name), hint) for name, hint in get_type_hints(cls).items())
+        assert not said and all(
+            fits(getattr(found, name), hint) for name, hint in get_type_hints(cls).items()
+        )
 
 
 @pytest.mark.parametrize(
@@ -503,11 +606,16 @@ def test_what_is_written_is_read_back(tmp_path: Path, cls: type, data):
     by_file, said = parsed(cls, ["--config", str(path)])
     assert by_file, said
     by_file.config = ""
-    assert repr(by_file) == repr(wanted) == repr(parsed(cls, argv)[0])  # by repr: NaN is not equal to itself
+    assert (
+        repr(by_file) == repr(wanted) == repr(parsed(cls, argv)[0])
+    )  # by repr: NaN is not equal to itself
 
 
 @quick
-@given(st.dictionaries(flag_names | texts, json_values, max_size=3).map(json.dumps).map(str.encode) | lines)
+@given(
+    st.dictionaries(flag_names | texts, json_values, max_size=3).map(json.dumps).map(str.encode)
+    | lines
+)
 @example(b"[" * 100_000)
 def test_any_config_file_is_taken_or_refused_by_name(tmp_path: Path, content: bytes):
     """A file of flags that are not, values that do not fit, or no JSON at all: the one line names the file."""
@@ -515,8 +623,13 @@ def test_any_config_file_is_taken_or_refused_by_name(tmp_path: Path, content: by
     path.write_bytes(content)
     found, said = parsed(train_dpo.Config, ["--config", str(path)])
     assert found or said.startswith("error: ") and "config.json" in said
-    for value in json.loads(content).values() if found else ():  # nothing else has a place in a flag
-        assert all(isinstance(v, (str, int, float)) for v in (value if isinstance(value, list) else [value]))
+    for value in (
+        json.loads(content).values() if found else ()
+    ):  # nothing else has a place in a flag
+        assert all(
+            isinstance(v, (str, int, float))
+            for v in (value if isinstance(value, list) else [value])
+        )
 
 
 # ---- folders of weights ----------------------------------------------------------------------------------------------
@@ -542,15 +655,25 @@ def damaged(draw, content: bytes) -> bytes:
     header, data = header_of(content)
     names = sorted(name for name in header if name != "__metadata__")
     for _ in range(draw(st.integers(1, 2))):
-        what = draw(st.sampled_from("cut size text flip shape reshape dtype offsets swap drop nested".split()))
+        what = draw(
+            st.sampled_from(
+                "cut size text flip shape reshape dtype offsets swap drop nested".split()
+            )
+        )
         name = draw(st.sampled_from(names))
         entry = header[name]
         if what == "cut":
             return content[: draw(st.integers(0, len(content) - 1))]
         if what == "size":
-            return file_of(header, data, draw(st.sampled_from([0, 1, 7, 2**20, 10**8, 2**31, 2**60, 2**63, 2**64 - 1])))
+            return file_of(
+                header,
+                data,
+                draw(st.sampled_from([0, 1, 7, 2**20, 10**8, 2**31, 2**60, 2**63, 2**64 - 1])),
+            )
         if what == "text":
-            return file_of(draw(st.binary(max_size=20) | json_values.map(json.dumps).map(str.encode)), data)
+            return file_of(
+                draw(st.binary(max_size=20) | json_values.map(json.dumps).map(str.encode)), data
+            )
         if what == "nested":
             return file_of(b'{"a":' * 50_000, data)
         if what == "flip":
@@ -558,17 +681,24 @@ def damaged(draw, content: bytes) -> bytes:
             flipped[draw(st.integers(0, len(flipped) - 1))] ^= 1 << draw(st.integers(0, 7))
             return bytes(flipped) + content[len(flipped) :]
         if what == "shape":
-            entry["shape"] = draw(st.lists(st.sampled_from(OFFERS), max_size=4) | st.sampled_from(OFFERS))
+            entry["shape"] = draw(
+                st.lists(st.sampled_from(OFFERS), max_size=4) | st.sampled_from(OFFERS)
+            )
         elif what == "reshape" and "query_key_value" not in name:
             before = header_of(content)[0][name]["shape"]
-            entry["shape"] = draw(st.sampled_from([[math.prod(before)], [1, *before], before[::-1]]))
+            entry["shape"] = draw(
+                st.sampled_from([[math.prod(before)], [1, *before], before[::-1]])
+            )
         elif what == "dtype":
             entry["dtype"] = draw(st.sampled_from(DTYPES))
         elif what == "offsets":
             entry["data_offsets"] = draw(st.lists(st.sampled_from(OFFERS), max_size=3))
         elif what == "swap":
             other = header[draw(st.sampled_from(names))]
-            entry["data_offsets"], other["data_offsets"] = other["data_offsets"], entry["data_offsets"]
+            entry["data_offsets"], other["data_offsets"] = (
+                other["data_offsets"],
+                entry["data_offsets"],
+            )
         elif what == "drop":
             names.remove(name)
             header.pop(name)
@@ -603,7 +733,9 @@ def in_a_small_process(work) -> None:
 
 def small_model(folder: Path, family: str) -> bytes:
     """Writes a tiny folder without a tokenizer; returns its weight file."""
-    hf.save_model(hf.new_model(hf.New(family=family, vocab=10, width=16, heads=2, layers=1, ffn=8)), folder)
+    hf.save_model(
+        hf.new_model(hf.New(family=family, vocab=10, width=16, heads=2, layers=1, ffn=8)), folder
+    )
     return (folder / "model.safetensors").read_bytes()
 
 
@@ -649,11 +781,15 @@ def test_a_fused_weight_of_another_shape_is_refused(tmp_path: Path):
 @given(st.data())
 def test_lying_indexes_are_refused(tmp_path: Path, data):
     """model.safetensors.index.json of any content: the weights it truly lists, or an error with the folder's name."""
-    content = small_model(tmp_path / "model", "llama") if not (tmp_path / "model").exists() else None
+    content = (
+        small_model(tmp_path / "model", "llama") if not (tmp_path / "model").exists() else None
+    )
     folder = tmp_path / "model"
     names = list(header_of(content or (folder / "model.safetensors").read_bytes())[0])
     names = [name for name in names if name != "__metadata__"]
-    save_file({names[0]: torch.zeros(1)}, folder / "other.safetensors")  # holds one weight, of a wrong shape
+    save_file(
+        {names[0]: torch.zeros(1)}, folder / "other.safetensors"
+    )  # holds one weight, of a wrong shape
     odd = ["", ".", "no.safetensors", "other.safetensors", "../model/model.safetensors", "\0", 3]
     good = dict.fromkeys(names, "model.safetensors")
     lie = st.tuples(st.sampled_from([*names[1:], "spare"]), st.sampled_from(odd)).map(
@@ -694,8 +830,14 @@ def test_any_manifest_is_whole_or_says_what_is_wrong(tmp_path: Path, data):
     for name in ("state.safetensors", "state.json"):
         (tmp_path / name).write_bytes(name.encode())
         good[name] = {"bytes": len(name), "sha256": checkpoint._digest(tmp_path / name)}
-    changed = st.dictionaries(st.sampled_from([*good, "x", "..", "\0"]), json_values).map(lambda more: {**good, **more})
-    content = data.draw(st.just(good).map(json.dumps).map(str.encode) | changed.map(json.dumps).map(str.encode) | lines)
+    changed = st.dictionaries(st.sampled_from([*good, "x", "..", "\0"]), json_values).map(
+        lambda more: {**good, **more}
+    )
+    content = data.draw(
+        st.just(good).map(json.dumps).map(str.encode)
+        | changed.map(json.dumps).map(str.encode)
+        | lines
+    )
     (tmp_path / "manifest.json").write_bytes(content)
     reason = checkpoint.damage(tmp_path)
     assert isinstance(reason, str)

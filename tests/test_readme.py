@@ -18,7 +18,12 @@ from data import prepare
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", TEXT, re.S)
-COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line.startswith(("python", "torchrun"))]
+COMMANDS = [
+    line
+    for block in BLOCKS
+    for line in block.splitlines()
+    if line.startswith(("python", "torchrun"))
+]
 
 
 def test_every_command_runs_as_written(tmp_path: Path):
@@ -31,7 +36,11 @@ def test_every_command_runs_as_written(tmp_path: Path):
     assert len(COMMANDS) >= 10
     for line in COMMANDS:
         start, *words = shlex.split(line)
-        words = [sys.executable, *(["-m", "torch.distributed.run"] if start == "torchrun" else []), *words]
+        words = [
+            sys.executable,
+            *(["-m", "torch.distributed.run"] if start == "torchrun" else []),
+            *words,
+        ]
         if "train_" in line:
             words += ["--max-steps", "3"]
         if "train_rejection" in line:
@@ -53,9 +62,17 @@ def test_make_targets_exist():
 
 def test_the_recipe_parses():
     """The Zephyr commands name flags that exist, with values that fit; its data set is one that prepare.py knows."""
-    lines = [shlex.split(line)[1:] for line in re.search(r"```text\n(.*?)```", TEXT, re.S)[1].splitlines()]
+    lines = [
+        shlex.split(line)[1:]
+        for line in re.search(r"```text\n(.*?)```", TEXT, re.S)[1].splitlines()
+    ]
     config = parse(train_dpo.Config, "", lines[1][1:])
-    assert (config.beta, config.lr, config.batch_size, config.template) == (0.01, 5e-7, 128, "zephyr")
+    assert (config.beta, config.lr, config.batch_size, config.template) == (
+        0.01,
+        5e-7,
+        128,
+        "zephyr",
+    )
     assert lines[0][0] == "data/prepare.py" and lines[0][1] in prepare.SETS
 
 

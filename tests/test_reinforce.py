@@ -56,20 +56,27 @@ def double(toy: Path, tmp_path_factory) -> Path:
 def drawn(toy: Path, double: Path, config) -> rollout.Rollout:
     """The samples of step 1, drawn apart from any script."""
     template = Template("auto", load_tokenizer(double))
-    prompts = load_prompts([toy / "world" / "sft.jsonl"], template, 1000, log=lambda line: None).take(range(6))
+    prompts = load_prompts(
+        [toy / "world" / "sft.jsonl"], template, 1000, log=lambda line: None
+    ).take(range(6))
     sample = rollout.local(hf.load_model(double, torch.float64), template, config)
     reward = load_reward(config.reward, template)
     own = rollout.seeds(0, 1, 6, config.group_size)
     return rollout.collect(prompts, sample, reward, template, config, Mesh(), own, 1.0)
 
 
-def plain_advantages(name: str, rewards: list[float], kl: list[list[float]], group: int, beta: float) -> list[list]:
+def plain_advantages(
+    name: str, rewards: list[float], kl: list[list[float]], group: int, beta: float
+) -> list[list]:
     """Per token, a list a response."""
     mean = statistics.fmean
     if name == "reinforce++":
         to_go = [[r - beta * sum(k[t:]) for t in range(len(k))] for r, k in zip(rewards, kl)]
         flat = sum(to_go, [])
-        return [[(x - mean(flat)) / math.sqrt(statistics.variance(flat) + 1e-8) for x in part] for part in to_go]
+        return [
+            [(x - mean(flat)) / math.sqrt(statistics.variance(flat) + 1e-8) for x in part]
+            for part in to_go
+        ]
     found = []
     for i, k in enumerate(kl):
         start = i // group * group
@@ -98,7 +105,17 @@ CASES = [  # advantage, loss, where the KL is, its estimator, aggregate, minibat
 
 @pytest.mark.parametrize("advantage, loss, kl_in, kind, aggregate, minibatches, epochs", CASES)
 def test_a_step_equals_a_plain_loop_in_float64(
-    advantage, loss, kl_in, kind, aggregate, minibatches, epochs, toy: Path, double: Path, tmp_path: Path, train
+    advantage,
+    loss,
+    kl_in,
+    kind,
+    aggregate,
+    minibatches,
+    epochs,
+    toy: Path,
+    double: Path,
+    tmp_path: Path,
+    train,
 ):
     """Loss, gradient norm and every weight after a step's updates within 1e-10: responses one by one, no trees."""
     flags = flags_of(
@@ -148,7 +165,11 @@ def test_a_step_equals_a_plain_loop_in_float64(
                 terms = -a * new
             if kl_in == "loss":
                 terms = terms + 0.3 * kl(new - against[i])
-            share = {"token": 1 / tokens, "sequence": 1 / (len(rows) * len(new)), "constant": 1 / (len(rows) * 8)}
+            share = {
+                "token": 1 / tokens,
+                "sequence": 1 / (len(rows) * len(new)),
+                "constant": 1 / (len(rows) * 8),
+            }
             total = total + terms.sum() * share[aggregate]
         trainer.done = 0
         value, norm = trainer.step(total)
@@ -166,11 +187,24 @@ def test_a_step_equals_a_plain_loop_in_float64(
 # ---- whatever the layout ---------------------------------------------------------------------------------------------
 
 
-def test_micro_batches_and_shared_prompts_change_nothing(toy: Path, double: Path, tmp_path: Path, train):
+def test_micro_batches_and_shared_prompts_change_nothing(
+    toy: Path, double: Path, tmp_path: Path, train
+):
     """Three steps of two updates in float64, cut in other ways: metrics and weights agree within 1e-10."""
-    flags = flags_of(toy, model=double, dtype="fp64", minibatches=2, advantage="grpo", kl_in="loss", kl_estimator="k3")
+    flags = flags_of(
+        toy,
+        model=double,
+        dtype="fp64",
+        minibatches=2,
+        advantage="grpo",
+        kl_in="loss",
+        kl_estimator="k3",
+    )
     wanted = train(train_reinforce, tmp_path / "a", **flags)
-    for name, more in (("b", {"max_tokens": 75, "rollout_batch": 5}), ("c", {"share_prompts": False})):
+    for name, more in (
+        ("b", {"max_tokens": 75, "rollout_batch": 5}),
+        ("c", {"share_prompts": False}),
+    ):
         got = train(train_reinforce, tmp_path / name, **flags, **more)
         for row, like in zip(got, wanted, strict=True):
             assert row.keys() == like.keys()
@@ -184,8 +218,14 @@ def test_micro_batches_and_shared_prompts_change_nothing(toy: Path, double: Path
 def test_the_first_ratio_is_one(loss: str, toy: Path, tmp_path: Path, train):
     """Bit for bit where there is one update a rollout, in every step; the policy moves all the same."""
     rows = train(train_reinforce, tmp_path / "out", **flags_of(toy, loss=loss))
-    assert [row["ratio"] for row in rows] == [1.0] * 3 and [row["clip_fraction"] for row in rows] == [0.0] * 3
-    assert rows[-1]["kl"] != 0 and rows[0]["kl_k3"] < 1e-6 and all(row["grad_norm"] > 0 for row in rows)
+    assert [row["ratio"] for row in rows] == [1.0] * 3 and [
+        row["clip_fraction"] for row in rows
+    ] == [0.0] * 3
+    assert (
+        rows[-1]["kl"] != 0
+        and rows[0]["kl_k3"] < 1e-6
+        and all(row["grad_norm"] > 0 for row in rows)
+    )
 
 
 def test_the_first_of_several_updates_has_ratio_one(toy: Path, tmp_path: Path, train, monkeypatch):
@@ -197,15 +237,28 @@ def test_the_first_of_several_updates_has_ratio_one(toy: Path, tmp_path: Path, t
         seen.append((found[1]["ratio"] - 1).abs().max().item())
         return found
 
-    losses_policy_gradient, token_logps, updates = losses.policy_gradient, rollout.token_logps, train_reinforce.updates
+    losses_policy_gradient, token_logps, updates = (
+        losses.policy_gradient,
+        rollout.token_logps,
+        train_reinforce.updates,
+    )
     monkeypatch.setattr(losses, "policy_gradient", spy)
-    old, plans = [], []  # micro-batches of the old log-probs (and the reference's), and of the updates
-    monkeypatch.setattr(rollout, "token_logps", lambda *args: old.append(args[2]) or token_logps(*args))
-    monkeypatch.setattr(train_reinforce, "updates", lambda *args: plans.append(updates(*args)) or plans[-1])
+    old, plans = (
+        [],
+        [],
+    )  # micro-batches of the old log-probs (and the reference's), and of the updates
+    monkeypatch.setattr(
+        rollout, "token_logps", lambda *args: old.append(args[2]) or token_logps(*args)
+    )
+    monkeypatch.setattr(
+        train_reinforce, "updates", lambda *args: plans.append(updates(*args)) or plans[-1]
+    )
     flags = flags_of(toy, minibatches=2, rollout_epochs=2, max_steps=2, max_tokens=110)
     rows = train(train_reinforce, tmp_path / "out", **flags)
     for bins, plan in zip(old, [plan for plan in plans for _ in range(2)], strict=True):
-        assert bins == plan[0][1] + plan[1][1] and len(plan) == 4  # the very bits that the first pass will see
+        assert (
+            bins == plan[0][1] + plan[1][1] and len(plan) == 4
+        )  # the very bits that the first pass will see
     counts = [len(bins) for plan in plans for _, bins in plan]
     assert len(counts) == 8 and sum(counts) == len(seen)
     worst = [max(seen[sum(counts[:i]) : sum(counts[: i + 1])]) for i in range(8)]  # of each update
@@ -220,24 +273,36 @@ def test_the_first_of_several_updates_has_ratio_one(toy: Path, tmp_path: Path, t
 def test_resumed_is_never_stopped_bit_for_bit(several: int, toy: Path, tmp_path: Path, train):
     """Samples, metrics and weights; the reference of a resumed run is that of step 0, not the half-trained policy."""
     heldout = toy / "world" / "prompts_test.jsonl"
-    flags = flags_of(toy, max_steps=6, minibatches=several, eval_data=heldout, eval_every=3, log_samples=2)
+    flags = flags_of(
+        toy, max_steps=6, minibatches=several, eval_data=heldout, eval_every=3, log_samples=2
+    )
     whole = train(train_reinforce, tmp_path / "whole", **flags)
     part = train(train_reinforce, tmp_path / "part", **flags, save_every=1, keep=9)
     assert part == whole
     for step in (6, 5, 4):  # as if killed after step 4, having written two more than it saved
         (checkpoint.all_steps(tmp_path / "part")[0]).rename(tmp_path / f"gone{step}")
     assert train(train_reinforce, tmp_path / "part", **flags, resume="auto") == whole
-    assert (tmp_path / "part" / "samples.jsonl").read_text() == (tmp_path / "whole" / "samples.jsonl").read_text()
+    assert (tmp_path / "part" / "samples.jsonl").read_text() == (
+        tmp_path / "whole" / "samples.jsonl"
+    ).read_text()
     a, b = weights(tmp_path / "whole"), weights(tmp_path / "part")
     assert all(torch.equal(a[name], b[name]) for name in a)
-    rows = [json.loads(line) for line in (tmp_path / "whole" / "samples.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (tmp_path / "whole" / "samples.jsonl").read_text().splitlines()
+    ]
     assert [row["step"] for row in rows] == [s for s in (1, 2, 4, 6) for _ in range(16)]
     assert rows[0].keys() == {"step", "prompt", "response", "reward", "ended"}
     assert whole[0]["step"] == 0 and whole[0].keys() == {
         "step", "eval/reward", "eval/reward_std", "eval/completions/mean_length", "eval/completions/ended"
     }  # fmt: skip
-    best = max((row for row in whole if row["step"] and "eval/reward" in row), key=lambda row: row["eval/reward"])
-    assert json.loads((tmp_path / "gone6" / "state.json").read_text())["best"] in (None, -best["eval/reward"])
+    best = max(
+        (row for row in whole if row["step"] and "eval/reward" in row),
+        key=lambda row: row["eval/reward"],
+    )
+    assert json.loads((tmp_path / "gone6" / "state.json").read_text())["best"] in (
+        None,
+        -best["eval/reward"],
+    )
 
 
 # ---- what it is for --------------------------------------------------------------------------------------------------
@@ -245,7 +310,16 @@ def test_resumed_is_never_stopped_bit_for_bit(several: int, toy: Path, tmp_path:
 
 def test_what_pays_is_learned(toy: Path, tmp_path: Path, train):
     """From random weights: answers with an e at a word's end become the rule within a few steps."""
-    flags = flags_of(toy, max_steps=15, batch_size=8, epochs=2, kl=0.0, reward="regex:e ", lr=3e-2, weight_decay=0.0)
+    flags = flags_of(
+        toy,
+        max_steps=15,
+        batch_size=8,
+        epochs=2,
+        kl=0.0,
+        reward="regex:e ",
+        lr=3e-2,
+        weight_decay=0.0,
+    )
     rows = train(train_reinforce, tmp_path / "out", **flags)
     first, last = (np.mean([row["reward"] for row in part]) for part in (rows[:3], rows[-3:]))
     assert first < 0.6 and last > 0.9 and "kl" not in rows[0]
@@ -304,9 +378,15 @@ def on_ranks(world: int, out: Path, **flags) -> list[dict]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = ["--out", str(out), *(word for name, value in flags.items() for word in (f"--{name}", str(value)))]
+    words = [
+        "--out",
+        str(out),
+        *(word for name, value in flags.items() for word in (f"--{name}", str(value))),
+    ]
     fork = multiprocessing.get_context("fork")
-    ranks = [fork.Process(target=one_rank, args=(rank, world, port, words)) for rank in range(world)]
+    ranks = [
+        fork.Process(target=one_rank, args=(rank, world, port, words)) for rank in range(world)
+    ]
     for process in ranks:
         process.start()
     for process in ranks:
@@ -326,8 +406,12 @@ def judge_folder(double: Path, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("layout", [{}, {"tp": 2}, {"cp": 2}, {"pp": 2}], ids=lambda layout: next(iter(layout), "dp"))
-def test_two_ranks_do_what_one_does(layout: dict, toy: Path, double: Path, judge_folder: Path, tmp_path: Path, train):
+@pytest.mark.parametrize(
+    "layout", [{}, {"tp": 2}, {"cp": 2}, {"pp": 2}], ids=lambda layout: next(iter(layout), "dp")
+)
+def test_two_ranks_do_what_one_does(
+    layout: dict, toy: Path, double: Path, judge_folder: Path, tmp_path: Path, train
+):
     """Samples of their own, a sharded reward model, two updates a rollout: metrics and weights agree within 1e-9."""
     flags = flags_of(
         toy, model=double, dtype="fp64", minibatches=2, reward=judge_folder, max_steps=2, batch_size=5,
@@ -341,6 +425,8 @@ def test_two_ranks_do_what_one_does(layout: dict, toy: Path, double: Path, judge
             assert row[key] == pytest.approx(like[key], abs=1e-9), key
     a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert a.keys() == b.keys() and max((a[k] - b[k]).abs().max() for k in a) < 1e-9
-    texts = [(tmp_path / name / "samples.jsonl").read_text().splitlines() for name in ("one", "two")]
+    texts = [
+        (tmp_path / name / "samples.jsonl").read_text().splitlines() for name in ("one", "two")
+    ]
     one, two = ([json.loads(line)["response"] for line in lines] for lines in texts)
     assert one == two and len(one) == 16

@@ -49,7 +49,9 @@ def found(texts: list[str], rewards: list[float], ended: list[bool], group: int)
     n = len(texts) // group
     samples = [Sample([5], [0.0], [0.0], end) for end in ended]
     prompts = Prompts([{}] * n, [f"p{i}" for i in range(n)], [[4]] * n)
-    return Rollout(prompts, samples, texts, np.array(rewards), np.array(ended), trees(prompts.ids, samples), {})
+    return Rollout(
+        prompts, samples, texts, np.array(rewards), np.array(ended), trees(prompts.ids, samples), {}
+    )
 
 
 def test_the_best_are_kept_and_pairs_are_best_and_worst():
@@ -64,7 +66,15 @@ def test_the_best_are_kept_and_pairs_are_best_and_worst():
     assert [(row["prompt"], row["response"], row["reward"]) for row in kept] == [
         ("p0", "b", 3.0), ("p0", "c", 2.0), ("p1", "y", 5.0), ("p1", "z", 5.0), ("p2", "k", 1.0)
     ]  # fmt: skip
-    assert pairs == [{"prompt": "p0", "chosen": "b", "rejected": "a", "chosen_reward": 3.0, "rejected_reward": 1.0}]
+    assert pairs == [
+        {
+            "prompt": "p0",
+            "chosen": "b",
+            "rejected": "a",
+            "chosen_reward": 3.0,
+            "rejected_reward": 1.0,
+        }
+    ]
     config.top, config.min_reward = 1, 3.0
     assert [row["response"] for row in train_rejection.choose(drawn, config)[0]] == ["b", "y"]
 
@@ -72,14 +82,27 @@ def test_the_best_are_kept_and_pairs_are_best_and_worst():
 def test_it_is_sft_on_what_it_kept(toy: Path, tmp_path: Path, train):
     """Its steps are those of train_sft.py on kept.jsonl, bit for bit; the kept answers earn more than the rest."""
     flags = flags_of(toy)
-    rows = train(train_rejection, tmp_path / "out", **flags, eval_data=toy / "world" / "prompts_test.jsonl")
+    rows = train(
+        train_rejection, tmp_path / "out", **flags, eval_data=toy / "world" / "prompts_test.jsonl"
+    )
     first, evaluated, *steps = rows
     kept = rows_of(tmp_path / "out" / "kept.jsonl")
-    assert first["kept/reward"] > first["reward"] + first["reward_std"] / 2 and first["kept/rows"] == len(kept) > 10
-    logged = rows_of(tmp_path / "out" / "samples.jsonl")  # of the first eight prompts, 6 samples of 4 of them
+    assert (
+        first["kept/reward"] > first["reward"] + first["reward_std"] / 2
+        and first["kept/rows"] == len(kept) > 10
+    )
+    logged = rows_of(
+        tmp_path / "out" / "samples.jsonl"
+    )  # of the first eight prompts, 6 samples of 4 of them
     best = max(row["reward"] for row in logged[:6] if row["ended"])
-    assert len(logged) == 24 and kept[0]["prompt"] == logged[0]["prompt"] and kept[0]["reward"] == best
-    assert len({row["prompt"] for row in kept}) == len(kept) and "eval/reward" in evaluated and len(steps) > 2
+    assert (
+        len(logged) == 24 and kept[0]["prompt"] == logged[0]["prompt"] and kept[0]["reward"] == best
+    )
+    assert (
+        len({row["prompt"] for row in kept}) == len(kept)
+        and "eval/reward" in evaluated
+        and len(steps) > 2
+    )
     same = train(
         train_sft, tmp_path / "sft", model=toy / "model", data=tmp_path / "out" / "kept.jsonl", batch_size=8, lr=1e-2,
         template="plain",
@@ -96,7 +119,12 @@ def test_its_pairs_are_what_dpo_takes(toy: Path, tmp_path: Path, train):
     assert not (tmp_path / "out" / "final").exists()
     pairs = rows_of(tmp_path / "out" / "pairs.jsonl")
     assert len(pairs) > 10 and all(row["chosen_reward"] > row["rejected_reward"] for row in pairs)
-    flags = {"model": toy / "model", "data": tmp_path / "out" / "pairs.jsonl", "batch_size": 4, "max_steps": 3}
+    flags = {
+        "model": toy / "model",
+        "data": tmp_path / "out" / "pairs.jsonl",
+        "batch_size": 4,
+        "max_steps": 3,
+    }
     rows = train(train_dpo, tmp_path / "dpo", **flags, lr=1e-2, loss="rpo_sq", template="plain")
     assert len([row for row in rows if "loss" in row]) == 3
 
@@ -109,7 +137,9 @@ def test_resumed_is_never_stopped_bit_for_bit(toy: Path, tmp_path: Path, train):
     drawn = (tmp_path / "part" / "kept.jsonl").stat().st_mtime_ns
     assert train(train_rejection, tmp_path / "part", **flags_of(toy), resume="auto") == whole
     assert (tmp_path / "part" / "kept.jsonl").stat().st_mtime_ns == drawn
-    a, b = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("whole", "part"))
+    a, b = (
+        load_file(tmp_path / name / "final" / "model.safetensors") for name in ("whole", "part")
+    )
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
@@ -127,7 +157,11 @@ def test_settings_that_cannot_be_are_refused(toy: Path, tmp_path: Path, train):
 def test_the_loop_of_the_readme_runs(toy: Path, tmp_path: Path, train):
     """Iterative DPO as README.md has it: the commands of two rounds, thirty prompts, a model of random weights."""
     text = (ROOT / "README.md").read_text()
-    loop = next(block for block in re.findall(r"```sh\n(.*?)```", text, re.S) if "train_rejection.py" in block)
+    loop = next(
+        block
+        for block in re.findall(r"```sh\n(.*?)```", text, re.S)
+        if "train_rejection.py" in block
+    )
     model, *commands, goes_on = re.findall(r"^(?:model=|  python |  model=)(.*)$", loop, re.M)
     assert len(commands) == 2
     for i in ("1", "2"):
@@ -141,5 +175,9 @@ def test_the_loop_of_the_readme_runs(toy: Path, tmp_path: Path, train):
             script, *words = shlex.split(command)
             {"train_rejection.py": train_rejection, "train_dpo.py": train_dpo}[script].main(words)
         model = goes_on.replace("$i", i)
-    assert rows_of(tmp_path / "pairs_1" / "pairs.jsonl") != rows_of(tmp_path / "pairs_2" / "pairs.jsonl") != []
+    assert (
+        rows_of(tmp_path / "pairs_1" / "pairs.jsonl")
+        != rows_of(tmp_path / "pairs_2" / "pairs.jsonl")
+        != []
+    )
     assert (tmp_path / "iterated_2" / "final" / "model.safetensors").exists()

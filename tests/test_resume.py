@@ -52,10 +52,14 @@ def same(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_killed_run_resumes_as_if_nothing_had_been(number: int, toy: Path, unbroken: Path, tmp_path: Path):
+def test_a_killed_run_resumes_as_if_nothing_had_been(
+    number: int, toy: Path, unbroken: Path, tmp_path: Path
+):
     """SIGTERM saves and exits 0; SIGKILL saves nothing; --resume auto ends both like the unbroken run."""
     out = tmp_path / "out"
-    process = subprocess.Popen(command(toy, out), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command(toy, out), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     while not (out / "step_14").exists():
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.002)
@@ -66,7 +70,10 @@ def test_a_killed_run_resumes_as_if_nothing_had_been(number: int, toy: Path, unb
     assert len(references) == 2
     if number == signal.SIGTERM:
         assert process.returncode == 0 and "stopped by SIGTERM after step" in text
-        assert checkpoint.newest(out).name == f"step_{len([r for r in read_metrics(out) if 'loss' in r])}"
+        assert (
+            checkpoint.newest(out).name
+            == f"step_{len([r for r in read_metrics(out) if 'loss' in r])}"
+        )
     else:
         assert process.returncode == -signal.SIGKILL
         # A run killed while writing leaves half a row; it must not disturb the resumed one.
@@ -74,24 +81,34 @@ def test_a_killed_run_resumes_as_if_nothing_had_been(number: int, toy: Path, unb
             file.write('{"step": 15, "lo')
         # Without its cache the reference is scored again, by the policy as it was at step 0, not as it was saved.
         shutil.rmtree(out / "cache")
-    resumed = subprocess.run(command(toy, out, "--resume", "auto"), check=True, capture_output=True, text=True)
+    resumed = subprocess.run(
+        command(toy, out, "--resume", "auto"), check=True, capture_output=True, text=True
+    )
     assert "resumed from" in resumed.stdout
     assert {path: path.read_bytes() for path in (out / "cache").glob("reference-*")} == references
     same(out, unbroken)
 
 
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(toy: Path, unbroken: Path, tmp_path: Path):
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(
+    toy: Path, unbroken: Path, tmp_path: Path
+):
     """A newest checkpoint with a flipped byte, or cut short, is named in a warning and passed over."""
     out = tmp_path / "out"
-    stopped = subprocess.run(command(toy, out, "--max-steps", "15"), check=True, capture_output=True, text=True)
-    assert {path.name for path in checkpoint.all_steps(out)} == {"step_14", "step_7"}, stopped.stdout
+    stopped = subprocess.run(
+        command(toy, out, "--max-steps", "15"), check=True, capture_output=True, text=True
+    )
+    assert {path.name for path in checkpoint.all_steps(out)} == {"step_14", "step_7"}, (
+        stopped.stdout
+    )
     file = out / "step_14" / "state-00001-of-00001.safetensors"
     content = bytearray(file.read_bytes())
     content[-5] ^= 1
     file.write_bytes(content)
     said = []
     assert checkpoint.newest(out, said.append).name == "step_7"
-    assert "step_14 is damaged: state-00001-of-00001.safetensors does not match its SHA-256" in said[0]
+    assert (
+        "step_14 is damaged: state-00001-of-00001.safetensors does not match its SHA-256" in said[0]
+    )
     file.write_bytes(content[:-3])
     assert checkpoint.newest(out, said.append).name == "step_7" and "bytes, not" in said[1]
     with pytest.raises(ValueError, match="is damaged"):
@@ -109,9 +126,13 @@ def test_a_full_disk_leaves_the_old_checkpoint(toy: Path, tmp_path: Path):
     optimizer = saved(toy, tmp_path, 1)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))  # as a full disk would stop it, in mid-file
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (50_000, hard)
+    )  # as a full disk would stop it, in mid-file
     try:
-        with pytest.raises(OSError, match="could not write .*step_2.*free space.*goes on from step_1"):
+        with pytest.raises(
+            OSError, match="could not write .*step_2.*free space.*goes on from step_1"
+        ):
             checkpoint.save(tmp_path, checkpoint.State(step=2), optimizer, keep=2)
         with pytest.raises(OSError, match="could not write .*final.*free space"):
             hf.save_model(hf.load_model(toy / "model", torch.float32), tmp_path / "final")
@@ -158,7 +179,12 @@ def test_steps_that_are_not_finite_change_nothing_and_end_the_run(toy: Path, tmp
 
 def test_max_minutes_saves_and_leaves(toy: Path, tmp_path: Path, train):
     """The time limit ends a run after a step, with a checkpoint; the rest follows on --resume auto."""
-    flags = {"model": toy / "model", "data": toy / "world" / "preferences.jsonl", "batch_size": 8, "lr": 1e-2}
+    flags = {
+        "model": toy / "model",
+        "data": toy / "world" / "preferences.jsonl",
+        "batch_size": 8,
+        "lr": 1e-2,
+    }
     whole = train(train_dpo, tmp_path / "whole", **flags)
     first = train(train_dpo, tmp_path / "out", **flags, max_minutes=1e-6)
     assert len(first) == 2 and checkpoint.newest(tmp_path / "out").name == "step_1"

@@ -40,7 +40,9 @@ def test_exact_answers_by_hand():
     ):  # fmt: skip
         assert reward("", response, {"answer": answer}) == wanted, (response, answer)
     assert rewards.exact("A:")("", "so\nA: 10", {"response": "text\nA: 10"}) == 1.0
-    with pytest.raises(ValueError, match="needs rows with an answer: one of answer, .*; have prompt"):
+    with pytest.raises(
+        ValueError, match="needs rows with an answer: one of answer, .*; have prompt"
+    ):
         reward("", "#### 1", {"prompt": "?"})
 
 
@@ -51,7 +53,12 @@ def test_expressions_and_lengths_by_hand(toy: Path):
     assert judge("regex:^(yes|no)", template, *answers) == [1.0, 0.0, 1.0]
     assert judge("regex:a:b", template, ("p", "xa:b", {})) == [1.0]
     texts = ["", "one two", "one two three four", "a " * 30]
-    assert judge("length:4", template, *(("p", text, {}) for text in texts)) == [-1.0, -0.5, 0.0, -1.0]
+    assert judge("length:4", template, *(("p", text, {}) for text in texts)) == [
+        -1.0,
+        -0.5,
+        0.0,
+        -1.0,
+    ]
 
 
 def test_a_function_of_a_file_sees_prompt_response_and_row(tmp_path: Path, toy: Path):
@@ -73,9 +80,17 @@ def test_a_function_of_a_file_sees_prompt_response_and_row(tmp_path: Path, toy: 
         judge(f"{tmp_path}/mine.py:endless", template, *answers)
     (tmp_path / "broken.py").write_text("import no_such_module\n")
     for name, error, words in (
-        (f"{tmp_path}/mine.py:jugde", ValueError, "has no function jugde, only judge, nothing, endless"),
+        (
+            f"{tmp_path}/mine.py:jugde",
+            ValueError,
+            "has no function jugde, only judge, nothing, endless",
+        ),
         (f"{tmp_path}/none.py:f", FileNotFoundError, "there is no file .*none.py"),
-        (f"{tmp_path}/broken.py:f", ValueError, "cannot be run: ModuleNotFoundError: No module named 'no_such_module'"),
+        (
+            f"{tmp_path}/broken.py:f",
+            ValueError,
+            "cannot be run: ModuleNotFoundError: No module named 'no_such_module'",
+        ),
         ("no/such/folder", ValueError, "is no folder of a reward model, no file.py:function"),
         ("", ValueError, r"\(missing\) is no folder"),
         ("regex:(", ValueError, "is no regular expression"),
@@ -91,7 +106,10 @@ def test_the_toy_world_rewards_the_truth(toy: Path):
     """--reward data/toyworld.py:reward is the scorer's utility; the prompt may be text or messages."""
     prompt, template = "Where does Ada live?", template_of(toy / "model")
     name = str(Path(toyworld.__file__)) + ":reward"
-    answers = [(prompt, "Ada lives by the forest.", {}), (prompt, "Ada lives by the tower. Ugh, not again.", {})]
+    answers = [
+        (prompt, "Ada lives by the forest.", {}),
+        (prompt, "Ada lives by the tower. Ugh, not again.", {}),
+    ]
     assert judge(name, template, *answers) == [4.0, 1.0]
     assert judge(name, template, ([{"role": "user", "content": prompt}], "Forest.", {})) == [4.0]
 
@@ -110,15 +128,26 @@ def reward_folder(toy: Path, tmp_path_factory) -> Path:
 def test_a_reward_model_scores_the_very_tokens(toy: Path, reward_folder: Path):
     """Trees of token ids get the scores that their texts get alone; for ids that no text has, those of the ids."""
     template = template_of(toy / "model")
-    rows = [json.loads(line) for line in (toy / "world" / "preferences.jsonl").read_text().splitlines()[:5]]
+    rows = [
+        json.loads(line)
+        for line in (toy / "world" / "preferences.jsonl").read_text().splitlines()[:5]
+    ]
     pairs = [template.pair(row["prompt"], [row["chosen"], row["rejected"]]) for row in rows]
     samples = [Sample(ids, [], [], True) for _, answers, _ in pairs for ids, _ in answers]
     texts = [text for row in rows for text in (row["chosen"], row["rejected"])]
     reward = rewards.load_reward(str(reward_folder), template, dtype=torch.float64, max_tokens=90)
     double = [row for row in rows for _ in range(2)]
-    found = reward([row["prompt"] for row in double], texts, double, rollout.trees([p for p, _, _ in pairs], samples))
+    found = reward(
+        [row["prompt"] for row in double],
+        texts,
+        double,
+        rollout.trees([p for p, _, _ in pairs], samples),
+    )
     model = hf.load_model(reward_folder, torch.float64, scores=())
-    wanted = [score(model, template, [(row["prompt"], [text])])[0][0, 0] for row, text in zip(double, texts)]
+    wanted = [
+        score(model, template, [(row["prompt"], [text])])[0][0, 0]
+        for row, text in zip(double, texts)
+    ]
     assert found.tolist() == pytest.approx(wanted, abs=1e-12) and found.dtype == np.float64
     # An answer spelled in single letters decodes to the same text, but it is not the same sample.
     ids = template.tokenizer.encode("chess")
@@ -129,12 +158,16 @@ def test_a_reward_model_scores_the_very_tokens(toy: Path, reward_folder: Path):
     assert abs(one - other) > 1e-3
 
 
-def test_reward_models_that_cannot_serve_are_refused(toy: Path, reward_folder: Path, tmp_path: Path, real_model: Path):
+def test_reward_models_that_cannot_serve_are_refused(
+    toy: Path, reward_folder: Path, tmp_path: Path, real_model: Path
+):
     """Another tokenizer, several outputs, scores that are not finite."""
     template = template_of(toy / "model")
     other = hf.load_model(real_model, torch.float32, scores=("reward",))
     hf.save_model(other, tmp_path / "other", real_model)
-    with pytest.raises(ValueError, match="has another tokenizer than the policy.*from the policy's family"):
+    with pytest.raises(
+        ValueError, match="has another tokenizer than the policy.*from the policy's family"
+    ):
         rewards.load_reward(str(tmp_path / "other"), template)
     several = hf.load_model(toy / "model", torch.float32, scores=("correctness", "verbosity"))
     hf.save_model(several, tmp_path / "several", toy / "model")
@@ -165,7 +198,11 @@ def test_prompts_of_every_kind_of_row(tmp_path: Path, toy: Path):
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     template = template_of(toy / "model")
     found = load_prompts([file], template, 20, log=said.append)
-    assert len({tuple(ids) for ids in found.ids}) == 1 and len(found.ids) == 5 and found.rows[0]["answer"] == "forest"
+    assert (
+        len({tuple(ids) for ids in found.ids}) == 1
+        and len(found.ids) == 5
+        and found.rows[0]["answer"] == "forest"
+    )
     assert "6 rows, 5 prompts kept, 1 longer than 20 tokens (drop), 0 bad" in said[-1]
     cut = load_prompts([file], template, 20, "truncate", log=said.append)
     assert len(cut.ids[-1]) == 20 and cut.ids[-1][-1] == found.ids[0][-1] and len(cut.ids) == 6
@@ -174,7 +211,8 @@ def test_prompts_of_every_kind_of_row(tmp_path: Path, toy: Path):
     with open(file, "a") as more:
         more.write('{"text": "?"}\n')
     with pytest.raises(
-        ValueError, match=r"rows.jsonl:7: no `prompt` \(nor `input` or `messages`\); this row has 'text'"
+        ValueError,
+        match=r"rows.jsonl:7: no `prompt` \(nor `input` or `messages`\); this row has 'text'",
     ):
         load_prompts([file], template, 20, log=said.append)
     assert len(load_prompts([file], template, 20, max_bad_rows=1, log=said.append).ids) == 5

@@ -45,18 +45,25 @@ def test_pairwise_losses_and_gradients_are_the_formulas(name: str):
             "scaled_bt": (-big * math.log(sigma(delta)), -big * sigma(-delta)),
         }[name]
         scores = torch.tensor([[c, r]], dtype=torch.float64, requires_grad=True)
-        loss, metrics = losses.pairwise_reward(scores, torch.tensor([m], dtype=torch.float64), name, lam)
+        loss, metrics = losses.pairwise_reward(
+            scores, torch.tensor([m], dtype=torch.float64), name, lam
+        )
         assert loss.item() == pytest.approx(wanted + lam * (c * c + r * r), abs=1e-12)
         got = torch.autograd.grad(loss.sum(), scores)[0][0].tolist()
         assert got == pytest.approx([slope + 2 * lam * c, -slope + 2 * lam * r], abs=1e-12)
-        assert metrics["rewards/accuracies"].item() == (c > r) and not metrics["rewards/chosen"].requires_grad
+        assert (
+            metrics["rewards/accuracies"].item() == (c > r)
+            and not metrics["rewards/chosen"].requires_grad
+        )
     signed = losses.bradley_terry(torch.tensor(1.0), torch.tensor(0.5), -2.0)
     assert signed.item() == pytest.approx(-math.log(sigma(2.5)), abs=1e-6)
 
 
 def test_missing_attributes_contribute_exactly_nothing():
     """Masked squares in plain numbers; where an attribute is missing, loss and gradient are exactly 0, never NaN."""
-    scores = torch.randn(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    scores = torch.randn(
+        6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    ).requires_grad_()
     wanted = torch.tensor([[1, math.nan, 0], [math.nan] * 3, [4, 2, 0]] * 2, dtype=torch.float64)
     loss = losses.regression(scores, wanted)
     (slope,) = torch.autograd.grad(loss.sum(), scores)
@@ -90,11 +97,14 @@ class PlainScorer(PlainModel):
         return found
 
 
-def plain_run(model: PlainScorer, trees: list, loss, batch: int, steps: int, lr: float) -> list[tuple[float, float]]:
+def plain_run(
+    model: PlainScorer, trees: list, loss, batch: int, steps: int, lr: float
+) -> list[tuple[float, float]]:
     trainer = PlainTrainer(model, total=steps, lr=lr)
     rows = [range(step * batch, step * batch + batch) for step in range(steps)]
     return [
-        trainer.step(loss([[model.score(trees[i][0], r) for r in trees[i][1]] for i in mine], mine)) for mine in rows
+        trainer.step(loss([[model.score(trees[i][0], r) for r in trees[i][1]] for i in mine], mine))
+        for mine in rows
     ]
 
 
@@ -106,7 +116,9 @@ def check(got: list[dict], wanted: list[tuple[float, float]], near: float):
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "qwen2"])
 @pytest.mark.parametrize("kind", ["bradley_terry", "margin_bt", "regression"])
-def test_five_steps_equal_a_plain_loop_in_float64(kind: str, family: str, toy: Path, tmp_path: Path, train):
+def test_five_steps_equal_a_plain_loop_in_float64(
+    kind: str, family: str, toy: Path, tmp_path: Path, train
+):
     """Losses, gradient norms and every weight after five steps within 1e-10, whatever is packed with what."""
     sizes = {} if family == "gpt_neox" else {"kv_heads": 2}
     flags = hf.New(
@@ -119,20 +131,31 @@ def test_five_steps_equal_a_plain_loop_in_float64(kind: str, family: str, toy: P
     data = rows_of(file, 20)
     if not pairs:  # holes in the labels
         for i, row in enumerate(data):
-            row["attributes"] = {k: v for j, (k, v) in enumerate(row["attributes"].items()) if (i + j) % 3}
+            row["attributes"] = {
+                k: v for j, (k, v) in enumerate(row["attributes"].items()) if (i + j) % 3
+            }
         file = tmp_path / "holes.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in data))
     keys = ["chosen", "rejected"] if pairs else ["response"]
     trees = encode(toy / "world" / "tokenizer" / "tokenizer.model", data, keys)
-    names = [n for n in ATTRIBUTES if not pairs and any(n in row["attributes"] for row in data)] or ["reward"]
+    names = [
+        n for n in ATTRIBUTES if not pairs and any(n in row["attributes"] for row in data)
+    ] or ["reward"]
     assert len(names) == (1 if pairs else 6)
 
     def loss(scores: list, mine: range) -> torch.Tensor:
         if pairs:
-            gap = [abs(data[i]["chosen_reward"] - data[i]["rejected_reward"]) * (kind == "margin_bt") for i in mine]
-            return sum(-torch.nn.functional.logsigmoid(c - r - m)[0] for (c, r), m in zip(scores, gap)) / len(mine)
+            gap = [
+                abs(data[i]["chosen_reward"] - data[i]["rejected_reward"]) * (kind == "margin_bt")
+                for i in mine
+            ]
+            return sum(
+                -torch.nn.functional.logsigmoid(c - r - m)[0] for (c, r), m in zip(scores, gap)
+            ) / len(mine)
         labels = [
-            (s[0][names.index(k)] - v) ** 2 for i, s in zip(mine, scores) for k, v in data[i]["attributes"].items()
+            (s[0][names.index(k)] - v) ** 2
+            for i, s in zip(mine, scores)
+            for k, v in data[i]["attributes"].items()
         ]
         return sum(labels) / len(labels)
 
@@ -146,21 +169,28 @@ def test_five_steps_equal_a_plain_loop_in_float64(kind: str, family: str, toy: P
         )  # fmt: skip
         check(got, wanted, 1e-10)
         if kind == "bradley_terry":
-            assert got[0]["loss"] == pytest.approx(math.log(2), abs=1e-12)  # every score is 0 before the first step
+            assert got[0]["loss"] == pytest.approx(
+                math.log(2), abs=1e-12
+            )  # every score is 0 before the first step
         mine = load_file(tmp_path / f"out{run}" / "final" / "model.safetensors")
         assert mine.keys() == plain.weights.keys()
-        assert max((mine[name] - w.detach()).abs().max() for name, w in plain.weights.items()) < 1e-10
+        assert (
+            max((mine[name] - w.detach()).abs().max() for name, w in plain.weights.items()) < 1e-10
+        )
 
 
 @pytest.mark.parametrize(
-    "file", ["gsm8k/pref_train.jsonl", "alpaca_eval/pref_chat.jsonl", "alpaca_eval/attributes.jsonl"]
+    "file",
+    ["gsm8k/pref_train.jsonl", "alpaca_eval/pref_chat.jsonl", "alpaca_eval/attributes.jsonl"],
 )
 def test_real_rows_equal_a_plain_loop(file: str, real_model: Path, tmp_path: Path, train):
     """Five fp32 steps on real rows within 1e-5 of the plain loop."""
     data = [row for row in rows_of(REAL / file, 400) if len(str(row)) < 2500][:10]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
     pairs = "chosen" in data[0]
-    trees = encode(real_model / "tokenizer.model", data, ["chosen", "rejected"] if pairs else ["response"])
+    trees = encode(
+        real_model / "tokenizer.model", data, ["chosen", "rejected"] if pairs else ["response"]
+    )
 
     def loss(scores: list, mine: range) -> torch.Tensor:
         if pairs:
@@ -191,13 +221,19 @@ def test_metrics_and_evaluation(toy: Path, tmp_path: Path, train, capsys):
     )
     score.main(["--model", str(tmp_path / "pairs" / "final"), "--data", str(world / "preferences_test.jsonl"), "--out",
                 str(tmp_path / "scored.jsonl")])  # fmt: skip
-    pairs = np.array([[r["chosen_reward"], r["rejected_reward"]] for r in rows_of(tmp_path / "scored.jsonl", 99)])
+    pairs = np.array(
+        [[r["chosen_reward"], r["rejected_reward"]] for r in rows_of(tmp_path / "scored.jsonl", 99)]
+    )
     shown = capsys.readouterr().out
     assert shown.count("  prompt  ") == 2  # --samples shows held-out answers with their scores
     for row in rows_of(tmp_path / "scored.jsonl", 2):
-        assert all(f"  {row[f'{k}_reward']:.3f}  {row[k]!r}" in shown for k in ("chosen", "rejected"))
+        assert all(
+            f"  {row[f'{k}_reward']:.3f}  {row[k]!r}" in shown for k in ("chosen", "rejected")
+        )
     assert found["eval/rewards/accuracies"] == (pairs[:, 0] > pairs[:, 1]).mean()
-    assert found["eval/rewards/margins"] == pytest.approx((pairs[:, 0] - pairs[:, 1]).mean(), abs=1e-5)
+    assert found["eval/rewards/margins"] == pytest.approx(
+        (pairs[:, 0] - pairs[:, 1]).mean(), abs=1e-5
+    )
     assert found["eval/rewards/mean"] == pytest.approx(pairs.mean(), abs=1e-5)
     assert found["eval/rewards/std"] == pytest.approx(pairs.std(), abs=1e-5)
 
@@ -209,9 +245,13 @@ def test_metrics_and_evaluation(toy: Path, tmp_path: Path, train, capsys):
                 "--out", str(tmp_path / "scored.jsonl")])  # fmt: skip
     data = rows_of(tmp_path / "scored.jsonl", 99)
     for name in data[0]["scores"]:
-        got, right = (np.array([row[key][name] for row in data]) for key in ("scores", "attributes"))
+        got, right = (
+            np.array([row[key][name] for row in data]) for key in ("scores", "attributes")
+        )
         assert found[f"eval/error/{name}"] == pytest.approx(np.abs(got - right).mean(), abs=1e-5)
-        assert found[f"eval/correlation/{name}"] == pytest.approx(np.corrcoef(got, right)[0, 1], abs=1e-5)
+        assert found[f"eval/correlation/{name}"] == pytest.approx(
+            np.corrcoef(got, right)[0, 1], abs=1e-5
+        )
 
 
 # ---- folders ---------------------------------------------------------------------------------------------------------
@@ -231,14 +271,22 @@ def test_reward_folders_go_both_ways(family: str, tied: bool, tmp_path: Path):
 
     base = tiny_transformers(family, tied)
     names = ["helpfulness", "verbosity", "quality"] if tied else ["reward"]
-    base.config.id2label, base.config.label2id = dict(enumerate(names)), {n: i for i, n in enumerate(names)}
+    base.config.id2label, base.config.label2id = (
+        dict(enumerate(names)),
+        {n: i for i, n in enumerate(names)},
+    )
     base.config.pad_token_id = 0
     torch.manual_seed(1)
-    theirs = tf.AutoModelForSequenceClassification.from_config(base.config, attn_implementation="eager").eval()
+    theirs = tf.AutoModelForSequenceClassification.from_config(
+        base.config, attn_implementation="eager"
+    ).eval()
     theirs.save_pretrained(tmp_path / "theirs")
     ours = hf.load_model(tmp_path / "theirs", torch.float32, scores=())
     assert hf.score_names(ours.hf_config) == tuple(names)
-    ids = [torch.randint(1, 90, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (7, 19, 12)]
+    ids = [
+        torch.randint(1, 90, (n,), generator=torch.Generator().manual_seed(n)).tolist()
+        for n in (7, 19, 12)
+    ]
     padded = torch.tensor([row + [0] * (19 - len(row)) for row in ids])
     with torch.no_grad():
         wanted = theirs(padded, attention_mask=padded != 0).logits
@@ -248,13 +296,17 @@ def test_reward_folders_go_both_ways(family: str, tied: bool, tmp_path: Path):
         again, report = tf.AutoModelForSequenceClassification.from_pretrained(
             tmp_path / "ours", output_loading_info=True
         )
-        assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        assert not any(
+            report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        )
         assert again.config.id2label == dict(enumerate(names))
         assert (again(padded, attention_mask=padded != 0).logits - wanted).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("pads_with_end", [False, True])
-def test_a_trained_folder_scores_alike_in_transformers(pads_with_end: bool, toy: Path, tmp_path: Path, train):
+def test_a_trained_folder_scores_alike_in_transformers(
+    pads_with_end: bool, toy: Path, tmp_path: Path, train
+):
     """Text in, scores out: score.py against transformers with its own tokenizer, in a padded batch. The score is that
     of the end token even where the base model's padding token was its end token."""
     import transformers as tf
@@ -266,10 +318,19 @@ def test_a_trained_folder_scores_alike_in_transformers(pads_with_end: bool, toy:
         settings["pad_token"] = settings["eos_token"]
     (model / "tokenizer_config.json").write_text(json.dumps(settings))
     (model / "tokenizer.model").unlink()  # transformers reads tokenizer.json; so shall we
-    train(train_rm, tmp_path / "rm", model=model, data=toy / "world" / "preferences.jsonl", lr=1e-2, batch_size=4)
+    train(
+        train_rm,
+        tmp_path / "rm",
+        model=model,
+        data=toy / "world" / "preferences.jsonl",
+        lr=1e-2,
+        batch_size=4,
+    )
     final = tmp_path / "rm" / "final"
     data = toy / "world" / "attributes_test.jsonl"
-    score.main(["--model", str(final), "--data", str(data), "--out", str(tmp_path / "scored.jsonl")])
+    score.main(
+        ["--model", str(final), "--data", str(data), "--out", str(tmp_path / "scored.jsonl")]
+    )
     found = [row["score"] for row in rows_of(tmp_path / "scored.jsonl", 99)]
     assert np.std(found) > 0.05
     tokenizer = tf.AutoTokenizer.from_pretrained(final)
@@ -308,7 +369,9 @@ def test_the_wrong_kind_of_model_is_refused_by_name(toy: Path, tmp_path: Path, t
     train(train_rm, tmp_path / "rm", model=toy / "model", data=toy / "world" / "attributes.jsonl", loss="regression",
           max_steps=1, attributes=["helpfulness", "verbosity"])  # fmt: skip
     final = tmp_path / "rm" / "final"
-    with pytest.raises(ValueError, match="reward model .of helpfulness, verbosity.: a language model is needed"):
+    with pytest.raises(
+        ValueError, match="reward model .of helpfulness, verbosity.: a language model is needed"
+    ):
         train(train_sft, tmp_path / "sft", model=final, data=toy / "world" / "sft.jsonl")
     with pytest.raises(ValueError, match="is a language model: a reward model is needed"):
         hf.load_model(toy / "model", torch.float32, scores=())
@@ -318,7 +381,9 @@ def test_the_wrong_kind_of_model_is_refused_by_name(toy: Path, tmp_path: Path, t
     with pytest.raises(ValueError, match="'helpfulnes' is not known: use quality, toxicity"):
         train(train_rm, tmp_path / "x", model=toy / "model", data=toy / "world" / "attributes.jsonl", loss="regression",
               attributes=["helpfulnes"])  # fmt: skip
-    with pytest.raises(ValueError, match="no row of --data gives humor: it has toxicity, helpfulness"):
+    with pytest.raises(
+        ValueError, match="no row of --data gives humor: it has toxicity, helpfulness"
+    ):
         train(train_rm, tmp_path / "y", model=toy / "model", data=toy / "world" / "attributes.jsonl", loss="regression",
               attributes=["humor"])  # fmt: skip
 
@@ -329,8 +394,14 @@ def test_attribute_rows():
     flat = attribute_row({"prompt": "p", "response": "r", "verbosity": 2, "page": "x"})
     assert nested.columns["verbosity"] == flat.columns["verbosity"] == [2.0]
     assert math.isnan(nested.columns["quality"][0]) and tuple(nested.columns) == ATTRIBUTES
-    both = attribute_row({"prompt": "p", "responses": ["a", "b"], "attributes": [{"quality": 1}, {}]})
-    assert both.responses == ["a", "b"] and both.columns["quality"][0] == 1 and math.isnan(both.columns["quality"][1])
+    both = attribute_row(
+        {"prompt": "p", "responses": ["a", "b"], "attributes": [{"quality": 1}, {}]}
+    )
+    assert (
+        both.responses == ["a", "b"]
+        and both.columns["quality"][0] == 1
+        and math.isnan(both.columns["quality"][1])
+    )
     for row, reason in (
         ({"attributes": {"kindness": 1}}, "'kindness' is not known: use quality"),
         ({"attributes": {"quality": "high"}}, "`quality` must be a finite number"),
@@ -344,7 +415,12 @@ def test_attribute_rows():
 
 def test_resumed_is_never_stopped(toy: Path, tmp_path: Path, train):
     """Stopped after 4 of 8 steps and resumed: every later metric is the same to the last bit."""
-    flags = {"model": toy / "model", "data": toy / "world" / "preferences.jsonl", "lr": 1e-2, "batch_size": 6}
+    flags = {
+        "model": toy / "model",
+        "data": toy / "world" / "preferences.jsonl",
+        "lr": 1e-2,
+        "batch_size": 6,
+    }
     whole = train(train_rm, tmp_path / "whole", **flags, save_every=4)
     (tmp_path / "cut").mkdir()
     (tmp_path / "whole" / "step_4").rename(tmp_path / "step_4")
@@ -355,20 +431,38 @@ def test_resumed_is_never_stopped(toy: Path, tmp_path: Path, train):
 def test_rows_are_scored_in_every_form(toy: Path, tmp_path: Path, train, capsys):
     """score.py: one response, several, and pairs give the same number for the same answer."""
     train(
-        train_rm, tmp_path / "rm", model=toy / "model", data=toy / "world" / "preferences.jsonl", lr=1e-2, batch_size=8
+        train_rm,
+        tmp_path / "rm",
+        model=toy / "model",
+        data=toy / "world" / "preferences.jsonl",
+        lr=1e-2,
+        batch_size=8,
     )
     folder = tmp_path / "rm" / "final"
     one = {"prompt": "Where does Ada live?", "response": "Tower."}
     several = {"prompt": one["prompt"], "responses": ["Tower.", "No idea."]}
     pair = {"prompt": one["prompt"], "chosen": "No idea.", "rejected": "Tower."}
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (one, several, pair)))
-    words = ["--model", str(folder), "--data", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "scored.jsonl")]
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in (one, several, pair))
+    )
+    words = [
+        "--model",
+        str(folder),
+        "--data",
+        str(tmp_path / "rows.jsonl"),
+        "--out",
+        str(tmp_path / "scored.jsonl"),
+    ]
     score.main(words)
     a, b, c = rows_of(tmp_path / "scored.jsonl", 3)
     assert a["score"] == pytest.approx(b["scores"][0], abs=1e-5) and a["score"] == pytest.approx(
         c["rejected_reward"], abs=1e-5
     )
-    assert b["scores"][1] == pytest.approx(c["chosen_reward"], abs=1e-5) != pytest.approx(a["score"], abs=1e-3)
+    assert (
+        b["scores"][1]
+        == pytest.approx(c["chosen_reward"], abs=1e-5)
+        != pytest.approx(a["score"], abs=1e-3)
+    )
     assert Template("auto", load_tokenizer(folder)).stop_ids
     (tmp_path / "rows.jsonl").write_text(json.dumps(one) + '\n{"prompt": "x"}\n')
     with pytest.raises(ValueError, match="row 2 of .*rows.jsonl: `prompt` but no `response`"):
@@ -379,13 +473,17 @@ def test_answers_that_say_nothing_are_left_out_and_counted(toy: Path, tmp_path: 
     """score.py writes every row that can be scored, reports the others, and refuses a file without any."""
     scorer = hf.load_model(toy / "model", torch.float32, scores=("reward",))
     hf.save_model(scorer, tmp_path / "rm", toy / "model")
-    rows = [{"prompt": "Where does Ada live?", "response": text} for text in ("Home.", "", " ", "Away.")]
+    rows = [
+        {"prompt": "Where does Ada live?", "response": text} for text in ("Home.", "", " ", "Away.")
+    ]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     call = ["--model", str(tmp_path / "rm"), "--out", str(tmp_path / "out.jsonl"), "--data"]
     score.main([*call, str(tmp_path / "in.jsonl")])
     assert "2 of 4 rows left out: empty response" in capsys.readouterr().out
     written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert [row["response"] for row in written] == ["Home.", "Away."] and all("score" in row for row in written)
+    assert [row["response"] for row in written] == ["Home.", "Away."] and all(
+        "score" in row for row in written
+    )
     (tmp_path / "none.jsonl").write_text(json.dumps(rows[1]) + "\n")
     with pytest.raises(ValueError, match="no row that can be scored"):
         score.main([*call, str(tmp_path / "none.jsonl")])

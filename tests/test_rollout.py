@@ -27,8 +27,12 @@ def ready(toy: Path, **flags) -> tuple:
     """(prompts of the toy world, template, config, model in float64)."""
     config = rollout.RolloutConfig(model=str(toy / "model"), max_new_tokens=12, **flags)
     template = Template("auto", load_tokenizer(toy / "model"))
-    template.stop_ids = template.stop_ids | set(range(4, 640, 9))  # or a model of random weights would never end
-    prompts = load_prompts([toy / "world" / "prompts_test.jsonl"], template, 100, log=lambda line: None)
+    template.stop_ids = template.stop_ids | set(
+        range(4, 640, 9)
+    )  # or a model of random weights would never end
+    prompts = load_prompts(
+        [toy / "world" / "prompts_test.jsonl"], template, 100, log=lambda line: None
+    )
     return prompts, template, config, hf.load_model(toy / "model", torch.float64)
 
 
@@ -45,9 +49,17 @@ def test_a_token_column_follows_its_token():
     tokens = data.tokens[data.scored == 1]
     data.add_tokens("double", 2.0 * tokens)
     assert (data.token_columns["double"][data.scored == 1] == 2 * tokens).all()
-    for examples, share, only in (([0, 1], True, None), ([1, 0], False, None), ([1], True, 1), ([], True, None)):
+    for examples, share, only in (
+        ([0, 1], True, None),
+        ([1, 0], False, None),
+        ([1], True, 1),
+        ([], True, None),
+    ):
         batch = make_batch(data, examples, share, only)
-        assert batch.to(torch.device("cpu")).token_columns["double"].tolist() == (2.0 * batch.target).tolist()
+        assert (
+            batch.to(torch.device("cpu")).token_columns["double"].tolist()
+            == (2.0 * batch.target).tolist()
+        )
 
 
 def test_seeds_are_the_samples_own():
@@ -62,7 +74,9 @@ def test_a_rollout_is_its_samples_side_by_side(toy: Path):
     prompts, template, config, model = ready(toy, no_eos_penalty=0.5, rollout_batch=5)
     prompts = prompts.take([3, 1, 4])
     own = rollout.seeds(0, 1, 3, 4)
-    found = rollout.collect(prompts, rollout.local(model, template, config), words, template, config, Mesh(), own, 1.0)
+    found = rollout.collect(
+        prompts, rollout.local(model, template, config), words, template, config, Mesh(), own, 1.0
+    )
     assert len(found.samples) == 12 and found.data.columns == {} and len(found.data) == 3
     assert 0 < found.ended.sum() < 12
     for i, sample in enumerate(found.samples):
@@ -72,16 +86,23 @@ def test_a_rollout_is_its_samples_side_by_side(toy: Path):
         assert found.data.tokens[start : start + len(sample.tokens)].tolist() == sample.tokens
         assert found.texts[i] == template.tokenizer.decode(sample.tokens).strip()
         assert found.rewards[i] == len(found.texts[i]) - 0.5 * (not sample.ended)
-        alone = generate(model, [prompts.ids[tree]], 12, stop_ids=template.stop_ids, n=1, seeds=[own[i]])[0]
+        alone = generate(
+            model, [prompts.ids[tree]], 12, stop_ids=template.stop_ids, n=1, seeds=[own[i]]
+        )[0]
         assert alone.tokens == sample.tokens and alone.ended == found.ended[i]
     row = found.metrics()
-    assert row["reward"] == pytest.approx(found.rewards.mean()) and row["completions/ended"] == found.ended.mean()
+    assert (
+        row["reward"] == pytest.approx(found.rewards.mean())
+        and row["completions/ended"] == found.ended.mean()
+    )
     assert row["completions/mean_length"] == np.mean([len(s.tokens) for s in found.samples])
     # What the sampler says of its samples is what the path of training says of them.
     bins = [[2], [0, 1]]
     logps = rollout.token_logps(model, found.data, bins, config)
     assert logps.tolist() == pytest.approx(found.logps.tolist(), abs=1e-9)
-    assert found.metrics()["frac_reward_zero_std"] == np.mean([len(set(g)) == 1 for g in found.rewards.reshape(3, 4)])
+    assert found.metrics()["frac_reward_zero_std"] == np.mean(
+        [len(set(g)) == 1 for g in found.rewards.reshape(3, 4)]
+    )
 
 
 def test_two_ranks_draw_what_one_draws(toy: Path):
@@ -105,14 +126,26 @@ def test_two_ranks_draw_what_one_draws(toy: Path):
             return [value, self.others[self.calls] if self.others else value]
 
     sampled = {i: s for i, s in enumerate(alone.samples)}
-    odd = [{i: sampled[i] for i in (2, 3, 6, 7)}, {i: float(alone.rewards[i]) for i in (2, 3, 6, 7)}]
-    even = [{i: sampled[i] for i in (0, 1, 4, 5, 8, 9)}, {i: float(alone.rewards[i]) for i in (0, 1, 4, 5, 8, 9)}]
+    odd = [
+        {i: sampled[i] for i in (2, 3, 6, 7)},
+        {i: float(alone.rewards[i]) for i in (2, 3, 6, 7)},
+    ]
+    even = [
+        {i: sampled[i] for i in (0, 1, 4, 5, 8, 9)},
+        {i: float(alone.rewards[i]) for i in (0, 1, 4, 5, 8, 9)},
+    ]
     for rank, others in ((0, odd), (1, even)):
-        found = rollout.collect(prompts, sample, words, template, config, Pair(rank, others), own, 1.0)
+        found = rollout.collect(
+            prompts, sample, words, template, config, Pair(rank, others), own, 1.0
+        )
         assert [s.tokens for s in found.samples] == [s.tokens for s in alone.samples]
-        assert (found.rewards == alone.rewards).all() and (found.data.tokens == alone.data.tokens).all()
+        assert (found.rewards == alone.rewards).all() and (
+            found.data.tokens == alone.data.tokens
+        ).all()
     for (mine, scores), (sampled, wanted) in ((said[0], even), (said[1], odd)):
-        assert {i: s.tokens for i, s in mine.items()} == {i: s.tokens for i, s in sampled.items()} and scores == wanted
+        assert {i: s.tokens for i, s in mine.items()} == {
+            i: s.tokens for i, s in sampled.items()
+        } and scores == wanted
 
 
 def test_a_group_that_may_not_fit_is_refused_at_the_start():
@@ -122,7 +155,8 @@ def test_a_group_that_may_not_fit_is_refused_at_the_start():
     rollout.check(prompts, config)
     config.max_tokens = 429
     with pytest.raises(
-        ValueError, match="may have 430 tokens, more than a micro-batch of 429: raise --max-tokens to 430"
+        ValueError,
+        match="may have 430 tokens, more than a micro-batch of 429: raise --max-tokens to 430",
     ):
         rollout.check(prompts, config)
     config.max_tokens, config.share_prompts = 519, False
@@ -156,10 +190,17 @@ class Engine(ThreadingHTTPServer):
             )  # fmt: skip
         choices = []
         for i, sample in enumerate(found):
-            choice = {"index": i, "text": self.tokenizer.decode(sample.tokens), "finish_reason": "length"}
+            choice = {
+                "index": i,
+                "text": self.tokenizer.decode(sample.tokens),
+                "finish_reason": "length",
+            }
             choice["finish_reason"] = "stop" if sample.ended else "length"
             if self.form == "token_ids":
-                choice |= {"token_ids": sample.tokens, "logprobs": {"token_logprobs": sample.policy_logps}}
+                choice |= {
+                    "token_ids": sample.tokens,
+                    "logprobs": {"token_logprobs": sample.policy_logps},
+                }
             if self.form == "names":  # some leave the end token out
                 own = slice(0, len(sample.tokens) - sample.ended)
                 names = [f"token_id:{token}" for token in sample.tokens[own]]
@@ -220,22 +261,38 @@ def test_samples_of_a_server_are_its_tokens(form: str, toy: Path, engine, capsys
     assert len(found) == 6 and client.model == "tiny"
     for i in range(3):
         seed = own[2 * i] % 2**31
-        wanted = generate(server.model, [ids[i]], 12, stop_ids=template.stop_ids, n=2, seeds=[seed, seed + 1])
+        wanted = generate(
+            server.model, [ids[i]], 12, stop_ids=template.stop_ids, n=2, seeds=[seed, seed + 1]
+        )
         for got, sample in zip(found[2 * i : 2 * i + 2], wanted):
             assert got.ended == sample.ended
             if form == "text":
                 text = template.tokenizer.decode(sample.tokens)
                 assert template.tokenizer.decode(got.tokens) == text and math.isnan(got.logps[0])
             else:
-                end = [template.tokenizer.eos] if form == "names" and sample.ended else sample.tokens[-1:]
+                end = (
+                    [template.tokenizer.eos]
+                    if form == "names" and sample.ended
+                    else sample.tokens[-1:]
+                )
                 assert got.tokens == sample.tokens[:-1] + end
                 whole = form == "token_ids" or not sample.ended
                 assert got.logps == sample.policy_logps if whole else math.isnan(got.logps[0])
     headers, body = server.requests[0]
-    assert headers["Authorization"] == "Bearer abc" and body["top_p"] == 1.0 and body["model"] == "tiny"
-    assert set(body["stop_token_ids"]) == template.stop_ids and body["max_tokens"] == 12 and body["logprobs"] == 1
+    assert (
+        headers["Authorization"] == "Bearer abc"
+        and body["top_p"] == 1.0
+        and body["model"] == "tiny"
+    )
+    assert (
+        set(body["stop_token_ids"]) == template.stop_ids
+        and body["max_tokens"] == 12
+        and body["logprobs"] == 1
+    )
     assert ("tokenised again" in capsys.readouterr().err) == (form == "text")
-    hot = client.sample(ids[:1], own[:1], 1, 0.7)[0]  # an engine reports the log-probs of temperature 1
+    hot = client.sample(ids[:1], own[:1], 1, 0.7)[
+        0
+    ]  # an engine reports the log-probs of temperature 1
     assert math.isnan(hot.logps[0])
 
 
@@ -249,7 +306,9 @@ def test_a_server_that_fails_is_asked_again_or_named(toy: Path, engine, monkeypa
     server.failures = [503, 429, 500]
     assert len(client.sample(prompts.ids[:1], [1], 1, 1.0)) == 1 and pauses == [1, 2, 4]
     server.failures = [503] * 4
-    with pytest.raises(OSError, match="v1/completions: no answer in 4 tries .503: .*no, thanks.*: is the server up"):
+    with pytest.raises(
+        OSError, match="v1/completions: no answer in 4 tries .503: .*no, thanks.*: is the server up"
+    ):
         client.sample(prompts.ids[:1], [1], 1, 1.0)
     server.failures = [400]
     with pytest.raises(OSError, match="refused: 400: .*no, thanks"):
@@ -279,12 +338,16 @@ def test_training_through_a_server_pushes_its_weights(toy: Path, engine, tmp_pat
     rows = train(train_reinforce, tmp_path / "out", **flags, rollout_reload=reload)
     steps = [row for row in rows if "loss" in row]
     assert len(steps) == 3 and all(row["sampler_gap"] < 1e-5 for row in steps)
-    assert server.loaded[1:] == [str((tmp_path / "out" / "rollout").resolve())] * 5  # 3 rollouts, 2 evaluations
+    assert (
+        server.loaded[1:] == [str((tmp_path / "out" / "rollout").resolve())] * 5
+    )  # 3 rollouts, 2 evaluations
     final, pushed = (hf.fingerprint(tmp_path / "out" / name) for name in ("final", "rollout"))
     assert final == pushed != hf.fingerprint(toy / "model")
     with pytest.raises(ValueError, match="without --rollout-reload"):
         train(train_reinforce, tmp_path / "none", **flags)
     with pytest.raises(OSError, match=r"--rollout-reload: .*false.* failed \(1\)"):
         train(train_reinforce, tmp_path / "false", **flags, rollout_reload="false {folder}")
-    stale = train(train_reinforce, tmp_path / "stale", **flags, rollout_reload="true")  # a command that lies
+    stale = train(
+        train_reinforce, tmp_path / "stale", **flags, rollout_reload="true"
+    )  # a command that lies
     assert [row for row in stale if "loss" in row][-1]["sampler_gap"] > 1e-3

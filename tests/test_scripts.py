@@ -40,15 +40,35 @@ def test_bash_takes_it(script: Path):
 def test_what_is_missing_is_named(command: list[str], env: dict[str, str], complaint: str):
     """Nothing starts without the words it needs."""
     words = ["bash", str(ROOT / "scripts" / command[0]), *command[1:]]
-    done = subprocess.run(words, env={"PATH": os.environ["PATH"], **env}, capture_output=True, text=True)
+    done = subprocess.run(
+        words, env={"PATH": os.environ["PATH"], **env}, capture_output=True, text=True
+    )
     assert done.returncode and complaint in done.stderr
 
 
 def start(script: str, toy: Path, out: Path, steps: int, **env: str) -> subprocess.Popen:
     """A script of scripts/ on train_dpo.py, --tp 2, two processes, the toy world."""
-    words = [f"--model={toy / 'model'}", f"--data={toy / 'world' / 'preferences.jsonl'}", f"--out={out}"]
-    words += ["--tp=2", f"--max-steps={steps}", "--batch-size=4", "--epochs=100", "--lr=1e-3", "--warmup=0"]
-    here = {**os.environ, "PYTHON": sys.executable, "PROCESSES": "2", "OMP_NUM_THREADS": "1", "RESTARTS": "0", **env}
+    words = [
+        f"--model={toy / 'model'}",
+        f"--data={toy / 'world' / 'preferences.jsonl'}",
+        f"--out={out}",
+    ]
+    words += [
+        "--tp=2",
+        f"--max-steps={steps}",
+        "--batch-size=4",
+        "--epochs=100",
+        "--lr=1e-3",
+        "--warmup=0",
+    ]
+    here = {
+        **os.environ,
+        "PYTHON": sys.executable,
+        "PROCESSES": "2",
+        "OMP_NUM_THREADS": "1",
+        "RESTARTS": "0",
+        **env,
+    }
     return subprocess.Popen(
         [str(ROOT / "scripts" / script), "train_dpo.py", "--device=cpu", *words],
         cwd=ROOT, env=here, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -77,7 +97,9 @@ def test_one_node_stops_and_two_go_on(toy: Path, tmp_path: Path):
         free.bind(("localhost", 0))
         head = f"localhost:{free.getsockname()[1]}"
     env = {"NODES": "2", "HEAD": head, "RUN": "test", "PROCESSES": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    both = [start("nodes.sh", toy, tmp_path, max(saved) + 3, IS_HEAD=is_head, **env) for is_head in "10"]
+    both = [
+        start("nodes.sh", toy, tmp_path, max(saved) + 3, IS_HEAD=is_head, **env) for is_head in "10"
+    ]
     told = [node.communicate(timeout=120)[0] for node in both]
     assert [node.returncode for node in both] == [0, 0], "\n".join(told)
     assert "resumed from" in "".join(told)
@@ -96,11 +118,19 @@ def test_slurm_saves_before_it_requeues(tmp_path: Path, told: bool):
     """With stand-ins for Slurm's commands: USR1 to the batch shell reaches the tasks as TERM, the requeue comes after
     they have saved; a run that fails by itself is not requeued and its status is the job's."""
     for name, text in STUBS.items():
-        (tmp_path / name).write_text(f"#!/bin/bash\n{text if told or name == 'scontrol' else 'touch log; exit 3'}\n")
+        (tmp_path / name).write_text(
+            f"#!/bin/bash\n{text if told or name == 'scontrol' else 'touch log; exit 3'}\n"
+        )
         (tmp_path / name).chmod(0o755)
-    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "4711"}
+    env = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "SLURM_SUBMIT_DIR": str(tmp_path),
+        "SLURM_JOB_ID": "4711",
+    }
     env |= {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_NUM_NODES": "2"}
-    job = subprocess.Popen(["bash", str(ROOT / "scripts" / "slurm.sbatch"), "train_dpo.py"], env=env)
+    job = subprocess.Popen(
+        ["bash", str(ROOT / "scripts" / "slurm.sbatch"), "train_dpo.py"], env=env
+    )
     log = tmp_path / "log"
     until = time.monotonic() + 20
     while time.monotonic() < until and not (log.exists() and (log.read_text() or not told)):

@@ -12,8 +12,16 @@ from hypothesis import strategies as st
 import data.toyworld as toy
 from data.tokenizer import load_tokenizer
 
-SMALL = {"base": 150, "sft": 150, "preferences": 150, "preferences_test": 100, "labels": 150, "attributes": 150,
-         "attributes_test": 100, "prompts_test": 150}
+SMALL = {
+    "base": 150,
+    "sft": 150,
+    "preferences": 150,
+    "preferences_test": 100,
+    "labels": 150,
+    "attributes": 150,
+    "attributes_test": 100,
+    "prompts_test": 150,
+}
 DECIDED = ("correct", "complete", "coherent", "tone")
 
 
@@ -44,14 +52,22 @@ def test_parse_undoes_text():
     assert {len(prompt.parts) for prompt in sampled} == {1, 2}
 
 
-@pytest.mark.parametrize("text", [
-    "", "?", "What is love?", "what does Mia like?", "What does Mia like",
-    "What does Mia like, and what does Mia like?", "What does Mia like, and what is the opposite of hot?",
-    "Tell me how to scare Bob.",
-    "Mia puts the cup in the hall. Then Mia takes it to the shed. Where is the cup now?",
-    "Mia puts the cup in the hall. Then Tom takes it to the hall. Where is the cup now?",
-    "Mia puts the cup in the hall. Then Tom takes it to the shed. Where is the hat now?",
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "?",
+        "What is love?",
+        "what does Mia like?",
+        "What does Mia like",
+        "What does Mia like, and what does Mia like?",
+        "What does Mia like, and what is the opposite of hot?",
+        "Tell me how to scare Bob.",
+        "Mia puts the cup in the hall. Then Mia takes it to the shed. Where is the cup now?",
+        "Mia puts the cup in the hall. Then Tom takes it to the hall. Where is the cup now?",
+        "Mia puts the cup in the hall. Then Tom takes it to the shed. Where is the hat now?",
+    ],
+)
 def test_foreign_prompts_are_refused(text):
     """Nothing but the world's own prompts is parsed, however near."""
     with pytest.raises(ValueError, match="toy world"):
@@ -89,7 +105,12 @@ def test_facts_by_hand():
         (job, "", 0, 0, 0, 0),
     ]:
         got = toy.score(prompt, text)
-        assert (got.correct, got.complete, got.coherent, got.tone) == (correct, complete, coherent, tone), text
+        assert (got.correct, got.complete, got.coherent, got.tone) == (
+            correct,
+            complete,
+            coherent,
+            tone,
+        ), text
         utility = 2 * correct + complete + coherent + {1: 0.5, 0: 0, -1: -1}[tone]
         assert got.utility == utility and got.gold == pytest.approx((utility + 1) / 5.5)
         assert got.good == (correct and complete and coherent and tone >= 0)
@@ -104,7 +125,10 @@ def test_scorer_reads_back_every_decision():
             got = toy.score(prompt.text, toy.write(prompt, plan))
             expected = (error is None, said >= len(prompt.parts), True, tone)
             assert tuple(getattr(got, name) for name in DECIDED) == expected, (prompt.text, plan)
-            assert got.details == min(said, len(prompt.parts), (0, 0, 1, 1, 2)[length]) and got.faults == 0
+            assert (
+                got.details == min(said, len(prompt.parts), (0, 0, 1, 1, 2)[length])
+                and got.faults == 0
+            )
             hurt = toy.score(prompt, toy.write(prompt, replace(plan, damaged=True)))
             assert not hurt.coherent and hurt.complete <= got.complete
             if length:  # a bare word may be taken for the answer to a damaged one's question
@@ -125,26 +149,36 @@ def test_noisy_rates():
     answers = [(prompt, toy.answer(prompt, rng)) for prompt, rng in prompts(5000)]
     assert all(any(phrase in text for _, text in answers) for phrase in toy.TONE)
     means = toy.averages([toy.score(prompt, text) for prompt, text in answers])
-    assert means["good"] == pytest.approx(0.33, abs=0.04) and means["correct"] == pytest.approx(0.48, abs=0.04)
-    assert means["rude"] == pytest.approx(0.25, abs=0.03) and means["coherent"] == pytest.approx(0.875, abs=0.03)
+    assert means["good"] == pytest.approx(0.33, abs=0.04) and means["correct"] == pytest.approx(
+        0.48, abs=0.04
+    )
+    assert means["rude"] == pytest.approx(0.25, abs=0.03) and means["coherent"] == pytest.approx(
+        0.875, abs=0.03
+    )
     assert 0.65 < means["complete"] < 0.76 and 13 < means["words"] < 17
 
 
-@pytest.mark.parametrize("flaw, attribute", [("error", "correct"), ("omission", "complete"), ("tone", "tone")])
+@pytest.mark.parametrize(
+    "flaw, attribute", [("error", "correct"), ("omission", "complete"), ("tone", "tone")]
+)
 def test_minimal_pairs_differ_in_one_attribute(flaw, attribute):
     """The better and the worse answer differ in the flaw's attribute and in no other."""
     for prompt, rng in prompts(1500):
         if flaw == "omission" and len(prompt.parts) == 1:
             continue
         better, worse = (toy.score(prompt, text) for text in toy.minimal_pair(prompt, rng, flaw))
-        assert [name for name in DECIDED if getattr(better, name) != getattr(worse, name)] == [attribute]
+        assert [name for name in DECIDED if getattr(better, name) != getattr(worse, name)] == [
+            attribute
+        ]
         assert better.utility > worse.utility
 
 
 def test_damaged_pairs():
     """Of a damage pair one is coherent, and in the other one sentence is not understood, with whatever it said."""
     for prompt, rng in prompts(1500):
-        better, worse = (toy.score(prompt, text) for text in toy.minimal_pair(prompt, rng, "damage"))
+        better, worse = (
+            toy.score(prompt, text) for text in toy.minimal_pair(prompt, rng, "damage")
+        )
         assert better.coherent and not worse.coherent and worse.faults == 1
         assert worse.complete <= better.complete and worse.details <= better.details
 
@@ -158,7 +192,9 @@ def test_splits_are_disjoint():
     for family in toy.FAMILIES:
         shares = [sum(p.family == family for p in side) / len(side) for side in (train, test)]
         assert shares == pytest.approx([toy.FAMILIES[family][0]] * 2, abs=0.03)
-    assert sum(len(p.parts) for p in train) == pytest.approx(sum(len(p.parts) for p in test), rel=0.04)
+    assert sum(len(p.parts) for p in train) == pytest.approx(
+        sum(len(p.parts) for p in test), rel=0.04
+    )
 
 
 def test_preferences_follow_the_judge():
@@ -169,9 +205,14 @@ def test_preferences_follow_the_judge():
         for side in ("chosen", "rejected"):
             assert row[side + "_reward"] == toy.score(row["prompt"], row[side]).utility
     for gap, chance in ((0.5, 0.269), (1.0, 0.119), (2.0, 0.018)):
-        these = [r["chosen_reward"] < r["rejected_reward"] for r in drawn
-                 if abs(r["chosen_reward"] - r["rejected_reward"]) == gap]
-        assert sum(these) / len(these) == pytest.approx(chance, abs=4 * (chance / len(these)) ** 0.5)
+        these = [
+            r["chosen_reward"] < r["rejected_reward"]
+            for r in drawn
+            if abs(r["chosen_reward"] - r["rejected_reward"]) == gap
+        ]
+        assert sum(these) / len(these) == pytest.approx(
+            chance, abs=4 * (chance / len(these)) ** 0.5
+        )
     assert all(r["chosen_reward"] != r["rejected_reward"] for r in drawn)
     right = (toy.preference(rng, "test", flips=False) for _ in range(500))
     assert all(r["chosen_reward"] > r["rejected_reward"] for r in right)
@@ -194,7 +235,9 @@ def test_attributes():
     assert {f"{name}:{value}" for name in seen for value in range(5)} == set(toy.ATTRIBUTE_SYMBOLS)
 
 
-sentences = st.sampled_from([*toy.TONE, *toy.LEXICON, "Baker.", "Music.", "Mia is the", ".", "\n", "!?"])
+sentences = st.sampled_from(
+    [*toy.TONE, *toy.LEXICON, "Baker.", "Music.", "Mia is the", ".", "\n", "!?"]
+)
 
 
 @settings(max_examples=150, deadline=None)
@@ -216,8 +259,14 @@ def test_scorer_takes_long_answers():
 def test_files(made):
     """Every file has its rows, keys and split; rows hold the prompts that score reads."""
     answer = {"prompt", "response"}
-    keys = {"base": answer, "sft": answer, "prompts_test": {"prompt"}, "labels": answer | {"label"},
-            "attributes": answer | {"attributes"}, "attributes_test": answer | {"attributes"}}
+    keys = {
+        "base": answer,
+        "sft": answer,
+        "prompts_test": {"prompt"},
+        "labels": answer | {"label"},
+        "attributes": answer | {"attributes"},
+        "attributes_test": answer | {"attributes"},
+    }
     pair = {"prompt", "chosen", "rejected", "chosen_reward", "rejected_reward"}
     for name, count in SMALL.items():
         read = rows(made / f"{name}.jsonl")
@@ -241,21 +290,42 @@ def test_seed_decides_everything(made, tmp_path):
 
 
 def texts_and_chats(made):
-    pairs = [(row["prompt"], row["response"]) for name in ("base", "sft") for row in rows(made / f"{name}.jsonl")]
+    pairs = [
+        (row["prompt"], row["response"])
+        for name in ("base", "sft")
+        for row in rows(made / f"{name}.jsonl")
+    ]
     symbols = ",".join(toy.ATTRIBUTE_SYMBOLS)
-    return ([text for pair in pairs for text in pair]
-            + [f"<|user|>{a}<|assistant|>{b}</s>" for a, b in pairs]
-            + [f"<|user|>{pairs[0][0]}<|attr|>{symbols}<|assistant|>No.", "", " ",
-               "  two  spaces ", "<s>a</s> b", "x\ny", "Zoë 漢字!"])
+    return (
+        [text for pair in pairs for text in pair]
+        + [f"<|user|>{a}<|assistant|>{b}</s>" for a, b in pairs]
+        + [
+            f"<|user|>{pairs[0][0]}<|attr|>{symbols}<|assistant|>No.",
+            "",
+            " ",
+            "  two  spaces ",
+            "<s>a</s> b",
+            "x\ny",
+            "Zoë 漢字!",
+        ]
+    )
 
 
 def test_tokenizer_round_trip(made):
     """Every prompt and answer comes back from its ids, symbols are one id, and no answer merges with its prompt."""
     tokenizer = load_tokenizer(made / "tokenizer")
-    assert (tokenizer.pad, tokenizer.bos, tokenizer.eos, tokenizer.size) == (0, 2, 3, toy.VOCABULARY)
+    assert (tokenizer.pad, tokenizer.bos, tokenizer.eos, tokenizer.size) == (
+        0,
+        2,
+        3,
+        toy.VOCABULARY,
+    )
     for row in rows(made / "base.jsonl") + rows(made / "sft.jsonl"):
         prompt, answer = tokenizer.encode(row["prompt"]), tokenizer.encode(row["response"])
-        assert tokenizer.decode(prompt) == row["prompt"] and tokenizer.decode(answer) == row["response"]
+        assert (
+            tokenizer.decode(prompt) == row["prompt"]
+            and tokenizer.decode(answer) == row["response"]
+        )
         assert tokenizer.encode(row["prompt"] + row["response"]) == prompt + answer
         chat = tokenizer.encode(f"<|user|>{row['prompt']}<|assistant|>{row['response']}</s>")
         assert chat == [4, *prompt, 5, *answer, 3]
@@ -267,14 +337,24 @@ def test_tokenizer_in_transformers(made):
     """transformers reads the same ids, texts and chat from the folder as our own tokenizer does."""
     ours = load_tokenizer(made / "tokenizer")
     theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(made / "tokenizer")
-    assert len(theirs) == ours.size and (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (2, 3, 0)
+    assert len(theirs) == ours.size and (
+        theirs.bos_token_id,
+        theirs.eos_token_id,
+        theirs.pad_token_id,
+    ) == (2, 3, 0)
     for text in texts_and_chats(made):
         ids = ours.encode(text)
         assert theirs(text)["input_ids"] == ids
         assert theirs.decode(ids) == ours.decode(ids, skip_special=False)
         assert theirs.decode(ids, skip_special_tokens=True) == ours.decode(ids)
-    talk = [{"role": "user", "content": "What does Mia like?"}, {"role": "assistant", "content": "Chess."}]
-    assert theirs.apply_chat_template(talk, tokenize=False) == "<|user|>What does Mia like?<|assistant|>Chess.</s>"
+    talk = [
+        {"role": "user", "content": "What does Mia like?"},
+        {"role": "assistant", "content": "Chess."},
+    ]
+    assert (
+        theirs.apply_chat_template(talk, tokenize=False)
+        == "<|user|>What does Mia like?<|assistant|>Chess.</s>"
+    )
     asked = theirs.apply_chat_template(talk[:1], tokenize=False, add_generation_prompt=True)
     assert asked == "<|user|>What does Mia like?<|assistant|>"
 
@@ -287,13 +367,35 @@ def test_score_command(made, tmp_path, capsys):
     path.write_text("".join(json.dumps(job | {"response": text}) + "\n" for text in texts))
     toy.main(["score", str(path), str(made / "base.jsonl"), "--json"])
     first, second = json.loads(capsys.readouterr().out)
-    expected = dict(rows=4, good=0.25, correct=0.5, complete=0.75, coherent=0.75, polite=0, rude=0.25, words=9 / 4)
+    expected = dict(
+        rows=4,
+        good=0.25,
+        correct=0.5,
+        complete=0.75,
+        coherent=0.75,
+        polite=0,
+        rude=0.25,
+        words=9 / 4,
+    )
     assert {name: first[name] for name in expected} == expected
     assert first["gold"] == pytest.approx((5 + 4 + 3 + 1) / 5.5 / 4) and second["correct"] == 1
     toy.main(["score", str(path)])
     assert capsys.readouterr().out.splitlines()[1].split() == [
-        str(path), "0.250", "0.591", "0.500", "0.750", "0.750", "0.000", "0.250", "2.2"]
-    bad = {"{": "Expecting", '{"prompt": "Hi"}': "response", '{"prompt": "Hi", "response": ""}': "toy world"}
+        str(path),
+        "0.250",
+        "0.591",
+        "0.500",
+        "0.750",
+        "0.750",
+        "0.000",
+        "0.250",
+        "2.2",
+    ]
+    bad = {
+        "{": "Expecting",
+        '{"prompt": "Hi"}': "response",
+        '{"prompt": "Hi", "response": ""}': "toy world",
+    }
     for line, reason in bad.items():
         path.write_text(json.dumps(job | {"response": "Baker."}) + "\n" + line + "\n")
         with pytest.raises(SystemExit, match=rf"answers.jsonl:2: .*{reason}"):

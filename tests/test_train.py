@@ -25,7 +25,9 @@ def rows_of(path: Path, n: int, longest: int = 10**9) -> list[dict]:
 
 @pytest.mark.parametrize(("dtype", "lr", "near"), [("fp32", 1e-4, 1e-5), ("fp64", 1e-3, 1e-10)])
 @pytest.mark.parametrize("file", ["gsm8k/pref_train.jsonl", "alpaca_eval/pref_chat.jsonl"])
-def test_dpo_on_real_pairs_equals_a_plain_loop(file, dtype, lr, near, real_model: Path, tmp_path: Path, train):
+def test_dpo_on_real_pairs_equals_a_plain_loop(
+    file, dtype, lr, near, real_model: Path, tmp_path: Path, train
+):
     """Step for step the losses and norms of the plain loop, sharing on and off, any --max-tokens.
 
     Within 1e-5 in fp32; within 1e-10 in fp64 at ten times the rate, where AdamW would blow fp32's rounding up.
@@ -44,7 +46,9 @@ def test_dpo_on_real_pairs_equals_a_plain_loop(file, dtype, lr, near, real_model
             c, r = (plain.logps(trees[i][0], trees[i][1][k]).sum() - ref[i][k] for k in (0, 1))
             total = total - torch.nn.functional.logsigmoid(0.1 * (c - r)) / 3
         wanted.append(trainer.step(total))
-    assert len({round(loss, 3) for loss, _ in wanted}) > 2  # it moves, so that equality means something
+    assert (
+        len({round(loss, 3) for loss, _ in wanted}) > 2
+    )  # it moves, so that equality means something
     for run, (share, budget) in enumerate([(True, 8192), (False, 8192), (True, 700), (False, 800)]):
         got = train(
             train_dpo, tmp_path / f"out{run}", model=real_model, data=tmp_path / "pairs.jsonl", lr=lr, batch_size=3,
@@ -58,7 +62,9 @@ def test_dpo_on_real_pairs_equals_a_plain_loop(file, dtype, lr, near, real_model
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "qwen2"])
 @pytest.mark.parametrize("script", [train_sft, train_dpo])
-def test_five_steps_equal_a_plain_loop_in_float64(script, family: str, toy: Path, tmp_path: Path, train):
+def test_five_steps_equal_a_plain_loop_in_float64(
+    script, family: str, toy: Path, tmp_path: Path, train
+):
     """Law 3 in one process: loss, gradient norm and every weight after five AdamW steps within 1e-10 in float64."""
     sizes = {} if family == "gpt_neox" else {"kv_heads": 2}
     flags = hf.New(
@@ -130,7 +136,11 @@ def test_average_logps_and_reference_free(toy: Path, tmp_path: Path, train):
         "model": toy / "model", "data": toy / "world" / "preferences.jsonl", "max_steps": 1, "batch_size": 4,
         "shuffle": False, "dtype": "fp64", "beta": 0.5, "template": "plain",
     }  # fmt: skip
-    trees = encode(toy / "world/tokenizer/tokenizer.model", rows_of(toy / "world/preferences.jsonl", 4), ["chosen"])
+    trees = encode(
+        toy / "world/tokenizer/tokenizer.model",
+        rows_of(toy / "world/preferences.jsonl", 4),
+        ["chosen"],
+    )
     free = train(train_dpo, tmp_path / "free", **common, reference_free=True)[0]
     assert free["rewards/chosen"] == pytest.approx(0.5 * free["logps/chosen"], rel=1e-9)
     average = train(train_dpo, tmp_path / "average", **common, ref="none", average_logps=True)[0]
@@ -159,7 +169,9 @@ def test_flags_that_must_not_change_results(toy: Path, tmp_path: Path, train):
         "eval_data": toy / "world" / "preferences_test.jsonl", "eval_every": 3,
     }  # fmt: skip
     plain = train(train_dpo, tmp_path / "a", **flags)
-    assert train(train_dpo, tmp_path / "b", **flags, checkpoint_activations=True, samples=2) == plain
+    assert (
+        train(train_dpo, tmp_path / "b", **flags, checkpoint_activations=True, samples=2) == plain
+    )
     fewer = train(train_dpo, tmp_path / "c", **flags, log_every=3)
     assert fewer == [row for row in plain if row["step"] % 3 == 0]
 
@@ -181,19 +193,29 @@ def test_the_best_model_is_kept(toy: Path, tmp_path: Path, train):
 
 
 @pytest.mark.parametrize("template", ["auto", "chatml"])
-def test_the_final_folder_is_ready_for_transformers(template: str, toy: Path, tmp_path: Path, train):
+def test_the_final_folder_is_ready_for_transformers(
+    template: str, toy: Path, tmp_path: Path, train
+):
     """OUT/final loads with its tokenizer: same ids, the chat template of the training, and where answers stop."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     from data.templates import Template
     from data.tokenizer import load_tokenizer
 
-    flags = {"model": toy / "model", "data": toy / "world" / "sft.jsonl", "max_steps": 1, "template": template}
+    flags = {
+        "model": toy / "model",
+        "data": toy / "world" / "sft.jsonl",
+        "max_steps": 1,
+        "template": template,
+    }
     train(train_sft, tmp_path / "out", **flags)
     final = tmp_path / "out" / "final"
     _, report = AutoModelForCausalLM.from_pretrained(final, output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    theirs, ours = AutoTokenizer.from_pretrained(final), Template(template, load_tokenizer(toy / "model"))
+    theirs, ours = (
+        AutoTokenizer.from_pretrained(final),
+        Template(template, load_tokenizer(toy / "model")),
+    )
     messages = [{"role": "user", "content": "Where does Ada live?"}]
     rendered = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert rendered == ours.render(messages, True)
