@@ -25,7 +25,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model import shapes, shard
-from parallel import AdamW, Mesh
+from optimizer import AdamW
+from parallel import Mesh
 
 ALONE = Mesh()
 

@@ -276,3 +276,31 @@ def _convert(cls: type, name: str, words: list[str], label: str) -> Any:
     except ValueError:
         kind = {int: "a whole number", float: "a number"}[hint]
         raise ValueError(f"{label} needs {kind}, not {word!r}") from None
+
+
+@dataclass
+class RolloutConfig(RunConfig):
+    """The flags of scripts that learn from samples of their own."""
+
+    batch_size: int = 64  # prompts an optimizer step, over all ranks; each has --group-size samples
+    group_size: int = 4  # samples a prompt; more make better baselines, 4 to 16
+    max_new_tokens: int = 256  # longest sample; a prompt may have the rest of --max-length
+    temperature: float = 1.0  # of the samples, and of the policy that is trained; leave it at 1 unless it stops exploring
+    rollout_batch: int = 128  # samples drawn at a time on a rank: lower it when memory runs out
+    reward: str = ""  # reward-model folder, file.py:function, exact:MARKER, regex:PATTERN or length:WORDS (rewards.py)
+    no_eos_penalty: float = (
+        0.0  # taken off the reward of a sample that did not end; about the reward's deviation
+    )
+    eval_temperature: float = (
+        0.7  # of one sample to each prompt of --eval-data, whose mean reward is eval/reward
+    )
+    log_samples: int = (
+        10  # steps between samples written to OUT/samples.jsonl, the first besides; 0 = never
+    )
+    rollout_url: str = (
+        ""  # sample from this OpenAI-compatible server instead (vLLM, SGLang): http://host:8000
+    )
+    rollout_reload: str = (
+        ""  # command that makes the server load new weights, "{folder}" stands for where they are
+    )
+    rollout_timeout: float = 600.0  # seconds that a request or a reload may take

@@ -21,10 +21,11 @@ from typing import Literal, NamedTuple
 import torch
 
 from config import RunConfig, parse
-from hf import read_config
 from kernels.logprob import GPU_CHUNK, GPU_KEEP_BYTES
 from model import GPT, GPTConfig
-from parallel import BUCKET, Mesh, split
+from optimizer import BUCKET
+from parallel import Mesh, split
+from weights.config_json import read_config
 
 GIB = 2**30
 

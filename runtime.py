@@ -5,26 +5,20 @@ Nothing here calls back into a script.
 
 import contextlib
 import ctypes
-import hashlib
 import json
 import math
 import os
 import random
-import resource
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
-from torch import Tensor
-from tqdm import tqdm
 
 import parallel
 import plan
@@ -32,23 +26,12 @@ from config import RunConfig, to_json
 from data.dataset import Dataset, load_dataset
 from data.templates import Template
 from data.tokenizer import Tokenizer
-from data.trees import TreeBatch, make_batch, micro_batches
-from generate import generate
-from hf import DTYPES, fingerprint, load_model
-from model import GPT, GPTConfig
-from parallel import Mesh, pipeline
+from model import GPT
+from parallel import Mesh
+from reporting import _wandb
+from sampling.sampler import generate
+from weights.folder import DTYPES
 
-# bf16 matmul peaks without sparsity, TFLOP/s, from the makers' data sheets: the yardstick of `mfu`.
-PEAK_TFLOPS = {
-    "H200": 989,
-    "H100": 989,
-    "H800": 989,
-    "A100": 312,
-    "A800": 312,
-    "L40S": 362,
-    "B200": 2250,
-    "4090": 165,
-}
 _running: RunConfig | None = (
     None  # what this process was asked to do, for advice when memory runs out
 )
@@ -196,14 +179,6 @@ def _keep_freed_memory() -> None:
         libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
 
-def _wandb() -> Any:
-    try:
-        import wandb
-    except ImportError:
-        raise ImportError("--wandb needs: pip install wandb") from None
-    return wandb
-
-
 def cache_folder(config: RunConfig) -> Path:
     """Where tokenised data and reference log-probs are kept."""
     return Path(config.cache or Path(config.out) / "cache")
@@ -282,11 +257,6 @@ def describe(config: RunConfig, model: GPT, lengths: np.ndarray, total: int) -> 
     return "\n".join(lines)
 
 
-def due(every: int, step: int) -> bool:
-    """Whether something that happens every so many steps (0 = never) happens after step `step`."""
-    return bool(every) and step % every == 0
-
-
 class Stop:
     """Tells a loop to save and leave: SIGTERM, SIGUSR1, SIGINT or --max-minutes. A second one ends the process at once,
     unless it is an echo: Slurm signals every process of a job, and torchrun then passes on to its own what it got.
@@ -329,191 +299,6 @@ class NonFinite:
                 "lower --lr, or look for broken rows; the last checkpoint is good"
             )
         return self.row > 0
-
-
-def add(totals: dict[str, Tensor], values: dict[str, Tensor]) -> None:
-    """Adds the sums of some per-example metrics to running totals, without waiting for a GPU."""
-    for name, value in values.items():
-        total = value.detach().double().sum()
-        totals[name] = totals[name] + total if name in totals else total
-
-
-def means(totals: dict[str, Tensor], n: float, mesh: Mesh) -> dict[str, float]:
-    """Running totals of all ranks over the n examples of them all, as plain numbers on every rank."""
-    values: dict[str, float] = {}
-    if mesh.last_stage:  # elsewhere nothing was counted
-        summed = mesh.group("dp").all_reduce(torch.stack(list(totals.values())), "sum")
-        values = dict(zip(totals, (summed / n).tolist()))
-    return mesh.metrics(values)
-
-
-@torch.no_grad()
-def reference_logps(
-    policy: GPT,
-    other: str,
-    dataset: Dataset,
-    examples: np.ndarray,
-    config: RunConfig,
-    say: Callable[[str], Any],
-) -> tuple[np.ndarray, dict[str, float]]:
-    """Log-prob of every response of some examples under the reference, (R,), NaN for those of other examples; and what
-    it cost, {} if it was cached.
-
-    The reference is the policy before its first update, or the folder `other`, which is loaded, scores, and is freed.
-    The result is kept in the cache under the hash of weights, tokens and type: a resumed run reads it and cannot take
-    a half-trained policy for its reference. Every rank scores its share and gets all of it.
-    """
-    dtype, device, mesh = policy.dtype, policy.device, policy.mesh
-    inputs = hashlib.sha256(
-        f"{mesh.ask(lambda: fingerprint(other or config.model))} {dataset.key} {dtype}".encode()
-    )
-    key = hashlib.sha256(
-        inputs.digest() + np.sort(examples).astype(np.int64).tobytes()
-    ).hexdigest()[:24]
-    path = cache_folder(config) / f"reference-{key}.safetensors"
-    cached = _cached_logps(path, len(dataset.response_len), say)
-    if all(mesh.everyone(cached is not None)):
-        say(f"reference: {len(examples)} examples from {path}")
-        return cached, {}
-    model = load_model(other, dtype, device, mesh=mesh) if other else policy
-    if model.c.vocab != policy.c.vocab:
-        raise ValueError(
-            f"--ref {other} has a vocabulary of {model.c.vocab}, the policy {policy.c.vocab}: not a pair"
-        )
-    meter = Meter(model.c, device, mesh)
-    logps = np.zeros(len(dataset.response_len))
-    lengths = dataset.tree_lengths(config.share_prompts)
-    bins = micro_batches(lengths, examples, config.max_tokens, mesh.dp_rank, mesh.dp)
-    batches = (make_batch(dataset, items, config.share_prompts) for items in bins)
-    shown = tqdm(
-        pipeline(model, batches), "reference", len(bins), disable=None if mesh.main else True
-    )
-    for batch, hidden in shown:
-        logps[dataset.responses_of(batch.examples)] = (
-            batch.sum_by_response(model.logps(hidden, batch)).cpu().numpy()
-        )
-    logps = mesh.sum(torch.from_numpy(logps)).numpy()
-    unseen = np.ones(len(logps), bool)
-    unseen[dataset.responses_of(examples)] = False
-    logps[unseen] = np.nan
-    cost = meter.read(int(lengths[examples].sum()))
-    if mesh.main:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        save_file({"logps": logps}, partial)
-        partial.replace(path)
-    say(f"reference: {len(examples)} examples scored in {cost['seconds']:.1f} s, kept in {path}")
-    return logps, {f"reference_{k}": cost[k] for k in ("seconds", "cpu_seconds") if k in cost}
-
-
-def _cached_logps(path: Path, n: int, say: Callable[[str], Any]) -> np.ndarray | None:
-    """The cached log-probs of n responses, None where there are none or the file is damaged."""
-    try:
-        cached = load_file(path)["logps"] if path.exists() else None
-    except (SafetensorError, KeyError):
-        say(f"warning: {path} is damaged, scoring again")
-        return None
-    return cached if cached is not None and len(cached) == n else None
-
-
-class Meter:
-    """Time, tokens and memory of the steps, from one reading to the next. Tokens are those of all ranks."""
-
-    def __init__(self, model: GPTConfig, device: torch.device, mesh: Mesh):
-        self.model, self.device, self.ranks = model, device, mesh.world
-        name = torch.cuda.get_device_name() if device.type == "cuda" else ""
-        self.peak = next((peak for key, peak in PEAK_TFLOPS.items() if key in name), None)
-        self.start()
-
-    def start(self) -> None:
-        """Begins a step."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        self.wall, self.cpu = time.perf_counter(), time.process_time()
-
-    def read(self, tokens: int, batches: Sequence[TreeBatch] = ()) -> dict[str, float]:
-        """Ends a step of `tokens` real tokens, some of them in `batches`: what those saw stands for all."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - self.wall
-        row = {"tokens": tokens, "tokens_per_second": tokens / seconds, "seconds": seconds}
-        if self.device.type == "cuda":
-            row["memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
-            if self.peak:
-                here = max(1, sum(len(batch.tokens) for batch in batches))
-                context = sum(batch.context * len(batch.tokens) for batch in batches) / here
-                flops = tokens * self.model.flops_per_token(context)
-                row["mfu"] = flops / seconds / (self.peak * 1e12 * self.ranks)
-        else:
-            row["cpu_seconds"] = time.process_time() - self.cpu
-            row["memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        return row
-
-
-class Log:
-    """OUT/metrics.jsonl, the progress bar and, if asked for, Weights & Biases; all of it on rank 0 only."""
-
-    def __init__(self, config: RunConfig, first_step: int, total: int, mesh: Mesh):
-        self.path = Path(config.out) / "metrics.jsonl" if mesh.main else Path(os.devnull)
-        if mesh.main:
-            self._forget_after(first_step)
-        self.file = open(self.path, "a")  # noqa: SIM115 - closed in close()
-        self.first, self.total, self.started = first_step, total, time.monotonic()
-        hidden = None if mesh.main else True
-        self.bar = tqdm(
-            total=total, initial=first_step, unit="step", dynamic_ncols=True, disable=hidden
-        )
-        self.wandb = None
-        if config.wandb and mesh.main:
-            self.wandb = _wandb().init(
-                project=config.wandb, name=Path(config.out).name, config=vars(config)
-            )
-
-    def _forget_after(self, step: int) -> None:
-        """Drops rows of steps that a resumed run takes again, and a last row that a killed run left half written."""
-        if not self.path.exists():
-            return
-        kept = []
-        for line in self.path.read_text().splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if row.get("step", 0) <= step:
-                kept.append(line + "\n")
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(kept))
-        partial.replace(self.path)
-
-    def row(self, row: dict[str, Any]) -> None:
-        """Appends a row; it is on its way to the disk when this returns."""
-        row = {
-            k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
-        }
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
-        if self.wandb:
-            self.wandb.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
-
-    def progress(self, row: dict[str, Any]) -> None:
-        """Moves the bar by one step; where there is no terminal, prints twenty lines over the run."""
-        what = f"loss {row['loss']:.4f}, {row['tokens_per_second']:,.0f} tok/s"
-        self.bar.set_postfix_str(what, refresh=False)
-        self.bar.update()
-        if self.bar.disable and due(max(1, self.total // 20), row["step"]):
-            done = row["step"] - self.first
-            left = (time.monotonic() - self.started) / done * (self.total - row["step"])
-            print(f"step {row['step']}/{self.total}: {what}, {left / 60:.1f} min left", flush=True)
-
-    def say(self, text: str) -> None:
-        """Prints a line without tearing the bar."""
-        tqdm.write(text, file=sys.stdout)
-
-    def close(self) -> None:
-        self.bar.close()
-        self.file.close()
-        if self.wandb:
-            self.wandb.finish()
 
 
 def print_samples(

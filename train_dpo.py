@@ -21,6 +21,8 @@ import torch
 
 import checkpoint
 import losses
+import reference
+import reporting
 import runtime
 from config import RunConfig, parse
 from data.dataset import Dataset
@@ -35,10 +37,12 @@ from data.trees import (
     steps_per_epoch,
     visited,
 )
-from hf import load_model, save_model
 from losses import Pairs
 from model import GPT
-from parallel import AdamW, init_mesh, pipeline
+from optimizer import AdamW
+from parallel import init_mesh
+from pipeline import pipeline
+from weights.folder import load_model, save_model
 
 
 @dataclass
@@ -164,7 +168,7 @@ def main(argv: list[str] | None = None) -> None:
         if config.reference_free or config.ref == "none" or config.loss == "simpo":
             data.columns["ref_logps"] = np.zeros(len(data.response_len))
         else:
-            scored, spent = runtime.reference_logps(
+            scored, spent = reference.reference_logps(
                 model, config.ref, data, examples, config, print
             )
             data.columns["ref_logps"] = scored
@@ -178,8 +182,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"resumed from {start} after step {state.step}")
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
-    log = runtime.Log(config, state.step, total, mesh)
-    meter, nonfinite = runtime.Meter(model.c, device, mesh), runtime.NonFinite()
+    log = reporting.Log(config, state.step, total, mesh)
+    meter, nonfinite = reporting.Meter(model.c, device, mesh), runtime.NonFinite()
     if cost and not start:
         log.row({"step": 0, **cost})
     for step in range(state.step, total):
@@ -207,14 +211,14 @@ def main(argv: list[str] | None = None) -> None:
                 loss = loss - config.sft_weight * pairs.chosen.sum() / n_chosen
                 metrics["nll"] = -pairs.chosen * n_pairs / n_chosen
             loss.backward()
-            runtime.add(totals, {"loss": per_pair, **metrics})
+            reporting.add(totals, {"loss": per_pair, **metrics})
         lr = runtime.learning_rate(config, step, total)
         norm, stopping = optimizer.step(lr, config.clip, stop)
 
         state.step = step + 1
         row = {
             "step": state.step,
-            **runtime.means(totals, n_pairs, mesh),
+            **reporting.means(totals, n_pairs, mesh),
             "grad_norm": norm,
             "lr": lr,
         }
@@ -235,11 +239,11 @@ def main(argv: list[str] | None = None) -> None:
                 "running_mean": running_mean + (mean - running_mean) * n_pairs / n,
                 "running_count": n,
             }
-        if runtime.due(config.log_every, state.step) or state.step == total:
+        if reporting.due(config.log_every, state.step) or state.step == total:
             log.row(row)
         log.progress(row)
 
-        if heldout and (runtime.due(config.eval_every, state.step) or state.step == total):
+        if heldout and (reporting.due(config.eval_every, state.step) or state.step == total):
             result = evaluate(model, heldout, config, running_mean)
             log.row({"step": state.step, **result})
             log.say(
@@ -252,7 +256,7 @@ def main(argv: list[str] | None = None) -> None:
                 state.best, state.best_step = result["eval/loss"], state.step
                 save_model(model, Path(config.out) / "best", config.model, template)
         stopping = stopping and state.step < total
-        if runtime.due(config.save_every, state.step) or stopping:
+        if reporting.due(config.save_every, state.step) or stopping:
             checkpoint.save(config.out, state, optimizer, config.keep)
         if stopping:
             why = stop.reason or "another rank"

@@ -22,6 +22,8 @@ import torch
 
 import checkpoint
 import losses
+import reference
+import reporting
 import runtime
 from config import RunConfig, parse
 from data.dataset import Dataset
@@ -29,9 +31,11 @@ from data.mismatched import kto_trees
 from data.templates import Template
 from data.tokenizer import load_tokenizer
 from data.trees import TreeBatch, make_batch, micro_batches, pack, step_examples, steps_per_epoch
-from hf import load_model, save_model
 from model import GPT
-from parallel import AdamW, init_mesh, pipeline
+from optimizer import AdamW
+from parallel import init_mesh
+from pipeline import pipeline
+from weights.folder import load_model, save_model
 
 
 @dataclass
@@ -148,8 +152,10 @@ def evaluate(model: GPT, data: Dataset, config: Config, delta: float) -> dict[st
     for batch, hidden in pipeline(model, (make_batch(data, items, only=0) for items in bins)):
         ratio, label = log_ratios(model, hidden, batch), batch.columns["label"]
         per_example, metrics = example_losses(ratio, label, z, config, delta)
-        runtime.add(totals, {"loss": per_example, **metrics})
-    row = by_class(runtime.means(totals, len(data), mesh), len(data), good_among(data, everything))
+        reporting.add(totals, {"loss": per_example, **metrics})
+    row = by_class(
+        reporting.means(totals, len(data), mesh), len(data), good_among(data, everything)
+    )
     row |= {"kl": z.item()} if config.loss == "kto" else {}
     return {f"eval/{name}": value for name, value in row.items()}
 
@@ -194,7 +200,7 @@ def main(argv: list[str] | None = None) -> None:
     print(runtime.describe(config, model, lengths, total))
     cost = {}
     for data in filter(None, (train, heldout)):
-        scored, spent = runtime.reference_logps(
+        scored, spent = reference.reference_logps(
             model, config.ref, data, np.arange(len(data)), config, print
         )
         data.columns["ref_logps"] = scored
@@ -208,8 +214,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"resumed from {start} after step {state.step}")
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
-    log = runtime.Log(config, state.step, total, mesh)
-    meter, nonfinite = runtime.Meter(model.c, device, mesh), runtime.NonFinite()
+    log = reporting.Log(config, state.step, total, mesh)
+    meter, nonfinite = reporting.Meter(model.c, device, mesh), runtime.NonFinite()
     if cost and not start:
         log.row({"step": 0, **cost})
     for step in range(state.step, total):
@@ -235,14 +241,14 @@ def main(argv: list[str] | None = None) -> None:
             ratio, label = log_ratios(model, hidden, batch), batch.columns["label"]
             per_example, metrics = example_losses(ratio, label, z, config, delta)
             (per_example.sum() / n_examples).backward()
-            runtime.add(totals, {"loss": per_example, **metrics})
+            reporting.add(totals, {"loss": per_example, **metrics})
         lr = runtime.learning_rate(config, step, total)
         norm, stopping = optimizer.step(lr, config.clip, stop)
 
         state.step = step + 1
         row = {
             "step": state.step,
-            **runtime.means(totals, n_examples, mesh),
+            **reporting.means(totals, n_examples, mesh),
             "grad_norm": norm,
             "lr": lr,
         }
@@ -262,11 +268,11 @@ def main(argv: list[str] | None = None) -> None:
         elif config.loss == "bco":
             sums |= {"n_good": n_good, "n_bad": n_examples - n_good}
             state.extra = {name: seen[name] + value for name, value in sums.items()}
-        if runtime.due(config.log_every, state.step) or state.step == total:
+        if reporting.due(config.log_every, state.step) or state.step == total:
             log.row(row)
         log.progress(row)
 
-        if heldout and (runtime.due(config.eval_every, state.step) or state.step == total):
+        if heldout and (reporting.due(config.eval_every, state.step) or state.step == total):
             result = evaluate(model, heldout, config, delta)
             log.row({"step": state.step, **result})
             log.say(
@@ -279,7 +285,7 @@ def main(argv: list[str] | None = None) -> None:
                 state.best, state.best_step = result["eval/loss"], state.step
                 save_model(model, Path(config.out) / "best", config.model, template)
         stopping = stopping and state.step < total
-        if runtime.due(config.save_every, state.step) or stopping:
+        if reporting.due(config.save_every, state.step) or stopping:
             checkpoint.save(config.out, state, optimizer, config.keep)
         if stopping:
             why = stop.reason or "another rank"

@@ -25,18 +25,22 @@ import torch
 
 import checkpoint
 import losses
-import rollout
+import reporting
 import runtime
-from config import parse
+from config import RolloutConfig, parse
 from data.dataset import Dataset, load_prompts
 from data.templates import Template
 from data.tokenizer import load_tokenizer
 from data.trees import TreeBatch, make_batch, micro_batches, step_examples, steps_per_epoch
-from hf import load_model, save_model
 from model import GPT
-from parallel import AdamW, Mesh, init_mesh, pipeline
-from rewards import load_reward, same_tokens
-from rollout import Rollout, RolloutConfig
+from optimizer import AdamW
+from parallel import Mesh, init_mesh
+from pipeline import pipeline
+from sampling import rollout
+from sampling.rewards import load_reward, same_tokens
+from sampling.rollout import Rollout
+from sampling.server import Server
+from weights.folder import load_model, save_model
 
 
 @dataclass
@@ -237,7 +241,7 @@ def main(argv: list[str] | None = None) -> None:
     ):  # the folder itself: a resumed run must not take the half-trained policy
         ref = load_model(config.ref or config.model, dtype, device, mesh=mesh).requires_grad_(False)
         runtime.prepare_model(ref, config, tokenizer)
-    server = rollout.Server(template, config) if config.rollout_url else None
+    server = Server(template, config) if config.rollout_url else None
     settings = (config.beta1, config.beta2), config.eps, config.weight_decay, config.zero
     optimizer, critic_optimizer = AdamW(model, *settings), AdamW(critic, *settings)
     state = checkpoint.State()
@@ -248,8 +252,8 @@ def main(argv: list[str] | None = None) -> None:
         rollout.forget_samples(config.out, state.step)
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
-    log = runtime.Log(config, state.step, total, mesh)
-    meter, nonfinite = runtime.Meter(model.c, device, mesh), runtime.NonFinite()
+    log = reporting.Log(config, state.step, total, mesh)
+    meter, nonfinite = reporting.Meter(model.c, device, mesh), runtime.NonFinite()
     if heldout and not state.step:
         sample = rollout.sampler(model, template, config, server)
         result, _ = rollout.evaluate(heldout, sample, reward, template, config, mesh)
@@ -287,12 +291,12 @@ def main(argv: list[str] | None = None) -> None:
                 for batch, hidden in pipeline(model, batches, optimizer):
                     per_token, metrics = policy_losses(model, hidden, batch, config)
                     (per_token.sum() / n_tokens).backward()
-                    runtime.add(totals, {"loss": per_token, **metrics})
+                    reporting.add(totals, {"loss": per_token, **metrics})
                 norm, _ = optimizer.step(lr, config.clip)
             for batch, hidden in pipeline(critic, batches, critic_optimizer):
                 per_token, metrics = value_losses(critic, hidden, batch, config)
                 (per_token.sum() / n_tokens).backward()
-                runtime.add(totals, metrics)
+                reporting.add(totals, metrics)
             critic_norm, stopping = critic_optimizer.step(critic_lr, config.clip, stop)
             norms.append((norm, critic_norm))
             if nonfinite.check(norm + critic_norm, step + 1):
@@ -302,7 +306,7 @@ def main(argv: list[str] | None = None) -> None:
                 )
 
         state.step = step + 1
-        row |= runtime.means(totals, int(found.lengths.sum()) * config.ppo_epochs, mesh)
+        row |= reporting.means(totals, int(found.lengths.sum()) * config.ppo_epochs, mesh)
         row |= {**dict(zip(("grad_norm", "value/grad_norm"), np.mean(norms, 0).tolist())), "lr": lr}
         if config.kl_target and step >= config.critic_warmup:
             state.extra["beta"] = adapted(beta, row["kl"], config)
@@ -317,15 +321,15 @@ def main(argv: list[str] | None = None) -> None:
             row |= {f"{name}_seconds": seconds, f"{name}_tokens_per_second": done / seconds}
         row |= {"epoch": state.step / per_epoch, **meter.read(tokens, batches)}
         state.tokens += tokens
-        if runtime.due(config.log_every, state.step) or state.step == total:
+        if reporting.due(config.log_every, state.step) or state.step == total:
             log.row(row)
         if mesh.main and (
-            runtime.due(config.log_samples, state.step) or config.log_samples and state.step == 1
+            reporting.due(config.log_samples, state.step) or config.log_samples and state.step == 1
         ):
             rollout.log_samples(config.out, state.step, found)
         log.progress({"loss": row["value/loss"], **row})  # the critic's where only it learns
 
-        if heldout and (runtime.due(config.eval_every, state.step) or state.step == total):
+        if heldout and (reporting.due(config.eval_every, state.step) or state.step == total):
             sample = rollout.sampler(model, template, config, server)
             result, answers = rollout.evaluate(heldout, sample, reward, template, config, mesh)
             log.row({"step": state.step, **result})
@@ -341,7 +345,7 @@ def main(argv: list[str] | None = None) -> None:
                 state.best, state.best_step = -result["eval/reward"], state.step
                 save_model(model, Path(config.out) / "best", config.model, template)
         stopping = stopping and state.step < total
-        if runtime.due(config.save_every, state.step) or stopping:
+        if reporting.due(config.save_every, state.step) or stopping:
             checkpoint.save(config.out, state, (optimizer, critic_optimizer), config.keep)
         if stopping:
             why = stop.reason or "another rank"

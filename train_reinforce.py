@@ -24,18 +24,22 @@ import torch
 
 import checkpoint
 import losses
-import rollout
+import reporting
 import runtime
-from config import parse
+from config import RolloutConfig, parse
 from data.dataset import load_prompts
 from data.templates import Template
 from data.tokenizer import load_tokenizer
 from data.trees import TreeBatch, make_batch, micro_batches, step_examples, steps_per_epoch
-from hf import load_model, save_model
 from model import GPT
-from parallel import AdamW, Mesh, init_mesh, pipeline
-from rewards import load_reward
-from rollout import Rollout, RolloutConfig
+from optimizer import AdamW
+from parallel import Mesh, init_mesh
+from pipeline import pipeline
+from sampling import rollout
+from sampling.rewards import load_reward
+from sampling.rollout import Rollout
+from sampling.server import Server
+from weights.folder import load_model, save_model
 
 
 @dataclass
@@ -202,7 +206,7 @@ def main(argv: list[str] | None = None) -> None:
     ):  # the folder itself: a resumed run must not take the half-trained policy
         ref = load_model(config.ref or config.model, dtype, device, mesh=mesh).requires_grad_(False)
         runtime.prepare_model(ref, config, tokenizer)
-    server = rollout.Server(template, config) if config.rollout_url else None
+    server = Server(template, config) if config.rollout_url else None
     optimizer = AdamW(
         model, (config.beta1, config.beta2), config.eps, config.weight_decay, config.zero
     )
@@ -214,8 +218,8 @@ def main(argv: list[str] | None = None) -> None:
         rollout.forget_samples(config.out, state.step)
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
-    log = runtime.Log(config, state.step, total, mesh)
-    meter, nonfinite = runtime.Meter(model.c, device, mesh), runtime.NonFinite()
+    log = reporting.Log(config, state.step, total, mesh)
+    meter, nonfinite = reporting.Meter(model.c, device, mesh), runtime.NonFinite()
     if heldout and not state.step:
         sample = rollout.sampler(model, template, config, server)
         result, _ = rollout.evaluate(heldout, sample, reward, template, config, mesh)
@@ -254,7 +258,7 @@ def main(argv: list[str] | None = None) -> None:
                 logps = model.logps(hidden, batch, config.temperature)  # (M,)
                 loss, metrics = policy_loss(logps, batch, step_lengths, config, len(plan) > 1)
                 loss.backward()
-                runtime.add(totals, {"loss": loss * n_tokens / len(plan), **metrics})
+                reporting.add(totals, {"loss": loss * n_tokens / len(plan), **metrics})
             norm, stopping = optimizer.step(lr, config.clip, stop)
             norms.append(norm)
             if nonfinite.check(norm, step + 1):
@@ -265,7 +269,7 @@ def main(argv: list[str] | None = None) -> None:
 
         state.step = step + 1
         row |= {
-            **runtime.means(totals, n_tokens, mesh),
+            **reporting.means(totals, n_tokens, mesh),
             "grad_norm": sum(norms) / len(norms),
             "lr": lr,
         }
@@ -280,15 +284,15 @@ def main(argv: list[str] | None = None) -> None:
             row |= {f"{name}_seconds": seconds, f"{name}_tokens_per_second": done / seconds}
         row |= {"epoch": state.step / per_epoch, **meter.read(tokens, batches)}
         state.tokens += tokens
-        if runtime.due(config.log_every, state.step) or state.step == total:
+        if reporting.due(config.log_every, state.step) or state.step == total:
             log.row(row)
         if mesh.main and (
-            runtime.due(config.log_samples, state.step) or config.log_samples and state.step == 1
+            reporting.due(config.log_samples, state.step) or config.log_samples and state.step == 1
         ):
             rollout.log_samples(config.out, state.step, found)
         log.progress(row)
 
-        if heldout and (runtime.due(config.eval_every, state.step) or state.step == total):
+        if heldout and (reporting.due(config.eval_every, state.step) or state.step == total):
             sample = rollout.sampler(model, template, config, server)
             result, answers = rollout.evaluate(heldout, sample, reward, template, config, mesh)
             log.row({"step": state.step, **result})
@@ -304,7 +308,7 @@ def main(argv: list[str] | None = None) -> None:
                 state.best, state.best_step = -result["eval/reward"], state.step
                 save_model(model, Path(config.out) / "best", config.model, template)
         stopping = stopping and state.step < total
-        if runtime.due(config.save_every, state.step) or stopping:
+        if reporting.due(config.save_every, state.step) or stopping:
             checkpoint.save(config.out, state, optimizer, config.keep)
         if stopping:
             why = stop.reason or "another rank"

@@ -21,17 +21,22 @@ import numpy as np
 import torch
 
 import checkpoint
-import rollout
+import reporting
 import runtime
-from config import parse
-from data.dataset import Prompts, load_prompts, write_rows
+from config import RolloutConfig, parse
+from data.dataset import Prompts, load_prompts
+from data.rows import write_rows
 from data.templates import Template
 from data.tokenizer import load_tokenizer
 from data.trees import make_batch, micro_batches, pack, step_examples, steps_per_epoch
-from hf import load_model, save_model
-from parallel import AdamW, Mesh, init_mesh, pipeline
-from rewards import Reward, load_reward
-from rollout import Rollout, RolloutConfig, Sampler
+from optimizer import AdamW
+from parallel import Mesh, init_mesh
+from pipeline import pipeline
+from sampling import rollout
+from sampling.rewards import Reward, load_reward
+from sampling.rollout import Rollout, Sampler
+from sampling.server import Server
+from weights.folder import load_model, save_model
 
 
 @dataclass
@@ -98,7 +103,7 @@ def best_of_n(
         rewards.append(found.rewards)
         ended.append(found.ended)
         if mesh.main:
-            if runtime.due(config.log_samples, number) or config.log_samples and number == 1:
+            if reporting.due(config.log_samples, number) or config.log_samples and number == 1:
                 rollout.log_samples(config.out, number, found)
             print(
                 f"{start + len(part.ids)} of {len(mine)} prompts sampled, {len(kept)} answers kept",
@@ -156,7 +161,7 @@ def main(argv: list[str] | None = None) -> None:
     model = load_model(config.model, dtype, device, mesh=mesh)
     drawn = {}
     if not mesh.ask((out / "kept.jsonl").exists):  # a resumed run trains on the same samples
-        server = rollout.Server(template, config) if config.rollout_url else None
+        server = Server(template, config) if config.rollout_url else None
         sample = rollout.sampler(model, template, config, server)
         drawn = best_of_n(prompts, sample, reward, template, config, mesh)
         print(", ".join(f"{name} {value:.4g}" for name, value in drawn.items()))
@@ -182,8 +187,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"resumed from {start} after step {state.step}")
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
-    log = runtime.Log(config, state.step, total, mesh)
-    meter, nonfinite = runtime.Meter(model.c, device, mesh), runtime.NonFinite()
+    log = reporting.Log(config, state.step, total, mesh)
+    meter, nonfinite = reporting.Meter(model.c, device, mesh), runtime.NonFinite()
     if drawn and not start:
         log.row({"step": 0, **drawn})
     if heldout and not state.step:
@@ -202,14 +207,14 @@ def main(argv: list[str] | None = None) -> None:
         for batch, hidden in pipeline(model, batches, optimizer):
             nll = -model.logps(hidden, batch)  # (M,)
             (nll.sum() / n_scored).backward()
-            runtime.add(totals, {"loss": nll})
+            reporting.add(totals, {"loss": nll})
         lr = runtime.learning_rate(config, step, total)
         norm, stopping = optimizer.step(lr, config.clip, stop)
 
         state.step = step + 1
         row = {
             "step": state.step,
-            **runtime.means(totals, n_scored, mesh),
+            **reporting.means(totals, n_scored, mesh),
             "grad_norm": norm,
             "lr": lr,
         }
@@ -221,11 +226,11 @@ def main(argv: list[str] | None = None) -> None:
             log.say(
                 f"step {state.step}: the gradient is not finite, no update ({state.skipped} so far)"
             )
-        if runtime.due(config.log_every, state.step) or state.step == total:
+        if reporting.due(config.log_every, state.step) or state.step == total:
             log.row(row)
         log.progress(row)
 
-        if heldout and (runtime.due(config.eval_every, state.step) or state.step == total):
+        if heldout and (reporting.due(config.eval_every, state.step) or state.step == total):
             sample = rollout.sampler(model, template, config)
             result, answers = rollout.evaluate(heldout, sample, reward, template, config, mesh)
             log.row({"step": state.step, **result})
@@ -241,7 +246,7 @@ def main(argv: list[str] | None = None) -> None:
                 state.best, state.best_step = -result["eval/reward"], state.step
                 save_model(model, Path(config.out) / "best", config.model, template)
         stopping = stopping and state.step < total
-        if runtime.due(config.save_every, state.step) or stopping:
+        if reporting.due(config.save_every, state.step) or stopping:
             checkpoint.save(config.out, state, optimizer, config.keep)
         if stopping:
             why = stop.reason or "another rank"

@@ -24,6 +24,7 @@ import torch
 
 import checkpoint
 import losses
+import reporting
 import runtime
 from config import RunConfig, parse
 from data.dataset import Dataset
@@ -31,9 +32,11 @@ from data.formats import ATTRIBUTES, known_attributes
 from data.templates import Template
 from data.tokenizer import Tokenizer, load_tokenizer
 from data.trees import TreeBatch, make_batch, micro_batches, pack, step_examples, steps_per_epoch
-from hf import load_model, save_model
 from model import GPT
-from parallel import AdamW, init_mesh, pipeline
+from optimizer import AdamW
+from parallel import init_mesh
+from pipeline import pipeline
+from weights.folder import load_model, save_model
 
 
 @dataclass
@@ -100,8 +103,8 @@ def evaluate(model: GPT, data: Dataset, names: tuple[str, ...], config: Config) 
         found = model.score(hidden, batch, batch.last)
         scores[data.responses_of(batch.examples)] = found.double()
         per_item, metrics = score_losses(found, batch, names, config)
-        runtime.add(totals, {"loss": per_item, **metrics})
-    means = runtime.means(totals, items_in(data, everything, names, config), mesh)
+        reporting.add(totals, {"loss": per_item, **metrics})
+    means = reporting.means(totals, items_in(data, everything, names, config), mesh)
     row = {f"eval/{name}": value for name, value in means.items()}
     if config.loss != "regression":
         return deviation(row, "eval/rewards")
@@ -193,8 +196,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"resumed from {start} after step {state.step}")
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
-    log = runtime.Log(config, state.step, total, mesh)
-    meter, nonfinite = runtime.Meter(model.c, device, mesh), runtime.NonFinite()
+    log = reporting.Log(config, state.step, total, mesh)
+    meter, nonfinite = reporting.Meter(model.c, device, mesh), runtime.NonFinite()
     for step in range(state.step, total):
         meter.start()
         examples = step_examples(len(train), config.batch_size, step, config.seed, config.shuffle)
@@ -210,14 +213,14 @@ def main(argv: list[str] | None = None) -> None:
             scores = model.score(hidden, batch, batch.last)  # (R, outputs)
             per_item, metrics = score_losses(scores, batch, names, config)
             (per_item.sum() / n_items).backward()
-            runtime.add(totals, {"loss": per_item, **metrics})
+            reporting.add(totals, {"loss": per_item, **metrics})
         lr = runtime.learning_rate(config, step, total)
         norm, stopping = optimizer.step(lr, config.clip, stop)
 
         state.step = step + 1
         row = {
             "step": state.step,
-            **runtime.means(totals, n_items, mesh),
+            **reporting.means(totals, n_items, mesh),
             "grad_norm": norm,
             "lr": lr,
         }
@@ -230,11 +233,11 @@ def main(argv: list[str] | None = None) -> None:
             log.say(
                 f"step {state.step}: the gradient is not finite, no update ({state.skipped} so far)"
             )
-        if runtime.due(config.log_every, state.step) or state.step == total:
+        if reporting.due(config.log_every, state.step) or state.step == total:
             log.row(row)
         log.progress(row)
 
-        if heldout and (runtime.due(config.eval_every, state.step) or state.step == total):
+        if heldout and (reporting.due(config.eval_every, state.step) or state.step == total):
             result = evaluate(model, heldout, names, config)
             log.row({"step": state.step, **result})
             log.say(
@@ -247,7 +250,7 @@ def main(argv: list[str] | None = None) -> None:
                 state.best, state.best_step = result["eval/loss"], state.step
                 save_model(model, Path(config.out) / "best", config.model, template)
         stopping = stopping and state.step < total
-        if runtime.due(config.save_every, state.step) or stopping:
+        if reporting.due(config.save_every, state.step) or stopping:
             checkpoint.save(config.out, state, optimizer, config.keep)
         if stopping:
             why = stop.reason or "another rank"

@@ -18,15 +18,18 @@ import numpy as np
 import torch
 
 import checkpoint
+import reporting
 import runtime
 from config import RunConfig, parse
 from data.dataset import Dataset
 from data.templates import Template
 from data.tokenizer import load_tokenizer
 from data.trees import make_batch, micro_batches, pack, step_examples, steps_per_epoch
-from hf import load_model, save_model
 from model import GPT
-from parallel import AdamW, init_mesh, pipeline
+from optimizer import AdamW
+from parallel import init_mesh
+from pipeline import pipeline
+from weights.folder import load_model, save_model
 
 
 @dataclass
@@ -84,8 +87,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"resumed from {start} after step {state.step}")
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
-    log = runtime.Log(config, state.step, total, mesh)
-    meter, nonfinite = runtime.Meter(model.c, device, mesh), runtime.NonFinite()
+    log = reporting.Log(config, state.step, total, mesh)
+    meter, nonfinite = reporting.Meter(model.c, device, mesh), runtime.NonFinite()
     for step in range(state.step, total):
         meter.start()
         examples = step_examples(len(train), config.batch_size, step, config.seed, config.shuffle)
@@ -98,14 +101,14 @@ def main(argv: list[str] | None = None) -> None:
         for batch, hidden in pipeline(model, batches, optimizer):
             nll = -model.logps(hidden, batch)  # (M,)
             (nll.sum() / n_scored).backward()
-            runtime.add(totals, {"loss": nll})
+            reporting.add(totals, {"loss": nll})
         lr = runtime.learning_rate(config, step, total)
         norm, stopping = optimizer.step(lr, config.clip, stop)
 
         state.step = step + 1
         row = {
             "step": state.step,
-            **runtime.means(totals, n_scored, mesh),
+            **reporting.means(totals, n_scored, mesh),
             "grad_norm": norm,
             "lr": lr,
         }
@@ -117,11 +120,11 @@ def main(argv: list[str] | None = None) -> None:
             log.say(
                 f"step {state.step}: the gradient is not finite, no update ({state.skipped} so far)"
             )
-        if runtime.due(config.log_every, state.step) or state.step == total:
+        if reporting.due(config.log_every, state.step) or state.step == total:
             log.row(row)
         log.progress(row)
 
-        if heldout and (runtime.due(config.eval_every, state.step) or state.step == total):
+        if heldout and (reporting.due(config.eval_every, state.step) or state.step == total):
             result = evaluate(model, heldout, config)
             log.row({"step": state.step, **result})
             log.say(
@@ -134,7 +137,7 @@ def main(argv: list[str] | None = None) -> None:
                 state.best, state.best_step = result["eval/loss"], state.step
                 save_model(model, Path(config.out) / "best", config.model, template)
         stopping = stopping and state.step < total
-        if runtime.due(config.save_every, state.step) or stopping:
+        if reporting.due(config.save_every, state.step) or stopping:
             checkpoint.save(config.out, state, optimizer, config.keep)
         if stopping:
             why = stop.reason or "another rank"

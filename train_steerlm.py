@@ -27,11 +27,14 @@ import torch
 
 import checkpoint
 import losses
+import reference
+import reporting
 import runtime
 from config import RunConfig, parse
 from data import attributes
-from data.dataset import Dataset, read_rows, write_rows
+from data.dataset import Dataset
 from data.formats import ATTRIBUTES, attribute_row
+from data.rows import read_rows, write_rows
 from data.templates import Template
 from data.tokenizer import load_tokenizer
 from data.trees import (
@@ -43,11 +46,13 @@ from data.trees import (
     steps_per_epoch,
     visited,
 )
-from generate import generate
-from hf import load_model, save_model
 from model import GPT
-from parallel import AdamW, init_mesh, pipeline
-from score import all_answers, annotate, load_scorer, score
+from optimizer import AdamW
+from parallel import init_mesh
+from pipeline import pipeline
+from sampling.sampler import generate
+from sampling.scoring import all_answers, annotate, load_scorer, score
+from weights.folder import load_model, save_model
 
 
 @dataclass
@@ -313,7 +318,7 @@ def main(argv: list[str] | None = None) -> None:
             [(heldout, np.arange(len(heldout)))] if heldout else []
         ):
             data.columns["group"] = np.repeat(np.arange(len(data)), np.diff(data.response_start))
-            data.columns["ref_logps"], _ = runtime.reference_logps(
+            data.columns["ref_logps"], _ = reference.reference_logps(
                 model, "", data, examples, config, print
             )
     optimizer = AdamW(
@@ -325,8 +330,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"resumed from {start} after step {state.step}")
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
-    log = runtime.Log(config, state.step, total, mesh)
-    meter, nonfinite = runtime.Meter(model.c, device, mesh), runtime.NonFinite()
+    log = reporting.Log(config, state.step, total, mesh)
+    meter, nonfinite = reporting.Meter(model.c, device, mesh), runtime.NonFinite()
     for step in range(state.step, total):
         meter.start()
         examples = step_examples(len(train), config.batch_size, step, config.seed, config.shuffle)
@@ -341,14 +346,14 @@ def main(argv: list[str] | None = None) -> None:
         for batch, hidden in pipeline(model, batches, optimizer):
             per_item = item_losses(model, hidden, batch, names, config)
             (per_item.sum() / n_items).backward()
-            runtime.add(totals, {"loss": per_item})
+            reporting.add(totals, {"loss": per_item})
         lr = runtime.learning_rate(config, step, total)
         norm, stopping = optimizer.step(lr, config.clip, stop)
 
         state.step = step + 1
         row = {
             "step": state.step,
-            **runtime.means(totals, n_items, mesh),
+            **reporting.means(totals, n_items, mesh),
             "grad_norm": norm,
             "lr": lr,
         }
@@ -360,11 +365,11 @@ def main(argv: list[str] | None = None) -> None:
             log.say(
                 f"step {state.step}: the gradient is not finite, no update ({state.skipped} so far)"
             )
-        if runtime.due(config.log_every, state.step) or state.step == total:
+        if reporting.due(config.log_every, state.step) or state.step == total:
             log.row(row)
         log.progress(row)
 
-        if heldout and (runtime.due(config.eval_every, state.step) or state.step == total):
+        if heldout and (reporting.due(config.eval_every, state.step) or state.step == total):
             result = evaluate(model, heldout, names, config)
             log.row({"step": state.step, **result})
             log.say(
@@ -379,7 +384,7 @@ def main(argv: list[str] | None = None) -> None:
                 if config.stage != "attributes":
                     attributes.save(Path(config.out) / "best", line, names)
         stopping = stopping and state.step < total
-        if runtime.due(config.save_every, state.step) or stopping:
+        if reporting.due(config.save_every, state.step) or stopping:
             checkpoint.save(config.out, state, optimizer, config.keep)
         if stopping:
             why = stop.reason or "another rank"

@@ -481,8 +481,8 @@ def run_generate(spec: dict) -> dict:
     prompts, n = spec["prompts"], spec["n"]
     if spec["run"] == "plumb":
         sys.path.insert(0, str(ROOT))
-        from generate import generate
-        from hf import load_model
+        from sampling.sampler import generate
+        from weights.folder import load_model
 
         model = load_model(spec["model"], torch.float32)
 
@@ -579,7 +579,7 @@ def run_grpo(spec: dict) -> dict:
     steps, rollouts, prompts, samples, tokens = [], [], [], [], []
     if spec["run"] == "plumb":
         import train_reinforce as script
-        from generate import Sample
+        from sampling.sampler import Sample
 
         class Endless(script.Template):
             def __init__(self, *args):
@@ -609,7 +609,7 @@ def run_grpo(spec: dict) -> dict:
         from transformers import PrinterCallback
         from trl import GRPOConfig, GRPOTrainer
 
-        from rewards import length
+        from sampling.rewards import length
 
         words = length(str(WORDS))
         never = json.loads((Path(spec["model"]) / "config.json").read_text())[

@@ -24,6 +24,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from layout import host_layout
+
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = {  # seconds at most
     "ceilings": 40, "check": 100, "attention": 120, "logprob": 70, "small": 50, "steps": 150, "trl": 150,
@@ -118,9 +120,9 @@ def brief(value) -> str:
 
 def layout_of(bench: Bench, spans: list):
     """TreeLayout of (prompt, [responses]) on the device, and how many pairs of tokens it makes visible."""
-    from kernels import attention, tiles
+    from kernels import attention
 
-    kv_end, positions = (bench.torch.from_numpy(x) for x in tiles.host_layout(spans))
+    kv_end, positions = (bench.torch.from_numpy(x) for x in host_layout(spans))
     pairs = sum(
         p * (p + 1) // 2 + sum(n * p + n * (n + 1) // 2 for n in sizes) for p, sizes in spans
     )
@@ -140,7 +142,7 @@ def check(bench: Bench) -> None:
     from kernels.rmsnorm import add_rms_norm, rms_norm
     from kernels.rope import rope
     from kernels.swiglu import swiglu
-    from kernels.tiles import share_rows
+    from layout import share_rows
 
     # torch.empty gives NaN in this mode: what a kernel forgets to write shows.
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -482,7 +484,7 @@ def steps(bench: Bench) -> None:
     from data.dataset import Dataset
     from data.trees import make_batch, micro_batches
     from model import GPT, GPTConfig
-    from parallel import AdamW
+    from optimizer import AdamW
 
     pairs, budget = (2, 200) if bench.tiny else (32, 16384)
 

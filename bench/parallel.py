@@ -26,12 +26,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from optimizer import AdamW
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import losses  # noqa: E402
 import parallel  # noqa: E402
+import pipeline
 import plan  # noqa: E402
-from data.dataset import Dataset  # noqa: E402
+from data.dataset import Dataset
 from data.trees import make_batch, micro_batches  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from plan import Layout  # noqa: E402
@@ -93,14 +96,14 @@ def train(
         model = GPT(c, mesh).to(dtype)
     model.init_weights(0)
     model.checkpoint_activations = flags.checkpoint_activations
-    optimizer = parallel.AdamW(model, (0.9, 0.95), 1e-8, 0.0, layout.zero)
+    optimizer = AdamW(model, (0.9, 0.95), 1e-8, 0.0, layout.zero)
     data = pairs(flags.batch_size, c.vocab, flags.prompt, flags.answer)
     examples, lengths = np.arange(flags.batch_size), data.tree_lengths(True)
     bins = micro_batches(lengths, examples, flags.max_tokens, mesh.dp_rank, mesh.dp)
     batches = [make_batch(data, items) for items in bins]
 
     def step() -> None:
-        for batch, hidden in parallel.pipeline(model, batches, optimizer):
+        for batch, hidden in pipeline.pipeline(model, batches, optimizer):
             chosen, rejected = (
                 batch.sum_by_response(model.logps(hidden, batch)).view(-1, 2).unbind(1)
             )

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from data.dataset import Dataset
 from kernels.attention import TreeLayout
-from kernels.tiles import share_rows
+from layout import share_rows
 
 
 @dataclass

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from kernels import tiles
 from kernels.device import architecture, fused, operator, processors, tl, triton, untraced
+from layout import Spans, query_runs
 
 LOG2E = 1.4426950408889634
 
@@ -37,7 +38,7 @@ class TreeLayout:
     """
 
     def __init__(
-        self, spans: tiles.Spans, kv_end: Tensor, positions: Tensor, rows: np.ndarray | None = None
+        self, spans: Spans, kv_end: Tensor, positions: Tensor, rows: np.ndarray | None = None
     ):
         self.spans, self.kv_end, self.positions, self.rows, self.index = (
             spans,
@@ -47,7 +48,7 @@ class TreeLayout:
             None,
         )
         self.sizes = [n for prompt, responses in spans for n in (prompt, *responses)]
-        self.runs = tiles.query_runs(spans, rows)
+        self.runs = query_runs(spans, rows)
         if rows is not None:
             self.index = torch.from_numpy(rows)
             if kv_end.is_cuda:

@@ -2,6 +2,8 @@
 
 import os
 
+from weights.folder import save_model
+
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -103,7 +105,7 @@ def toy(tmp_path_factory) -> Path:
         std=0.2,
         tokenizer=str(folder / "world" / "tokenizer"),
     )
-    hf.save_model(hf.new_model(flags), folder / "model", flags.tokenizer)
+    save_model(hf.new_model(flags), folder / "model", flags.tokenizer)
     return folder
 
 
@@ -120,7 +122,7 @@ def real_model(tmp_path_factory) -> Path:
     flags = hf.New(
         width=32, layers=2, heads=4, kv_heads=2, std=0.15, tokenizer=str(folder / "tokenizer")
     )
-    hf.save_model(hf.new_model(flags), folder / "model", flags.tokenizer)
+    save_model(hf.new_model(flags), folder / "model", flags.tokenizer)
     return folder / "model"
 
 

@@ -17,6 +17,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from weights.folder import save_model
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -93,7 +95,7 @@ def main() -> None:
             std=0.2,
             tokenizer=str(home / "world" / "tokenizer"),
         )
-        hf.save_model(hf.new_model(made), home / "model", made.tokenizer)
+        save_model(hf.new_model(made), home / "model", made.tokenizer)
 
         began = time.monotonic()
         whole, killed, log = home / "whole", home / "killed", home / "log.txt"

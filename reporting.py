@@ -1,0 +1,159 @@
+import json
+import math
+import os
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from config import RunConfig
+from data.trees import TreeBatch
+from model import GPTConfig
+from parallel import Mesh
+
+# bf16 matmul peaks without sparsity, TFLOP/s, from the makers' data sheets: the yardstick of `mfu`.
+PEAK_TFLOPS = {
+    "H200": 989,
+    "H100": 989,
+    "H800": 989,
+    "A100": 312,
+    "A800": 312,
+    "L40S": 362,
+    "B200": 2250,
+    "4090": 165,
+}
+
+
+def _wandb() -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise ImportError("--wandb needs: pip install wandb") from None
+    return wandb
+
+
+def due(every: int, step: int) -> bool:
+    """Whether something that happens every so many steps (0 = never) happens after step `step`."""
+    return bool(every) and step % every == 0
+
+
+def add(totals: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    """Adds the sums of some per-example metrics to running totals, without waiting for a GPU."""
+    for name, value in values.items():
+        total = value.detach().double().sum()
+        totals[name] = totals[name] + total if name in totals else total
+
+
+def means(totals: dict[str, Tensor], n: float, mesh: Mesh) -> dict[str, float]:
+    """Running totals of all ranks over the n examples of them all, as plain numbers on every rank."""
+    values: dict[str, float] = {}
+    if mesh.last_stage:  # elsewhere nothing was counted
+        summed = mesh.group("dp").all_reduce(torch.stack(list(totals.values())), "sum")
+        values = dict(zip(totals, (summed / n).tolist()))
+    return mesh.metrics(values)
+
+
+class Meter:
+    """Time, tokens and memory of the steps, from one reading to the next. Tokens are those of all ranks."""
+
+    def __init__(self, model: GPTConfig, device: torch.device, mesh: Mesh):
+        self.model, self.device, self.ranks = model, device, mesh.world
+        name = torch.cuda.get_device_name() if device.type == "cuda" else ""
+        self.peak = next((peak for key, peak in PEAK_TFLOPS.items() if key in name), None)
+        self.start()
+
+    def start(self) -> None:
+        """Begins a step."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.wall, self.cpu = time.perf_counter(), time.process_time()
+
+    def read(self, tokens: int, batches: Sequence[TreeBatch] = ()) -> dict[str, float]:
+        """Ends a step of `tokens` real tokens, some of them in `batches`: what those saw stands for all."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - self.wall
+        row = {"tokens": tokens, "tokens_per_second": tokens / seconds, "seconds": seconds}
+        if self.device.type == "cuda":
+            row["memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
+            if self.peak:
+                here = max(1, sum(len(batch.tokens) for batch in batches))
+                context = sum(batch.context * len(batch.tokens) for batch in batches) / here
+                flops = tokens * self.model.flops_per_token(context)
+                row["mfu"] = flops / seconds / (self.peak * 1e12 * self.ranks)
+        else:
+            row["cpu_seconds"] = time.process_time() - self.cpu
+            row["memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        return row
+
+
+class Log:
+    """OUT/metrics.jsonl, the progress bar and, if asked for, Weights & Biases; all of it on rank 0 only."""
+
+    def __init__(self, config: RunConfig, first_step: int, total: int, mesh: Mesh):
+        self.path = Path(config.out) / "metrics.jsonl" if mesh.main else Path(os.devnull)
+        if mesh.main:
+            self._forget_after(first_step)
+        self.file = open(self.path, "a")  # noqa: SIM115 - closed in close()
+        self.first, self.total, self.started = first_step, total, time.monotonic()
+        hidden = None if mesh.main else True
+        self.bar = tqdm(
+            total=total, initial=first_step, unit="step", dynamic_ncols=True, disable=hidden
+        )
+        self.wandb = None
+        if config.wandb and mesh.main:
+            self.wandb = _wandb().init(
+                project=config.wandb, name=Path(config.out).name, config=vars(config)
+            )
+
+    def _forget_after(self, step: int) -> None:
+        """Drops rows of steps that a resumed run takes again, and a last row that a killed run left half written."""
+        if not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text().splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if row.get("step", 0) <= step:
+                kept.append(line + "\n")
+        partial = self.path.with_suffix(".partial")
+        partial.write_text("".join(kept))
+        partial.replace(self.path)
+
+    def row(self, row: dict[str, Any]) -> None:
+        """Appends a row; it is on its way to the disk when this returns."""
+        row = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
+        }
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+        if self.wandb:
+            self.wandb.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+
+    def progress(self, row: dict[str, Any]) -> None:
+        """Moves the bar by one step; where there is no terminal, prints twenty lines over the run."""
+        what = f"loss {row['loss']:.4f}, {row['tokens_per_second']:,.0f} tok/s"
+        self.bar.set_postfix_str(what, refresh=False)
+        self.bar.update()
+        if self.bar.disable and due(max(1, self.total // 20), row["step"]):
+            done = row["step"] - self.first
+            left = (time.monotonic() - self.started) / done * (self.total - row["step"])
+            print(f"step {row['step']}/{self.total}: {what}, {left / 60:.1f} min left", flush=True)
+
+    def say(self, text: str) -> None:
+        """Prints a line without tearing the bar."""
+        tqdm.write(text, file=sys.stdout)
+
+    def close(self) -> None:
+        self.bar.close()
+        self.file.close()
+        if self.wandb:
+            self.wandb.finish()

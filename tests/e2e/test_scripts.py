@@ -1,0 +1,166 @@
+"""scripts/: they parse, refuse what is missing, train, stop when told and go on."""
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import runtime
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = sorted((ROOT / "scripts").iterdir())
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_bash_takes_it(script: Path):
+    """`bash -n` finds no fault, and the file is executable."""
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    assert os.access(script, os.X_OK)
+
+
+@pytest.mark.parametrize(
+    ("command", "env", "complaint"),
+    [
+        (["one_node.sh"], {}, "usage: scripts/one_node.sh"),
+        (["nodes.sh"], {}, "usage: NODES=2"),
+        (["nodes.sh", "train_dpo.py"], {}, "NODES is missing"),
+        (["nodes.sh", "train_dpo.py"], {"NODES": "2"}, "HEAD is missing"),
+        (["nodes.sh", "train_dpo.py"], {"NODES": "2", "HEAD": "a:1"}, "RUN is missing"),
+        (["slurm.sbatch"], {}, "usage: sbatch"),
+        (["slurm.sbatch", "train_dpo.py"], {}, "run this with sbatch"),
+    ],
+)
+def test_what_is_missing_is_named(command: list[str], env: dict[str, str], complaint: str):
+    """Nothing starts without the words it needs."""
+    words = ["bash", str(ROOT / "scripts" / command[0]), *command[1:]]
+    done = subprocess.run(
+        words, env={"PATH": os.environ["PATH"], **env}, capture_output=True, text=True
+    )
+    assert done.returncode and complaint in done.stderr
+
+
+def start(script: str, toy: Path, out: Path, steps: int, **env: str) -> subprocess.Popen:
+    """A script of scripts/ on train_dpo.py, --tp 2, two processes, the toy world."""
+    words = [
+        f"--model={toy / 'model'}",
+        f"--data={toy / 'world' / 'preferences.jsonl'}",
+        f"--out={out}",
+    ]
+    words += [
+        "--tp=2",
+        f"--max-steps={steps}",
+        "--batch-size=4",
+        "--epochs=100",
+        "--lr=1e-3",
+        "--warmup=0",
+    ]
+    here = {
+        **os.environ,
+        "PYTHON": sys.executable,
+        "PROCESSES": "2",
+        "OMP_NUM_THREADS": "1",
+        "RESTARTS": "0",
+        **env,
+    }
+    return subprocess.Popen(
+        [str(ROOT / "scripts" / script), "train_dpo.py", "--device=cpu", *words],
+        cwd=ROOT, env=here, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def steps_of(out: Path) -> list[int]:
+    """Optimizer steps in metrics.jsonl."""
+    path = out / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [step for line in lines if line.endswith("}") if (step := json.loads(line)["step"])]
+
+
+def test_one_node_stops_and_two_go_on(toy: Path, tmp_path: Path):
+    """SIGTERM to one_node.sh saves; nodes.sh, run twice here as if on two machines, meets and goes on to the end."""
+    running = start("one_node.sh", toy, tmp_path, steps=1000)
+    until = time.monotonic() + 120
+    while time.monotonic() < until and running.poll() is None and len(steps_of(tmp_path)) < 2:
+        time.sleep(0.1)
+    running.send_signal(signal.SIGTERM)
+    said, _ = running.communicate(timeout=120)
+    saved = [int(path.parent.name[5:]) for path in tmp_path.glob("step_*/manifest.json")]
+    assert saved and max(saved) >= 2, said
+    assert not (tmp_path / "final").exists()
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        head = f"localhost:{free.getsockname()[1]}"
+    env = {"NODES": "2", "HEAD": head, "RUN": "test", "PROCESSES": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    both = [
+        start("nodes.sh", toy, tmp_path, max(saved) + 3, IS_HEAD=is_head, **env) for is_head in "10"
+    ]
+    told = [node.communicate(timeout=120)[0] for node in both]
+    assert [node.returncode for node in both] == [0, 0], "\n".join(told)
+    assert "resumed from" in "".join(told)
+    assert steps_of(tmp_path) == list(range(1, max(saved) + 4))
+    assert (tmp_path / "final" / "model.safetensors").exists()
+
+
+STUBS = {
+    "scontrol": 'if [ "$1" = show ]; then echo node7; echo node8; else echo "$@" >> log; fi',
+    "srun": 'trap "sleep 0.5; echo saved >> log; exit 1" TERM; echo "$HEAD $NODES $RUN" > log; sleep 30 & wait',
+}
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_slurm_saves_before_it_requeues(tmp_path: Path, told: bool):
+    """With stand-ins for Slurm's commands: USR1 to the batch shell reaches the tasks as TERM, the requeue comes after
+    they have saved; a run that fails by itself is not requeued and its status is the job's."""
+    for name, text in STUBS.items():
+        (tmp_path / name).write_text(
+            f"#!/bin/bash\n{text if told or name == 'scontrol' else 'touch log; exit 3'}\n"
+        )
+        (tmp_path / name).chmod(0o755)
+    env = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "SLURM_SUBMIT_DIR": str(tmp_path),
+        "SLURM_JOB_ID": "4711",
+    }
+    env |= {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_NUM_NODES": "2"}
+    job = subprocess.Popen(
+        ["bash", str(ROOT / "scripts" / "slurm.sbatch"), "train_dpo.py"], env=env
+    )
+    log = tmp_path / "log"
+    until = time.monotonic() + 20
+    while time.monotonic() < until and not (log.exists() and (log.read_text() or not told)):
+        time.sleep(0.05)
+    if told:
+        job.send_signal(signal.SIGUSR1)
+    status = job.wait(timeout=30)
+    lines = log.read_text().splitlines()
+    if told:
+        assert status == 0 and lines == ["node7:24711 2 4711.0", "saved", "requeue 4711"]
+    else:
+        assert status == 3 and lines == []
+
+
+def test_an_echo_of_a_signal_is_not_a_second_signal(monkeypatch):
+    """Slurm tells every process and torchrun tells its own again: still one wish to stop. A later signal ends it."""
+    fork = multiprocessing.get_context("fork")
+
+    def process(echo: float) -> None:
+        monkeypatch.setattr(runtime, "ECHO_SECONDS", echo)
+        stop = runtime.Stop(0.0)
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.05)
+        os._exit(0 if stop.reason == "SIGTERM" else 1)
+
+    codes = []
+    for echo in (3.0, 0.01):
+        running = fork.Process(target=process, args=(echo,))
+        running.start()
+        running.join(10)
+        codes.append(running.exitcode)
+    assert codes == [0, -signal.SIGTERM]

@@ -1,0 +1,384 @@
+"""plan.py: what it counts is what parallel.py allocates and sends, byte for byte; what it models is in order."""
+
+import multiprocessing
+import shlex
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import dataset_of
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+import parallel
+import pipeline
+import plan
+import train_dpo
+from config import parse
+from data.trees import make_batch
+from model import GPT, GPTConfig
+from optimizer import AdamW, Bucket
+from plan import Layout, Plan
+
+GIB = 2**30
+# Nothing divides: 101 tokens, 3 key/value heads, 50 columns of MLP, 5 layers.
+ODD = GPTConfig("llama", vocab=101, width=24, layers=5, heads=6, kv_heads=3, head_size=4, ffn=50)
+TIED = GPTConfig("qwen2", vocab=60, width=16, layers=3, heads=4, kv_heads=2, head_size=4, ffn=30, tied=True,
+                 qkv_bias=True)  # fmt: skip
+NEOX = GPTConfig("gpt_neox", vocab=50, width=16, layers=2, heads=4, kv_heads=4, head_size=4, ffn=32, norm="layer",
+                 mlp="gelu", qkv_bias=True, out_bias=True, mlp_bias=True, parallel_residual=True)  # fmt: skip
+REWARD = GPTConfig("qwen3", vocab=50, width=16, layers=3, heads=4, kv_heads=2, head_size=6, ffn=30, outputs=2,
+                   qk_norm=True)  # fmt: skip
+
+
+def seven(layers: int = 32, **more) -> GPTConfig:
+    """Llama 2 7B."""
+    sizes = {
+        "vocab": 32000,
+        "width": 4096,
+        "heads": 32,
+        "kv_heads": 32,
+        "head_size": 128,
+        "ffn": 11008,
+    }
+    return GPTConfig("llama", layers=layers, **{**sizes, **more})
+
+
+SEVENTY = GPTConfig(
+    "llama", vocab=32000, width=8192, layers=80, heads=64, kv_heads=8, head_size=128, ffn=28672
+)
+
+
+@pytest.fixture
+def small_buckets(monkeypatch):
+    """Buckets of 1152 elements, so that tiny models fill several, and out, v and k of ODD fill one to the brim."""
+    for module in (parallel, plan):
+        monkeypatch.setattr(module, "BUCKET", 1152)
+
+
+def pretend(layout: Layout, rank: int):
+    """The mesh of one rank of many, in a single process; c10d's fake backend answers for the others."""
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world)
+    return parallel.grid(rank, layout.pp, layout.dp, layout.cp, layout.tp)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    ("c", "layout"),
+    [
+        (ODD, Layout()),
+        (ODD, Layout(dp=5)),
+        (ODD, Layout(dp=4, zero=2)),
+        (ODD, Layout(tp=3, dp=2)),
+        (ODD, Layout(tp=2, cp=2, pp=2, dp=2, zero=2)),
+        (TIED, Layout(pp=2, dp=3)),
+        (TIED, Layout(tp=2, pp=3, zero=2, dp=2)),
+        (NEOX, Layout(tp=4, dp=2)),
+        (NEOX, Layout(tp=2, pp=2, cp=2)),
+        (REWARD, Layout(tp=2, dp=2, zero=2)),
+        (REWARD, Layout(pp=3, cp=2)),
+    ],
+)
+def test_memory_is_that_of_the_real_buffers(
+    c: GPTConfig, layout: Layout, dtype: torch.dtype, small_buckets
+):
+    """Weights, gradients and optimizer of every rank: the bytes that AdamW's flat buffers have after a step."""
+    for rank in range(layout.world):
+        mesh = pretend(layout, rank)
+        try:
+            model = GPT(c, mesh).to(dtype)
+            optimizer = AdamW(model, (0.9, 0.95), 1e-8, 0.1, layout.zero)
+            for b in optimizer.buckets:
+                b.shard.fill_(1e-3)
+            optimizer.collected = True
+            optimizer.step(1e-3, 1.0)
+            seen = {"weights": 0, "gradients": 0, "optimizer": 0}
+            for b in optimizer.buckets:
+                storage = {b.weights.untyped_storage().data_ptr(): "weights"}
+                storage |= {
+                    g.untyped_storage().data_ptr(): "gradients"
+                    for g in (b.grad, b.shard)
+                    if g.numel()
+                }
+                means = optimizer.adam.state[b.master]
+                kept = (b.weights, b.grad, b.shard, b.master, means["exp_avg"], means["exp_avg_sq"])
+                stored = {
+                    x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
+                    for x in kept
+                    if x.numel()
+                }
+                for pointer, size in stored.items():  # what two views share counts once
+                    seen[storage.get(pointer, "optimizer")] += size
+        finally:
+            dist.destroy_process_group()
+        expected = plan.memory(c, layout, rank, 64, 32, dtype=dtype)
+        assert seen == {kind: expected[kind] for kind in seen}, f"rank {rank}"
+
+
+def test_zero_2_never_holds_all_gradients(small_buckets, monkeypatch):
+    """However many buckets there are, two at most are being summed while a third fills, as plan.memory has it."""
+    mesh, held = pretend(Layout(dp=2, zero=2), 0), []
+    try:
+        model = GPT(ODD, mesh)
+        model.init_weights(0)
+        optimizer = AdamW(model, (0.9, 0.95), 1e-8, 0.1, 2)
+        start = Bucket.start_reduce
+
+        def watched(bucket: Bucket) -> None:
+            start(bucket)
+            held.append(sum(bool(b.incoming) for b in optimizer.buckets))
+
+        monkeypatch.setattr(Bucket, "start_reduce", watched)
+        for batch, hidden in pipeline.pipeline(
+            model, [make_batch(dataset_of(TREES), [0, 1])], optimizer
+        ):
+            model.logps(hidden, batch).sum().backward()
+            assert len(held) == len(optimizer.buckets) > 6
+        assert max(held) <= 3 and not any(b.incoming for b in optimizer.buckets)
+        assert all(p.grad is None for p in model.parameters())
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("c", [ODD, TIED, NEOX, REWARD, seven()])
+def test_every_parameter_is_somewhere_once(c: GPTConfig):
+    """Over all ranks, with copies taken out, the weights are the model's."""
+    for tp, pp in ((1, 1), (2, 1), (1, 2), (2, 2)):
+        total = 0.0
+        for rank in range(tp * pp):
+            for (replicas, _), n in plan._weights(c, tp, rank % tp, pp, rank // tp):
+                total += n / (tp if "tp" in replicas else 1) / (2 if "ends" in replicas else 1)
+        assert total == c.parameters
+
+
+# ---- bytes sent ------------------------------------------------------------------------------------------------------
+
+TREES = [
+    ([1, 2, 3], [[4, 5], [6, 7, 8]]),
+    ([9, 10, 11, 12, 13, 14], [[15], [16, 17, 18, 19]]),
+    ([20], [[21, 22, 23, 24, 25, 26, 27], [28, 29]]),
+    ([30, 31], [[32, 33, 34], [35]]),
+    ([36, 37, 38, 39], [[40, 41], [42, 43, 44]]),
+]
+
+
+def one_step(
+    c: GPTConfig, layout: Layout, checkpointing: bool, rank: int, store: str, answers
+) -> None:
+    """In a process of its own: an optimizer step on real collectives, then what was sent and what was foretold."""
+    try:
+        torch.set_num_threads(1)
+        dist.init_process_group(
+            "gloo", store=dist.FileStore(store, layout.world), rank=rank, world_size=layout.world
+        )
+        mesh = parallel.grid(rank, layout.pp, layout.dp, layout.cp, layout.tp)
+        model = GPT(c, mesh)
+        model.init_weights(0)
+        model.checkpoint_activations = checkpointing
+        optimizer = AdamW(model, (0.9, 0.95), 1e-8, 0.1, layout.zero)
+        data = dataset_of(TREES)
+        bins = [[0, 1], [2]] if mesh.dp_rank == 0 else [[3], [4]]
+        batches = [make_batch(data, items) for items in bins]
+        before = dict(parallel.SENT)
+        for batch, hidden in pipeline.pipeline(model, batches, optimizer):
+            values = (
+                model.score(hidden, batch, batch.last) if c.outputs else model.logps(hidden, batch)
+            )
+            values.float().square().mean().backward()
+        optimizer.step(1e-3, 1.0)
+        model.wait()
+        seen = {kind: n - before.get(kind, 0) for kind, n in parallel.SENT.items()}
+        rows, scored = [], []
+        for batch in batches:
+            shares = batch.shares(layout.cp) if layout.cp > 1 else [torch.arange(len(batch.tokens))]
+            index = batch.last if c.outputs else batch.logit_index
+            rows.append([len(share) for share in shares])
+            scored.append([int(torch.isin(index, share).sum()) for share in shares])
+        answers.put(
+            (rank, seen, plan.sent(c, layout, rank, rows, scored, torch.float32, checkpointing))
+        )
+        dist.destroy_process_group()
+    except BaseException:
+        answers.put((rank, traceback.format_exc(), None))
+
+
+@pytest.mark.parametrize(
+    ("c", "layout", "checkpointing"),
+    [
+        (ODD, Layout(tp=2), False),
+        (ODD, Layout(tp=2), True),
+        (ODD, Layout(dp=2), False),
+        (ODD, Layout(dp=2, zero=2), False),
+        (ODD, Layout(cp=2), False),
+        (ODD, Layout(cp=2), True),
+        (ODD, Layout(pp=2), False),
+        (TIED, Layout(pp=2), True),
+        (NEOX, Layout(tp=2), True),
+        (REWARD, Layout(tp=2), False),
+        (TIED, Layout(tp=2, pp=2), False),
+        (ODD, Layout(tp=2, cp=2), True),
+        (REWARD, Layout(cp=2, dp=2, zero=2), False),
+    ],
+)
+def test_bytes_sent_are_those_foretold(
+    c: GPTConfig, layout: Layout, checkpointing: bool, tmp_path, small_buckets
+):
+    """Every collective of a step on real processes, by purpose and rank: equal, not about equal."""
+    warm = torch.nn.Parameter(torch.ones(2))
+    warm.grad = torch.ones(2)
+    torch.optim.AdamW(
+        [warm], fused=True
+    ).step()  # what is set up at the first step is set up before the fork
+    fork = multiprocessing.get_context("fork")
+    answers = fork.Queue()
+    processes = [
+        fork.Process(
+            target=one_step, args=(c, layout, checkpointing, rank, str(tmp_path / "store"), answers)
+        )
+        for rank in range(layout.world)
+    ]
+    for process in processes:
+        process.start()
+    results = [answers.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join(60)
+    for rank, seen, expected in results:
+        assert expected is not None, seen
+        assert {kind: n for kind, n in seen.items() if n} == {
+            kind: n for kind, n in expected.items() if n
+        }, rank
+
+
+# ---- what is modelled ------------------------------------------------------------------------------------------------
+
+
+def test_known_sizes():
+    """ZeRO's arithmetic (arXiv 1910.02054, figure 1, with fp32 gradients); what is known to fit and not to fit."""
+    c = seven()
+    found = plan.memory(c, Layout(dp=64), 0, 8192, 4096)
+    resident = sum(found[kind] for kind in ("weights", "gradients", "optimizer"))
+    assert resident / c.parameters == pytest.approx(2 + 4 + 12 / 64, rel=1e-3)
+    found = plan.memory(c, Layout(dp=64, zero=2), 0, 8192, 4096)
+    resident = sum(found[kind] for kind in ("weights", "gradients", "optimizer"))
+    assert resident / c.parameters == pytest.approx(2 + (4 + 12) / 64, rel=1e-3)
+    fitting, _ = plan.plans(c, Plan(gpus=8, memory=80))
+    assert Layout(dp=8) in [row.layout for row in fitting]
+    assert not plan.plans(c, Plan(gpus=1, memory=80))[0]  # 18 bytes a parameter are 121 GB
+    fitting, others = plan.plans(SEVENTY, Plan(gpus=8, memory=80))
+    assert not fitting and others[0].total > 100 * GIB
+    assert plan.plans(SEVENTY, Plan(gpus=32, nodes=4, memory=80))[0]
+
+
+def test_every_layout_is_considered_once():
+    """All ways to write 8 as tp x cp x pp x dp that the model can take, those with something to shard twice."""
+    found = plan.candidates(seven(), 8)
+    assert len(found) == len(set(found))
+    assert {(at.tp, at.cp, at.pp, at.dp) for at in found} == {
+        (tp, cp, pp, 8 // (tp * cp * pp))
+        for tp in (1, 2, 4, 8)
+        for cp in (1, 2, 4, 8)
+        for pp in (1, 2, 4, 8)
+        if 8 % (tp * cp * pp) == 0
+    }
+    assert all(at.world == 8 and (at.zero == 1 or at.dp * at.cp > 1) for at in found)
+    assert max(at.tp for at in plan.candidates(seven(kv_heads=2), 8)) == 2
+    assert max(at.pp for at in plan.candidates(seven(layers=3), 8)) == 2
+
+
+def test_more_ranks_hold_less():
+    """Each axis, ZeRO-2 and recomputing take memory off a rank; twice the tokens put some on."""
+
+    def total(layout: Layout, tokens: int = 8192, checkpointing: bool = False) -> int:
+        found = plan.memory(seven(), layout, 0, tokens, tokens // 2, checkpointing=checkpointing)
+        return sum(found.values())
+
+    alone = total(Layout())
+    for layout in (Layout(tp=2), Layout(cp=2), Layout(pp=2), Layout(dp=2), Layout(tp=2, cp=2)):
+        assert total(layout) < alone
+    assert total(Layout(dp=8, zero=2)) < total(Layout(dp=8))
+    assert total(Layout(), checkpointing=True) < alone < total(Layout(), tokens=16384)
+
+
+def test_times_are_in_order():
+    """Recomputing takes longer, a bubble shrinks with more micro-batches, a slower network slows what crosses it."""
+    flags = Plan(gpus=16, nodes=2)
+    estimate = plan.estimate
+    one, two = (
+        estimate(seven(), flags, Layout(dp=16), 4096, again).seconds for again in (False, True)
+    )
+    assert one < two < 1.4 * one
+    staged = Layout(pp=4, dp=4)
+    bubbles = [estimate(seven(), flags, staged, tokens, False) for tokens in (8192, 2048)]
+    assert bubbles[1].times["bubble"] < bubbles[0].times["bubble"]
+    inside = estimate(seven(), Plan(gpus=16, nodes=1), Layout(dp=16), 4096, False)
+    assert (
+        inside.times["sending"]
+        < estimate(seven(), flags, Layout(dp=16), 4096, False).times["sending"] / 5
+    )
+
+
+def test_the_table_says_that_it_is_modelled_and_its_command_parses(capsys):
+    """Header, the twelve best lines in order, and a command whose flags train_dpo.py takes."""
+    plan.main(
+        shlex.split(
+            "--width 512 --layers 4 --heads 8 --kv-heads 4 --vocab 1000 --gpus 4 --memory 24"
+        )
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("MODELLED, NOT MEASURED")
+    seconds = [
+        float(line.split()[-1])
+        for line in lines
+        if len(line.split()) == 17 and line.split()[0].isdigit()
+    ]
+    assert len(seconds) >= 8 and seconds == sorted(seconds)
+    words = shlex.split(lines[-1])
+    assert words[:4] == ["torchrun", "--nproc_per_node", "4", "train_dpo.py"]
+    config = parse(train_dpo.Config, "", words[4:])
+    assert config.tp * config.cp * config.pp <= 4
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        ("--gpus 8", "--width is missing"),
+        ("--width 64 --layers 2 --heads 4 --vocab 0", "--vocab is missing"),
+        (
+            "--width 65 --layers 2 --heads 4 --vocab 100",
+            "--width 65 must be a multiple of --heads 4",
+        ),
+        ("--width 64 --layers 2 --heads 4 --kv-heads 3 --vocab 100", "--kv-heads 3"),
+        ("--width 64 --layers 2 --heads 4 --vocab 100 --gpus 0", "--gpus must be at least 1"),
+        (
+            "--width 64 --layers 2 --heads 4 --vocab 100 --gpus 8 --nodes 3",
+            "--gpus 8 is the number in all",
+        ),
+        ("--width 64 --layers 2 --heads 4 --vocab 100 --efficiency 50", "--efficiency 50"),
+        ("--model /nowhere", "/nowhere"),
+        ("--width 8192 --layers 80 --heads 64 --vocab 32000 --gpus 2", "nothing fits, as modelled"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(words: str, complaint: str):
+    """Each names the flag to mend."""
+    with pytest.raises(SystemExit) as stopped:
+        plan.main(shlex.split(words))
+    assert complaint in str(stopped.value) and "\n" not in str(stopped.value)
+
+
+def test_out_of_memory_gets_a_suggestion(toy: Path):
+    """A leaner layout as flags that the script takes, labelled; plain advice where there is none or no folder."""
+    config = train_dpo.Config(model=str(toy / "model"), max_tokens=1 << 20)
+    line = plan.suggest(config, 2, 8.0)
+    assert line.startswith("try ") and "modelled, not measured" in line and "\n" not in line
+    flags = parse(train_dpo.Config, "", shlex.split(line.partition("try ")[2].partition(" (")[0]))
+    assert (
+        flags.max_tokens < 1 << 20
+        or flags.checkpoint_activations
+        or flags.tp * flags.cp * flags.pp > 1
+    )
+    assert "--max-tokens" in plan.suggest(train_dpo.Config(model="/nowhere"), 2, 8.0)
+    small = train_dpo.Config(
+        model=str(toy / "model"), max_length=64, max_tokens=64, checkpoint_activations=True
+    )
+    assert "more GPUs" in plan.suggest(small, 1, 8.0)

@@ -1,0 +1,376 @@
+"""Law 6: cached generation equals naive generation; a sample does not depend on its batch nor on how it is cached."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import dataset_of, tiny_transformers
+
+import generate
+from data.tokenizer import load_tokenizer
+from data.trees import make_batch
+from sampling import cache, sampler
+from sampling.cache import Cache
+from weights.folder import load_model
+
+PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15, 16, 17], [3, 4], [20, 21, 22, 23, 24]]
+
+
+def model_of(family: str, folder: Path):
+    tiny_transformers(family, False).save_pretrained(folder)
+    return load_model(folder, torch.float64)
+
+
+def next_logp(model, ids: list[int]) -> torch.Tensor:
+    """Log-probs of the next token, without a cache."""
+    batch = make_batch(dataset_of([(ids, [[0]])]), [0])
+    return model.logits(model(batch), torch.tensor([len(ids) - 1]))[0].log_softmax(-1)
+
+
+# How the cache is kept: prompts copied to every row, or kept once for their samples; every shape fixed, or not.
+WAYS = {
+    "copied": (10**9, ""),
+    "shared": (0, ""),
+    "copied, fixed": (10**9, "static"),
+    "shared, fixed": (0, "static"),
+}
+
+
+@pytest.fixture
+def way(request, monkeypatch) -> str:
+    """Makes generate keep its cache in one of WAYS."""
+    share_from, mode = WAYS[request.param]
+    monkeypatch.setattr(sampler, "SHARE_FROM", share_from)
+    monkeypatch.setattr(cache, "BUCKET", 8)
+    monkeypatch.setenv("PLUMB_DECODE", mode)
+    return request.param
+
+
+@pytest.mark.parametrize("way", WAYS, indirect=True)
+@pytest.mark.parametrize("family", ["llama3", "mistral_window", "qwen3", "gpt_neox"])
+def test_greedy_equals_the_naive_loop_and_transformers(family: str, way: str, tmp_path: Path):
+    """Token for token the argmax of a fresh forward over the whole text, and of transformers' generate."""
+    model = model_of(family, tmp_path)
+    theirs = tiny_transformers(family, False)
+    answers = sampler.generate(model, PROMPTS, 12, temperature=0, stop_ids={99}, batch_size=3, n=2)
+    assert [a.tokens for a in answers[::2]] == [a.tokens for a in answers[1::2]]
+    for prompt, answer in zip(PROMPTS, answers[::2]):
+        ids = list(prompt)
+        while len(ids) < len(prompt) + 12 and ids[-1] != 99:
+            with torch.no_grad():
+                ids.append(int(next_logp(model, ids).argmax()))
+        assert answer.tokens == ids[len(prompt) :] and answer.ended == (ids[-1] == 99)
+        assert answer.logps == [0.0] * len(answer.tokens)  # the likeliest token is certain
+        out = theirs.generate(
+            torch.tensor([prompt]),
+            max_new_tokens=12,
+            do_sample=False,
+            eos_token_id=99,
+            pad_token_id=0,
+        )
+        assert answer.tokens == out[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("way", WAYS, indirect=True)
+@pytest.mark.parametrize("family", ["llama3", "mistral_window"])
+def test_samples_and_their_logps_do_not_depend_on_the_batch(family: str, way: str, tmp_path: Path):
+    """Batch size 1 or 8, several samples a prompt, rows refilled as answers end: the same tokens; both log-probs are
+    those of a fresh forward, with the same temperature and with none."""
+    model = model_of(family, tmp_path)
+    prompts = PROMPTS + [[30 + i] * (1 + i % 4) for i in range(4)]
+    settings = {"temperature": 0.7, "stop_ids": set(range(0, 90, 7)), "n": 3}
+    one, eight = (
+        sampler.generate(model, prompts, 10, seed=1, batch_size=size, **settings) for size in (1, 8)
+    )
+    assert [a.tokens for a in one] == [a.tokens for a in eight]
+    assert len({len(a.tokens) for a in one}) > 4  # they end one by one
+    assert (
+        {a.ended for a in one}
+        == {a.tokens[-1] % 7 == 0 and a.tokens[-1] < 90 for a in one}
+        == {True, False}
+    )
+    assert len({tuple(a.tokens) for a in one}) > 20  # the samples of a prompt differ
+    for i, (a, b) in enumerate(zip(one, eight)):
+        assert np.allclose(a.logps, b.logps, atol=1e-10) and np.allclose(
+            a.policy_logps, b.policy_logps, atol=1e-10
+        )
+        for j, token in enumerate(a.tokens):
+            with torch.no_grad():
+                logps = next_logp(model, prompts[i // 3] + a.tokens[:j])
+            assert a.policy_logps[j] == pytest.approx(logps[token].item(), abs=1e-10)
+            assert a.logps[j] == pytest.approx(
+                (logps / 0.7).log_softmax(-1)[token].item(), abs=1e-10
+            )
+    other = sampler.generate(model, prompts, 10, seed=2, **settings)
+    assert [a.tokens for a in other] != [a.tokens for a in one]
+
+
+def test_logps_in_fp32(tmp_path: Path):
+    """Within 1e-5 of a fresh forward, kept within top_k and top_p."""
+    model = model_of("llama3", tmp_path).float()
+    for answer, prompt in zip(sampler.generate(model, PROMPTS, 8, 0.8, 20, 0.9), PROMPTS):
+        for j, token in enumerate(answer.tokens):
+            with torch.no_grad():
+                logps = next_logp(model, prompt + answer.tokens[:j])
+            kept = distribution(logps.double().numpy(), 0.8, 20, 0.9)
+            assert answer.policy_logps[j] == pytest.approx(logps[token].item(), abs=1e-5)
+            assert answer.logps[j] == pytest.approx(float(np.log(kept[token])), abs=1e-5)
+
+
+def test_a_seed_of_its_own_makes_a_sample(tmp_path: Path):
+    """seeds go with samples, whatever list they are in: a rank's share gives what the whole list would."""
+    model = model_of("llama", tmp_path)
+    whole = sampler.generate(model, PROMPTS, 6, n=2, seeds=list(range(100, 110)))
+    part = sampler.generate(model, PROMPTS[2:4], 6, n=2, seeds=[104, 105, 106, 107])
+    assert [a.tokens for a in part] == [a.tokens for a in whole[4:8]]
+    derived = sampler.generate(model, PROMPTS, 6, seed=7)
+    assert [a.tokens for a in derived] == [
+        a.tokens for a in sampler.generate(model, PROMPTS, 6, seeds=[[7, i] for i in range(5)])
+    ]
+
+
+@pytest.mark.parametrize("way", ["copied", "shared"], indirect=True)
+@pytest.mark.parametrize("size", [1, 4, 64])
+def test_prompts_are_computed_once_and_no_row_waits_or_is_wasted(
+    way: str, size: int, tmp_path: Path, monkeypatch
+):
+    """Every prompt token goes through the model once for all n samples. A sample of k tokens takes k - 1 rows more, and
+    at most one besides, when it enters. There are as few steps as a list scheduler with `size` workers makes."""
+    model = model_of("llama", tmp_path)
+    runs, run = [], model.run
+    monkeypatch.setattr(
+        model, "run", lambda tokens, *rest: (runs.append(tokens.tolist()), run(tokens, *rest))[1]
+    )
+    prompts = [[90 + i] * (2 + i) for i in range(6)]
+    answers = sampler.generate(
+        model, prompts, 12, stop_ids=set(range(0, 80, 9)), n=5, batch_size=size
+    )
+    lengths = [len(a.tokens) for a in answers]
+    fed = sum(length - 1 for length in lengths)
+    rows = sum(map(len, runs)) - sum(map(len, prompts))
+    assert fed <= rows <= fed + len(answers)
+    workers = [0] * min(size, len(answers))
+    for length in lengths:
+        workers[workers.index(min(workers))] += length
+    slack = len(prompts) if way == "shared" else 0  # a row may wait for a place there
+    assert max(map(len, runs)) <= min(size, 30) + sum(map(len, prompts))
+    assert len(runs) <= max(workers) + slack
+
+
+@pytest.mark.parametrize("way", ["copied", "shared"], indirect=True)
+def test_the_cache_is_bounded(way: str, tmp_path: Path, monkeypatch):
+    """At most batch_size × (longest prompt + max_new_tokens) positions, however many samples there are."""
+    model, made = model_of("llama", tmp_path), []
+    cache = Cache
+    monkeypatch.setattr(sampler, "Cache", lambda *args: (made.append(cache(*args)), made[-1])[1])
+    sampler.generate(model, [[5] * 20] * 9, 6, n=8, batch_size=16)
+    stores = [made[0].keys] + ([made[0].prompt_keys] if way == "shared" else [])
+    positions = sum(x.shape[1] * x.shape[3] for x in stores)
+    assert positions == {"copied": 16 * 26, "shared": 16 * 6 + 4 * 20}[way]
+
+
+def distribution(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -> np.ndarray:
+    """The softmax after temperature, top-k and top-p, one after the other, in numpy."""
+    p = np.exp((logits - logits.max()) / temperature)
+    order = np.argsort(-p, kind="stable")
+    p[order[top_k or len(p) :]] = 0
+    p /= p.sum()
+    total, kept = 0.0, np.zeros_like(p)
+    for i in order:
+        kept[i] = p[i]
+        total += p[i]
+        if total >= top_p:
+            break
+    return kept / kept.sum()
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"),
+    [
+        (1.0, 0, 1.0),
+        (0.5, 0, 1.0),
+        (1.5, 3, 1.0),
+        (1.0, 0, 0.7),
+        (1.0, 0, 0.05),
+        (0.8, 5, 0.6),
+        (2.0, 1, 1.0),
+    ],
+)
+@pytest.mark.parametrize("vocabulary", [6, 600])
+def test_draws_follow_the_distribution(
+    vocabulary: int, temperature: float, top_k: int, top_p: float
+):
+    """Chi-square of 40,000 draws against the distribution computed in numpy; 600 tokens are three blocks of a draw."""
+    logits = (
+        np.random.default_rng(3).normal(0, 1, vocabulary)
+        if vocabulary > 6
+        else np.array([1, 2, 0.5, -1, 1.7, 0])
+    )
+    wanted = distribution(logits, temperature, top_k, top_p)
+    n = 40_000
+    uniform = torch.tensor(np.random.default_rng(0).random(n))
+    z = torch.tensor(logits).expand(n, -1)
+    tokens, logps, policy_logps = (
+        x.numpy() for x in sampler.sample(z, uniform, temperature, top_k, top_p)
+    )
+    counts = np.bincount(tokens, minlength=vocabulary)
+    kept = np.flatnonzero(wanted)
+    assert set(np.flatnonzero(counts)) <= set(kept)
+    if vocabulary == 6:
+        assert set(np.flatnonzero(counts)) == set(kept)
+    expected = n * wanted[kept]
+    chi, freedom = ((counts[kept] - expected) ** 2 / expected).sum(), len(kept) - 1
+    assert chi <= freedom + 4 * np.sqrt(2 * freedom) + 1e-9  # four deviations
+    assert np.allclose(logps, np.log(wanted[tokens]), atol=1e-12)
+    assert np.allclose(policy_logps, np.log(distribution(logits, 1, 0, 1)[tokens]), atol=1e-12)
+
+
+def test_top_p_looks_as_far_as_it_must():
+    """A flat distribution over many tokens: the set is larger than what is looked at first."""
+    logits = torch.zeros(3, 3000, dtype=torch.float64) - torch.arange(3000) * 1e-9
+    uniform = torch.tensor([0.0, 0.5001, 1 - 1e-12], dtype=torch.float64)
+    tokens, logps, _ = sampler.sample(logits, uniform, 1.0, 0, 0.9)
+    assert tokens.tolist() == [0, 1350, 2699] and torch.allclose(
+        logps.exp(), torch.tensor(1 / 2700).double()
+    )
+
+
+def test_stop_texts_end_an_answer(tmp_path: Path):
+    """At the first token with which the text holds one of them, be it spread over tokens."""
+    model = model_of("llama", tmp_path)
+
+    def decode(tokens: list[int]) -> str:
+        return "".join(f"{t:02d}" for t in tokens)
+
+    free = sampler.generate(model, PROMPTS, 30, seed=3)
+    texts = [decode(a.tokens) for a in free]
+    stops = [texts[0][13:17], texts[1][24:26], texts[2][41:44]]
+    found = sampler.generate(
+        model, PROMPTS, 30, seed=3, stop_texts=stops, decode=decode, batch_size=2
+    )
+    for answer, text in zip(found, texts):
+        ends = [text.index(stop) + len(stop) for stop in stops if stop in text]
+        assert decode(answer.tokens) == text[: -(-min(ends, default=60) // 2) * 2]
+        assert answer.ended == bool(ends)
+    assert sum(a.ended for a in found) >= 3
+
+
+def test_an_answer_that_goes_round_in_circles_is_cut(tmp_path: Path):
+    """A model that sees its last token alone falls into a cycle: answers are cut there, and have not ended."""
+    model = model_of("llama", tmp_path)
+    for block in model.blocks.values():
+        torch.nn.init.zeros_(block.out.weight)
+    free = sampler.generate(model, PROMPTS, 60, temperature=0)
+    cut = sampler.generate(model, PROMPTS, 60, temperature=0, no_repeat=8)
+
+    def cyclic(tail: list[int]) -> bool:
+        return len(tail) == 8 and any(
+            all(tail[i] == tail[i % p] for i in range(8)) for p in (1, 2, 3, 4)
+        )
+
+    for a, b in zip(free, cut):
+        first = next((i for i in range(8, 61) if cyclic(a.tokens[i - 8 : i])), 60)
+        assert b.tokens == a.tokens[:first] and not b.ended
+    assert len({len(b.tokens) for b in cut}) > 1
+
+
+def test_tokens_are_told_as_they_come(tmp_path: Path):
+    """on_token hears every token of every sample, in order."""
+    heard = {}
+    answers = sampler.generate(
+        model_of("llama", tmp_path), PROMPTS, 5, n=2, batch_size=3,
+        on_token=lambda i, token: heard.setdefault(i, []).append(token),
+    )  # fmt: skip
+    assert [heard[i] for i in range(10)] == [a.tokens for a in answers]
+
+
+def test_impossible_requests_are_refused(tmp_path: Path, monkeypatch):
+    """Empty prompts and settings that cannot be."""
+    model = model_of("llama", tmp_path)
+    with pytest.raises(ValueError, match="no token to go on from"):
+        sampler.generate(model, [[1], []], 3)
+    assert sampler.generate(model, [], 3) == []
+    for settings, match in [
+        ({"temperature": -1}, "temperature >= 0"), ({"top_p": 0}, "top_p"), ({"top_p": 1.1}, "top_p"),
+        ({"top_k": -1}, "top_k"), ({"max_new_tokens": 0}, "max_new_tokens"), ({"n": 0}, "n >= 1"),
+        ({"batch_size": 0}, "batch_size"), ({"no_repeat": 1}, "no_repeat"), ({"seeds": [1, 2]}, "2 seeds for 1"),
+        ({"stop_texts": ["."]}, "give a decode"), ({"stop_texts": [""], "decode": str}, "no empty text"),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=match):
+            sampler.generate(model, [[1]], **{"max_new_tokens": 3, **settings})
+    monkeypatch.setenv("PLUMB_DECODE", "fast")
+    with pytest.raises(ValueError, match="none of static, graphs"):
+        sampler.generate(model, [[1]], 3)
+
+
+def test_the_command_writes_a_row_for_every_row(toy: Path, tmp_path: Path, capsys):
+    """Rows keep their keys and gain a response; one prompt is answered on the screen; bad calls are refused."""
+    out = tmp_path / "answers.jsonl"
+    prompts = toy / "world" / "prompts_test.jsonl"
+    call = ["--model", str(toy / "model"), "--max-new-tokens", "5"]
+    generate.main([*call, "--data", str(prompts), "--out", str(out), "--limit", "3"])
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    asked = [json.loads(line) for line in prompts.read_text().splitlines()][:3]
+    assert [{k: v for k, v in row.items() if k != "response"} for row in rows] == asked
+    assert all(isinstance(row["response"], str) for row in rows)
+    capsys.readouterr()
+    generate.main([*call, "--prompt", "Where does Ada live?"])
+    assert len(capsys.readouterr().out.strip().splitlines()) == 1
+    with pytest.raises(ValueError, match="one of --prompt TEXT, --data FILE"):
+        generate.main(call)
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "x"}\n{"text": "y"}\n')
+    with pytest.raises(ValueError, match="row 2 of .*bad.jsonl has no prompt"):
+        generate.main([*call, "--data", str(tmp_path / "bad.jsonl"), "--out", str(out)])
+
+
+def test_the_command_samples_several_and_stops(toy: Path, tmp_path: Path, capsys):
+    """--n gives rows "responses", --stop cuts the text where it is found."""
+    prompts, out = toy / "world" / "prompts_test.jsonl", tmp_path / "answers.jsonl"
+    call = [
+        "--model",
+        str(toy / "model"),
+        "--max-new-tokens",
+        "12",
+        "--data",
+        str(prompts),
+        "--out",
+        str(out),
+    ]
+    generate.main([*call, "--limit", "2", "--n", "3"])
+    free = [json.loads(line)["responses"] for line in out.read_text().splitlines()]
+    assert [len(texts) for texts in free] == [3, 3] and len({*free[0], *free[1]}) == 6
+    assert "6 answers in" in capsys.readouterr().out
+    stop = free[0][0][3:5]
+    generate.main([*call, "--limit", "2", "--n", "3", "--stop", stop])
+    for texts, before in zip(
+        (json.loads(line)["responses"] for line in out.read_text().splitlines()), free
+    ):
+        assert texts == [text.split(stop)[0].strip() for text in before]
+
+
+def test_chat_keeps_the_conversation_and_streams(toy: Path, capsys, monkeypatch):
+    """Each turn's prompt holds the turns before; what is printed is what was sampled; an empty line ends it."""
+    asked, questions = [], iter(["Where does Ada live?", "And Bo?", ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(questions))
+    real = sampler.generate
+
+    def listen(model, prompts, **settings):
+        asked.append((prompts[0], real(model, prompts, **settings)[0].tokens))
+
+    monkeypatch.setattr(generate, "generate", listen)
+    generate.main(
+        ["--model", str(toy / "model"), "--chat", "--template", "chatml", "--max-new-tokens", "8"]
+    )
+    tokenizer = load_tokenizer(toy / "model")
+    (first, one), (second, two) = asked
+    printed = capsys.readouterr().out
+    assert tokenizer.decode(one) in printed and tokenizer.decode(two) in printed
+    text = tokenizer.decode(second, skip_special=False)
+    assert (
+        "Where does Ada live?" in text
+        and "And Bo?" in text
+        and tokenizer.decode(one).strip() in text
+    )
+    assert second[: len(first)] == first and len(second) > len(first) + len(one)

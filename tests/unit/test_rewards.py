@@ -1,0 +1,231 @@
+"""Rewards: rules by hand, functions of a file, reward models that read the sampled tokens; errors that name the fix."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import REAL
+
+from data import toyworld
+from data.dataset import load_prompts
+from data.templates import Template
+from data.tokenizer import load_tokenizer
+from sampling import rewards, rollout
+from sampling.sampler import Sample
+from sampling.scoring import score
+from weights.folder import load_model, save_model
+
+
+def template_of(folder: Path) -> Template:
+    return Template("auto", load_tokenizer(folder))
+
+
+def judge(name: str, template, *answers: tuple) -> list[float]:
+    """Rewards of (prompt, response, row) answers that no model reads."""
+    return rewards.load_reward(name, template)(*map(list, zip(*answers)), None).tolist()
+
+
+def test_exact_answers_by_hand():
+    """What follows the last marker is compared as a number or as a word; no marker, no reward."""
+    reward = rewards.exact("")
+    for response, answer, wanted in (
+        ("48 / 2 = 24\n#### 72", "72", 1), ("#### 72", "Natalia sold ...\n#### 72", 1), ("#### 71", "72", 0),
+        ("72", "72", 0), ("#### 1,234.0", "1234", 1), ("#### $5.", "5", 1), ("#### 5\nor 6", "5", 1),
+        ("#### 6 #### 5", "5", 1), ("#### 5 #### 6", "5", 0), ("#### Yes", "yes", 1), ("#### 72 clips", "72", 0),
+        ("####", "72", 0), ("#### nan", "nan", 0), ("#### 7", 7, 1),
+    ):  # fmt: skip
+        assert reward("", response, {"answer": answer}) == wanted, (response, answer)
+    assert rewards.exact("A:")("", "so\nA: 10", {"response": "text\nA: 10"}) == 1.0
+    with pytest.raises(
+        ValueError, match="needs rows with an answer: one of answer, .*; have prompt"
+    ):
+        reward("", "#### 1", {"prompt": "?"})
+
+
+def test_expressions_and_lengths_by_hand(toy: Path):
+    """Found or not; the distance from the length that is asked for."""
+    template = template_of(toy / "model")
+    answers = [("p", text, {}) for text in ("yes, it is", "I say yes", "no")]
+    assert judge("regex:^(yes|no)", template, *answers) == [1.0, 0.0, 1.0]
+    assert judge("regex:a:b", template, ("p", "xa:b", {})) == [1.0]
+    texts = ["", "one two", "one two three four", "a " * 30]
+    assert judge("length:4", template, *(("p", text, {}) for text in texts)) == [
+        -1.0,
+        -0.5,
+        0.0,
+        -1.0,
+    ]
+
+
+def test_a_function_of_a_file_sees_prompt_response_and_row(tmp_path: Path, toy: Path):
+    """The user's function is called once an answer with its own row; what lies beside the file can be imported."""
+    (tmp_path / "beside.py").write_text("SCALE = 10\n")
+    (tmp_path / "mine.py").write_text(
+        "from dataclasses import dataclass\nimport beside\n"
+        "@dataclass\nclass Case:\n    n: int\n"
+        "def judge(prompt, response, row):\n    return beside.SCALE * len(response) + Case(row['n']).n + len(prompt)\n"
+        "def nothing(prompt, response, row):\n    return None\n"
+        "def endless(prompt, response, row):\n    return float('inf')\n"
+    )
+    template = template_of(toy / "model")
+    answers = ("ab", "xyz", {"n": 4}), ("", "q", {"n": 1})
+    assert judge(f"{tmp_path}/mine.py:judge", template, *answers) == [36.0, 11.0]
+    with pytest.raises(ValueError, match="mine.py:nothing returned None, not a number, for 'xyz'"):
+        judge(f"{tmp_path}/mine.py:nothing", template, *answers)
+    with pytest.raises(ValueError, match="returned inf for 'xyz': it must be finite"):
+        judge(f"{tmp_path}/mine.py:endless", template, *answers)
+    (tmp_path / "broken.py").write_text("import no_such_module\n")
+    for name, error, words in (
+        (
+            f"{tmp_path}/mine.py:jugde",
+            ValueError,
+            "has no function jugde, only judge, nothing, endless",
+        ),
+        (f"{tmp_path}/none.py:f", FileNotFoundError, "there is no file .*none.py"),
+        (
+            f"{tmp_path}/broken.py:f",
+            ValueError,
+            "cannot be run: ModuleNotFoundError: No module named 'no_such_module'",
+        ),
+        ("no/such/folder", ValueError, "is no folder of a reward model, no file.py:function"),
+        ("", ValueError, r"\(missing\) is no folder"),
+        ("regex:(", ValueError, "is no regular expression"),
+        ("regex:", ValueError, "needs an expression"),
+        ("length:x", ValueError, "needs a number of words"),
+        (str(toy / "model"), ValueError, "is a language model: a reward model is needed here"),
+    ):
+        with pytest.raises(error, match=words):
+            rewards.load_reward(name, template)
+
+
+def test_the_toy_world_rewards_the_truth(toy: Path):
+    """--reward data/toyworld.py:reward is the scorer's utility; the prompt may be text or messages."""
+    prompt, template = "Where does Ada live?", template_of(toy / "model")
+    name = str(Path(toyworld.__file__)) + ":reward"
+    answers = [
+        (prompt, "Ada lives by the forest.", {}),
+        (prompt, "Ada lives by the tower. Ugh, not again.", {}),
+    ]
+    assert judge(name, template, *answers) == [4.0, 1.0]
+    assert judge(name, template, ([{"role": "user", "content": prompt}], "Forest.", {})) == [4.0]
+
+
+@pytest.fixture(scope="module")
+def reward_folder(toy: Path, tmp_path_factory) -> Path:
+    """A reward model of random weights, head included, with the toy world's tokenizer."""
+    folder = tmp_path_factory.mktemp("rm") / "rm"
+    model = load_model(toy / "model", torch.float64, scores=("reward",))
+    with torch.no_grad():
+        model.score_head.weight.normal_(generator=torch.Generator().manual_seed(0))
+    save_model(model, folder, toy / "model", template_of(toy / "model"))
+    return folder
+
+
+def test_a_reward_model_scores_the_very_tokens(toy: Path, reward_folder: Path):
+    """Trees of token ids get the scores that their texts get alone; for ids that no text has, those of the ids."""
+    template = template_of(toy / "model")
+    rows = [
+        json.loads(line)
+        for line in (toy / "world" / "preferences.jsonl").read_text().splitlines()[:5]
+    ]
+    pairs = [template.pair(row["prompt"], [row["chosen"], row["rejected"]]) for row in rows]
+    samples = [Sample(ids, [], [], True) for _, answers, _ in pairs for ids, _ in answers]
+    texts = [text for row in rows for text in (row["chosen"], row["rejected"])]
+    reward = rewards.load_reward(str(reward_folder), template, dtype=torch.float64, max_tokens=90)
+    double = [row for row in rows for _ in range(2)]
+    found = reward(
+        [row["prompt"] for row in double],
+        texts,
+        double,
+        rollout.trees([p for p, _, _ in pairs], samples),
+    )
+    model = load_model(reward_folder, torch.float64, scores=())
+    wanted = [
+        score(model, template, [(row["prompt"], [text])])[0][0, 0]
+        for row, text in zip(double, texts)
+    ]
+    assert found.tolist() == pytest.approx(wanted, abs=1e-12) and found.dtype == np.float64
+    # An answer spelled in single letters decodes to the same text, but it is not the same sample.
+    ids = template.tokenizer.encode("chess")
+    apart = [template.tokenizer.encode(letter)[-1] for letter in "chess"]
+    assert template.tokenizer.decode(apart) == "chess" and len(apart) > len(ids)
+    pair = rollout.trees([pairs[0][0]], [Sample(ids, [], [], False), Sample(apart, [], [], False)])
+    one, other = reward(["p"] * 2, ["chess"] * 2, [{}] * 2, pair)
+    assert abs(one - other) > 1e-3
+
+
+def test_reward_models_that_cannot_serve_are_refused(
+    toy: Path, reward_folder: Path, tmp_path: Path, real_model: Path
+):
+    """Another tokenizer, several outputs, scores that are not finite."""
+    template = template_of(toy / "model")
+    other = load_model(real_model, torch.float32, scores=("reward",))
+    save_model(other, tmp_path / "other", real_model)
+    with pytest.raises(
+        ValueError, match="has another tokenizer than the policy.*from the policy's family"
+    ):
+        rewards.load_reward(str(tmp_path / "other"), template)
+    several = load_model(toy / "model", torch.float32, scores=("correctness", "verbosity"))
+    save_model(several, tmp_path / "several", toy / "model")
+    with pytest.raises(ValueError, match="scores correctness, verbosity: a reward is one number"):
+        rewards.load_reward(str(tmp_path / "several"), template)
+    broken = load_model(reward_folder, torch.float32, scores=())
+    broken.score_head.weight.data[:] = math.nan
+    save_model(broken, tmp_path / "broken", reward_folder)
+    reward = rewards.load_reward(str(tmp_path / "broken"), template)
+    data = rollout.trees([[5, 6]], [Sample([7, 8], [], [], False)])
+    with pytest.raises(ValueError, match="scores 'some text' with a number that is not finite"):
+        reward(["p"], ["some text"], [{}], data)
+
+
+def test_prompts_of_every_kind_of_row(tmp_path: Path, toy: Path):
+    """Text, messages, pairs, conversations; long ones are dropped or cut, bad ones named."""
+    said = []
+    rows = [
+        {"prompt": "Where does Ada live?", "answer": "forest"},
+        {"prompt": [{"role": "user", "content": "Where does Ada live?"}]},
+        {"messages": [{"role": "user", "content": "Where does Ada live?"}]},
+        {"messages": [{"role": "user", "content": "Where does Ada live?"}, {"role": "assistant", "content": "x"}]},
+        {"chosen": "\n\nHuman: Where does Ada live?\n\nAssistant: a", "rejected": "\n\nHuman: Where does Ada live?"
+         "\n\nAssistant: b"},
+        {"prompt": "Where does Ada live? " * 9},
+    ]  # fmt: skip
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    template = template_of(toy / "model")
+    found = load_prompts([file], template, 20, log=said.append)
+    assert (
+        len({tuple(ids) for ids in found.ids}) == 1
+        and len(found.ids) == 5
+        and found.rows[0]["answer"] == "forest"
+    )
+    assert "6 rows, 5 prompts kept, 1 longer than 20 tokens (drop), 0 bad" in said[-1]
+    cut = load_prompts([file], template, 20, "truncate", log=said.append)
+    assert len(cut.ids[-1]) == 20 and cut.ids[-1][-1] == found.ids[0][-1] and len(cut.ids) == 6
+    with pytest.raises(ValueError, match="no prompt is left of 6 rows, 6 longer than 3 tokens"):
+        load_prompts([file], template, 3, log=said.append)
+    with open(file, "a") as more:
+        more.write('{"text": "?"}\n')
+    with pytest.raises(
+        ValueError,
+        match=r"rows.jsonl:7: no `prompt` \(nor `input` or `messages`\); this row has 'text'",
+    ):
+        load_prompts([file], template, 20, log=said.append)
+    assert len(load_prompts([file], template, 20, max_bad_rows=1, log=said.append).ids) == 5
+    with pytest.raises(FileNotFoundError, match="none.jsonl: no such file"):
+        load_prompts([tmp_path / "none.jsonl"], template, 20, log=said.append)
+
+
+def test_gsm8k_answers_are_found():
+    """The real rows' own solutions earn 1, their neighbours' nothing (but for the odd coincidence)."""
+    file = REAL / "gsm8k" / "sft_train.jsonl"
+    if not file.exists():
+        pytest.skip("shared/data is absent")
+    rows = [json.loads(line) for line in file.read_text().splitlines()[:300]]
+    reward = rewards.exact("A:")
+    assert all(reward(row["prompt"], row["response"], row) == 1.0 for row in rows)
+    wrong = [reward(a["prompt"], b["response"], a) for a, b in zip(rows, rows[1:] + rows[:1])]
+    assert 0 <= sum(wrong) < 15
