@@ -26,7 +26,7 @@ from config import RunConfig, to_json
 from data.dataset import Dataset, load_dataset
 from data.templates import Template
 from data.tokenizer import Tokenizer
-from model import GPT
+from model import GPT, parameter_count
 from parallel import Mesh
 from reporting import _wandb
 from sampling.sampler import generate
@@ -245,7 +245,7 @@ def describe(config: RunConfig, model: GPT, lengths: np.ndarray, total: int) -> 
     memory = own * (whole + pieces / ranks) / 2**30
     step_tokens = lengths.mean() * min(config.batch_size, len(lengths))
     lines = [
-        f"{model.c.parameters / 1e6:,.2f}M parameters; weights, gradients and AdamW take {memory:.2f} GB"
+        f"{parameter_count(model.c) / 1e6:,.2f}M parameters; weights, gradients and AdamW take {memory:.2f} GB"
         + (" on this rank" if model.mesh.world > 1 else ""),
         f"{total} steps of {config.batch_size} examples, about {step_tokens:,.0f} tokens each in micro-batches of at "
         f"most {config.max_tokens:,}",

@@ -25,6 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from layout import host_layout
+from model import parameter_count
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = {  # seconds at most
@@ -465,7 +466,10 @@ def shapes(bench: Bench):
         if bench.device.type == "cuda":  # 18 bytes a weight, and room for activations
             room = bench.torch.cuda.mem_get_info()[1] - 14e9
             whole = sizes["layers"]
-            while sizes["layers"] > 1 and 18 * GPTConfig(family="llama", **sizes).parameters > room:
+            while (
+                sizes["layers"] > 1
+                and 18 * parameter_count(GPTConfig(family="llama", **sizes)) > room
+            ):
                 sizes["layers"] -= 1
             label += (
                 f" shape with {sizes['layers']} of {whole} layers"
@@ -660,9 +664,9 @@ def trl_steps(bench: Bench, task: str, label: str, c, recomputed: bool) -> dict:
         reference = LlamaForCausalLM(LlamaConfig(**shape | small | {"intermediate_size": 64})).to(
             bench.dtype
         )
-    if model.num_parameters() != c.parameters:
+    if model.num_parameters() != parameter_count(c):
         raise ValueError(
-            f"transformers' model has {model.num_parameters()} weights, plumb's has {c.parameters}"
+            f"transformers' model has {model.num_parameters()} weights, plumb's has {parameter_count(c)}"
         )
     micro = 1 if bench.tiny else 16 // answers.shape[1]  # sixteen sequences of at most 1024 tokens
     with tempfile.TemporaryDirectory() as folder:
