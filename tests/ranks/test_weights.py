@@ -1,8 +1,8 @@
 """A weight is declared once and a linear changed once; layouts, files and the optimizer follow.
 
 Seeded one by one and seen to fail here:
-  declaration  a head scale declared whole, or in units of one; decayed; left out of the disk name
-  linears      RowLinear going past `matmul`; a bias added on every tensor rank
+  declaration  a head scale declared whole, or in one unit; decayed
+  linears      RowLinear going past `matmul`
   optimizer    `requires_grad` ignored; frozen weights in the buckets; an empty set accepted
 """
 
