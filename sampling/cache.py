@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.attention import TreeLayout, tree_attention
+from kernels.attention import tree_attention
+from layout import TreeLayout
 from model import GPT
 
 BUCKET = 128  # static shapes: lengths are rounded up to a multiple of this
