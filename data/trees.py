@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from data.dataset import Dataset
-from kernels.attention import TreeLayout
-from layout import share_rows
+from layout import TreeLayout, share_rows
 
 
 @dataclass
