@@ -528,6 +528,7 @@ def test_kernels_are_operators_that_torch_compile_takes():
     assert all(torch.equal(a, p.grad) for a, p in zip(eager, gpt.parameters()))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
 def test_the_laws_hold_in_the_interpreter():
     """All of the above, in a process of its own."""
@@ -540,6 +541,7 @@ def test_the_laws_hold_in_the_interpreter():
     assert run.returncode == 0 and " passed" in run.stdout, run.stdout[-6000:] + run.stderr[-2000:]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="starts processes of its own")
 def test_the_gpu_bench_runs_and_survives_a_part_that_dies(tmp_path):
     """bench/gpu.py finds every kernel right at tiny sizes; a part that is killed is reported, the others still run."""

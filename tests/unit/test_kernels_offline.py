@@ -215,6 +215,7 @@ def main(architectures: list[int], window: bool) -> int:
     return bad
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_kernels_compile_well(arch: int):
     """No spills inside loops, no serialised wgmma, the architecture's own matrix products, shared memory that fits."""
