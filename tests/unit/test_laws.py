@@ -16,9 +16,9 @@ SCRIPTS = sorted(path.name for path in ROOT.glob("train_*.py"))
 # A module imports only from its own line and those before it; a package counts as one module.
 # Other top-level files are scripts and commands: they import these, and nobody imports them.
 LAYERS = [
-    ["config", "losses", "layout", "kernels"],
+    ["config", "losses", "architecture", "layout", "kernels"],
     ["parallel", "data"],
-    ["model"],
+    ["layers", "mixers", "model"],
     ["optimizer", "pipeline"],
     ["weights"],
     ["checkpoint", "passes", "sampling"],
