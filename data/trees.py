@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from data.dataset import Dataset
-from kernels.attention import TreeLayout
-from layout import Spans, host_layout, share_rows
+from layout import Spans, TreeLayout, host_layout, share_rows
 
 
 @dataclass
