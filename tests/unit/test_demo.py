@@ -2,6 +2,7 @@
 
 import importlib
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,21 +25,25 @@ def test_every_training_command_parses(quick, tmp_path):
 
 def test_stages_run_after_the_stage_they_need(tmp_path, monkeypatch):
     """Every command runs once, none before the last command of the stage that it needs."""
-    order = []
+    finished = []
+    finished_before = {}  # command -> commands that were finished when it started
 
     def record(line, log):
-        order.append(line)
+        finished_before[line] = list(finished)
+        time.sleep(0.005)
+        finished.append(line)
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(demo, "python", record)
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
     runner = demo.Runner(tmp_path, [0, 1], quick=True)
     runner.run()
-    assert sorted(order) == sorted(
-        line for stages in runner.lines.values() for lines in stages.values() for line in lines
-    )
-    for stages in runner.lines.values():
+    stages = list(runner.lines.values())
+    lines = [line for seed in stages for stage in seed.values() for line in stage]
+    assert sorted(finished) == sorted(lines)
+    for seed in stages:
         for stage, needed in demo.AFTER.items():
-            assert order.index(stages[needed][-1]) < order.index(stages[stage][0])
+            assert seed[needed][-1] in finished_before[seed[stage][0]]
 
 
 def test_a_failed_stage_stops_the_demo_and_shows_its_log(tmp_path, monkeypatch):
