@@ -19,11 +19,11 @@ ROOT = Path(__file__).parents[2]
 
 # A module imports from its own row and from the rows above it, and imports make no circle.
 LIBRARIES = [
-    ["losses", "config", "layout", "kernels.*"],
+    ["losses", "config", "layout", "architecture", "kernels.*"],
     ["parallel", "data.*"],
-    ["layers", "attention", "model", "optimizer", "pipeline"],
+    ["layers", "mixers", "model", "optimizer", "pipeline", "passes"],
     ["weights.*", "checkpoint", "sampling.*"],
-    ["plan", "reporting", "runtime", "reference"],
+    ["runtime", "training", "reference", "reporting", "plan"],
 ]
 # A program imports libraries, and no module imports a program. plan.py is a program too, but
 # runtime.py asks it for advice when memory runs out.
