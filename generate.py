@@ -31,7 +31,7 @@ from config import parse
 from data.rows import read_rows, write_rows
 from data.templates import Template
 from data.tokenizer import load_tokenizer
-from data.toyworld import attributes
+from data import attributes
 from sampling.sampler import Sample, generate
 from weights.folder import DTYPES, load_model
 

@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from architecture import GPTConfig
-from kernels.attention import TreeLayout, tree_attention
+from kernels.attention import tree_attention
 from kernels.rope import rope
 from layers import ColumnLinear, Norm, RowLinear, columns
+from layout import TreeLayout
 from parallel import Group, Mesh, gather_rows, split
 
 # ---- what a mixer sees ---------------------------------------------------------------------------

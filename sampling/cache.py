@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.attention import TreeLayout
+from layout import TreeLayout
 from mixers import Extension, NewPrompts, SamplingView, SharedPrompts
 from model import GPT
 

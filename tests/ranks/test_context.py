@@ -6,8 +6,8 @@ import torch
 
 from data.trees import make_batch
 from kernels import tiles
-from kernels.attention import TreeLayout, tree_attention
-from layout import BLOCK, host_layout, share_rows
+from kernels.attention import tree_attention
+from layout import BLOCK, TreeLayout, host_layout, share_rows
 
 TREES = {
     "one long row": [(0, [300])],
