@@ -310,7 +310,7 @@ def test_more_ranks_hold_less():
 
 
 def test_times_are_in_order():
-    """Checkpointing is slower, more micro-batches shrink the bubble, a slow network sends slower."""
+    """Checkpointing is slower, more micro-batches shrink the bubble, slow networks slow traffic."""
     flags = Plan(gpus=16, nodes=2)
 
     def estimate(layout: Layout, tokens: int, again: bool = False, flags: Plan = flags) -> plan.Row:
