@@ -250,7 +250,7 @@ def generate(
     seed: int = 0,
     batch_size: int = 64,
     n: int = 1,
-    seeds: Sequence[int] | None = None,
+    seeds: Sequence[int | list[int]] | None = None,
     stop_texts: Collection[str] = (),
     decode: Callable[[list[int]], str] | None = None,
     no_repeat: int = 0,
@@ -321,7 +321,7 @@ def _validate(
     top_p: float,
     batch_size: int,
     n: int,
-    seeds: Sequence[int] | None,
+    seeds: Sequence[int | list[int]] | None,
     no_repeat: int,
 ) -> None:
     """Raise ValueError for the first argument of `generate` that is out of range."""

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 LIBRARIES = [
     ["losses", "config", "layout", "architecture", "kernels.*"],
     ["parallel", "data.*"],
-    ["layers", "mixers", "model", "optimizer", "pipeline", "passes"],
+    ["layers", "mixers", "model", "optimizer", "pipeline", "passes", "footprint"],
     ["weights.*", "checkpoint", "sampling.*"],
     ["runtime", "training", "reference", "reporting", "plan"],
 ]
