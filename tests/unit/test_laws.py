@@ -71,7 +71,7 @@ def test_help_shows_every_flag_in_its_group(script: str, capsys):
     heads = [line for line in text.splitlines() if line.startswith(config.GROUPS)]
     groups = [name for name in config.GROUPS if any(line.startswith(name) for line in heads)]
     assert set(groups) >= set(config.GROUPS) - {"rollout", "algorithm"}
-    for name, hint in RunConfig.__dataclass_fields__.items():
+    for name in RunConfig.__dataclass_fields__:
         flag = name.replace("_", "-")
         assert f"\n  --{flag} " in text or f"\n  --{flag}\n" in text or f"\n  --no-{flag}\n" in text
     written = config.written_fields(module.Config)
