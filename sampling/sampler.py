@@ -44,12 +44,14 @@ class Sample(NamedTuple):
     logps         log-prob of each under what was sampled from: temperature, top-k and top-p included
     policy_logps  log-prob of each under the plain policy: temperature 1, no filters
     ended         by an end token or a stop text, not by max_new_tokens or for going round in circles
+    scored        1 for each token that the policy chose, 0 for others (tool output); None = all 1
     """
 
     tokens: list[int]
     logps: list[float]
     policy_logps: list[float]
     ended: bool
+    scored: list[int] | None = None
 
 
 # ---- the cache -------------------------------------------------------------------------------------------------------
