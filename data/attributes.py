@@ -2,9 +2,9 @@
 
     quality:4,toxicity:0,humor:0,creativity:0,helpfulness:4,correctness:4,coherence:4,...
 
-A line may have any subset of ATTRIBUTES, always in this order. A template says where the line goes; the default is
-NeMo-Aligner's place, between prompt and response. The folder of a model that was trained with such
-lines has an attributes.json, with the template and the attributes it knows.
+A line may have any subset of ATTRIBUTES, always in this order. A template says where the line
+goes; the default is NeMo-Aligner's place, between prompt and response. The folder of a model that
+was trained with such lines has an attributes.json, with the template and the attributes it knows.
 """
 
 import json
@@ -87,7 +87,7 @@ def condition(prompt: str | Messages, values: dict[str, float], template: str) -
 def condition_rows(
     rows: list[dict], template: str, dropout: float, seed: int
 ) -> tuple[list[dict], tuple[str, ...]]:
-    """Put attribute lines into prompts: return rows {prompt, response} and the attributes that occur.
+    """Put attribute lines into prompts; return rows {prompt, response} and the attributes in them.
 
     A row with several responses becomes several rows. dropout: share of the values to leave out at
     random, as (seed, row number) decides. ValueError names a row that cannot be used.

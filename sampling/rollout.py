@@ -3,7 +3,7 @@
     prompts = load(config.data, template, config)
     samples = draw(prompts.take(examples), step, model, reward, template, config, server)
     samples.data                                     n trees of G responses, the same on every rank
-    for update in updates(samples, passes, step, config, mesh): ...
+    for update in updates(samples, epochs, minibatches, step, config, mesh): ...
 
 A rollout is a function of (weights, seed, step). Each sample has its own random numbers, seeded by
 step and position, so neither the rank that draws it nor the rest of the batch matters. Every rank
@@ -107,20 +107,16 @@ class Rollout:
         return row
 
 
-def validate(config: RolloutConfig, passes: str) -> None:
-    """Raise ValueError for settings that no online algorithm can run with.
-
-    passes: the name of the script's field for passes over a rollout.
-    """
+def validate(config: RolloutConfig) -> None:
+    """Raise ValueError for flags that no training from samples can run with."""
     if config.rollout_url and not config.rollout_reload:
         raise ValueError(
             "--rollout-url without --rollout-reload would sample from the initial weights forever: "
             "give the command that loads new weights"
         )
-    if min(getattr(config, passes), config.minibatches) < 1 or config.temperature <= 0:
+    if config.temperature <= 0:
         raise ValueError(
-            f"--{passes.replace('_', '-')} and --minibatches must be at least 1, --temperature "
-            "above 0"
+            f"--temperature must be above 0, not {config.temperature}: the policy has to explore"
         )
 
 
@@ -336,29 +332,31 @@ def trees(prompts: list[list[int]], samples: list[Sample]) -> Dataset:
 class Update(NamedTuple):
     """One optimizer update of a step."""
 
+    epoch: int  # the pass over the rollout that it belongs to, from 0
     prompts: np.ndarray  # (k,) numbers of its prompts in the rollout, ascending
     bins: list[list[int]]  # this rank's micro-batches of them
     lengths: np.ndarray  # (k G,) scored tokens of its responses, over all ranks
 
 
 def updates(
-    samples: Rollout, passes: int, step: int, config: RolloutConfig, mesh: Mesh
+    samples: Rollout, epochs: int, minibatches: int, step: int, config: RolloutConfig, mesh: Mesh
 ) -> list[Update]:
-    """Plan the updates of a rollout: in each of `passes` passes, --minibatches shuffled parts.
+    """Plan the updates of a rollout: `epochs` passes over it with `minibatches` updates each.
 
-    A group is never split. The order depends on (seed, step, pass) alone.
+    A pass shuffles the prompts and cuts them into parts; a group is never split. The order depends
+    on (seed, step, epoch) alone.
     """
     tree_lengths = samples.data.tree_lengths(config.share_prompts)
     plan = []
-    for number in range(passes):
-        order = np.random.default_rng([config.seed, step, number]).permutation(len(samples.data))
-        for part in np.array_split(order, config.minibatches):
+    for epoch in range(epochs):
+        order = np.random.default_rng([config.seed, step, epoch]).permutation(len(samples.data))
+        for part in np.array_split(order, minibatches):
             if not len(part):  # more minibatches than prompts
                 continue
             part = np.sort(part)
             bins = micro_batches(tree_lengths, part, config.max_tokens, mesh.dp_rank, mesh.dp)
             lengths = samples.scored_lengths[samples.data.responses_of(part)]
-            plan.append(Update(part, bins, lengths))
+            plan.append(Update(epoch, part, bins, lengths))
     return plan
 
 
@@ -381,7 +379,6 @@ def token_logps(
 def add_logps(
     samples: Rollout,
     plan: list[Update],
-    passes: int,
     model: GPT,
     ref: GPT | None,
     config: RolloutConfig,
@@ -396,17 +393,17 @@ def add_logps(
     only about 1. recompute=False keeps them if they are known: enough for a single update, whose
     ratio is 1 by definition.
     """
-    first_pass = [items for update in plan[: len(plan) // passes] for items in update.bins]
+    first_epoch = [items for update in plan if update.epoch == 0 for items in update.bins]
     row = {}
     old_logps = samples.logps
     if recompute or np.isnan(old_logps).any():
-        old_logps = token_logps(model, samples.data, first_pass, config)
+        old_logps = token_logps(model, samples.data, first_epoch, config)
         row["sampler_gap"] = float(np.abs(samples.logps - old_logps).mean())
     samples.data.add_tokens("old_logps", old_logps)
     if ref is None:
         logps = torch.from_numpy(old_logps)
         return logps, logps, row
-    ref_logps = token_logps(ref, samples.data, first_pass, config)
+    ref_logps = token_logps(ref, samples.data, first_epoch, config)
     samples.data.add_tokens("ref_logps", ref_logps)
     logps, ref_logps = torch.from_numpy(old_logps), torch.from_numpy(ref_logps)
     for name, kind in (("kl", "k1"), ("kl_k3", "k3")):
