@@ -253,6 +253,40 @@ def dpo(
     return losses, metrics
 
 
+class _WithGradient(torch.autograd.Function):
+    """Losses (n,) computed elsewhere, with their derivatives by k inputs: slopes (n, k)."""
+
+    @staticmethod
+    def forward(ctx, losses, slopes, *inputs):
+        ctx.save_for_backward(slopes)
+        return losses.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        (slopes,) = ctx.saved_tensors
+        return None, None, *(grad * slope for slope in slopes.unbind(1))
+
+
+class StepLosses:
+    """Losses of all pairs of an optimizer step, for those that sort the pairs (WHOLE_STEP_LOSSES).
+
+    No micro-batch can compute such a loss alone, so a first pass without gradients collects the
+    log-probs of the whole step. Here they become losses and derivatives by both log-probs, (n,) each,
+    in the order of `examples`. `of` picks those of a micro-batch, so that a second pass can backpropagate.
+    """
+
+    def __init__(self, examples: list[int], chosen: Tensor, rejected: Tensor, losses: Tensor):
+        """chosen, rejected: log-probs (n,) that require gradients, from which `losses` (n,) was made."""
+        slopes = torch.autograd.grad(losses.sum(), (chosen, rejected))
+        self.losses, self.slopes = losses.detach(), torch.stack(slopes, 1)  # (n,), (n, 2)
+        self.row = {example: i for i, example in enumerate(examples)}
+
+    def of(self, examples: list[int], chosen: Tensor, rejected: Tensor) -> Tensor:
+        """Return the losses of some pairs, (B,), with gradients to their log-probs of this pass, (B,)."""
+        rows = [self.row[example] for example in examples]
+        return _WithGradient.apply(self.losses[rows], self.slopes[rows], chosen, rejected)
+
+
 # ---- reward models ---------------------------------------------------------------------------------------------------
 
 REWARD_MODEL_LOSSES = ("bradley_terry", "margin_bt", "scaled_bt", "regression")
