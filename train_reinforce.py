@@ -1,8 +1,8 @@
-"""REINFORCE without a critic: RLOO, GRPO, Dr. GRPO and REINFORCE++, arXiv 2402.14740 and 2402.03300.
+"""REINFORCE without a critic: RLOO, GRPO, Dr. GRPO, REINFORCE++; arXiv 2402.14740, 2402.03300.
 
     python train_reinforce.py --model sft/final --data prompts.jsonl --reward rm/final --out rloo
-    python train_reinforce.py --model sft/final --data gsm8k.jsonl --reward "exact:####" --advantage grpo
-    torchrun --nproc_per_node 8 train_reinforce.py --model sft/final --data prompts.jsonl --reward my.py:f
+    python train_reinforce.py --model sft/final --data gsm8k.jsonl --reward "exact:####" --loss dapo
+    torchrun --nproc_per_node 8 train_reinforce.py --model sft/final --data x.jsonl --reward my.py:f
 
 Rows: {prompt}, text or messages, with whatever else the reward reads. A step samples G responses to
 each prompt and scores them. A response's advantage compares its reward with those of the other
@@ -40,7 +40,7 @@ class Config(RolloutConfig):
     loss: Literal[tuple(losses.POLICY_LOSSES)] = "grpo"  # policy loss; formulas: losses.py
     clip_low: float = 0.0  # lower clip of the ratio; 0 = grpo and dapo 0.2, gspo 3e-4
     clip_high: float = 0.0  # upper clip; 0 = grpo 0.2, dapo 0.28, gspo 4e-4, cispo 4
-    aggregate: Literal[losses.AGGREGATES] = "token"  # mean over tokens (dapo), mean of the
+    aggregate: Literal[losses.AGGREGATES] = "token"  # weight of a token; formulas: losses.py
     kl: float = 0.05  # β: cost of a nat away from the reference, in reward units; 0 = no reference
     kl_in: Literal["reward", "loss"] = "reward"  # part of the reward, or a term of the loss (GRPO)
     kl_estimator: Literal[losses.KL_ESTIMATORS] = "k1"  # with --kl-in loss: k3 (GRPO) or k2
@@ -190,8 +190,7 @@ def main(argv: list[str] | None = None) -> None:
             norms.append(norm)
         samples.lap("training")
 
-        tree_tokens = int(samples.data.tree_lengths(config.share_prompts).sum())
-        tokens = tree_tokens * config.rollout_epochs
+        tokens = samples.tokens(config) * config.rollout_epochs
         row |= {**samples.metrics(), **means(totals, n_tokens, mesh), "lr": lr}
         row |= {"grad_norm": sum(norms) / len(norms), **samples.throughput(tokens, config)}
         training.report_step(loop, row, tokens, batches)

@@ -10,6 +10,7 @@ was trained with such lines has an attributes.json, with the template and the at
 import json
 import math
 import random
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -84,17 +85,18 @@ def condition(prompt: str | Messages, values: dict[str, float], template: str) -
     return [*prompt[:-1], {**prompt[-1], "content": with_line(prompt[-1]["content"])}]
 
 
-def condition_rows(
-    rows: list[dict], template: str, dropout: float, seed: int
-) -> tuple[list[dict], tuple[str, ...]]:
-    """Put attribute lines into prompts; return rows {prompt, response} and the attributes in them.
+ConditionedRows = tuple[list[dict], tuple[str, ...]]  # rows, and the attributes in their prompts
+
+
+def condition_rows(files: list[str], template: str, dropout: float, seed: int) -> ConditionedRows:
+    """Read rows and put attribute lines into their prompts: {prompt, response} each, and the names.
 
     A row with several responses becomes several rows. dropout: share of the values to leave out at
     random, as (seed, row number) decides. ValueError names a row that cannot be used.
     """
     result = []
     seen: set[str] = set()
-    for number, row in enumerate(rows):
+    for number, row in enumerate(all_rows(files)):
         try:
             parsed = attribute_row(row)
             if parsed.prompt is None:
@@ -102,7 +104,7 @@ def condition_rows(
                     "a conversation: score.py --attributes turns it into `prompt` and `response`"
                 )
         except ValueError as error:
-            raise ValueError(f"row {number + 1}: {error}") from None
+            raise ValueError(f"row {number + 1} of {', '.join(files)}: {error}") from None
         rng = random.Random(f"{seed} {number}")
         for i, response in enumerate(parsed.responses):
             values = {}
@@ -112,9 +114,49 @@ def condition_rows(
             seen |= values.keys()
             prompt = condition(parsed.prompt, values, template)
             result.append({"prompt": prompt, "response": response})
-    if not seen:
-        raise ValueError("no row has an attribute: score.py --attributes writes them")
-    return result, tuple(name for name in ATTRIBUTES if name in seen)
+    if files and not seen:
+        raise ValueError(
+            f"no row of {', '.join(files)} has an attribute: score.py --attributes writes them"
+        )
+    return result, in_order(seen)
+
+
+def in_order(names: Iterable[str]) -> tuple[str, ...]:
+    """Return attributes in the order of a line."""
+    return tuple(name for name in ATTRIBUTES if name in set(names))
+
+
+class Compared(NamedTuple):
+    """A prompt with two responses or more, and the attributes that were asked for."""
+
+    prompt: str | Messages
+    responses: list[str | Messages]
+    asked: dict[str, float]
+
+
+def compared_rows(files: list[str]) -> list[Compared]:
+    """Read rows {prompt, responses: [...], attributes: {...}} of two responses or more.
+
+    ValueError: a row with several sets of attributes, or no row with two responses.
+    """
+    result = []
+    for number, row in enumerate(all_rows(files), 1):
+        parsed = attribute_row(row)
+        sets = [dict(zip(parsed.columns, values)) for values in zip(*parsed.columns.values())]
+        if parsed.prompt is None or len({line(values) for values in sets}) > 1:
+            raise ValueError(
+                f"row {number} of {', '.join(files)} must be {{prompt, responses: [...], "
+                "attributes: {...}}, with one set of attributes for all responses"
+            )
+        if len(parsed.responses) > 1:
+            asked = {name: value for name, value in sets[0].items() if not math.isnan(value)}
+            result.append(Compared(parsed.prompt, parsed.responses, asked))
+    if files and not result:
+        raise ValueError(
+            f"every row of {', '.join(files)} has a single response, and --loss steerlm2 compares "
+            "several: raise --answers"
+        )
+    return result
 
 
 def check_template(template: str) -> str:
@@ -162,26 +204,25 @@ def condition_files(config: Config, mesh: Mesh) -> Conditioned:
         if config.attribute_template or config.attribute_dropout:
             raise ValueError("--attribute-template and --attribute-dropout need --attributes")
         return Conditioned(config.data, config.eval_data)
-    return mesh.ask(lambda: _write_conditioned(config))
+
+    def copies() -> Conditioned:
+        template = template_of(config.model, config.attribute_template)
+        train = condition_rows(config.data, template, config.attribute_dropout, config.seed)
+        heldout = condition_rows(config.eval_data, template, config.attribute_dropout, config.seed)
+        return write_files(config.out, template, train, heldout)
+
+    return mesh.ask(copies)
 
 
-def _write_conditioned(config: Config) -> Conditioned:
-    """Write OUT/conditioned_train.jsonl and, with --eval-data, OUT/conditioned_heldout.jsonl."""
-    template = template_of(config.model, config.attribute_template)
-    files: dict[str, list[str]] = {"train": [], "heldout": []}
-    names: tuple[str, ...] = ()
-    for part, given in (("train", config.data), ("heldout", config.eval_data)):
-        if not given:
-            continue
-        try:
-            rows, seen = condition_rows(
-                all_rows(given), template, config.attribute_dropout, config.seed
-            )
-        except ValueError as error:
-            raise ValueError(f"{', '.join(given)}: {error}") from None
-        names = names or seen
-        files[part] = [write_rows(Path(config.out) / f"conditioned_{part}.jsonl", rows)]
-    return Conditioned(files["train"], files["heldout"], template, names)
+def write_files(
+    out: str, template: str, train: ConditionedRows, heldout: ConditionedRows
+) -> Conditioned:
+    """Write OUT/conditioned_train.jsonl and, if there are any, OUT/conditioned_heldout.jsonl."""
+    files = []
+    for part, (rows, _) in (("train", train), ("heldout", heldout)):
+        path = Path(out) / f"conditioned_{part}.jsonl"
+        files.append([write_rows(path, rows)] if rows else [])
+    return Conditioned(*files, template, train[1])
 
 
 def all_rows(files: list[str]) -> list[dict]:
@@ -195,11 +236,11 @@ def template_of(model: str, flag: str = "") -> str:
     return check_template(flag or (trained[0] if trained else TEMPLATE))
 
 
-def save(folder: str | Path, template: str, names: tuple[str, ...], mesh: Mesh) -> None:
-    """Write attributes.json beside a model's weights, on rank 0; nothing if there are no names."""
-    if names and mesh.main:
-        text = json.dumps({"template": template, "attributes": names}, indent=2)
-        (Path(folder) / FILE).write_text(text + "\n")
+def save(folder: Path, files: Conditioned, mesh: Mesh) -> None:
+    """Write attributes.json into a model's folder; nothing if it was trained without attributes."""
+    if files.names and mesh.main:
+        content = {"template": files.template, "attributes": files.names}
+        (folder / FILE).write_text(json.dumps(content, indent=2) + "\n")
 
 
 def load(folder: str | Path) -> tuple[str, tuple[str, ...]] | None:

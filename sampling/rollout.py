@@ -70,6 +70,10 @@ class Rollout:
         marks = np.concatenate([scored_marks(s) for s in self.samples])
         return logps[marks == 1]
 
+    def tokens(self, config: RolloutConfig) -> int:
+        """Return the tokens of all trees, what one pass of training computes."""
+        return int(self.data.tree_lengths(config.share_prompts).sum())
+
     def metrics(self) -> dict[str, float]:
         """Return means over the samples, under the names of metrics.jsonl."""
         row = {
@@ -97,7 +101,7 @@ class Rollout:
         """
         tokens = {
             "rollout": int(self.scored_lengths.sum()),
-            "scoring": int(self.data.tree_lengths(config.share_prompts).sum()),
+            "scoring": self.tokens(config),
             "training": training_tokens,
         }
         row = {}
@@ -360,6 +364,11 @@ def updates(
     return plan
 
 
+def first_epoch(plan: list[Update]) -> list[list[int]]:
+    """Return this rank's micro-batches of the first pass over a rollout."""
+    return [items for update in plan if update.epoch == 0 for items in update.bins]
+
+
 @torch.no_grad()
 def token_logps(
     model: GPT, data: Dataset, bins: list[list[int]], config: RolloutConfig
@@ -393,17 +402,17 @@ def add_logps(
     only about 1. recompute=False keeps them if they are known: enough for a single update, whose
     ratio is 1 by definition.
     """
-    first_epoch = [items for update in plan if update.epoch == 0 for items in update.bins]
+    bins = first_epoch(plan)
     row = {}
     old_logps = samples.logps
     if recompute or np.isnan(old_logps).any():
-        old_logps = token_logps(model, samples.data, first_epoch, config)
+        old_logps = token_logps(model, samples.data, bins, config)
         row["sampler_gap"] = float(np.abs(samples.logps - old_logps).mean())
     samples.data.add_tokens("old_logps", old_logps)
     if ref is None:
         logps = torch.from_numpy(old_logps)
         return logps, logps, row
-    ref_logps = token_logps(ref, samples.data, first_epoch, config)
+    ref_logps = token_logps(ref, samples.data, bins, config)
     samples.data.add_tokens("ref_logps", ref_logps)
     logps, ref_logps = torch.from_numpy(old_logps), torch.from_numpy(ref_logps)
     for name, kind in (("kl", "k1"), ("kl_k3", "k3")):
