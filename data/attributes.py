@@ -123,7 +123,8 @@ def condition_rows(files: list[str], template: str, dropout: float, seed: int) -
 
 def in_order(names: Iterable[str]) -> tuple[str, ...]:
     """Return attributes in the order of a line."""
-    return tuple(name for name in ATTRIBUTES if name in set(names))
+    wanted = set(names)
+    return tuple(name for name in ATTRIBUTES if name in wanted)
 
 
 class Compared(NamedTuple):
