@@ -16,8 +16,8 @@ import torch
 
 from config import parse
 from data.tokenizer import load_tokenizer
-from model import GPT
-from weights.config_json import ARCHITECTURES, _take, read_config, score_names
+from model import GPT, parameter_count
+from weights.config_json import ARCHITECTURES, model_config, read_config, score_names
 from weights.folder import DTYPES, load_model, save_model, weight_files
 
 
@@ -89,7 +89,7 @@ def new_model(flags: New) -> GPT:
         raw |= {"rms_norm_eps": 1e-6, "head_dim": flags.head_size or flags.width // flags.heads}
     if flags.family == "mistral":
         raw["sliding_window"] = flags.sliding_window or None
-    model = GPT(_take(raw, flags.family)).to(DTYPES[flags.dtype])
+    model = GPT(model_config(raw, flags.family)).to(DTYPES[flags.dtype])
     model.init_weights(flags.seed, flags.std)
     model.hf_config = raw
     return model
@@ -108,7 +108,7 @@ def describe(folder: str) -> str:
         )
     head = f"scores {', '.join(names)}" if names else f"{'tied' if c.tied else 'own'} head"
     return "\n".join([
-        f"{folder}: {c.family}, {c.parameters / 1e6:,.1f}M parameters in {len(kept)} file(s)",
+        f"{folder}: {c.family}, {parameter_count(c) / 1e6:,.1f}M parameters in {len(kept)} file(s)",
         f"  {c.layers} layers, width {c.width}, {c.heads} heads of {c.head_size} ({c.kv_heads} key/value), MLP {c.ffn}",
         f"  vocabulary {c.vocab}, {head}, made for {c.max_position} positions"
         + (f", sliding window {max(c.windows)}" if c.windows else ""),

@@ -129,8 +129,13 @@ class Mesh:
         return self.pp_rank == self.pp - 1
 
     def group(self, axes: str) -> Group:
-        """The ranks that differ from this one along some axes only: "tp", "dp cp", ... or "world"."""
+        """Return the ranks that differ from this one along some axes only: "tp", "dp cp", "world"."""
         return self.groups.get(axes, ALONE)
+
+    def size(self, axes: str) -> int:
+        """Return the number of ranks in such a group, also where there is no process group."""
+        sizes = {"pp": self.pp, "dp": self.dp, "cp": self.cp, "tp": self.tp, "ends": 2}
+        return math.prod(sizes[axis] for axis in axes.split())
 
     def sum(self, values: Tensor) -> Tensor:
         """Adds up over the ranks that hold different examples; pipeline stages that hold none give zeros."""

@@ -12,7 +12,6 @@ Letters as in model.py; of one rank: rows = its tokens of a micro-batch, h, g, f
 
 import dataclasses
 import functools
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,10 +19,11 @@ from typing import Literal, NamedTuple
 
 import torch
 
+import optimizer
 from config import RunConfig, parse
 from kernels.logprob import GPU_CHUNK, GPU_KEEP_BYTES
-from model import GPT, GPTConfig
-from optimizer import BUCKET
+from model import GPT, GPTConfig, parameter_count
+from optimizer import Kind, plan_buckets
 from parallel import Mesh, split
 from weights.config_json import read_config
 
@@ -80,36 +80,31 @@ class Layout:
 
 
 @functools.cache
-def _weights(
+def _bucket_elements(
     c: GPTConfig, tp: int, tp_rank: int, pp: int, stage: int
-) -> list[tuple[tuple[str, bool], int]]:
-    """((which ranks hold the same, whether it decays), elements) of a rank's weights, in the optimizer's order."""
+) -> list[tuple[Kind, int]]:
+    """Return kind and elements of every bucket of a rank, without padding."""
+    mesh = Mesh(stage * tp + tp_rank, pp=pp, tp=tp)
     with torch.device("meta"):
-        model = GPT(c, Mesh(stage * tp + tp_rank, pp=pp, tp=tp))
+        model = GPT(c, mesh)
+    parameters = dict(model.named_parameters())
     return [
-        ((model.replicas(name), p.dim() >= 2), p.numel())
-        for name, p in reversed(list(model.named_parameters()))
+        (kind, sum(parameters[name].numel() for name in names))
+        for kind, names in plan_buckets(model, mesh)
     ]
 
 
 def buckets(c: GPTConfig, layout: Layout, rank: int) -> list[tuple[int, int]]:
-    """(elements, ranks that share it) of every flat buffer of a rank, padding included: the rule of parallel.AdamW.
+    """Return (elements with padding, ranks that share them) of every bucket of a rank.
 
     ValueError: a layout that the model cannot take.
     """
-    mesh, sizes = layout.mesh(rank), {}
-    for kind, n in _weights(c, mesh.tp, mesh.tp_rank, mesh.pp, mesh.pp_rank):
-        parts = sizes.setdefault(kind, [0])
-        if parts[-1] and parts[-1] + n > BUCKET:
-            parts.append(0)
-        parts[-1] += n
-    axes = {"dp": layout.dp, "cp": layout.cp, "tp": layout.tp, "ends": 2}
-    shared = {kind: math.prod(axes[axis] for axis in kind[0].split()) for kind in sizes}
-    return [
-        (-(-n // shared[kind]) * shared[kind], shared[kind])
-        for kind, parts in sizes.items()
-        for n in parts
-    ]
+    mesh = layout.mesh(rank)
+    sizes = []
+    for kind, used in _bucket_elements(c, mesh.tp, mesh.tp_rank, mesh.pp, mesh.pp_rank):
+        ranks = mesh.size(kind.replicas)
+        sizes.append((-(-used // ranks) * ranks, ranks))
+    return sizes
 
 
 def sent(
@@ -184,15 +179,7 @@ def memory(
     """
     mesh, flat = layout.mesh(rank), buckets(c, layout, rank)
     size, exact = dtype.itemsize, max(4, dtype.itemsize)
-    owned = sum(n // ranks for n, ranks in flat)
-    whole = sum(n if layout.zero == 1 else n // ranks for n, ranks in flat)
-    found = {
-        "weights": sum(n for n, _ in flat) * size,
-        "gradients": whole * exact,
-        "optimizer": owned
-        * exact
-        * (2 if size == exact else 3),  # exact weights are their own master copy
-    }
+    found = optimizer.memory(flat, 0, layout.zero, dtype)._asdict()
     first, last = split(c.layers, layout.pp, mesh.pp_rank)
     rows = -(-tokens // layout.cp)
     shard = -(-rows // layout.tp) * c.width  # elements of the residual stream
@@ -377,7 +364,7 @@ def table(c: GPTConfig, flags: Plan) -> str:
             f"{RESERVE} for CUDA, a GPU has {have:g}: take more GPUs, or a lower --max-tokens and --max-length"
         )
     lines = [
-        f"MODELLED, NOT MEASURED: {flags.algorithm} of {c.parameters / 1e9:.2f}B parameters in bf16 on {flags.gpus} "
+        f"MODELLED, NOT MEASURED: {flags.algorithm} of {parameter_count(c) / 1e9:.2f}B parameters in bf16 on {flags.gpus} "
         f"{flags.gpu} in {flags.nodes} node(s)",
         f"assumed: {have:g} GiB a GPU, {RESERVE} of them for CUDA and NCCL; examples of {_example(flags)} tokens, half "
         f"of them scored;",

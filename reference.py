@@ -27,19 +27,23 @@ from weights.folder import fingerprint, load_model
 def add_ref_logps(
     policy: GPT,
     folder: str,
-    data: list[tuple[Dataset, np.ndarray]],
+    data: list[tuple[Dataset | None, np.ndarray | None]],
     config: RunConfig,
 ) -> dict[str, float]:
     """Add the column `ref_logps`, (R,), to data sets; return what scoring cost, {} if all was cached.
 
-    data: (data set, examples to score); responses of other examples get NaN.
+    data: (data set or None, examples to score or None for all); responses of others get NaN.
     folder: the reference; "" is the policy as it is now, "none" gives zeros. Collective.
     """
     cost: dict[str, float] = {}
     for dataset, examples in data:
+        if dataset is None:
+            continue
         if folder == "none":
             dataset.columns["ref_logps"] = np.zeros(len(dataset.response_len))
             continue
+        if examples is None:
+            examples = np.arange(len(dataset))
         logps, spent = reference_logps(policy, folder, dataset, examples, config)
         dataset.columns["ref_logps"] = logps
         cost = cost or spent

@@ -132,11 +132,9 @@ def main(argv: list[str] | None = None) -> None:
     # ---- model and reference -------------------------------------------------------------------
     model = runtime.load_model(run)
     print(training.describe(model, lengths, steps, config))
-    scored = [(train, steps.visited())]
-    if heldout:
-        scored.append((heldout, np.arange(len(heldout))))
-    no_reference = config.reference_free or config.ref == "none" or config.loss == "simpo"
-    cost = add_ref_logps(model, "none" if no_reference else config.ref, scored, config)
+    no_reference = config.reference_free or config.loss == "simpo"
+    ref = "none" if no_reference else config.ref
+    cost = add_ref_logps(model, ref, [(train, steps.visited()), (heldout, None)], config)
     optimizer = runtime.make_optimizer(model, config)
     loop = training.begin(run, steps, optimizer, cost)
 

@@ -31,7 +31,7 @@ from checkpoint import State
 from config import RunConfig
 from data.dataset import Dataset
 from data.trees import TreeBatch, step_examples, steps_per_epoch, visited
-from model import GPT
+from model import GPT, parameter_count
 from optimizer import AdamW
 from reporting import Log, Meter, due
 from runtime import Run
@@ -103,7 +103,7 @@ def describe(model: GPT, lengths: np.ndarray, steps: Steps, config: RunConfig) -
     memory = own * (whole + pieces / ranks) / 2**30
     tokens = lengths.mean() * min(config.batch_size, len(lengths))
     lines = [
-        f"{model.c.parameters / 1e6:,.2f}M parameters; weights, gradients and AdamW take "
+        f"{parameter_count(model.c) / 1e6:,.2f}M parameters; weights, gradients and AdamW take "
         f"{memory:.2f} GB" + (" on this rank" if model.mesh.world > 1 else ""),
         f"{steps.total} steps of {config.batch_size} examples, about {tokens:,.0f} tokens each, "
         f"in micro-batches of at most {config.max_tokens:,}",

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from model import parameter_count
 from optimizer import AdamW
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -204,7 +205,9 @@ def main() -> None:
     flags = parser.parse_args()
     c = GPTConfig("llama", flags.vocab, flags.width, flags.layers, flags.heads, flags.kv_heads,
                   flags.width // flags.heads, flags.ffn)  # fmt: skip
-    print(f"{c.parameters / 1e6:.1f}M parameters, {flags.batch_size} pairs a step, {flags.device}")
+    print(
+        f"{parameter_count(c) / 1e6:.1f}M parameters, {flags.batch_size} pairs a step, {flags.device}"
+    )
     if flags.device == "cuda":
         result = train(c, Layout(), flags, parallel.Mesh(), torch.device("cuda"))
         found = {"one": [result]}

@@ -1,11 +1,11 @@
-"""Which path an operation takes: its fused Triton kernel or its plain-torch twin in the same file.
+"""Choice between an operation's Triton kernel and its plain-torch twin in the same file.
 
-    PLUMB_KERNELS=off python train_dpo.py ...      the plain twins on a GPU too: is it a kernel's fault?
-    TRITON_INTERPRET=1 PLUMB_KERNELS=on pytest     the kernels on CPU tensors, in Triton's interpreter: slow and exact
+    PLUMB_KERNELS=off python train_dpo.py ...      plain twins on a GPU: is a kernel at fault?
+    TRITON_INTERPRET=1 PLUMB_KERNELS=on pytest     kernels on CPU tensors, in Triton's interpreter
 
-Otherwise tensors on a CUDA device take the kernels, all others the twins. Where no kernel can run, Triton is not even
-imported (there is no wheel for macOS, and the imports cost a second): kernel files take `triton`, `tl` and decorators
-from here, which are stand-ins then.
+Without the variable, tensors on a CUDA device take the kernels and all others the twins. Where no
+kernel can run, Triton is not imported at all (it has no wheel for macOS, and importing it takes a
+second): the kernel files take `triton`, `tl` and decorators from here, which then are stand-ins.
 """
 
 import os
@@ -18,15 +18,13 @@ from torch import Tensor
 
 SWITCH = os.environ.get("PLUMB_KERNELS", "auto")  # auto, on or off
 if SWITCH not in ("auto", "on", "off"):
-    raise ValueError(f"PLUMB_KERNELS={SWITCH} is none of auto, on, off")
+    raise ValueError(f"PLUMB_KERNELS={SWITCH}: set it to auto, on or off")
 
 triton = SimpleNamespace(jit=lambda kernel: kernel)
 tl = SimpleNamespace(constexpr=None)
 LOADED = False
 if SWITCH == "on" or (SWITCH == "auto" and torch.cuda.is_available()):
-    os.environ.setdefault(
-        "TRITON_DEFAULT_FP_FUSION", "1"
-    )  # multiply-adds stay fused; Triton 3.9 wants it said
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 has to be told to fuse
     try:
         import triton  # noqa: F401
         import triton.language as tl  # noqa: F401
@@ -37,8 +35,8 @@ if SWITCH == "on" or (SWITCH == "auto" and torch.cuda.is_available()):
             raise
 
 
-class _Nothing:
-    """Stands in for an operator that can never be called."""
+class _UncallableOperator:
+    """Stand-in for an operator where no kernel can run; it accepts registrations only."""
 
     def register_fake(self, fake: Callable) -> Callable:
         return fake
@@ -48,30 +46,32 @@ class _Nothing:
 
 
 def operator(name: str, schema: str) -> Callable:
-    """Decorator: makes a function torch.ops.plumb.<name>, which torch.compile takes as it is, and which does not alias
-    or change its inputs unless the schema says so."""
+    """Return a decorator that registers a function as torch.ops.plumb.<name>.
+
+    torch.compile calls such an operator without looking inside. It must not alias or change its
+    inputs unless the schema says so.
+    """
     if not LOADED:
-        return lambda function: _Nothing()
+        return lambda function: _UncallableOperator()
     changed = re.findall(r"Tensor\(\w!\)\??(?:\[\])? (\w+)", schema)
     return torch.library.custom_op(f"plumb::{name}", mutates_args=changed, schema=schema)
 
 
 def untraced(function: Callable) -> Callable:
-    """Decorator: torch.compile calls the function and does not look inside."""
+    """Decorate a function that torch.compile calls without looking inside."""
     return torch.compiler.disable(function) if LOADED else function
 
 
 def fused(x: Tensor) -> bool:
-    """Whether kernels compute on this tensor. float64 is for tests: its exactness is the twins' business."""
+    """Tell whether kernels compute on this tensor. float64 always takes the exact plain twins."""
     if not LOADED or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
-    return x.is_cuda or (
-        SWITCH == "on" and x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
-    )
+    interpreted = SWITCH == "on" and os.environ.get("TRITON_INTERPRET") == "1"
+    return x.is_cuda or (interpreted and x.device.type == "cpu")
 
 
 def architecture(device: torch.device) -> int:
-    """Compute capability as one number (80, 86, 90, 100, ...); the interpreter passes for a 90."""
+    """Return the compute capability as one number: 80, 86, 90, 100; 90 in the interpreter."""
     if device.type != "cuda":
         return 90
     major, minor = torch.cuda.get_device_capability(device)
@@ -79,9 +79,7 @@ def architecture(device: torch.device) -> int:
 
 
 def processors(device: torch.device) -> int:
-    """Streaming multiprocessors, over which programs are balanced."""
-    return (
-        torch.cuda.get_device_properties(device).multi_processor_count
-        if device.type == "cuda"
-        else 132
-    )
+    """Count the streaming multiprocessors, over which work is balanced; an H100's elsewhere."""
+    if device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,5 +1,7 @@
-"""RMSNorm, arXiv 1910.07467: y = x / √(mean(x²) + eps) · weight, over the last dimension; alone, or of a sum that is
-wanted too (the residual stream): the fused form reads and writes each once.
+"""RMSNorm, arXiv 1910.07467: y = x / √(mean(x²) + eps) · weight, over the last dimension.
+
+Alone, or fused with the addition to the residual stream before it, which then is read and written
+once.
 
 Letters: N rows, D width (DP: rounded up to a power of two).
 """
@@ -12,7 +14,10 @@ from kernels.device import fused, operator, processors, tl, triton
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x (..., D), weight (D,) -> (..., D) in x's dtype. Statistics are fp32 at least, as Llama's are."""
+    """Normalise x (..., D) and scale it by weight (D,) -> (..., D) in x's dtype.
+
+    Statistics are computed in fp32 at least, as Llama's are.
+    """
     if fused(x):
         return torch.ops.plumb.add_rms_norm(x, None, weight, eps)[0]
     if x.dtype in (torch.bfloat16, torch.float16):
@@ -21,7 +26,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(x: Tensor, more: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(x + more, its rms_norm): x and more (..., D), weight (D,) -> two (..., D)."""
+    """Return x + more and its RMSNorm: x and more (..., D), weight (D,) -> two (..., D)."""
     if fused(x):
         y, total, _ = torch.ops.plumb.add_rms_norm(x, more, weight, eps)
         return total, y
@@ -30,10 +35,13 @@ def add_rms_norm(x: Tensor, more: Tensor, weight: Tensor, eps: float) -> tuple[T
 
 
 @triton.jit
-def _forward(
+def forward_kernel(
     X, MORE, W, Y, TOTAL, SCALE, N, D, eps, ADD: tl.constexpr, ROWS: tl.constexpr, DP: tl.constexpr
 ):
-    """ROWS rows: TOTAL = x + more, SCALE (N,) = 1 / √(mean(total²) + eps), Y = total · scale · weight."""
+    """Compute ROWS rows of TOTAL = x + more and Y = total · scale · weight.
+
+    SCALE (N,) = 1 / √(mean(total²) + eps) is kept for the backward.
+    """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, DP)[None, :]
     inside = (row[:, None] < N) & (d < D)
@@ -43,33 +51,23 @@ def _forward(
         x += tl.load(MORE + at, mask=inside, other=0.0).to(tl.float32)
         rounded = x.to(TOTAL.dtype.element_ty)
         tl.store(TOTAL + at, rounded, mask=inside)
-        x = rounded.to(tl.float32)  # the norm is of what the next layer will see
+        x = rounded.to(tl.float32)  # normalise the sum as stored, which the next layer reads
     scale = tl.rsqrt(tl.sum(x * x, 1) / D + eps)
     tl.store(SCALE + row, scale, mask=row < N)
     w = tl.load(W + d, mask=d < D, other=0.0).to(tl.float32)
-    unit = (
-        (x * scale[:, None]).to(Y.dtype.element_ty).to(tl.float32)
-    )  # rounded before the weight, as Llama's is
-    tl.store(Y + at, (unit * w).to(Y.dtype.element_ty), mask=inside)
+    unit = (x * scale[:, None]).to(Y.dtype.element_ty)  # rounded before the weight, as in Llama
+    tl.store(Y + at, (unit.to(tl.float32) * w).to(Y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _backward(
-    D_Y,
-    D_TOTAL,
-    TOTAL,
-    W,
-    SCALE,
-    D_X,
-    D_W,
-    N,
-    D,
-    steps,
-    ADD: tl.constexpr,
-    ROWS: tl.constexpr,
-    DP: tl.constexpr,
-):
-    """`steps` times ROWS rows: D_X with what arrives on the residual stream; this program's share of D_W, (., D)."""
+def backward_kernel(
+    D_Y, D_TOTAL, TOTAL, W, SCALE, D_X, D_W, N, D, steps,
+    ADD: tl.constexpr, ROWS: tl.constexpr, DP: tl.constexpr,
+):  # fmt: skip  # in groups: tensors and sizes, then constants
+    """Compute `steps` times ROWS rows of D_X, and this program's row of D_W (programs, D).
+
+    D_X includes D_TOTAL, the gradient that arrives at the sum.
+    """
     d = tl.arange(0, DP)[None, :]
     d_w = tl.zeros((ROWS, DP), tl.float32)
     for step in tl.range(0, steps):
@@ -80,9 +78,8 @@ def _backward(
         unit = tl.load(TOTAL + at, mask=inside, other=0.0).to(tl.float32) * scale
         d_y = tl.load(D_Y + at, mask=inside, other=0.0).to(tl.float32)
         d_w += d_y * unit
-        slope = d_y * tl.load(W + d, mask=d < D, other=0.0).to(
-            tl.float32
-        )  # again every time: registers are short
+        w = tl.load(W + d, mask=d < D, other=0.0).to(tl.float32)  # every time: registers are few
+        slope = d_y * w
         d_x = (slope - unit * (tl.sum(slope * unit, 1) / D)[:, None]) * scale
         if ADD:
             d_x += tl.load(D_TOTAL + at, mask=inside, other=0.0).to(tl.float32)
@@ -91,11 +88,15 @@ def _backward(
     tl.store(D_W + at, tl.sum(d_w, 0)[None, :], mask=d < D)
 
 
-def _shape(x: Tensor) -> tuple[int, int, int, int, int]:
-    """N, D, rows a program takes at once, DP, warps."""
+def launch_shape(x: Tensor) -> tuple[int, int, int, int, int]:
+    """Return N, D, rows that a program takes at once, DP, warps."""
     width = x.shape[-1]
     padded = triton.next_power_of_2(width)
-    warps = 4 if padded <= 4096 else 8 if padded <= 8192 else 16
+    warps = 16
+    if padded <= 8192:
+        warps = 8
+    if padded <= 4096:
+        warps = 4
     return x.numel() // width, width, max(1, 2048 // padded), padded, warps
 
 
@@ -104,13 +105,15 @@ def _shape(x: Tensor) -> tuple[int, int, int, int, int]:
 )
 def _norm(x, more, weight, eps):
     x = x.contiguous()
-    rows, width, together, padded, warps = _shape(x)
-    y, scale = torch.empty_like(x), torch.empty(rows, dtype=torch.float32, device=x.device)
+    rows, width, rows_each, padded, warps = launch_shape(x)
+    y = torch.empty_like(x)
+    scale = torch.empty(rows, dtype=torch.float32, device=x.device)
     total = x.new_empty(0) if more is None else torch.empty_like(x)
-    _forward[(triton.cdiv(rows, together),)](
-        x, x if more is None else more.contiguous(), weight, y, y if more is None else total, scale, rows, width, eps,
-        ADD=more is not None, ROWS=together, DP=padded, num_warps=warps,
-    )  # fmt: skip
+    added, summed = (x, y) if more is None else (more.contiguous(), total)  # unused without ADD
+    forward_kernel[(triton.cdiv(rows, rows_each),)](
+        x, added, weight, y, summed, scale, rows, width, eps,
+        ADD=more is not None, ROWS=rows_each, DP=padded, num_warps=warps,
+    )  # fmt: skip  # in the kernel's groups
     return y, total, scale
 
 
@@ -120,17 +123,16 @@ def _norm(x, more, weight, eps):
 )
 def _norm_backward(d_y, d_total, total, weight, scale):
     total, d_y = total.contiguous(), d_y.contiguous()
-    rows, width, together, padded, warps = _shape(total)
-    programs = min(triton.cdiv(rows, together), 4 * processors(total.device))
-    steps = triton.cdiv(rows, programs * together)
-    d_x, d_w = (
-        torch.empty_like(total),
-        torch.empty(programs, width, dtype=torch.float32, device=total.device),
-    )
-    _backward[(programs,)](
-        d_y, d_y if d_total is None else d_total.contiguous(), total, weight, scale, d_x, d_w, rows, width, steps,
-        ADD=d_total is not None, ROWS=together, DP=padded, num_warps=warps, num_stages=1,
-    )  # fmt: skip
+    rows, width, rows_each, padded, warps = launch_shape(total)
+    programs = min(triton.cdiv(rows, rows_each), 4 * processors(total.device))
+    steps = triton.cdiv(rows, programs * rows_each)
+    d_x = torch.empty_like(total)
+    d_w = torch.empty(programs, width, dtype=torch.float32, device=total.device)
+    arriving = d_y if d_total is None else d_total.contiguous()  # unused without ADD
+    backward_kernel[(programs,)](
+        d_y, arriving, total, weight, scale, d_x, d_w, rows, width, steps,
+        ADD=d_total is not None, ROWS=rows_each, DP=padded, num_warps=warps, num_stages=1,
+    )  # fmt: skip  # in the kernel's groups
     return d_x, d_w.sum(0).to(weight.dtype)
 
 
@@ -141,15 +143,12 @@ def _(x, more, weight, eps):
     return x.new_empty(x.shape), total, x.new_empty(rows, dtype=torch.float32)
 
 
-_norm_backward.register_fake(
-    lambda d_y, d_total, total, weight, scale: (
-        total.new_empty(total.shape),
-        weight.new_empty(weight.shape),
-    )
-)
+@_norm_backward.register_fake
+def _(d_y, d_total, total, weight, scale):
+    return total.new_empty(total.shape), weight.new_empty(weight.shape)
 
 
-def _save(ctx, inputs, output):
+def _save_for_backward(ctx, inputs, output):
     x, more, weight, _ = inputs
     _, total, scale = output
     ctx.added = more is not None
@@ -157,14 +156,13 @@ def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx, d_y, d_total, d_scale):
+def _backward(ctx, d_y, d_total, d_scale):
     total, weight, scale = ctx.saved_tensors
-    if d_y is None:  # the sum alone was used
+    if d_y is None:  # only the sum was used
         return d_total, d_total, None, None
-    d_x, d_w = torch.ops.plumb.add_rms_norm_backward(
-        d_y, d_total if ctx.added else None, total, weight, scale
-    )
+    d_total = d_total if ctx.added else None
+    d_x, d_w = torch.ops.plumb.add_rms_norm_backward(d_y, d_total, total, weight, scale)
     return d_x, d_x if ctx.added else None, d_w, None
 
 
-_norm.register_autograd(_gradients, setup_context=_save)
+_norm.register_autograd(_backward, setup_context=_save_for_backward)

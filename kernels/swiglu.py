@@ -1,6 +1,6 @@
-"""SwiGLU, arXiv 2002.05202: silu(gate) · up. The backward computes silu again instead of keeping it.
+"""SwiGLU, arXiv 2002.05202: silu(gate) · up. The backward recomputes silu instead of keeping it.
 
-The kernels are elementwise, fp32 inside; what they read and write once is all the memory they touch.
+The kernels are elementwise, compute in fp32, and read and write each tensor once.
 """
 
 import torch
@@ -13,14 +13,15 @@ BLOCK = 2048  # elements a program
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """gate and up (T, F) -> (T, F)."""
+    """Compute silu(gate) · up: gate and up (T, F) -> (T, F)."""
     if fused(gate):
         return torch.ops.plumb.swiglu(gate.contiguous(), up.contiguous())
     return F.silu(gate) * up
 
 
 @triton.jit
-def _forward(GATE, UP, OUT, n, BLOCK: tl.constexpr):
+def forward_kernel(GATE, UP, OUT, n, BLOCK: tl.constexpr):
+    """Compute BLOCK elements of OUT = silu(gate) · up."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     gate = tl.load(GATE + at, mask=at < n, other=0.0).to(tl.float32)
     up = tl.load(UP + at, mask=at < n, other=0.0).to(tl.float32)
@@ -28,7 +29,8 @@ def _forward(GATE, UP, OUT, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _backward(D_OUT, GATE, UP, D_GATE, D_UP, n, BLOCK: tl.constexpr):
+def backward_kernel(D_OUT, GATE, UP, D_GATE, D_UP, n, BLOCK: tl.constexpr):
+    """Compute BLOCK elements of both gradients."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     gate = tl.load(GATE + at, mask=at < n, other=0.0).to(tl.float32)
     up = tl.load(UP + at, mask=at < n, other=0.0).to(tl.float32)
@@ -42,24 +44,35 @@ def _backward(D_OUT, GATE, UP, D_GATE, D_UP, n, BLOCK: tl.constexpr):
 @operator("swiglu", "(Tensor gate, Tensor up) -> Tensor")
 def _swiglu(gate, up):
     out, n = torch.empty_like(gate), gate.numel()
-    _forward[(triton.cdiv(n, BLOCK),)](gate, up, out, n, BLOCK=BLOCK, num_warps=8)
+    forward_kernel[(triton.cdiv(n, BLOCK),)](gate, up, out, n, BLOCK=BLOCK, num_warps=8)
     return out
 
 
 @operator("swiglu_backward", "(Tensor d_out, Tensor gate, Tensor up) -> (Tensor, Tensor)")
 def _swiglu_backward(d_out, gate, up):
     d_gate, d_up, n = torch.empty_like(gate), torch.empty_like(up), gate.numel()
-    _backward[(triton.cdiv(n, BLOCK),)](
+    backward_kernel[(triton.cdiv(n, BLOCK),)](
         d_out.contiguous(), gate, up, d_gate, d_up, n, BLOCK=BLOCK, num_warps=8
     )
     return d_gate, d_up
 
 
-_swiglu.register_fake(lambda gate, up: torch.empty_like(gate))
-_swiglu_backward.register_fake(
-    lambda d_out, gate, up: (torch.empty_like(gate), torch.empty_like(up))
-)
-_swiglu.register_autograd(
-    lambda ctx, d_out: torch.ops.plumb.swiglu_backward(d_out, *ctx.saved_tensors),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
-)
+@_swiglu.register_fake
+def _(gate, up):
+    return torch.empty_like(gate)
+
+
+@_swiglu_backward.register_fake
+def _(d_out, gate, up):
+    return torch.empty_like(gate), torch.empty_like(up)
+
+
+def _save_for_backward(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, d_out):
+    return torch.ops.plumb.swiglu_backward(d_out, *ctx.saved_tensors)
+
+
+_swiglu.register_autograd(_backward, setup_context=_save_for_backward)

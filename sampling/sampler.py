@@ -107,7 +107,7 @@ class _Batch:
         if self.shared and self.holds != before and any(i >= 0 for i in self.holds):
             prompts = [i // self.n if i >= 0 else -1 for i in self.holds]
             sizes = [self.sizes[p] if p >= 0 else self.at[row] for row, p in enumerate(prompts)]
-            self.cache.seats([self.place[p] if p >= 0 else -1 for p in prompts], sizes)
+            self.cache.seat_rows([self.place[p] if p >= 0 else -1 for p in prompts], sizes)
         return any(i >= 0 for i in self.holds)
 
     def _admit(self, prompt: int, row: int) -> bool:

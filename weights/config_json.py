@@ -2,7 +2,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from model import GPTConfig
+from architecture import GPTConfig
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -74,7 +74,7 @@ def _check_kinds(raw: dict) -> None:
             _check_kinds(dict(value))
 
 
-def _take(raw: dict, family: str) -> GPTConfig:
+def model_config(raw: dict, family: str) -> GPTConfig:
     _check_kinds(raw)
     known = dict(raw)
 
@@ -204,7 +204,7 @@ def read_config(folder: str | Path) -> tuple[GPTConfig, dict]:
         raise FileNotFoundError(
             f"{path} does not exist: --model takes a Hugging Face folder (hf.py new makes one)"
         )
-    raw = _json(path)
+    raw = read_json(path)
     try:
         family = raw.get("model_type")
         if family not in ARCHITECTURES:
@@ -218,7 +218,7 @@ def read_config(folder: str | Path) -> tuple[GPTConfig, dict]:
                 raise ValueError(
                     f"config.json: plumb does not know {architecture}, only {' and '.join(classes)}"
                 )
-        return _take(raw, family), raw
+        return model_config(raw, family), raw
     except ValueError as error:
         raise ValueError(f"{folder}/{error}") from None
     except (
@@ -230,7 +230,7 @@ def read_config(folder: str | Path) -> tuple[GPTConfig, dict]:
         ) from None
 
 
-def _json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
     """The JSON object in a file. ValueError names the file that holds none."""
     try:
         value = json.loads(path.read_text())
@@ -256,7 +256,7 @@ def score_names(raw: dict) -> tuple[str, ...]:
     return tuple(name for _, name in sorted((int(i), name) for i, name in labels.items()))
 
 
-def _with_scores(raw: dict, names: tuple[str, ...]) -> dict:
+def with_scores(raw: dict, names: tuple[str, ...]) -> dict:
     """config.json of a reward model with named outputs, made from a language model's."""
     return {
         **raw,

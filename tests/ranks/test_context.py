@@ -6,7 +6,8 @@ import torch
 
 from data.trees import make_batch
 from kernels import tiles
-from kernels.attention import TreeLayout, tree_attention
+from kernels.attention import tree_attention
+from layout import TreeLayout
 from layout import BLOCK, host_layout, share_rows
 
 TREES = {
