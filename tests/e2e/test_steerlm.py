@@ -163,7 +163,7 @@ def test_generate_takes_attributes(toy: Path, steered: Path, tmp_path: Path):
 
 
 def test_annotation_is_the_score_rounded(toy: Path, predictor: Path, tmp_path: Path):
-    """score.py --attributes writes its scores clamped to 0-4 and rounded, for rows of every kind."""
+    """score.py --attributes writes scores clamped to 0-4 and rounded, for rows of every kind."""
     data = rows_of(toy / "world" / "sft.jsonl", 20)
     prompt, response = data[0]["prompt"], data[0]["response"]
     pair = {"prompt": prompt, "chosen": response, "rejected": data[1]["response"]}
@@ -201,7 +201,7 @@ def plain_sft(
 
 
 def test_five_steps_of_sft_equal_a_plain_loop_in_float64(toy: Path, tmp_path: Path, train):
-    """train_sft.py --attributes equals a plain loop over prompts whose lines are written by hand."""
+    """train_sft.py --attributes equals a plain loop over prompts with lines written by hand."""
     folder = new_model(toy, tmp_path / "model")
     data = rows_of(toy / "world" / "attributes.jsonl", 20)
     by_hand = []
