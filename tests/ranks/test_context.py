@@ -7,8 +7,7 @@ import torch
 from data.trees import make_batch
 from kernels import tiles
 from kernels.attention import tree_attention
-from layout import TreeLayout
-from layout import BLOCK, host_layout, share_rows
+from layout import BLOCK, TreeLayout, host_layout, share_rows
 
 TREES = {
     "one long row": [(0, [300])],
