@@ -9,8 +9,8 @@ Rows: {prompt}, text or messages, with whatever else the reward reads. The model
 the best --top of each prompt, for train_sft.py: rejection sampling. OUT/pairs.jsonl gets the best
 and the worst of each prompt, for train_dpo.py: with each new policy again, this is iterative DPO.
 
---batch-size is the number of prompts sampled at a time. Flags for training have no effect here. A
-run that finds kept.jsonl in OUT has nothing left to do.
+--batch-size is the number of prompts sampled at a time. A run that finds kept.jsonl in OUT has
+nothing left to do.
 
 Look at kept/reward and reward: their difference is all there is to learn, and it grows with
 --group-size.
@@ -107,12 +107,34 @@ def sample_and_select(
     }
 
 
-def main(argv: list[str] | None = None) -> None:
-    config = parse(Config, __doc__, argv)
+def validate(config: Config) -> None:
+    """Raise ValueError for impossible flags, and for those of training, which have no effect."""
     if config.group_size < 2 or not 1 <= config.top <= config.group_size:
         raise ValueError(
             "best of n needs --group-size of 2 or more, and --top between 1 and --group-size"
         )
+    training = {
+        "eval_data": config.eval_data,
+        "shuffle": config.shuffle,
+        "epochs": config.epochs,
+        "max_steps": config.max_steps,
+        "lr": config.lr,
+        "schedule": config.schedule,
+        "clip": config.clip,
+        "eval_every": config.eval_every,
+        "save_every": config.save_every,
+        "keep": config.keep,
+        "log_every": config.log_every,
+    }
+    for name, value in training.items():
+        if value != getattr(Config(), name):
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} has no effect here: pass it to train_sft.py")
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse(Config, __doc__, argv)
+    validate(config)
     run = runtime.start(config)
     out = Path(config.out)
     if run.mesh.ask((out / "kept.jsonl").exists):

@@ -34,7 +34,7 @@ from data.trees import TreeBatch, make_batch
 from model import GPT
 from pipeline import pipeline
 from reporting import add, means
-from sampling import rollout
+from sampling import rollout, updates
 from sampling.rewards import load_reward, same_tokens
 from sampling.rollout import Rollout
 from sampling.server import Server
@@ -168,15 +168,13 @@ def main(argv: list[str] | None = None) -> None:
     # ---- model and critic and reference --------------------------------------------------------
     model = runtime.load_model(run)
     print(training.describe(model, rollout.tree_limits(train, config), steps, config))
-    reward_model = config.reward if Path(config.reward).is_dir() else ""
-    critic_folder = config.critic or reward_model or config.model
-    if not same_tokens(template.tokenizer, load_tokenizer(critic_folder)):
+    folder = config.critic or (config.reward if Path(config.reward).is_dir() else config.model)
+    if not same_tokens(template.tokenizer, load_tokenizer(folder)):
         raise ValueError(
-            f"--critic {critic_folder} has another tokenizer than the policy: use a model of the "
-            "policy's family"
+            f"--critic {folder} has another tokenizer than the policy: use a model of its family"
         )
-    critic = runtime.load_model(run, critic_folder, scores=("value",))
-    print(f"the critic starts from {critic_folder}")
+    critic = runtime.load_model(run, folder, scores=("value",))
+    print(f"the critic starts from {folder}")
     ref = None
     if config.kl or config.ref:  # the folder: a resumed run must not use its half-trained policy
         ref = runtime.load_model(run, config.ref).requires_grad_(False)
@@ -193,10 +191,10 @@ def main(argv: list[str] | None = None) -> None:
     for step in training.remaining(loop):
         prompts = train.take(steps.examples(step))
         samples = rollout.draw(prompts, step + 1, model, reward, template, config, server)
-        plan = rollout.updates(samples, config.ppo_epochs, config.minibatches, step, config, mesh)
+        plan = updates.plan(samples, config.ppo_epochs, config.minibatches, step, config, mesh)
         beta = loop.state.extra.get("beta", config.kl)
-        old_logps, ref_logps, row = rollout.add_logps(samples, plan, model, ref, config)
-        values = token_values(critic, samples.data, rollout.first_epoch(plan), config)
+        old_logps, ref_logps, row = updates.add_logps(samples, plan, model, ref, config)
+        values = token_values(critic, samples.data, updates.first_epoch(plan), config)
         row |= add_advantages(samples, old_logps, ref_logps, values, beta, config)
         samples.lap("scoring")
 

@@ -28,7 +28,7 @@ from config import RolloutConfig, parse
 from data.trees import TreeBatch, make_batch
 from pipeline import pipeline
 from reporting import add, means
-from sampling import rollout
+from sampling import rollout, updates
 from sampling.rewards import load_reward
 from sampling.rollout import Rollout
 from sampling.server import Server
@@ -160,11 +160,9 @@ def main(argv: list[str] | None = None) -> None:
     for step in training.remaining(loop):
         prompts = train.take(steps.examples(step))
         samples = rollout.draw(prompts, step + 1, model, reward, template, config, server)
-        plan = rollout.updates(
-            samples, config.rollout_epochs, config.minibatches, step, config, mesh
-        )
+        plan = updates.plan(samples, config.rollout_epochs, config.minibatches, step, config, mesh)
         one_update = len(plan) == 1
-        old_logps, ref_logps, row = rollout.add_logps(
+        old_logps, ref_logps, row = updates.add_logps(
             samples, plan, model, ref, config, recompute=not one_update
         )
         row |= add_advantages(samples, old_logps, ref_logps, config)

@@ -63,7 +63,7 @@ def rollout_of(texts: list[str], rewards: list[float], ended: list[bool], group:
 
 
 def test_the_best_are_kept_and_pairs_are_best_and_worst():
-    """By hand: of equals the first drawn wins, a text counts once, unended or empty ones do not."""
+    """The first drawn of equals wins; a text counts once; unended or empty ones do not count."""
     samples = rollout_of(
         ["a", "b", "c", "b", "x", "y", "", "z", "k", "k", "k", "k"],
         [1.0, 3.0, 2.0, 3.0, 9.0, 5.0, 7.0, 5.0, 1.0, 1.0, 1.0, 1.0],
@@ -146,6 +146,7 @@ def test_impossible_settings_are_refused(toy: Path, tmp_path: Path):
     for more, words in (
         ({"group_size": 1}, "--group-size of 2 or more"),
         ({"top": 7}, "--top between 1 and --group-size"),
+        ({"lr": 1e-5}, "--lr has no effect here: pass it to train_sft.py"),
         ({"min_reward": 5}, "none of 120 samples can be kept .* lower --min-reward"),
     ):
         with pytest.raises(ValueError, match=words):

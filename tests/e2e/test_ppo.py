@@ -16,7 +16,7 @@ import checkpoint
 import losses
 import train_ppo
 from parallel import Mesh
-from sampling import rollout
+from sampling import updates
 from weights.folder import load_model, save_model
 
 
@@ -183,7 +183,7 @@ def test_a_step_equals_a_plain_loop_in_float64(
     loss_sum = value_loss_sum = 0.0
     norms, value_norms = [], []
     n_tokens = n_clipped = n_value_clipped = 0
-    for update in rollout.updates(samples, epochs, minibatches, 0, config, Mesh()):
+    for update in updates.plan(samples, epochs, minibatches, 0, config, Mesh()):
         loss = value_loss = 0.0
         tokens = 0
         for i in [2 * p + k for p in update.prompts for k in range(2)]:
@@ -324,18 +324,18 @@ def test_the_first_ratio_is_one(toy: Path, tmp_path: Path, train, monkeypatch):
     With one update per rollout nothing is ever clipped.
     """
     plans, scored = [], []
-    updates, token_logps = rollout.updates, rollout.token_logps
+    plan_of, token_logps = updates.plan, updates.token_logps
 
     def spy_updates(*args):
-        plans.append(updates(*args))
+        plans.append(plan_of(*args))
         return plans[-1]
 
     def spy_logps(*args):
         scored.append(args[2])
         return token_logps(*args)
 
-    monkeypatch.setattr(rollout, "updates", spy_updates)
-    monkeypatch.setattr(rollout, "token_logps", spy_logps)
+    monkeypatch.setattr(updates, "plan", spy_updates)
+    monkeypatch.setattr(updates, "token_logps", spy_logps)
     rows = train(train_ppo, tmp_path / "once", **flags_of(toy, ppo_epochs=1, max_tokens=60))
     # Large matrices give the same bits only in the same micro-batch, so the cuts must be the same.
     assert scored == [plan[0].bins for plan in plans for _ in ("policy", "reference")]

@@ -17,7 +17,7 @@ import checkpoint
 import losses
 import train_reinforce
 from parallel import Mesh
-from sampling import rollout
+from sampling import updates
 from weights.folder import load_model, save_model
 
 
@@ -172,7 +172,7 @@ def test_a_step_equals_a_plain_loop_in_float64(
     beta = 0.3 if kl_in == "reward" else 0.0
     advantages = plain_advantages(advantage, rewards, penalty, 4, beta)
     values, norms = [], []
-    for update in rollout.updates(samples, epochs, minibatches, 0, config, Mesh()):
+    for update in updates.plan(samples, epochs, minibatches, 0, config, Mesh()):
         rows = [4 * p + k for p in update.prompts for k in range(4)]
         tokens = sum(len(scored[i]) for i in rows)
         total = 0.0
@@ -302,8 +302,8 @@ def test_the_first_of_several_updates_has_ratio_one(toy: Path, tmp_path: Path, t
     """Log-probs recomputed as training computes them: exactly 1 in the first update, then not."""
     distances, scored, plans = [], [], []
     policy_gradient = losses.policy_gradient
-    token_logps = rollout.token_logps
-    updates = rollout.updates
+    token_logps = updates.token_logps
+    plan_of = updates.plan
 
     def spy_loss(*args):
         per_token, metrics = policy_gradient(*args)
@@ -315,12 +315,12 @@ def test_the_first_of_several_updates_has_ratio_one(toy: Path, tmp_path: Path, t
         return token_logps(*args)
 
     def spy_updates(*args):
-        plans.append(updates(*args))
+        plans.append(plan_of(*args))
         return plans[-1]
 
     monkeypatch.setattr(losses, "policy_gradient", spy_loss)
-    monkeypatch.setattr(rollout, "token_logps", spy_logps)
-    monkeypatch.setattr(rollout, "updates", spy_updates)
+    monkeypatch.setattr(updates, "token_logps", spy_logps)
+    monkeypatch.setattr(updates, "plan", spy_updates)
     flags = flags_of(toy, minibatches=2, rollout_epochs=2, max_steps=2, max_tokens=110)
     rows = train(train_reinforce, tmp_path / "out", **flags)
     # Policy and reference are scored on the very micro-batches of the first pass.

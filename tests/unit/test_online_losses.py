@@ -65,7 +65,7 @@ def test_gae_by_hand():
 
 
 def test_kl_estimators_by_hand_and_in_expectation():
-    """By hand at a point; over a distribution k1 and k3 average to the KL, k2 has its gradient."""
+    """Over a whole distribution k1 and k3 average to the KL, and k2 has its gradient."""
     at = {
         kind: losses.kl_estimate(tensor([-1.0]), tensor([-1.5]), kind).item()
         for kind in losses.KL_ESTIMATORS
@@ -224,11 +224,13 @@ def plain_policy_loss(
 @pytest.mark.parametrize("clips", [(None, None), (0.1, 0.3)])
 def test_policy_losses_and_slopes_in_plain_numbers(loss: str, clips: tuple):
     """Values, derivatives and clip fractions, with ratios on both sides of every bound."""
-    sized = 0.001 if loss == "gspo" and clips[0] is None else 0.5 if loss != "cispo" else 1.5
+    scale = {"cispo": 1.5}.get(loss, 0.5)  # of the log-ratios, to reach past the clips
+    if loss == "gspo" and clips[0] is None:
+        scale = 0.001
     logps, advantage = draw(10, sum(LENGTHS)), draw(11, sum(LENGTHS))
     if loss == "gspo":
         advantage = [advantage[i] for i in RESPONSE]
-    old = [a - b for a, b in zip(logps, draw(12, sum(LENGTHS), scale=sized))]
+    old = [a - b for a, b in zip(logps, draw(12, sum(LENGTHS), scale=scale))]
     low, high = (
         own if given is None else given for own, given in zip(losses.POLICY_LOSSES[loss], clips)
     )

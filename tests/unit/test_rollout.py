@@ -20,7 +20,7 @@ from data.templates import Template
 from data.tokenizer import load_tokenizer
 from data.trees import make_batch
 from parallel import Mesh
-from sampling import rollout, server
+from sampling import rollout, server, updates
 from sampling.sampler import Sample, generate
 from sampling.server import Server
 from weights.folder import fingerprint, load_model
@@ -103,7 +103,7 @@ def test_a_rollout_is_its_samples_side_by_side(toy: Path):
     equal = [len(set(group)) == 1 for group in samples.rewards.reshape(3, 4)]
     assert row["frac_reward_zero_std"] == np.mean(equal)
     # The log-probs that the sampler reports are those that training computes.
-    logps = rollout.token_logps(model, data, [[2], [0, 1]], config)
+    logps = updates.token_logps(model, data, [[2], [0, 1]], config)
     assert logps.tolist() == pytest.approx(samples.logps.tolist(), abs=1e-9)
 
 
@@ -178,7 +178,7 @@ def test_updates_take_every_group_once_a_pass():
         dp = 2
         dp_rank = property(lambda self: self.rank)
 
-    plans = [rollout.updates(drawn, 2, 3, 7, config, Half(rank=rank)) for rank in range(2)]
+    plans = [updates.plan(drawn, 2, 3, 7, config, Half(rank=rank)) for rank in range(2)]
     assert len(plans[0]) == 6
     for epoch in range(2):
         own = [u for u in plans[0] if u.epoch == epoch]
@@ -188,12 +188,12 @@ def test_updates_take_every_group_once_a_pass():
         trees = sorted(i for u in (one, two) for items in u.bins for i in items)
         assert trees == one.prompts.tolist()
         assert one.lengths.tolist() == [2 * i + k + 1 for i in one.prompts for k in range(2)]
-    again = rollout.updates(drawn, 2, 3, 7, config, Half(rank=0))
+    again = updates.plan(drawn, 2, 3, 7, config, Half(rank=0))
     assert [u.prompts.tolist() for u in again] == [u.prompts.tolist() for u in plans[0]]
-    other = rollout.updates(drawn, 2, 3, 9, config, Half(rank=0))
+    other = updates.plan(drawn, 2, 3, 9, config, Half(rank=0))
     assert [u.prompts.tolist() for u in other] != [u.prompts.tolist() for u in plans[0]]
-    assert len(rollout.updates(drawn, 1, 9, 7, config, Half(rank=0))) == 5  # never an empty one
-    assert rollout.first_epoch(plans[0]) == [items for u in plans[0][:3] for items in u.bins]
+    assert len(updates.plan(drawn, 1, 9, 7, config, Half(rank=0))) == 5  # never an empty one
+    assert updates.first_epoch(plans[0]) == [items for u in plans[0][:3] for items in u.bins]
 
 
 # ---- tokens that the policy did not choose ----------------------------------------------------
@@ -216,7 +216,7 @@ def test_unscored_tokens_are_context_and_nothing_else(toy: Path, monkeypatch):
     row = samples.metrics()
     assert row["completions/mean_length"] == np.mean([len(s.tokens) for s in samples.samples])
     # Every scored token's log-prob is that of the whole text, with all tokens before it.
-    logps = rollout.token_logps(model, samples.data, [[0, 1], [2, 3]], config)
+    logps = updates.token_logps(model, samples.data, [[0, 1], [2, 3]], config)
     at = 0
     for i, drawn in enumerate(samples.samples):
         data = dataset_of([(prompts.ids[i // 3], [drawn.tokens])])
