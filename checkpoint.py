@@ -1,17 +1,18 @@
 """Training state on disk: a folder step_N that is whole or not there at all.
 
-    OUT/step_120/state-00001-of-00004.safetensors   a rank's pieces of fp32 master weights and AdamW's means: flat, each
-                                                    with its place in the whole weight, so that any layout can read it
-    OUT/step_120/state.json                         step, best evaluation so far, what else the script carries
-    OUT/step_120/manifest.json                      size and SHA-256 of the others, written last: without it the folder
-                                                    does not count
+    OUT/step_120/state-00001-of-00004.safetensors   a rank's pieces of master weights and moments
+    OUT/step_120/state.json                         step, best evaluation, what the script carries
+    OUT/step_120/manifest.json                      size and SHA-256 of the others, written last
 
-Writing goes to a hidden folder, is flushed to the disk and renamed. Reading checks the manifest; a damaged newest
-checkpoint is named in a warning and the one before is taken. Only safetensors and JSON: a checkpoint cannot run code.
+Each piece is flat and knows its place in the whole weight, so any layout can read it. Files are
+written to a hidden folder, flushed to the disk and renamed; a folder without a manifest does not
+count. Reading checks the manifest: a damaged newest checkpoint is named in a warning, and the one
+before it is used. Only safetensors and JSON: a checkpoint cannot run code.
 """
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -24,36 +25,38 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model import shapes, shard
+from layers import Weight
 from optimizer import AdamW
 from parallel import Mesh
 
 ALONE = Mesh()
+FORMAT = 2  # of a checkpoint; raise it when weights are named or laid out in another way
 
 
 @dataclass
 class State:
-    """Where a run stands, besides weights and optimizer."""
+    """Progress of a run, besides weights and optimizer."""
 
     step: int = 0  # optimizer steps done; the data order follows from it
     tokens: int = 0  # real tokens trained on so far
     best: float | None = None  # lowest evaluation loss so far
     best_step: int = 0
-    skipped: int = 0  # steps left out because their gradient was not finite
-    extra: dict[str, float] = field(default_factory=dict)  # what a loss carries from step to step
+    skipped: int = 0  # steps without an update because their gradient was not finite
+    extra: dict[str, float] = field(default_factory=dict)  # sums that a loss carries along
 
 
 def _numbered(optimizers: AdamW | tuple[AdamW, ...]) -> list[tuple[str, AdamW]]:
-    """(prefix of its tensors, optimizer): a run may train several models."""
+    """Return (prefix of its tensors, optimizer) of each: a run may train several models."""
     if isinstance(optimizers, AdamW):
         return [("", optimizers)]
     return [(f"{i}/", optimizer) for i, optimizer in enumerate(optimizers)]
 
 
 def save(out: str | Path, state: State, optimizer: AdamW | tuple[AdamW, ...], keep: int) -> Path:
-    """Writes OUT/step_N and removes all but the newest `keep`. Every rank calls it and writes its own file.
+    """Write OUT/step_N and remove all but the newest `keep`.
 
-    OSError, the same on every rank: what to do; older checkpoints are untouched.
+    Every rank calls it and writes its own file. OSError, the same on every rank: the fix; older
+    checkpoints are untouched.
     """
     out, named = Path(out), _numbered(optimizer)
     mesh = named[0][1].model.mesh
@@ -65,9 +68,8 @@ def save(out: str | Path, state: State, optimizer: AdamW | tuple[AdamW, ...], ke
         partial.mkdir(parents=True)
 
     def commit(files: dict[str, dict], updates: list[int]) -> None:
-        (partial / "state.json").write_text(
-            json.dumps({**asdict(state), "updates": updates}, indent=2)
-        )
+        values = {**asdict(state), "updates": updates, "format": FORMAT}
+        (partial / "state.json").write_text(json.dumps(values, indent=2))
         files["state.json"] = _seal(partial / "state.json")
         (partial / "manifest.json").write_text(json.dumps(files, indent=2))
         _flush(partial / "manifest.json")
@@ -83,111 +85,139 @@ def save(out: str | Path, state: State, optimizer: AdamW | tuple[AdamW, ...], ke
 
     try:
         mesh.ask(begin)
-        files, updates, problem = {}, [], ""
-        name = f"state-{mesh.rank + 1:05d}-of-{mesh.world:05d}.safetensors"
-        try:
-            updates = _write_state(partial / name, named)
-            files = {name: _seal(partial / name)}
-        except (OSError, SafetensorError) as error:
-            problem = f"rank {mesh.rank}: {error}" if mesh.world > 1 else str(error)
-        answers = mesh.everyone((files, problem))
-        for _, problem in answers:
+        answers = mesh.everyone(_write_rank(partial, named, mesh))
+        for _, _, problem in answers:
             if problem:
                 raise OSError(problem)
-        mesh.ask(
-            lambda: commit(
-                {name: seal for files, _ in answers for name, seal in files.items()}, updates
-            )
-        )
+        files = {name: seal for sealed, _, _ in answers for name, seal in sealed.items()}
+        # A rank on whose stage nothing trains has made no updates.
+        updates = [max(done) for done in zip(*(done for _, done, _ in answers))]
+        mesh.ask(lambda: commit(files, updates))
     except OSError as error:
         if mesh.main:
             shutil.rmtree(partial, ignore_errors=True)
         kept = newest(out, mesh=mesh)
+        start = kept.name if kept else "the start"
         raise OSError(
-            f"could not write {final} ({error}): free space on the disk, then --resume auto goes on from "
-            + (kept.name if kept else "the start")
+            f"could not write {final} ({error}): free space on the disk, "
+            f"then --resume auto goes on from {start}"
         ) from None
     return final
 
 
+def _write_rank(
+    folder: Path, named: list[tuple[str, AdamW]], mesh: Mesh
+) -> tuple[dict[str, dict], list[int], str]:
+    """Write this rank's file. Return (its seal by name, updates of each optimizer, error or "")."""
+    name = f"state-{mesh.rank + 1:05d}-of-{mesh.world:05d}.safetensors"
+    try:
+        updates = _write_state(folder / name, named)
+        return {name: _seal(folder / name)}, updates, ""
+    except (OSError, SafetensorError) as error:
+        return {}, [], f"rank {mesh.rank}: {error}" if mesh.world > 1 else str(error)
+
+
 def _write_state(path: Path, named: list[tuple[str, AdamW]]) -> list[int]:
-    """This rank's pieces and where they belong. Returns the number of updates of each optimizer."""
+    """Write this rank's pieces and their places. Return the number of updates of each optimizer."""
     tensors, places, updates = {"rng": torch.get_rng_state()}, {}, []
     for prefix, optimizer in named:
-        c, mesh = optimizer.model.c, optimizer.model.mesh
-        optimizer.model.wait()
+        model = optimizer.model
+        declared = model.weights()
+        model.wait()
         pieces, done = optimizer.state()
         updates.append(done)
         for key, (first, piece) in pieces.items():
-            weight = key.partition("/")[2]
+            weight = declared[key.partition("/")[2]]
             tensors[prefix + key] = piece.cpu().contiguous()
-            places[prefix + key] = [first, shapes(c)[weight], shard(c, weight, mesh)]
+            places[prefix + key] = [first, weight.shape, weight.slice(model.mesh)]
     save_file(tensors, path, metadata={"places": json.dumps(places)})
     return updates
 
 
 def _seal(path: Path) -> dict[str, Any]:
-    """Flushes a file to the disk; its size and SHA-256."""
+    """Flush a file to the disk and return its size and SHA-256."""
     _flush(path)
     return {"bytes": path.stat().st_size, "sha256": _digest(path)}
 
 
 class _Piece(NamedTuple):
-    """Of one weight: where its elements are in the slice that its rank held, and which slice that was."""
+    """Some elements of one weight: their place in the slice of the rank that wrote them."""
 
     file: Any
     first: int
     last: int
-    shape: tuple[int, ...]
-    cut: tuple[int, int, int] | None
+    shape: tuple[int, ...]  # of the whole weight
+    cut: tuple[int, int, int] | None  # (dimension, first, last + 1) of that slice
 
 
 def load(folder: str | Path, optimizer: AdamW | tuple[AdamW, ...]) -> State:
-    """Puts a checkpoint back into the optimizer (and so the model), written under this layout or another.
+    """Restore a checkpoint into the optimizer and its model, whatever layout it was written under.
 
-    A rank reads the pieces that it needs, one weight at a time. ValueError names what is damaged or does not fit.
+    A rank reads the pieces that it needs, one weight at a time. ValueError names what is damaged,
+    does not fit, or was written by another version.
     """
     folder, named = Path(folder), _numbered(optimizer)
     mesh = named[0][1].model.mesh
     if problem := damage(folder, mesh):
         raise ValueError(f"{folder} {problem}")
     values = json.loads((folder / "state.json").read_text())
-    pieces: dict[str, list[_Piece]] = {}
-    for path in sorted(folder.glob("state-*.safetensors")):
-        file = safe_open(path, framework="pt")
-        for key, (first, shape, cut) in json.loads(file.metadata()["places"]).items():
-            size = file.get_slice(key).get_shape()[0]
-            pieces.setdefault(key, []).append(
-                _Piece(file, first, first + size, tuple(shape), cut and tuple(cut))
-            )
-    torch.set_rng_state(file.get_tensor("rng"))
+    if values.pop("format", 1) != FORMAT:
+        raise ValueError(
+            f"{folder} was written by another version of plumb: finish the run with that version, "
+            "or start it again with another --out"
+        )
+    pieces, rng = _index(folder)
+    torch.set_rng_state(rng)
     updates = values.pop("updates")
     if len(updates) != len(named):
         raise ValueError(
-            f"{folder} holds {len(updates)} model(s), this script trains {len(named)}: another script's?"
+            f"{folder} holds {len(updates)} model(s), this script trains {len(named)}: "
+            "was it written by another script?"
         )
     for (prefix, each), done in zip(named, updates):
-        model = each.model
+        declared, own_mesh = each.model.weights(), each.model.mesh
 
         def read(
-            kind: str, name: str, first: int, last: int, prefix: str = prefix, model: Any = model
+            kind: str,
+            name: str,
+            first: int,
+            last: int,
+            prefix: str = prefix,
+            declared: dict[str, Weight] = declared,
+            own_mesh: Mesh = own_mesh,
         ) -> Tensor:
-            key = f"{prefix}{kind}/{name}"
-            found = [piece for piece in pieces.get(key, []) if piece.shape == shapes(model.c)[name]]
-            if not found:
+            key, weight = f"{prefix}{kind}/{name}", declared[name]
+            fitting = [piece for piece in pieces.get(key, []) if piece.shape == weight.shape]
+            if not fitting:
                 raise ValueError(
-                    f"the checkpoint has no {kind} {name} {shapes(model.c)[name]}: another --model?"
+                    f"{folder} has no {kind} {name} {weight.shape}: was it written with another "
+                    "--model, or with other weights frozen?"
                 )
-            return _assemble(key, found, shard(model.c, name, model.mesh), first, last)
+            return _assemble(key, fitting, weight.slice(own_mesh), first, last)
 
         each.load_state(read, done)
     return State(**values)
 
 
+def _index(folder: Path) -> tuple[dict[str, list[_Piece]], Tensor]:
+    """Return the pieces of every key in all files of a checkpoint, and a rank's random state."""
+    pieces: dict[str, list[_Piece]] = {}
+    for path in sorted(folder.glob("state-*.safetensors")):
+        file = safe_open(path, framework="pt")
+        for key, (first, shape, cut) in json.loads(file.metadata()["places"]).items():
+            size = file.get_slice(key).get_shape()[0]
+            piece = _Piece(file, first, first + size, tuple(shape), cut and tuple(cut))
+            pieces.setdefault(key, []).append(piece)
+    return pieces, file.get_tensor("rng")
+
+
 def _assemble(
     key: str, pieces: list[_Piece], cut: tuple[int, int, int] | None, first: int, last: int
 ) -> Tensor:
-    """Elements first..last of a slice of a weight, from pieces of the same or of other slices. ValueError: a gap."""
+    """Return elements first..last of a slice of a weight, from pieces of the same or other slices.
+
+    ValueError: a gap.
+    """
     cuts = {piece.cut for piece in pieces}
     if cut in cuts:
         return _from_slice(key, [piece for piece in pieces if piece.cut == cut], first, last)
@@ -197,24 +227,20 @@ def _assemble(
     for _, start, end in sorted(cuts):
         if max(low, start) < min(high, end):
             shape[dim] = end - start
-            size = torch.Size(shape).numel()
-            theirs = _from_slice(
-                key, [piece for piece in pieces if piece.cut[1] == start], 0, size
-            ).view(shape)
-            parts.append(
-                theirs.narrow(dim, max(low, start) - start, min(high, end) - max(low, start))
-            )
+            theirs = [piece for piece in pieces if piece.cut[1] == start]
+            whole = _from_slice(key, theirs, 0, math.prod(shape)).view(shape)
+            inside = min(high, end) - max(low, start)
+            parts.append(whole.narrow(dim, max(low, start) - start, inside))
     return torch.cat(parts, dim).flatten()[first:last]
 
 
 def _from_slice(key: str, pieces: list[_Piece], first: int, last: int) -> Tensor:
-    """Elements first..last of one rank's slice of a weight."""
+    """Return elements first..last of one rank's slice of a weight."""
     parts, at = [], first
     for piece in sorted(pieces, key=lambda piece: piece.first):
         if piece.first <= at < min(piece.last, last):
-            parts.append(
-                piece.file.get_slice(key)[at - piece.first : min(piece.last, last) - piece.first]
-            )
+            end = min(piece.last, last) - piece.first
+            parts.append(piece.file.get_slice(key)[at - piece.first : end])
             at = min(piece.last, last)
     if at < last:
         raise ValueError(
@@ -223,8 +249,14 @@ def _from_slice(key: str, pieces: list[_Piece], first: int, last: int) -> Tensor
     return torch.cat(parts)
 
 
+# ---- finding one ---------------------------------------------------------------------------------
+
+
 def find(out: str | Path, resume: str, mesh: Mesh = ALONE) -> Path | None:
-    """What --resume means: "" nothing, "auto" the newest good checkpoint of OUT (None without one), else a folder."""
+    """Return the checkpoint that --resume names, or None.
+
+    "" is none, "auto" the newest whole checkpoint of OUT if there is one, anything else a folder.
+    """
     if resume == "auto":
         return newest(out, mesh=mesh)
     if resume and not Path(resume).is_dir():
@@ -235,7 +267,7 @@ def find(out: str | Path, resume: str, mesh: Mesh = ALONE) -> Path | None:
 
 
 def newest(out: str | Path, log=print, mesh: Mesh = ALONE) -> Path | None:
-    """The newest checkpoint that is whole; those that are not are named in a warning. All ranks agree on it."""
+    """Return the newest checkpoint that is whole, the same on all ranks; warn of damaged ones."""
     for folder in mesh.ask(lambda: all_steps(out)):
         if not (problem := damage(folder, mesh)):
             return folder
@@ -250,7 +282,10 @@ def all_steps(out: str | Path) -> list[Path]:
 
 
 def damage(folder: Path, mesh: Mesh = ALONE) -> str:
-    """What is wrong with a checkpoint, "" if it is whole. Every rank calls it and checks a share of the files."""
+    """Say what is wrong with a checkpoint, "" if it is whole.
+
+    Every rank calls it and checks a share of the files.
+    """
     return next(filter(None, mesh.everyone(_damage(folder, mesh.rank, mesh.world))), "")
 
 

@@ -1,68 +1,104 @@
+"""AdamW whose gradients, master weights and moments are sharded over the ranks (ZeRO 1 and 2).
+
+    optimizer = AdamW(model, betas, eps, weight_decay, zero)
+    norm, stopping = optimizer.step(lr, clip, stop)        one update, the same on every rank
+
+Parameters that train and are held by the same ranks lie side by side in flat buckets; a bucket's
+gradients are reduce-scattered while backward still runs, and its new weights are all-gathered while
+the next forward runs. Frozen parameters are unknown here: they have no buffer and cannot move.
+
+Letters: m elements of a bucket, n ranks that hold it.
+"""
+
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from parallel import Group
+from model import GPT
+from parallel import Group, Mesh
 
+BUCKET = 1 << 25  # elements: large enough for full bandwidth, small enough to start early
 NORM_ROW = 1 << 12  # elements whose squares are added up in fp32
 
 
-BUCKET = (
-    1 << 25
-)  # elements of a bucket: large enough for full bandwidth, small enough to start early
+class Kind(NamedTuple):
+    """Properties that all parameters of a bucket share."""
+
+    replicas: str  # axes of the ranks that hold the same piece
+    decays: bool
+
+
+def plan_buckets(model: GPT, mesh: Mesh) -> list[tuple[Kind, list[str]]]:
+    """Group the names of this rank's trained parameters into buckets, in the order they fill.
+
+    Gradients arrive about in reverse, and so do the buckets. `model` may lie on the meta device.
+    """
+    parameters = dict(model.named_parameters())
+    kinds: dict[Kind, list[list[str]]] = {}
+    for name, weight in reversed(model.weights().items()):
+        if not parameters[name].requires_grad:
+            continue
+        parts = kinds.setdefault(Kind(weight.replicas(mesh), weight.decays), [[]])
+        held = sum(parameters[other].numel() for other in parts[-1])
+        if parts[-1] and held + parameters[name].numel() > BUCKET:
+            parts.append([])
+        parts[-1].append(name)
+    return [(kind, names) for kind, parts in kinds.items() for names in parts]
 
 
 class Bucket:
-    """Parameters of one kind, side by side in flat buffers: the weights and gradients of a model are views into them.
+    """Parameters of one kind in flat buffers; the model's weights and gradients are views of them.
 
-    weights: (m,) in the model's type, m a multiple of the ranks that hold the same.  Each of them owns a piece of it:
-    master: (m / n,) fp32 at least, what AdamW works on; IS the piece of the weights where they are exact enough.
-    grad: (m,) fp32 at least, summed into `shard`, (m / n,), which is this rank's piece of it (ZeRO-1); or no more than
-    `shard` while gradients come and go micro-batch by micro-batch (ZeRO-2, where there are ranks to share with).
+    weights  (m,) in the model's dtype, m a multiple of n; each rank owns one piece of it
+    master   (m / n,) fp32 at least, updated by AdamW; the piece of `weights` itself where those are
+             exact enough
+    grad     (m,) fp32 at least, summed over ranks into
+    shard    (m / n,) this rank's piece (ZeRO-1); under ZeRO-2 only `shard` lasts, and the gradients
+             of a micro-batch live no longer than its reduce-scatter
     """
 
-    def __init__(self, named: list[tuple[str, nn.Parameter]], group: Group, zero: int):
-        self.named, self.group, self.keep_whole = named, group, zero < 2 or group.n == 1
+    def __init__(
+        self, named: list[tuple[str, nn.Parameter]], decays: bool, group: Group, zero: int
+    ):
+        self.named, self.decays, self.group = named, decays, group
+        self.keeps_grad = zero < 2 or group.n == 1
         first = named[0][1]
         self.exact = torch.promote_types(first.dtype, torch.float32)
         used = sum(p.numel() for _, p in named)
         size = -(-used // group.n) * group.n
-        low, high = size // group.n * group.place, size // group.n * (group.place + 1)
-        self.own = slice(low, high)
+        piece = size // group.n
+        self.own = slice(piece * group.place, piece * (group.place + 1))
         self.weights = torch.zeros(size, dtype=first.dtype, device=first.device)
-        self.grad = torch.zeros(
-            size if self.keep_whole else 0, dtype=self.exact, device=first.device
-        )
+        kept = size if self.keeps_grad else 0
+        self.grad = torch.zeros(kept, dtype=self.exact, device=first.device)
         for (_, p), weights in zip(named, self.views(self.weights)):
             weights.copy_(p.data)
             p.data = weights
             p.grad_dtype = self.exact  # so that bf16 gradients of many micro-batches add up in fp32
-        if self.keep_whole:
+        own = self.weights[self.own]
+        if self.keeps_grad:
             for (_, p), grad in zip(named, self.views(self.grad)):
                 p.grad = grad
-        self.shard = (
-            self.grad[self.own]
-            if self.keep_whole
-            else torch.zeros_like(self.weights[self.own], dtype=self.exact)
-        )
-        own = self.weights[self.own]
+            self.shard = self.grad[self.own]
+        else:
+            self.shard = torch.zeros_like(own, dtype=self.exact)
         self.master = nn.Parameter(own if first.dtype == self.exact else own.to(self.exact))
         self.master.grad = self.shard
         self.missing = len(named)  # parameters whose gradient this micro-batch still owes
-        self.work: Any = None  # a reduce-scatter or all-gather under way
-        self.incoming: tuple[Tensor, ...] = ()  # ZeRO-2: what the reduce-scatter reads and fills
+        self.work: Any = None  # the reduce-scatter or all-gather that is running
+        self.incoming: tuple[Tensor, ...] = ()  # ZeRO-2: input and output of the reduce-scatter
 
     def views(self, flat: Tensor) -> list[Tensor]:
-        """Cuts a flat buffer into the shapes of the parameters."""
+        """Cut a flat buffer into the shapes of the parameters."""
         sizes = [p.numel() for _, p in self.named]
         parts = flat[: sum(sizes)].split(sizes)
         return [part.view(p.shape) for part, (_, p) in zip(parts, self.named)]
 
     def pieces(self, flat: Tensor) -> Iterator[tuple[str, int, Tensor]]:
-        """(name, first element, piece) of every parameter that this rank's piece of a flat buffer has something of."""
+        """Yield (name, first element, piece) of each parameter in this rank's part of a buffer."""
         at = 0
         for name, p in self.named:
             low, high = max(at, self.own.start), min(at + p.numel(), self.own.stop)
@@ -71,127 +107,124 @@ class Bucket:
             at += p.numel()
 
     def start_reduce(self) -> None:
-        """Begins to add up gradients over the ranks."""
+        """Begin to sum the gradients over the ranks."""
         if self.group.n == 1:
             return
-        if self.keep_whole:
+        if self.keeps_grad:
             self.work = self.group.reduce_scatter(self.grad, "dp", out=self.shard, wait=False)
             return
-        parts = [
-            torch.zeros_like(p, dtype=self.exact) if p.grad is None else p.grad
-            for _, p in self.named
-        ]
-        spare = len(self.weights) - sum(p.numel() for p in parts)
-        flat = torch.cat([*(p.flatten() for p in parts), self.shard.new_zeros(spare)])
+        grads = []
         for _, p in self.named:
+            grads.append(torch.zeros_like(p, dtype=self.exact) if p.grad is None else p.grad)
             p.grad = None
+        padding = len(self.weights) - sum(grad.numel() for grad in grads)
+        flat = torch.cat([*(grad.flatten() for grad in grads), self.shard.new_zeros(padding)])
         out = torch.empty_like(self.shard)
-        self.work, self.incoming = (
-            self.group.reduce_scatter(flat, "dp", out=out, wait=False),
-            (flat, out),
-        )
+        self.work = self.group.reduce_scatter(flat, "dp", out=out, wait=False)
+        self.incoming = (flat, out)
 
     def finish_reduce(self) -> None:
-        self.arrive()
+        """Wait for the sum, and under ZeRO-2 add it to those of earlier micro-batches."""
+        self.wait()
         if self.incoming:
             self.shard.add_(self.incoming[1])
             self.incoming = ()
 
-    def start_gather(self) -> None:
-        """Begins to send this rank's new weights to the others."""
-        self.work = self.group.all_gather(
-            self.weights[self.own], "dp", out=self.weights, wait=False
-        )
+    def publish(self) -> None:
+        """Begin to send this rank's new weights to the others."""
+        own = self.weights[self.own]
+        if self.master.data_ptr() != own.data_ptr():
+            own.copy_(self.master)
+        self.work = self.group.all_gather(own, "dp", out=self.weights, wait=False)
 
-    def arrive(self) -> None:
-        """Waits for what is under way."""
+    def wait(self) -> None:
+        """Wait for the collective that is running, if any."""
         if self.work is not None:
             self.work.wait()
             self.work = None
 
 
-def _square_sum(flat: Tensor) -> Tensor:
-    """Σ x² in fp64 without an fp64 copy: short rows are summed as they are, only the rows' sums are widened."""
+def square_sum(flat: Tensor) -> Tensor:
+    """Return Σ x² in fp64 without an fp64 copy: rows are summed as they are, their sums widened."""
     body = flat[: flat.numel() // NORM_ROW * NORM_ROW].view(-1, NORM_ROW)
-    norms = [
-        torch.linalg.vector_norm(body, dim=1),
-        torch.linalg.vector_norm(flat[body.numel() :])[None],
-    ]
+    tail = flat[body.numel() :]
+    norms = [torch.linalg.vector_norm(body, dim=1), torch.linalg.vector_norm(tail)[None]]
     return torch.cat(norms).double().square().sum()
 
 
 class AdamW:
-    """AdamW (arXiv 1711.05101) on flat fp32 master weights; norms and biases do not decay. Its arithmetic is torch's.
+    """AdamW (arXiv 1711.05101) on flat fp32 master weights; the arithmetic is torch's.
 
-    Ranks that hold the same weights share the work (ZeRO, arXiv 1910.02054): each owns a piece of the master weights
-    and of both means. zero=1 keeps whole gradients and adds them up once a step, while the last backward still runs;
-    zero=2 adds them up after every micro-batch and keeps only its piece. New weights travel while the next forward
-    runs: `model.wait()` before reading them elsewhere.
+    Ranks that hold the same weights share the work (ZeRO, arXiv 1910.02054): each owns a piece of
+    the master weights and of both moments. zero=1 keeps whole gradients and sums them once a step,
+    while the last backward still runs; zero=2 sums them after every micro-batch and keeps a piece.
+    New weights are sent while the next forward runs: call `model.wait()` before reading them
+    elsewhere. ValueError: no parameter of any rank's model trains.
     """
 
     def __init__(
-        self, model: Any, betas: tuple[float, float], eps: float, weight_decay: float, zero: int = 1
+        self,
+        model: GPT,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        zero: int = 1,
     ):
         self.model, self.zero, mesh = model, zero, model.mesh
         self.world = mesh.group("world")
-        kinds: dict[tuple, list[list]] = {}
-        # Gradients arrive about in reverse: so do the buckets. A bucket's weights decay or not, and are the same on the
-        # ranks of one group: those of a tensor slice over data and context, norms (of which every tensor rank has seen
-        # its rows only) over all three.
-        for name, p in reversed(list(model.named_parameters())):
-            kind = (model.replicas(name), p.dim() >= 2)
-            parts = kinds.setdefault(kind, [[]])
-            if parts[-1] and sum(q.numel() for _, q in parts[-1]) + p.numel() > BUCKET:
-                parts.append([])
-            parts[-1].append((name, p))
+        parameters = dict(model.named_parameters())
         self.buckets = [
-            Bucket(part, mesh.group(kind[0]), zero)
-            for kind, parts in kinds.items()
-            for part in parts
+            Bucket(
+                [(name, parameters[name]) for name in names],
+                kind.decays,
+                mesh.group(kind.replicas),
+                zero,
+            )
+            for kind, names in plan_buckets(model, mesh)
         ]
+        if not any(mesh.everyone(bool(self.buckets))):
+            raise ValueError("nothing to train: every weight of the model is frozen")
+        # A stage with nothing to train still takes part in every step: one parameter of no size.
+        nothing = nn.Parameter(torch.zeros(0, device=model.device))
         groups = [
-            {
-                "params": [b.master],
-                "weight_decay": weight_decay if b.named[0][1].dim() >= 2 else 0.0,
-            }
+            {"params": [b.master], "weight_decay": weight_decay if b.decays else 0.0}
             for b in self.buckets
         ]
-        self.adam = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)
-        self.parts: dict[
-            str, list[Bucket]
-        ] = {}  # of the model, with the buckets to wait for before they run
+        self.adam = torch.optim.AdamW(groups or [nothing], lr=0.0, betas=betas, eps=eps, fused=True)
+        self.parts: dict[str, list[Bucket]] = {}  # part of the model -> buckets that it waits for
         for b in self.buckets:
             for name, _ in b.named:
-                buckets = self.parts.setdefault(
-                    ".".join(name.split(".")[: 2 if name.startswith("blocks") else 1]), []
-                )
+                words = name.split(".")
+                part = ".".join(words[:2]) if words[0] == "blocks" else words[0]
+                buckets = self.parts.setdefault(part, [])
                 if b not in buckets:
                     buckets.append(b)
-        self.early = False  # whether buckets leave as soon as they are full
-        self.next = 0  # bucket to leave next: the same order on every rank, whatever order gradients come in
+        self.early = False  # whether buckets are reduced as soon as they are full
+        self.next = 0  # bucket to reduce next: one order for all ranks, however gradients arrive
         self.collected = False
         for b in self.buckets:
             if b.group.n > 1:
                 for _, p in b.named:
-                    p.register_post_accumulate_grad_hook(lambda p, b=b: self._arrived(b))
+                    p.register_post_accumulate_grad_hook(lambda p, b=b: self._gradient_ready(b))
 
     def expect(self, last: bool) -> None:
-        """A backward is about to run; `last`: that of the step's last micro-batch."""
+        """Announce a backward; last: that of the step's last micro-batch."""
         self.early = last or self.zero == 2
         self.collected = False
 
-    def _arrived(self, bucket: Bucket) -> None:
+    def _gradient_ready(self, bucket: Bucket) -> None:
         bucket.missing -= 1
-        while self.early and self.next < len(self.buckets) and self.buckets[self.next].missing == 0:
+        while self.early and self.next < len(self.buckets):
+            if self.buckets[self.next].missing:
+                break
             self.buckets[self.next].start_reduce()
-            if (
-                self.zero == 2 and self.next > 1
-            ):  # two on their way at most, or whole gradients would pile up in them
+            # At most two sums run at once, or ZeRO-2 would hold whole gradients after all.
+            if self.zero == 2 and self.next > 1:
                 self.buckets[self.next - 2].finish_reduce()
             self.next += 1
 
     def collect(self) -> None:
-        """A backward is over: adds up what is due over the ranks, and waits for it."""
+        """End a backward: start the sums over ranks that are still due, and wait for all."""
         if self.early:
             for b in self.buckets[self.next :]:
                 b.start_reduce()
@@ -203,79 +236,111 @@ class AdamW:
 
     @torch.no_grad()
     def step(self, lr: float, clip: float, stop: object = False) -> tuple[float, bool]:
-        """One update from the accumulated gradients, which are zero afterwards. `stop`: true where this rank wants to.
+        """Update once from the accumulated gradients, which are zero afterwards.
 
-        Returns their norm before clipping, and whether any rank wants to stop. Where the norm is not finite (on any
-        rank) nothing changes but the gradients: the caller sees it in the result.
+        stop: true where this rank wants to stop. Returns the gradient norm before clipping and
+        whether any rank wants to stop. Where the norm is not finite (on any rank) only the
+        gradients change: the caller sees it in the result.
         """
         if not self.collected:
             self.early = True
             self.collect()
-        # One sum carries all that ranks must agree on. It is taken on the CPU where the host waits for it anyway.
-        squares = torch.stack([_square_sum(b.shard) for b in self.buckets]).sum().cpu()
-        squares, stopping = self.world.all_reduce(
-            torch.stack((squares, squares.new_tensor(bool(stop)))), "control"
-        )
+        # One sum carries all that ranks must agree on. The host waits for it, so it is on the CPU.
+        squares = torch.zeros((), dtype=torch.float64)
+        if self.buckets:
+            squares = torch.stack([square_sum(b.shard) for b in self.buckets]).sum().cpu()
+        control = torch.stack((squares, squares.new_tensor(bool(stop))))
+        squares, stopping = self.world.all_reduce(control, "control")
         norm = math.sqrt(squares.item())
         if math.isfinite(norm):
             for group in self.adam.param_groups:
                 group["lr"] = lr
-            shrink = (
-                clip / (norm + 1e-6) if clip else 1.0
-            )  # as torch.nn.utils.clip_grad_norm_ has it
+            shrink = clip / (norm + 1e-6) if clip else 1.0  # as torch.nn.utils.clip_grad_norm_
             if shrink < 1:
                 for b in self.buckets:
                     b.shard.mul_(shrink)
             self.adam.step()
             for b in reversed(self.buckets):  # in the order of the next forward
-                self._publish(b)
-            self.model.coming = {part: list(buckets) for part, buckets in self.parts.items()}
+                b.publish()
+            self.model.pending = {part: list(buckets) for part, buckets in self.parts.items()}
         for b in self.buckets:
             b.grad.zero_()
             b.shard.zero_()
         self.collected = False
         return norm, bool(stopping)
 
-    def _publish(self, b: Bucket) -> None:
-        if b.master.data_ptr() != b.weights[b.own].data_ptr():
-            b.weights[b.own].copy_(b.master)
-        b.start_gather()
-
     def state(self) -> tuple[dict[str, tuple[int, Tensor]], int]:
-        """What this rank has to save: "kind/parameter" -> (first element, flat piece); and the number of updates."""
-        pieces, updates = {}, 0
+        """Return what this rank saves: "kind/parameter" -> (first element, piece); and the updates.
+
+        kind: master, exp_avg or exp_avg_sq.
+        """
+        pieces: dict[str, tuple[int, Tensor]] = {}
+        updates = 0
         for b in self.buckets:
             adam = self.adam.state.get(b.master, {})
-            flat = {
-                "master": b.master.data,
-                "exp_avg": adam.get("exp_avg"),
-                "exp_avg_sq": adam.get("exp_avg_sq"),
-            }
             updates = int(adam.get("step", 0))
-            for kind, buffer in flat.items():
-                if buffer is not None:
-                    pieces |= {
-                        f"{kind}/{name}": (at, piece) for name, at, piece in b.pieces(buffer)
-                    }
+            buffers = {"master": b.master.data}
+            buffers |= {kind: adam[kind] for kind in ("exp_avg", "exp_avg_sq") if kind in adam}
+            for kind, buffer in buffers.items():
+                for name, at, piece in b.pieces(buffer):
+                    pieces[f"{kind}/{name}"] = (at, piece)
         return pieces, updates
 
     @torch.no_grad()
     def load_state(self, read: Callable[[str, str, int, int], Tensor], updates: int) -> None:
-        """Puts back what `state` gave, on any layout. read(kind, parameter, first, last + 1) -> that flat piece."""
+        """Restore what `state` returned, under any layout.
+
+        read(kind, parameter, first, last + 1) returns that flat piece.
+        """
         for b in self.buckets:
             buffers = {"master": b.master.data}
             if updates:
-                buffers |= {
-                    "exp_avg": torch.zeros_like(b.shard),
-                    "exp_avg_sq": torch.zeros_like(b.shard),
-                }
+                moments = {kind: torch.zeros_like(b.shard) for kind in ("exp_avg", "exp_avg_sq")}
                 step = torch.tensor(float(updates), device=b.shard.device)
-                self.adam.state[b.master] = {
-                    "step": step,
-                    **{k: buffers[k] for k in ("exp_avg", "exp_avg_sq")},
-                }
+                self.adam.state[b.master] = {"step": step, **moments}
+                buffers |= moments
             for kind, buffer in buffers.items():
                 for name, at, piece in b.pieces(buffer):
                     piece.copy_(read(kind, name, at, at + len(piece)))
-            self._publish(b)
-            b.arrive()
+            b.publish()
+            b.wait()
+
+
+# ---- bytes, for plan.py and the line that a run prints at the start ------------------------------
+
+
+class Memory(NamedTuple):
+    """Bytes of one rank, exactly as its buckets and frozen weights take them."""
+
+    weights: int
+    gradients: int
+    optimizer: int  # both moments, and master weights where they are no view of the weights
+
+
+def bucket_sizes(model: GPT, mesh: Mesh) -> list[tuple[int, int]]:
+    """Return (elements with padding, ranks that share them) of each bucket of a rank."""
+    parameters = dict(model.named_parameters())
+    sizes = []
+    for kind, names in plan_buckets(model, mesh):
+        used = sum(parameters[name].numel() for name in names)
+        ranks = mesh.size(kind.replicas)
+        sizes.append((-(-used // ranks) * ranks, ranks))
+    return sizes
+
+
+def frozen_elements(model: GPT) -> int:
+    """Return the number of elements of a rank that no bucket holds."""
+    return sum(p.numel() for p in model.parameters() if not p.requires_grad)
+
+
+def memory(sizes: list[tuple[int, int]], frozen: int, zero: int, dtype: torch.dtype) -> Memory:
+    """Count the bytes of `bucket_sizes` and `frozen_elements` under a ZeRO stage."""
+    exact = max(4, dtype.itemsize)
+    padded = sum(n for n, _ in sizes)
+    owned = sum(n // ranks for n, ranks in sizes)
+    buffers = 2 if dtype.itemsize == exact else 3  # exact weights are their own master copy
+    return Memory(
+        weights=(padded + frozen) * dtype.itemsize,
+        gradients=(padded if zero == 1 else owned) * exact,
+        optimizer=owned * exact * buffers,
+    )

@@ -1,89 +1,120 @@
+"""The reference's log-probs of the data, computed once before the first step and cached on disk.
+
+The reference is the policy before its first update, or another folder (--ref), which is loaded,
+scores and is freed: a script holds no second model. The cache key hashes weights, tokens, dtype and
+examples, so a resumed run reads what it scored at first and never takes a half-trained policy for
+its reference.
+"""
+
 import hashlib
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
-from tqdm import tqdm
 
 from config import RunConfig
 from data.dataset import Dataset
-from data.trees import make_batch, micro_batches
 from model import GPT
-from pipeline import pipeline
+from passes import forward
 from reporting import Meter
 from runtime import cache_folder
 from weights.folder import fingerprint, load_model
 
 
+def add_ref_logps(
+    policy: GPT,
+    folder: str,
+    data: list[tuple[Dataset | None, np.ndarray | None]],
+    config: RunConfig,
+) -> dict[str, float]:
+    """Add the column `ref_logps`, (R,), to data sets; return what scoring cost, {} if cached.
+
+    data: (data set or None, examples to score or None for all); responses of others get NaN.
+    folder: the reference; "" is the policy as it is now, "none" gives zeros. Collective.
+    """
+    cost: dict[str, float] = {}
+    for dataset, examples in data:
+        if dataset is None:
+            continue
+        if folder == "none":
+            dataset.columns["ref_logps"] = np.zeros(len(dataset.response_len))
+            continue
+        if examples is None:
+            examples = np.arange(len(dataset))
+        logps, spent = reference_logps(policy, folder, dataset, examples, config)
+        dataset.columns["ref_logps"] = logps
+        cost = cost or spent
+    return cost
+
+
 @torch.no_grad()
 def reference_logps(
-    policy: GPT,
-    other: str,
-    dataset: Dataset,
-    examples: np.ndarray,
-    config: RunConfig,
-    say: Callable[[str], Any],
+    policy: GPT, folder: str, dataset: Dataset, examples: np.ndarray, config: RunConfig
 ) -> tuple[np.ndarray, dict[str, float]]:
-    """Log-prob of every response of some examples under the reference, (R,), NaN for those of other examples; and what
-    it cost, {} if it was cached.
+    """Return the reference's log-prob of every response, (R,), and what scoring cost, {} if cached.
 
-    The reference is the policy before its first update, or the folder `other`, which is loaded, scores, and is freed.
-    The result is kept in the cache under the hash of weights, tokens and type: a resumed run reads it and cannot take
-    a half-trained policy for its reference. Every rank scores its share and gets all of it.
+    Responses that belong to none of `examples` get NaN. folder: the reference, "" for the policy as
+    it is now. Every rank scores its share and gets all of it.
+    ValueError: a reference with another vocabulary than the policy's.
     """
-    dtype, device, mesh = policy.dtype, policy.device, policy.mesh
-    inputs = hashlib.sha256(
-        f"{mesh.ask(lambda: fingerprint(other or config.model))} {dataset.key} {dtype}".encode()
-    )
-    key = hashlib.sha256(
-        inputs.digest() + np.sort(examples).astype(np.int64).tobytes()
-    ).hexdigest()[:24]
-    path = cache_folder(config) / f"reference-{key}.safetensors"
-    cached = _cached_logps(path, len(dataset.response_len), say)
+    mesh = policy.mesh
+    path = _cache_path(policy, folder, dataset, examples, config)
+    cached = _read_cache(path, len(dataset.response_len))
     if all(mesh.everyone(cached is not None)):
-        say(f"reference: {len(examples)} examples from {path}")
+        print(f"reference: {len(examples)} examples from {path}")
         return cached, {}
-    model = load_model(other, dtype, device, mesh=mesh) if other else policy
+    model = policy
+    if folder:
+        model = load_model(folder, policy.dtype, policy.device, mesh=mesh)
     if model.c.vocab != policy.c.vocab:
         raise ValueError(
-            f"--ref {other} has a vocabulary of {model.c.vocab}, the policy {policy.c.vocab}: not a pair"
+            f"--ref {folder} has a vocabulary of {model.c.vocab}, the policy of {policy.c.vocab}: "
+            "use a reference with the policy's tokenizer"
         )
-    meter = Meter(model.c, device, mesh)
+    meter = Meter(model.c, policy.device, mesh)
     logps = np.zeros(len(dataset.response_len))
-    lengths = dataset.tree_lengths(config.share_prompts)
-    bins = micro_batches(lengths, examples, config.max_tokens, mesh.dp_rank, mesh.dp)
-    batches = (make_batch(dataset, items, config.share_prompts) for items in bins)
-    shown = tqdm(
-        pipeline(model, batches), "reference", len(bins), disable=None if mesh.main else True
-    )
-    for batch, hidden in shown:
-        logps[dataset.responses_of(batch.examples)] = (
-            batch.sum_by_response(model.logps(hidden, batch)).cpu().numpy()
-        )
+    for batch, hidden in forward(model, dataset, examples, config, bar="reference"):
+        sums = batch.sum_by_response(model.logps(hidden, batch))
+        logps[dataset.responses_of(batch.examples)] = sums.cpu().numpy()
     logps = mesh.sum(torch.from_numpy(logps)).numpy()
     unseen = np.ones(len(logps), bool)
     unseen[dataset.responses_of(examples)] = False
     logps[unseen] = np.nan
-    cost = meter.read(int(lengths[examples].sum()))
+    tokens = int(dataset.tree_lengths(config.share_prompts)[examples].sum())
+    cost = meter.read(tokens)
     if mesh.main:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        save_file({"logps": logps}, partial)
-        partial.replace(path)
-    say(f"reference: {len(examples)} examples scored in {cost['seconds']:.1f} s, kept in {path}")
+        _write_cache(path, logps)
+    print(f"reference: {len(examples)} examples scored in {cost['seconds']:.1f} s, kept in {path}")
     return logps, {f"reference_{k}": cost[k] for k in ("seconds", "cpu_seconds") if k in cost}
 
 
-def _cached_logps(path: Path, n: int, say: Callable[[str], Any]) -> np.ndarray | None:
-    """The cached log-probs of n responses, None where there are none or the file is damaged."""
+def _cache_path(
+    policy: GPT, folder: str, dataset: Dataset, examples: np.ndarray, config: RunConfig
+) -> Path:
+    """Return the cache file of these weights, tokens, dtype and examples."""
+    weights_hash = policy.mesh.ask(lambda: fingerprint(folder or config.model))
+    inputs = hashlib.sha256(f"{weights_hash} {dataset.key} {policy.dtype}".encode())
+    ordered = np.sort(examples).astype(np.int64)
+    key = hashlib.sha256(inputs.digest() + ordered.tobytes()).hexdigest()[:24]
+    return cache_folder(config) / f"reference-{key}.safetensors"
+
+
+def _read_cache(path: Path, n: int) -> np.ndarray | None:
+    """Return the cached log-probs of n responses, None if there are none or the file is damaged."""
     try:
         cached = load_file(path)["logps"] if path.exists() else None
     except (SafetensorError, KeyError):
-        say(f"warning: {path} is damaged, scoring again")
+        print(f"warning: {path} is damaged, scoring again")
         return None
     return cached if cached is not None and len(cached) == n else None
+
+
+def _write_cache(path: Path, logps: np.ndarray) -> None:
+    """Write the log-probs to a temporary file and rename it, so that no reader sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    save_file({"logps": logps}, partial)
+    partial.replace(path)

@@ -1,3 +1,5 @@
+"""Metrics of a run: sums over micro-batches, time and memory, metrics.jsonl, the progress bar."""
+
 import json
 import math
 import os
@@ -17,7 +19,7 @@ from data.trees import TreeBatch
 from model import GPTConfig
 from parallel import Mesh
 
-# bf16 matmul peaks without sparsity, TFLOP/s, from the makers' data sheets: the yardstick of `mfu`.
+# Dense bf16 matmul peaks in TFLOP/s, from the vendors' data sheets: `mfu` is a share of these.
 PEAK_TFLOPS = {
     "H200": 989,
     "H100": 989,
@@ -28,39 +30,32 @@ PEAK_TFLOPS = {
     "B200": 2250,
     "4090": 165,
 }
-
-
-def _wandb() -> Any:
-    try:
-        import wandb
-    except ImportError:
-        raise ImportError("--wandb needs: pip install wandb") from None
-    return wandb
+PROGRESS_LINES = 20  # printed over a run where there is no terminal for a bar
 
 
 def due(every: int, step: int) -> bool:
-    """Whether something that happens every so many steps (0 = never) happens after step `step`."""
+    """Return whether what happens every `every` steps (0: never) happens after `step`."""
     return bool(every) and step % every == 0
 
 
 def add(totals: dict[str, Tensor], values: dict[str, Tensor]) -> None:
-    """Adds the sums of some per-example metrics to running totals, without waiting for a GPU."""
+    """Add the sum of each metric's values to running totals, without waiting for a GPU."""
     for name, value in values.items():
         total = value.detach().double().sum()
         totals[name] = totals[name] + total if name in totals else total
 
 
 def means(totals: dict[str, Tensor], n: float, mesh: Mesh) -> dict[str, float]:
-    """Running totals of all ranks over the n examples of them all, as plain numbers on every rank."""
+    """Return the totals of all ranks divided by n, the count over all ranks; collective."""
     values: dict[str, float] = {}
-    if mesh.last_stage:  # elsewhere nothing was counted
+    if mesh.last_stage:  # the only stage that computes losses
         summed = mesh.group("dp").all_reduce(torch.stack(list(totals.values())), "sum")
         values = dict(zip(totals, (summed / n).tolist()))
     return mesh.metrics(values)
 
 
 class Meter:
-    """Time, tokens and memory of the steps, from one reading to the next. Tokens are those of all ranks."""
+    """Clock, token counter and memory gauge of each step. Tokens are those of all ranks."""
 
     def __init__(self, model: GPTConfig, device: torch.device, mesh: Mesh):
         self.model, self.device, self.ranks = model, device, mesh.world
@@ -69,13 +64,17 @@ class Meter:
         self.start()
 
     def start(self) -> None:
-        """Begins a step."""
+        """Start the clock of a step."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        self.wall, self.cpu = time.perf_counter(), time.process_time()
+        self.wall = time.perf_counter()
+        self.cpu = time.process_time()
 
     def read(self, tokens: int, batches: Sequence[TreeBatch] = ()) -> dict[str, float]:
-        """Ends a step of `tokens` real tokens, some of them in `batches`: what those saw stands for all."""
+        """Return what a step of `tokens` real tokens took.
+
+        batches: some of the step's micro-batches; their mean context stands for all in `mfu`.
+        """
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - self.wall
@@ -83,8 +82,8 @@ class Meter:
         if self.device.type == "cuda":
             row["memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
             if self.peak:
-                here = max(1, sum(len(batch.tokens) for batch in batches))
-                context = sum(batch.context * len(batch.tokens) for batch in batches) / here
+                seen = max(1, sum(len(batch.tokens) for batch in batches))
+                context = sum(batch.context * len(batch.tokens) for batch in batches) / seen
                 flops = tokens * self.model.flops_per_token(context)
                 row["mfu"] = flops / seconds / (self.peak * 1e12 * self.ranks)
         else:
@@ -94,12 +93,12 @@ class Meter:
 
 
 class Log:
-    """OUT/metrics.jsonl, the progress bar and, if asked for, Weights & Biases; all of it on rank 0 only."""
+    """OUT/metrics.jsonl, the progress bar and, with --wandb, Weights & Biases; on rank 0 only."""
 
     def __init__(self, config: RunConfig, first_step: int, total: int, mesh: Mesh):
         self.path = Path(config.out) / "metrics.jsonl" if mesh.main else Path(os.devnull)
         if mesh.main:
-            self._forget_after(first_step)
+            self._drop_after(first_step)
         self.file = open(self.path, "a")  # noqa: SIM115 - closed in close()
         self.first, self.total, self.started = first_step, total, time.monotonic()
         hidden = None if mesh.main else True
@@ -108,12 +107,12 @@ class Log:
         )
         self.wandb = None
         if config.wandb and mesh.main:
-            self.wandb = _wandb().init(
+            self.wandb = import_wandb().init(
                 project=config.wandb, name=Path(config.out).name, config=vars(config)
             )
 
-    def _forget_after(self, step: int) -> None:
-        """Drops rows of steps that a resumed run takes again, and a last row that a killed run left half written."""
+    def _drop_after(self, step: int) -> None:
+        """Drop rows of steps that a resumed run repeats, and a last row that is half written."""
         if not self.path.exists():
             return
         kept = []
@@ -129,7 +128,7 @@ class Log:
         partial.replace(self.path)
 
     def row(self, row: dict[str, Any]) -> None:
-        """Appends a row; it is on its way to the disk when this returns."""
+        """Append a row to metrics.jsonl and flush it; a number that is not finite becomes null."""
         row = {
             k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
         }
@@ -139,21 +138,32 @@ class Log:
             self.wandb.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
 
     def progress(self, row: dict[str, Any]) -> None:
-        """Moves the bar by one step; where there is no terminal, prints twenty lines over the run."""
-        what = f"loss {row['loss']:.4f}, {row['tokens_per_second']:,.0f} tok/s"
-        self.bar.set_postfix_str(what, refresh=False)
+        """Advance the bar by one step; without a terminal, print twenty lines over the run."""
+        loss = row["loss"] if "loss" in row else row["value/loss"]  # PPO may train its critic alone
+        text = f"loss {loss:.4f}, {row['tokens_per_second']:,.0f} tok/s"
+        self.bar.set_postfix_str(text, refresh=False)
         self.bar.update()
-        if self.bar.disable and due(max(1, self.total // 20), row["step"]):
+        if self.bar.disable and due(max(1, self.total // PROGRESS_LINES), row["step"]):
             done = row["step"] - self.first
             left = (time.monotonic() - self.started) / done * (self.total - row["step"])
-            print(f"step {row['step']}/{self.total}: {what}, {left / 60:.1f} min left", flush=True)
+            print(f"step {row['step']}/{self.total}: {text}, {left / 60:.1f} min left", flush=True)
 
     def say(self, text: str) -> None:
-        """Prints a line without tearing the bar."""
+        """Print a line without breaking the bar."""
         tqdm.write(text, file=sys.stdout)
 
     def close(self) -> None:
+        """Close the file, the bar and the connection to Weights & Biases."""
         self.bar.close()
         self.file.close()
         if self.wandb:
             self.wandb.finish()
+
+
+def import_wandb() -> Any:
+    """Return the wandb module. ImportError: how to install it."""
+    try:
+        import wandb
+    except ImportError:
+        raise ImportError("--wandb needs: pip install wandb") from None
+    return wandb

@@ -1,6 +1,11 @@
-"""Plain functions that a training script calls: set-up, learning rate, logging, when to save, stop signals.
+"""Start of a run: process, device, output folder, signals, errors, data and models.
 
-Nothing here calls back into a script.
+    run = runtime.start(config)                     ranks, device, OUT, chat template, stop signals
+    train = runtime.load_rows(run, config.data, "sft")
+    model = runtime.load_model(run)
+    optimizer = runtime.make_optimizer(model, config)
+
+What happens from step to step is in training.py. Nothing here calls back into a script.
 """
 
 import contextlib
@@ -14,36 +19,55 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import FrameType
 
 import numpy as np
 import torch
 
+import checkpoint
 import parallel
 import plan
+import weights.folder
 from config import RunConfig, to_json
 from data.dataset import Dataset, load_dataset
 from data.templates import Template
-from data.tokenizer import Tokenizer
+from data.tokenizer import load_tokenizer
+from data.trees import pack
 from model import GPT
-from parallel import Mesh
-from reporting import _wandb
-from sampling.sampler import generate
-from weights.folder import DTYPES
+from optimizer import AdamW
+from parallel import Mesh, init_mesh
+from reporting import import_wandb
 
-_running: RunConfig | None = (
-    None  # what this process was asked to do, for advice when memory runs out
-)
-ECHO_SECONDS = 3.0  # within this the same signal may come twice
-PATIENCE = 10.0  # seconds that a rank which lost the others waits for their last words
-NONFINITE_LIMIT = 5  # steps in a row with a NaN or infinite gradient before a run gives up
+_config: RunConfig | None = None  # of this process, for advice when GPU memory runs out
+ECHO_SECONDS = 3.0  # a signal repeated within this time counts once
+PATIENCE = 10.0  # seconds to wait for another rank to say why it failed
+AT_LEAST_1 = ("batch_size", "max_tokens", "max_length", "log_every", "epochs")
+AT_LEAST_0 = "max_steps max_minutes eval_every save_every samples keep max_bad_rows clip".split()
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that is fixed once a run has started; `start` makes it."""
+
+    config: RunConfig
+    mesh: Mesh
+    device: torch.device
+    dtype: torch.dtype  # of weights and activations
+    template: Template  # chat template, with the tokenizer of --model
+    stop: "Stop"  # true once a signal or --max-minutes asks the run to stop
+    checkpoint: Path | None  # folder that --resume names; None starts from --model
+
+
+# ---- the process -------------------------------------------------------------------------------
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs a script's main; what a user can mend is printed as one line. PLUMB_TRACEBACK=1 shows where it came from.
+    """Run a script's main; print an error that a user can fix as one line.
 
-    A rank that fails leaves its last words where the others find them, so that each can say who failed first.
+    PLUMB_TRACEBACK=1 shows where it came from. A rank that fails leaves its reason where the others
+    find it, so that each names the first failure.
     """
     try:
         main()
@@ -51,230 +75,49 @@ def run(main: Callable[[], None]) -> None:
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("PLUMB_TRACEBACK"):
             raise
-        _leave(str(error))
+        _exit(str(error))
     except torch.cuda.OutOfMemoryError as error:
         world, memory = parallel.here().world, torch.cuda.mem_get_info()[1] / 2**30
-        advice = plan.suggest(_running, world, memory) if _running else "lower --max-tokens"
-        _leave(f"out of GPU memory ({error}): {advice}")
+        advice = plan.suggest(_config, world, memory) if _config else "lower --max-tokens"
+        _exit(f"out of GPU memory ({error}): {advice}")
     except Exception as error:
         if parallel.here().world == 1:
             raise
         traceback.print_exc()
-        _leave(
-            f"{type(error).__name__}: {error}".splitlines()[0],
-            ask_others=parallel.is_about_others(error),
-        )
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        _exit(reason, ask_others=parallel.is_about_others(error))
 
 
-def _leave(reason: str, ask_others: bool = False) -> None:
-    """Ends the process with one line on what went wrong, here or on another rank."""
+def _exit(reason: str, ask_others: bool = False) -> None:
+    """End the process with one line that says what went wrong, here or on another rank."""
     mesh = parallel.here()
     if mesh.world == 1:
         sys.exit(f"error: {reason}")
     others = parallel.last_words(mesh, reason, patience=PATIENCE if ask_others else 0.0)
-    print(
-        f"error on rank {mesh.rank}: {reason}" + (f"\n  {others}" if ask_others else ""),
-        file=sys.stderr,
-        flush=True,
-    )
+    text = f"error on rank {mesh.rank}: {reason}" + (f"\n  {others}" if ask_others else "")
+    print(text, file=sys.stderr, flush=True)
     os._exit(1)  # not through c10d's tear-down, which may wait for ranks that are gone
 
 
-def set_up(config: RunConfig, mesh: Mesh) -> tuple[torch.device, torch.dtype]:
-    """Checks what every run needs, seeds every generator and makes OUT with its config.json. Silences all ranks but 0.
-
-    Returns the device and the type of weights and activations. ValueError names the flag to mend.
-    """
-    global _running
-    _running = config
-    if not mesh.main:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
-    for flag in ("model", "data"):
-        if not getattr(config, flag):
-            raise ValueError(f"--{flag} is missing; --help lists the flags")
-    for flag in ("batch_size", "max_tokens", "max_length", "log_every", "epochs"):
-        if getattr(config, flag) < 1:
-            raise ValueError(
-                f"--{flag.replace('_', '-')} must be at least 1, not {getattr(config, flag)}"
-            )
-    for flag, value in vars(config).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"--{flag.replace('_', '-')} {value} is no number to compute with")
-    for flag in (
-        "max_steps",
-        "max_minutes",
-        "eval_every",
-        "save_every",
-        "samples",
-        "keep",
-        "max_bad_rows",
-        "clip",
-    ):
-        if getattr(config, flag) < 0:
-            raise ValueError(f"--{flag.replace('_', '-')} {getattr(config, flag)} is below 0")
-    if not 0 <= config.warmup <= 1:
-        raise ValueError(f"--warmup {config.warmup} is a share of all steps: between 0 and 1")
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            "--device cuda, but torch sees no GPU: install a CUDA build of torch, or take --device cpu"
-        )
-    if config.samples and config.pp > 1:
-        raise ValueError("--samples cannot be had from pipeline stages: leave it out, or --pp")
-    on_gpu = config.device != "cpu" and torch.cuda.is_available()
-    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-    dtype = DTYPES[
-        config.dtype if config.dtype != "auto" else "bf16" if device.type == "cuda" else "fp32"
-    ]
-    if device.type == "cpu":
-        _keep_freed_memory()
-    random.seed(config.seed)
-    np.random.seed(config.seed)
-    torch.manual_seed(config.seed)
-    mark = Path(config.out) / mesh.ask(lambda: _make_out(config))
-    shared = all(mesh.everyone(mark.exists()))
-    if mesh.main:
-        mark.unlink()
-    if not shared:
-        raise ValueError(
-            f"--out {config.out} is not the same folder on every node: take one on a shared file system"
-        )
-    layout = (
-        f"{mesh.world} ranks: dp {mesh.dp}, tp {mesh.tp}, cp {mesh.cp}, pp {mesh.pp}; "
-        if mesh.world > 1
-        else ""
-    )
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    print(f"{name}, {layout}{str(dtype)[6:]}, output in {config.out}/")
-    return device, dtype
-
-
-def _make_out(config: RunConfig) -> str:
-    """Makes OUT; the name of a file in it that no other run has made, by which the others know it."""
-    out = Path(config.out)
-    if not config.resume and (out / "metrics.jsonl").exists():
-        raise ValueError(
-            f"{out} holds a run already: --resume auto goes on with it, another --out starts afresh"
-        )
-    if config.wandb:
-        _wandb()
-    out.mkdir(parents=True, exist_ok=True)
-    if config.resume and (out / "config.json").exists():
-        before = json.loads((out / "config.json").read_text())
-        for name, value in json.loads(to_json(config)).items():
-            if name not in ("resume", "config") and name in before and before[name] != value:
-                print(
-                    f"warning: resuming with another --{name.replace('_', '-')}: {value}, it was {before[name]}"
-                )
-    (out / "config.json").write_text(to_json(config))
-    mark = out / f".mark-{os.getpid()}-{time.time_ns()}"
-    mark.touch()
-    return mark.name
-
-
-def _keep_freed_memory() -> None:
-    """Stops glibc from handing every large buffer back to the system: a fifth of a CPU step went into page faults."""
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
-
-
-def cache_folder(config: RunConfig) -> Path:
-    """Where tokenised data and reference log-probs are kept."""
-    return Path(config.cache or Path(config.out) / "cache")
-
-
-def load_rows(files: list[str], kind: str, template: Template, config: RunConfig) -> Dataset | None:
-    """The rows of some files as token trees, by the flags of the run; None without files. `kind`: see load_dataset."""
-    if not files:
-        return None
-    return load_dataset(
-        files,
-        kind,
-        template,
-        config.max_length,
-        config.overlong,
-        config.max_bad_rows,
-        cache_folder(config),
-    )
-
-
-def prepare_model(model: GPT, config: RunConfig, tokenizer: Tokenizer) -> None:
-    """Flags that change how a loaded model runs; ValueError where model and tokenizer do not belong together."""
-    if tokenizer.size > model.c.vocab:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.size} ids, the embedding {model.c.vocab}: not from one folder?"
-        )
-    model.checkpoint_activations = config.checkpoint_activations
-    if config.compile:
-        for block in model.blocks.values():
-            block.compile(dynamic=True)
-
-
-def total_steps(config: RunConfig, per_epoch: int) -> int:
-    """Optimizer steps of the whole run."""
-    return min(config.max_steps or per_epoch * config.epochs, per_epoch * config.epochs)
-
-
-def learning_rate(config: RunConfig, step: int, total: int) -> float:
-    """Rate of step `step` (from 0) of `total`: linear from 0 over the warm-up, then the schedule down to 0."""
-    warm = int(config.warmup * total)
-    if step < warm:
-        return config.lr * (step + 1) / warm
-    if config.schedule == "constant":
-        return config.lr
-    left = 1 - (step - warm) / max(1, total - warm)
-    return config.lr * (
-        left if config.schedule == "linear" else 0.5 * (1 + np.cos(np.pi * (1 - left)))
-    )
-
-
-def describe(config: RunConfig, model: GPT, lengths: np.ndarray, total: int) -> str:
-    """What the run will be, in three lines: sizes, steps and the memory that weights and optimizer take."""
-    own, size, ranks = (
-        sum(p.numel() for p in model.parameters()),
-        model.dtype.itemsize,
-        model.mesh.dp * model.mesh.cp,
-    )
-    whole, pieces = (
-        size + max(4, size),
-        2 * max(4, size) + (4 if size < 4 else 0),
-    )  # weights, gradient | means, master
-    if config.zero == 2 and ranks > 1:
-        whole, pieces = size, pieces + max(4, size)
-    memory = own * (whole + pieces / ranks) / 2**30
-    step_tokens = lengths.mean() * min(config.batch_size, len(lengths))
-    lines = [
-        f"{model.c.parameters / 1e6:,.2f}M parameters; weights, gradients and AdamW take {memory:.2f} GB"
-        + (" on this rank" if model.mesh.world > 1 else ""),
-        f"{total} steps of {config.batch_size} examples, about {step_tokens:,.0f} tokens each in micro-batches of at "
-        f"most {config.max_tokens:,}",
-    ]
-    if lengths.max() > model.c.max_position:
-        lines.append(
-            f"warning: rows may reach {lengths.max()} tokens, the model was made for {model.c.max_position}"
-        )
-    return "\n".join(lines)
-
-
 class Stop:
-    """Tells a loop to save and leave: SIGTERM, SIGUSR1, SIGINT or --max-minutes. A second one ends the process at once,
-    unless it is an echo: Slurm signals every process of a job, and torchrun then passes on to its own what it got.
+    """Request to save and stop: SIGTERM, SIGUSR1, SIGINT or --max-minutes; true once there is one.
 
-    Ranks agree in optimizer.step: one that wants to stop stops them all, after the same step.
+    A second signal ends the process at once, unless it is an echo of the first: Slurm signals every
+    process of a job, and torchrun then passes on what it got. Ranks agree in optimizer.step: a rank
+    that is asked to stop stops them all, after the same step.
     """
 
     def __init__(self, max_minutes: float):
-        self.reason = ""  # stays empty where another rank was told
-        self.told = float("inf")  # when the first signal came
+        self.reason = ""  # stays empty where another rank was asked
+        self.first_signal = float("inf")  # time of it
         self.deadline = time.monotonic() + 60 * max_minutes if max_minutes else float("inf")
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._signal)
 
-    def _signal(self, number: int, frame: Any) -> None:
-        self.told = min(self.told, time.monotonic())
+    def _signal(self, number: int, frame: FrameType | None) -> None:
+        self.first_signal = min(self.first_signal, time.monotonic())
         self.reason = self.reason or signal.Signals(number).name
-        if time.monotonic() > self.told + ECHO_SECONDS:
+        if time.monotonic() > self.first_signal + ECHO_SECONDS:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
@@ -284,37 +127,180 @@ class Stop:
         return bool(self.reason)
 
 
-class NonFinite:
-    """Counts steps in a row whose gradient was not finite; too many end the run."""
-
-    def __init__(self):
-        self.row = 0
-
-    def check(self, norm: float, step: int) -> bool:
-        """True where the step was skipped. ValueError after NONFINITE_LIMIT in a row."""
-        self.row = 0 if np.isfinite(norm) else self.row + 1
-        if self.row >= NONFINITE_LIMIT:
-            raise ValueError(
-                f"the gradient was not finite in {self.row} steps in a row, up to step {step}: "
-                "lower --lr, or look for broken rows; the last checkpoint is good"
-            )
-        return self.row > 0
+# ---- start -------------------------------------------------------------------------------------
 
 
-def print_samples(
-    model: GPT,
-    data: Dataset,
-    n: int,
-    tokenizer: Tokenizer,
-    template: Template,
-    say: Callable[[str], Any],
-) -> None:
-    """Prints one sampled answer to each of the first n prompts of a data set: temperature 0.7, fixed seeds."""
-    starts = data.tree_start[:-1][:n]
-    prompts = [
-        data.tokens[start : start + size].tolist() for start, size in zip(starts, data.prompt_len)
-    ]
-    answers = generate(model, prompts, 128, temperature=0.7, stop_ids=template.stop_ids)
-    for prompt, answer in zip(prompts, answers):
-        say(f"  prompt  {tokenizer.decode(prompt)[-300:].strip()!r}")
-        say(f"  answer  {tokenizer.decode(answer.tokens).strip()!r}")
+def start(config: RunConfig) -> Run:
+    """Join the other ranks, check the flags, seed every generator, make OUT, load the tokenizer.
+
+    All ranks but 0 print nothing from here on. ValueError names the flag and the fix.
+    """
+    global _config
+    mesh = init_mesh(config.tp, config.cp, config.pp, config.device, config.timeout_minutes)
+    _config = config
+    if not mesh.main:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
+    validate(config)
+    on_gpu = config.device != "cpu" and torch.cuda.is_available()
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    best_dtype = "bf16" if on_gpu else "fp32"
+    dtype = weights.folder.DTYPES[best_dtype if config.dtype == "auto" else config.dtype]
+    if not on_gpu:
+        _keep_freed_memory()
+    random.seed(config.seed)
+    np.random.seed(config.seed)
+    torch.manual_seed(config.seed)
+    _make_out(config, mesh)
+    name = torch.cuda.get_device_name() if on_gpu else "CPU"
+    layout = ""
+    if mesh.world > 1:
+        layout = f"{mesh.world} ranks: dp {mesh.dp}, tp {mesh.tp}, cp {mesh.cp}, pp {mesh.pp}; "
+    print(f"{name}, {layout}{str(dtype).removeprefix('torch.')}, output in {config.out}/")
+    stop = Stop(config.max_minutes)
+    resume_from = checkpoint.find(config.out, config.resume, mesh=mesh)
+    template = Template(config.template, load_tokenizer(config.model))
+    return Run(config, mesh, device, dtype, template, stop, resume_from)
+
+
+def validate(config: RunConfig) -> None:
+    """Check the flags that every script shares. ValueError names the flag and the fix."""
+    flags = {name: "--" + name.replace("_", "-") for name in vars(config)}
+    for name in ("model", "data"):
+        if not getattr(config, name):
+            raise ValueError(f"{flags[name]} is missing; --help lists the flags")
+    for name, value in vars(config).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{flags[name]} must be a finite number, not {value}")
+    for names, least in ((AT_LEAST_1, 1), (AT_LEAST_0, 0)):
+        for name in names:
+            if getattr(config, name) < least:
+                value = getattr(config, name)
+                raise ValueError(f"{flags[name]} must be at least {least}, not {value}")
+    if not 0 <= config.warmup <= 1:
+        raise ValueError(
+            f"--warmup must be a share of all steps, between 0 and 1, not {config.warmup}"
+        )
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            "--device cuda, but torch finds no GPU: "
+            "install a CUDA build of torch or use --device cpu"
+        )
+    if config.samples and config.pp > 1:
+        raise ValueError("--samples is not supported with --pp > 1: drop one of them")
+
+
+def _make_out(config: RunConfig, mesh: Mesh) -> None:
+    """Make OUT and its config.json. ValueError: OUT holds another run, or ranks do not share it."""
+    marker = Path(config.out) / mesh.ask(lambda: _write_out(config))
+    shared = all(mesh.everyone(marker.exists()))
+    if mesh.main:
+        marker.unlink()
+    if not shared:
+        raise ValueError(
+            f"--out {config.out} is not the same folder on every node: "
+            "use one on a shared file system"
+        )
+
+
+def _write_out(config: RunConfig) -> str:
+    """Make OUT and its config.json; return the name of a new file in it for others to look for."""
+    out = Path(config.out)
+    if not config.resume and (out / "metrics.jsonl").exists():
+        raise ValueError(
+            f"{out} already holds a run: continue it with --resume auto, or choose another --out"
+        )
+    if config.wandb:
+        import_wandb()
+    out.mkdir(parents=True, exist_ok=True)
+    if config.resume and (out / "config.json").exists():
+        before = json.loads((out / "config.json").read_text())
+        for name, value in json.loads(to_json(config)).items():
+            if name not in ("resume", "config") and name in before and before[name] != value:
+                flag = name.replace("_", "-")
+                print(f"warning: resuming with another --{flag}: {value}, it was {before[name]}")
+    (out / "config.json").write_text(to_json(config))
+    marker = out / f".mark-{os.getpid()}-{time.time_ns()}"
+    marker.touch()
+    return marker.name
+
+
+def _keep_freed_memory() -> None:
+    """Stop glibc from returning large buffers to the system.
+
+    The page faults of getting them again took a fifth of a CPU step.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+
+
+# ---- data and models ---------------------------------------------------------------------------
+
+
+def cache_folder(config: RunConfig) -> Path:
+    """Return the folder of tokenised data and reference log-probs."""
+    return Path(config.cache or Path(config.out) / "cache")
+
+
+def load_rows(run: Run, files: list[str], kind: str, whole_trees: bool = True) -> Dataset | None:
+    """Return the rows of some files as token trees; None without files.
+
+    kind: see data.dataset.load_dataset. whole_trees=False skips `check_fit`, for data that is not
+    trained on as it is. ValueError names a bad row, or the flag that makes all rows fit.
+    """
+    if not files:
+        return None
+    config = run.config
+    with run.mesh.one_first():  # tokenises once a node: the others read the cache
+        data = load_dataset(
+            files,
+            kind,
+            run.template,
+            config.max_length,
+            config.overlong,
+            config.max_bad_rows,
+            cache_folder(config),
+        )
+    if whole_trees:
+        check_fit(data, config)
+    return data
+
+
+def check_fit(data: Dataset, config: RunConfig) -> None:
+    """ValueError: a tree that is longer than --max-tokens, which no micro-batch could hold."""
+    pack(data.tree_lengths(config.share_prompts), config.max_tokens)
+
+
+def load_model(run: Run, folder: str = "", scores: tuple[str, ...] | None = None) -> GPT:
+    """Load a Hugging Face folder, --model by default, in the run's dtype, layout and options.
+
+    scores: names of the outputs of a score head, as in weights.folder.load_model. ValueError:
+    another kind of model, or a vocabulary smaller than the tokenizer's.
+    """
+    config, folder = run.config, folder or run.config.model
+    model = weights.folder.load_model(folder, run.dtype, run.device, scores, run.mesh)
+    ids = run.template.tokenizer.size
+    if ids > model.c.vocab:
+        raise ValueError(
+            f"{folder} embeds {model.c.vocab} tokens, the tokenizer of {config.model} has {ids}: "
+            "use the tokenizer that the model was trained with"
+        )
+    model.checkpoint_activations = config.checkpoint_activations
+    if config.compile:
+        for block in model.blocks.values():
+            block.compile(dynamic=True)
+    return model
+
+
+def make_optimizer(model: GPT, config: RunConfig) -> AdamW:
+    """Return the optimizer of a model with the settings of the flags."""
+    betas = (config.beta1, config.beta2)
+    return AdamW(model, betas, config.eps, config.weight_decay, config.zero)
+
+
+def save_model(run: Run, model: GPT, name: str) -> Path:
+    """Write OUT/`name`, a Hugging Face folder with tokenizer and chat template; return its path."""
+    folder = Path(run.config.out) / name
+    weights.folder.save_model(model, folder, run.config.model, run.template)
+    return folder

@@ -18,7 +18,7 @@ from harness import Bench, read_rows
 import losses
 from data.dataset import Dataset
 from data.trees import TreeBatch, make_batch, micro_batches
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, parameter_count
 from optimizer import AdamW
 
 SHAPES = {
@@ -86,7 +86,7 @@ def build_and_train(bench: Bench, label: str, c: GPTConfig, recomputed: bool) ->
         batches = make_batches(bench, c, task, packing != "prompts repeated")
         name = f"{label} {task}, {packing}"
         bench.attempt(name, time_step, bench, model, optimizer, task, batches)
-    return {"parameters": c.parameters}
+    return {"parameters": parameter_count(c)}
 
 
 def make_batches(bench: Bench, c: GPTConfig, task: str, shared: bool) -> list[TreeBatch]:
@@ -280,10 +280,9 @@ def trl_trainer(bench: Bench, task: str, c: GPTConfig, attention: str, settings,
     with torch.device(bench.device):
         model = LlamaForCausalLM(LlamaConfig(**shape)).to(bench.dtype)
         reference = LlamaForCausalLM(LlamaConfig(**shape | small)).to(bench.dtype)
-    if model.num_parameters() != c.parameters:
-        raise ValueError(
-            f"transformers' model has {model.num_parameters()} weights, plumb's has {c.parameters}"
-        )
+    theirs, ours = model.num_parameters(), parameter_count(c)
+    if theirs != ours:
+        raise ValueError(f"transformers' model has {theirs} weights, plumb's has {ours}")
     words = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1}, unk_token="</s>"))
     words = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>")
     more = {"train_dataset": rows, "processing_class": words, "callbacks": [clock]}

@@ -1,3 +1,11 @@
+"""Token trees as arrays on disk: a folder of .npy files and meta.json, complete or absent.
+
+    CACHE/<key>/tokens.npy, ..., meta.json   key: the hash of everything that decides the arrays
+    CACHE/.partial-<random>/                 while it is written; renamed at the end
+
+A killed process leaves at most a .partial folder. A damaged folder is recognised and replaced.
+"""
+
 import contextlib
 import hashlib
 import json
@@ -12,62 +20,63 @@ import numpy as np
 from numpy.typing import DTypeLike
 from tqdm import tqdm
 
-from data.encode import _encode, _Job
+from data.encode import Job, encode_files
+from data.rows import SHOWN, check_bad_rows
+
+DTYPES: dict[str, type[np.generic]] = {
+    "tokens": np.int32,
+    "scored": np.uint8,
+    "tree_start": np.int64,
+    "prompt_len": np.int32,
+    "response_start": np.int64,
+    "response_len": np.int32,
+}  # of the arrays that every data set has; columns are float32
+STARTS = {"tree_start": "tree_len", "response_start": "responses"}  # start -> length in a Chunk
 
 
-def _build(
+def write_cache(
     folder: Path,
     key: str,
-    job: _Job,
+    job: Job,
     max_bad_rows: int,
     workers: int | None,
     log: Callable[[str], Any],
 ) -> dict[str, Any]:
-    """Tokenise into a temporary folder, then rename it to `folder`: readers see all of it or nothing. Returns meta."""
-    temporary = folder.parent / f".partial-{uuid.uuid4().hex}"
+    """Tokenise into a temporary folder and rename it to `folder`; return the content of meta.json.
+
+    ValueError: more than `max_bad_rows` bad rows, or no tree left.
+    """
+    temporary = _temporary_name(folder)
     temporary.mkdir(parents=True)
-    counts, bad, streams, lengths = {}, [], {}, {}
-
-    def append(name: str, values: np.ndarray) -> None:
-        if name not in streams:
-            streams[name] = open(temporary / f"{name}.npy", "wb")  # noqa: SIM115 (closed below, with the others)
-            _write_header(streams[name], values.dtype, 0)
-            lengths[name] = 0
-        streams[name].write(values.tobytes())
-        lengths[name] += len(values)
-
+    arrays = _ArrayFiles(temporary)
+    counts: dict[str, int] = {}
+    bad = []
+    ends = dict.fromkeys(STARTS, 0)  # where the next tree starts: its token, its first response
     try:
-        ends = {"tree_start": np.int64(0), "response_start": np.int64(0)}
-        for name, end in ends.items():
-            append(name, np.array([end]))
+        for name in STARTS:
+            arrays.append(name, np.zeros(1, np.int64))
         with (
-            contextlib.closing(_encode(job, workers)) as chunks,
+            contextlib.closing(encode_files(job, workers)) as chunks,
             tqdm(unit=" rows", disable=None, delay=2) as bar,
         ):
-            for arrays, chunk_counts, chunk_bad in chunks:
-                counts = {name: counts.get(name, 0) + n for name, n in chunk_counts.items()}
-                bad = (bad + chunk_bad)[:SHOWN]
+            for chunk in chunks:
+                counts = {name: counts.get(name, 0) + n for name, n in chunk.counts.items()}
+                bad = (bad + chunk.bad)[:SHOWN]
                 if counts["bad"] > max_bad_rows:
                     break
-                for name, lens in (
-                    ("tree_start", arrays.pop("tree_len")),
-                    ("response_start", arrays.pop("responses")),
-                ):
-                    starts = ends[name] + np.cumsum(lens)
-                    append(name, starts)
-                    ends[name] = starts[-1] if len(starts) else ends[name]
-                for name, values in arrays.items():
-                    append(name, values)
-                bar.update(chunk_counts["rows"])
-        _check_bad(bad, counts.get("bad", 0), job.files, max_bad_rows, log)
-        if not lengths.get("prompt_len"):
+                for name, lengths in STARTS.items():
+                    starts = ends[name] + np.cumsum(chunk.arrays[lengths])
+                    arrays.append(name, starts)
+                    ends[name] += int(chunk.arrays[lengths].sum())
+                for name, values in chunk.arrays.items():
+                    if name not in STARTS.values():
+                        arrays.append(name, values)
+                bar.update(chunk.counts["rows"])
+        check_bad_rows(bad, counts.get("bad", 0), job.files, max_bad_rows, log)
+        if not counts.get("trees"):
             raise ValueError(_why_empty(counts, job))
-        for name, stream in streams.items():
-            stream.seek(0)
-            _write_header(stream, DTYPES.get(name, np.float32), lengths[name])
-            _sync(stream)
-        sizes = {name: (temporary / f"{name}.npy").stat().st_size for name in streams}
-        columns = [name for name in streams if name not in DTYPES]
+        sizes = arrays.finish()
+        columns = [name for name in sizes if name not in DTYPES]
         meta = {"key": key, "counts": counts, "bad": bad, "columns": columns, "bytes": sizes}
         with open(temporary / "meta.json", "w") as file:
             json.dump(meta, file, indent=1)
@@ -75,15 +84,49 @@ def _build(
         _publish(temporary, folder, key)
         return meta
     finally:
-        for stream in streams.values():
-            stream.close()
+        arrays.close()
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+class _ArrayFiles:
+    """Flat .npy files that grow; their headers get the final lengths in the end."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.streams: dict[str, BinaryIO] = {}
+        self.lengths: dict[str, int] = {}
+
+    def append(self, name: str, values: np.ndarray) -> None:
+        """Write values at the end of an array, which begins with its first values."""
+        if name not in self.streams:
+            self.streams[name] = open(self.folder / f"{name}.npy", "wb")  # noqa: SIM115 (close)
+            self.lengths[name] = 0
+            _write_header(self.streams[name], values.dtype, 0)
+        self.streams[name].write(values.tobytes())
+        self.lengths[name] += len(values)
+
+    def finish(self) -> dict[str, int]:
+        """Write the headers again and sync to disk; return the size of each file in bytes."""
+        for name, stream in self.streams.items():
+            stream.seek(0)
+            _write_header(stream, DTYPES.get(name, np.float32), self.lengths[name])
+            _sync(stream)
+        return {name: os.stat(self.folder / f"{name}.npy").st_size for name in self.streams}
+
+    def close(self) -> None:
+        """Close the files."""
+        for stream in self.streams.values():
+            stream.close()
+
+
 def _write_header(stream: BinaryIO, dtype: DTypeLike, length: int) -> None:
-    """The .npy header of a flat array. NumPy leaves room in it for the length to grow, so it can be written again."""
+    """Write the .npy header of a flat array. NumPy pads it, so a longer length fits later."""
     head = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (length,)}
     np.lib.format.write_array_header_1_0(stream, head)
+
+
+def _temporary_name(folder: Path) -> Path:
+    return folder.parent / f".partial-{uuid.uuid4().hex}"
 
 
 def _sync(stream: IO) -> None:
@@ -92,14 +135,18 @@ def _sync(stream: IO) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # some file systems cannot
+    with contextlib.suppress(OSError):  # some file systems cannot sync a folder
         descriptor = os.open(folder, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
 
 
 def _publish(temporary: Path, folder: Path, key: str) -> None:
-    """Rename to `folder`. Whoever was faster with the same key wrote the same arrays; a damaged folder makes way."""
+    """Rename `temporary` to `folder`.
+
+    A process that was faster with the same key wrote the same arrays: its folder stays. A damaged
+    folder is removed. OSError: it cannot be.
+    """
     _sync_folder(temporary)
     for _ in range(100):
         try:
@@ -109,64 +156,41 @@ def _publish(temporary: Path, folder: Path, key: str) -> None:
         except OSError:
             if not folder.exists():
                 raise
-        if _intact(folder, key):
+        if read_meta(folder, key):
             return
-        with contextlib.suppress(FileNotFoundError):  # another process may have moved it away first
-            shutil.rmtree(folder.rename(folder.parent / f".partial-{uuid.uuid4().hex}"))
+        with contextlib.suppress(FileNotFoundError):  # another process may have moved it first
+            shutil.rmtree(folder.rename(_temporary_name(folder)))
     raise OSError(f"{folder}: cannot be replaced: remove it by hand")
 
 
-def _intact(folder: Path, key: str) -> dict[str, Any] | None:
-    """meta.json of a cached data set whose files are all there in the right size, else None."""
+def read_meta(folder: Path, key: str) -> dict[str, Any] | None:
+    """Return meta.json of a cached data set, or None when a file is missing or has another size."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        whole = all(
-            (folder / f"{name}.npy").stat().st_size == size for name, size in meta["bytes"].items()
-        )
-        return meta if whole and meta["key"] == key else None
+        if meta["key"] != key:
+            return None
+        for name, size in meta["bytes"].items():
+            if (folder / f"{name}.npy").stat().st_size != size:
+                return None
+        return meta
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
+def file_sha256(file: Path) -> str:
+    """Return the SHA-256 of a file's content, as hex digits."""
     with open(file, "rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-SHOWN = 10  # bad rows printed, and kept in the cache
-
-
-DTYPES: dict[str, type[np.generic]] = {
-    "tokens": np.int32, "scored": np.uint8, "tree_start": np.int64, "prompt_len": np.int32,
-    "response_start": np.int64, "response_len": np.int32,
-}  # fmt: skip
-
-
-def _check_bad(
-    bad: list, total: int, files: list[Path], max_bad_rows: int, log: Callable[[str], Any]
-) -> None:
-    """Print the first bad rows; ValueError when there are more than allowed."""
-    reports = [f"{files[file]}:{line}: {reason}" for file, line, reason in bad]
-    for report in reports:
-        log(f"bad row {report}")
-    if total > len(reports):
-        log(f"... and {total - len(reports)} more bad rows")
-    if total > max_bad_rows:
-        raise ValueError(
-            f"{reports[0]} ({total} bad so far: repair the data or raise --max-bad-rows {max_bad_rows})"
-        )
-
-
-def _why_empty(counts: dict[str, int], job: _Job) -> str:
+def _why_empty(counts: dict[str, int], job: Job) -> str:
     names = ", ".join(map(str, job.files)) or "no files"
-    if not counts.get("rows"):
+    rows = counts.get("rows", 0)
+    if not rows:
         return f"{names}: no rows: give JSONL files, one JSON object a line"
     if counts["too_long"]:
-        what = (
-            f"{counts['too_long']} of {counts['rows']} rows are longer than {job.max_length} tokens"
+        return (
+            f"{names}: no row is left, {counts['too_long']} of {rows} are longer than "
+            f"{job.max_length} tokens: raise --max-length or use --overlong truncate"
         )
-        return f"{names}: nothing is left, {what}: raise --max-length or use --overlong truncate"
-    return f"{names}: nothing is left, all {counts['rows']} rows are bad: repair the data"
+    return f"{names}: no row is left, all {rows} rows are bad: fix the data"

@@ -1,10 +1,14 @@
-"""JSONL files -> token trees on disk: read, tokenised once in parallel, cached, memory-mapped.
+"""JSONL files -> a data set of token trees, tokenised once and cached; or prompts to sample from.
 
-    dataset = load_dataset(["prefs.jsonl"], "preference", template, max_length=1024, cache="OUT/cache")
-    a, b = dataset.tree_start[i : i + 2]     # tree i, its prompt and then its responses: dataset.tokens[a:b]
+    dataset = load_dataset(["prefs.jsonl"], "preference", template, cache="OUT/cache")
+    start, end = dataset.tree_start[i : i + 2]
+    dataset.tokens[start:end]      # tree i: its prompt, then its responses
 
-Letters: N tokens, n trees, R responses. The folder CACHE/<key>/ holds one .npy a field and meta.json; the key is the
-hash of everything that decides the arrays, so a cached data set can be used or thrown away but never be out of date.
+Worker processes tokenise the rows (data/encode.py). The arrays are kept in CACHE/<key>/ and
+memory-mapped (data/cache.py); the key is the hash of everything that decides them, so a cached data
+set is never out of date.
+
+Letters: N tokens, n trees, R responses, M scored tokens.
 """
 
 import hashlib
@@ -19,47 +23,47 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data.cache import DTYPES, SHOWN, _build, _check_bad, _intact, _sha256
-from data.encode import ROWS, _cut, _Job
-from data.formats import (
-    prompt_of,
-)
-from data.rows import _lines, _parse
+from data.cache import DTYPES, file_sha256, read_meta, write_cache
+from data.encode import ROWS, Job, cut_prompt
+from data.formats import prompt_of
+from data.rows import SHOWN, check_bad_rows, existing_files, parse_row, read_lines
 
-FORMAT = 2  # raise it whenever the same rows would give other arrays, here or in data/formats.py
+FORMAT = 2  # raise it when the same rows would give other arrays, here or in data/formats.py
 
 
 @dataclass
 class Dataset:
-    """Token trees in flat arrays. Tree i lies in `tokens` as prompt, response 0, response 1, ..."""
+    """Token trees in flat arrays. Tree i lies in `tokens` as prompt, response 0, response 1, ...
+
+    Two trees, [1 2 | 3 | 4 5] and [6 | 7]:
+        tokens 1 2 3 4 5 6 7    tree_start 0 5 7       prompt_len 2 1
+        scored 0 0 1 1 1 0 1    response_start 0 2 3   response_len 1 2 1
+    """
 
     tokens: np.ndarray  # (N,) int32
-    scored: np.ndarray  # (N,) uint8, 1 where a response token is learned from
-    tree_start: np.ndarray  # (n + 1,) int64, index of a tree's first token
+    scored: np.ndarray  # (N,) uint8: 1 on response tokens that the loss counts, 0 on prompts
+    tree_start: np.ndarray  # (n + 1,) int64: index of a tree's first token
     prompt_len: np.ndarray  # (n,) int32
-    response_start: np.ndarray  # (n + 1,) int64, index of a tree's first response
+    response_start: np.ndarray  # (n + 1,) int64: index of a tree's first response
     response_len: np.ndarray  # (R,) int32
-    columns: dict[str, np.ndarray] = field(
-        default_factory=dict
-    )  # name -> (R,) float32, NaN where a row gave none
-    counts: dict[str, int] = field(
-        default_factory=dict
-    )  # rows = trees + too_long + bad; the rest is of trees kept
-    key: str = ""  # hash of everything that decided the arrays
-    token_columns: dict[str, np.ndarray] = field(
-        default_factory=dict
-    )  # name -> (N,), of meaning where `scored` is 1
+    # name -> (R,) float32, NaN where a row has no value
+    columns: dict[str, np.ndarray] = field(default_factory=dict)
+    # rows = trees + too_long + bad; all other counts are of the trees kept
+    counts: dict[str, int] = field(default_factory=dict)
+    key: str = ""  # hash of everything that decides the arrays
+    # name -> (N,), meaningful where `scored` is 1
+    token_columns: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.prompt_len)
 
     def tree_lengths(self, shared: bool = True) -> np.ndarray:
-        """Tokens of each tree, (n,) int64; `shared` False counts the prompt once for every response."""
+        """Return the tokens of each tree, (n,) int64; not `shared`: a prompt a response."""
         lengths = np.diff(self.tree_start)
         return lengths if shared else lengths + self.prompt_len * (np.diff(self.response_start) - 1)
 
     def add_tokens(self, name: str, values: np.ndarray) -> None:
-        """Keeps a value of every scored token, (M,) in the order of the data set, as a token column."""
+        """Add a token column from one value a scored token, (M,) in the order of the data set."""
         column = np.zeros(len(self.tokens), values.dtype)
         column[self.scored == 1] = values
         self.token_columns[name] = column
@@ -67,21 +71,21 @@ class Dataset:
     @cached_property
     def scored_len(self) -> np.ndarray:
         """Scored tokens of each response, (R,) int64."""
-        prompts = np.repeat(
-            np.cumsum(self.prompt_len), np.diff(self.response_start)
-        )  # tokens of all up to its own
-        starts = prompts + np.cumsum(self.response_len) - self.response_len
-        counts, full = np.zeros(len(starts), np.int64), np.asarray(self.response_len) > 0
-        if full.any():  # what lies between two responses is a prompt, which is not scored
-            counts[full] = np.add.reduceat(self.scored, starts[full], dtype=np.int64)
+        prompt_tokens = np.cumsum(self.prompt_len)  # up to and including each tree's prompt
+        starts = np.repeat(prompt_tokens, np.diff(self.response_start))
+        starts = starts + np.cumsum(self.response_len) - self.response_len
+        counts = np.zeros(len(starts), np.int64)
+        nonempty = np.asarray(self.response_len) > 0
+        if nonempty.any():  # between two responses lies a prompt at most, which is not scored
+            counts[nonempty] = np.add.reduceat(self.scored, starts[nonempty], dtype=np.int64)
         return counts
 
     def responses_of(self, examples: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Numbers of all responses of some trees, in order."""
-        starts, ends = self.response_start[:-1], self.response_start[1:]
-        return np.concatenate(
-            [np.arange(starts[i], ends[i]) for i in examples] or [np.empty(0, np.int64)]
-        )
+        """Return the numbers of all responses of some trees, in order, int64."""
+        numbers = [np.empty(0, np.int64)]
+        for i in examples:
+            numbers.append(np.arange(self.response_start[i], self.response_start[i + 1]))
+        return np.concatenate(numbers)
 
 
 def load_dataset(
@@ -95,65 +99,86 @@ def load_dataset(
     workers: int | None = None,
     log: Callable[[str], Any] = print,
 ) -> Dataset:
-    """Rows of the JSONL files (.gz too), in order, as token trees; read from `cache` when they were tokenised before.
+    """Return the rows of JSONL files (.gz too) as token trees, in order; cached between runs.
 
-    kind: "sft", "preference", "label", "attributes" or "weights": the rows are in data/formats.py. A response with its
-    prompt longer than `max_length` tokens: "drop" removes the whole tree, "truncate" cuts the prompt from the left (bos
-    stays) and removes the tree only when no prompt would be left.
-    The arrays do not depend on `workers` (None: one a core, at most 32).
-    Raises FileNotFoundError for a missing file, ValueError for more bad rows than `max_bad_rows` (the message has
-    file:line and reason) and when no row is left.
+    kind: "sft", "preference", "label", "attributes" or "weights": the rows of data/formats.py.
+    max_length: tokens of a prompt with one response. For a longer one, overlong "drop" removes the
+    tree; "truncate" cuts the prompt from the left (bos stays) or, if none would be left, removes
+    the tree.
+    workers: processes (None: one a core, at most 32); the arrays do not depend on it.
+    FileNotFoundError: a file is missing. ValueError: more bad rows than `max_bad_rows` (the message
+    has file:line and reason), or no row is left.
     """
-    paths = [Path(f) for f in ([files] if isinstance(files, (str, Path)) else files)]
-    for name, value, known in (
-        ("kind", kind, tuple(ROWS)),
-        ("overlong", overlong, ("drop", "truncate")),
-    ):
-        if value not in known:
-            raise ValueError(f"{name} {value!r} is not known: use {' or '.join(known)}")
-    for file in paths:
-        if not file.is_file():
-            raise FileNotFoundError(
-                f"{file}: no such file: give JSONL files, one JSON object a line"
-            )
-    decides = [
-        FORMAT,
-        kind,
-        [_sha256(f) for f in paths],
-        template.hash,
-        template.tokenizer.hash,
-        max_length,
-        overlong,
-    ]
-    key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()
+    paths = existing_files([files] if isinstance(files, (str, Path)) else files)
+    _check_choice("kind", kind, tuple(ROWS))
+    _check_choice("overlong", overlong, ("drop", "truncate"))
+    job = Job(paths, kind, template, max_length, overlong)
+    key = _key(job)
     folder = Path(cache) / key[:32]
     began = time.perf_counter()
-    meta, source = None, f"from cache {folder}"
-    if folder.exists():
-        meta = _intact(folder, key)
-        if meta is None:
-            log(
-                f"warning: {folder} is damaged (a file is missing or has the wrong size): tokenising again"
-            )
-    if meta is None:
-        meta = _build(
-            folder,
-            key,
-            _Job(paths, kind, template, max_length, overlong),
-            max_bad_rows,
-            workers,
-            log,
-        )
-        source = f"tokenised in {time.perf_counter() - began:.1f} s"
+    meta = read_meta(folder, key)
+    if meta is not None:
+        source = f"from cache {folder}"
+        check_bad_rows(meta["bad"], meta["counts"]["bad"], paths, max_bad_rows, log)
     else:
-        _check_bad(meta["bad"], meta["counts"]["bad"], paths, max_bad_rows, log)
-    arrays = {
-        name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in (*DTYPES, *meta["columns"])
-    }
-    columns = {name.removeprefix("column_"): arrays.pop(name) for name in meta["columns"]}
-    dataset = Dataset(**arrays, columns=columns, counts=meta["counts"], key=key)
-    log(_summary(dataset, paths, max_length, source))
+        if folder.exists():
+            log(
+                f"warning: {folder} is damaged (a file is missing or has the wrong size): "
+                "tokenising again"
+            )
+        meta = write_cache(folder, key, job, max_bad_rows, workers, log)
+        source = f"tokenised in {time.perf_counter() - began:.1f} s"
+    dataset = _open(folder, meta)
+    log(_summary(dataset, job, source))
     return dataset
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} {value!r} is unknown: use {' or '.join(choices)}")
+
+
+def _key(job: Job) -> str:
+    """Return the hash of everything that decides the arrays, as hex digits."""
+    decides = [
+        FORMAT,
+        job.kind,
+        [file_sha256(file) for file in job.files],
+        job.template.hash,
+        job.template.tokenizer.hash,
+        job.max_length,
+        job.overlong,
+    ]
+    return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
+
+
+def _open(folder: Path, meta: dict[str, Any]) -> Dataset:
+    """Return the data set of a cache folder, its arrays memory-mapped."""
+
+    def array(name: str) -> np.ndarray:
+        return np.load(folder / f"{name}.npy", mmap_mode="r")
+
+    arrays = {name: array(name) for name in DTYPES}
+    columns = {name.removeprefix("column_"): array(name) for name in meta["columns"]}
+    return Dataset(**arrays, columns=columns, counts=meta["counts"], key=meta["key"])
+
+
+def _summary(dataset: Dataset, job: Job, source: str) -> str:
+    """Return the line that the log gets: rows kept and dropped, tokens, mean lengths."""
+    names = ", ".join(file.name for file in job.files)
+    counts = dataset.counts
+    trees = len(dataset)
+    responses = len(dataset.response_len)
+    identical = ""
+    if responses > trees:
+        identical = f", {counts['identical']} with identical responses"
+    return (
+        f"{names}: {counts['rows']} rows, {trees} kept ({counts['truncated']} truncated, "
+        f"{counts['moved']} borders moved{identical}), "
+        f"{counts['too_long']} dropped as longer than {job.max_length}, {counts['bad']} bad; "
+        f"{counts['tokens']:,} tokens, mean prompt {dataset.prompt_len.sum() / trees:.1f}, "
+        f"mean response {dataset.response_len.sum() / responses:.1f}; {source}"
+    )
 
 
 def from_trees(
@@ -161,22 +186,30 @@ def from_trees(
     columns: dict[str, np.ndarray] | None = None,
     key: str = "",
 ) -> Dataset:
-    """A data set in memory from (prompt ids, [(response ids, scored), ...]) a tree, as template.pair gives them."""
-    parts, flags, prompt_len, response_len, responses = [], [], [], [], []
+    """Return a data set in memory from one (prompt ids, [(response ids, scored), ...]) a tree."""
+    tokens = []
+    scored = []
+    prompt_len = []
+    response_len = []
+    tree_len = []
+    responses = []
     for prompt, answers in trees:
-        parts += [prompt, *(ids for ids, _ in answers)]
-        flags += [np.zeros(len(prompt)), *(scored for _, scored in answers)]
+        tokens.append(prompt)
+        scored.append(np.zeros(len(prompt)))
+        for ids, flags in answers:
+            tokens.append(ids)
+            scored.append(flags)
+        lengths = [len(ids) for ids, _ in answers]
         prompt_len.append(len(prompt))
-        response_len += [len(ids) for ids, _ in answers]
+        response_len += lengths
+        tree_len.append(len(prompt) + sum(lengths))
         responses.append(len(answers))
-    response_start = np.cumsum([0, *responses])
-    ends = np.cumsum([0, *response_len])[response_start]
     return Dataset(
-        tokens=np.concatenate(parts).astype(np.int32),
-        scored=np.concatenate(flags).astype(np.uint8),
-        tree_start=np.cumsum([0, *prompt_len]) + ends,
+        tokens=np.concatenate(tokens).astype(np.int32),
+        scored=np.concatenate(scored).astype(np.uint8),
+        tree_start=np.cumsum([0, *tree_len]),
         prompt_len=np.array(prompt_len, np.int32),
-        response_start=response_start,
+        response_start=np.cumsum([0, *responses]),
         response_len=np.array(response_len, np.int32),
         columns=columns or {},
         key=key,
@@ -184,14 +217,14 @@ def from_trees(
 
 
 class Prompts(NamedTuple):
-    """Prompts that wait for an answer, n of each."""
+    """Prompts to sample responses to, in three lists of the same length."""
 
-    rows: list[dict[str, Any]]  # as in the files, for a reward to look at
+    rows: list[dict[str, Any]]  # as in the files, for the reward function
     prompts: list[Any]  # text or messages
     ids: list[list[int]]
 
-    def take(self, items: Iterable[int]) -> "Prompts":
-        """Some of them, in the order given."""
+    def take(self, items: Sequence[int] | np.ndarray) -> "Prompts":
+        """Return some of them, in the order given."""
         return Prompts(
             [self.rows[i] for i in items],
             [self.prompts[i] for i in items],
@@ -207,57 +240,39 @@ def load_prompts(
     max_bad_rows: int = 0,
     log: Callable[[str], Any] = print,
 ) -> Prompts:
-    """The prompts of JSONL files, rows of any kind; answers that a row has stay in the row.
+    """Return the prompts of JSONL files with rows of any kind; responses stay in `rows`, unused.
 
-    max_length: tokens of a prompt; a longer one goes, or with overlong "truncate" loses its beginning (bos stays).
-    Raises FileNotFoundError for a missing file, ValueError for more bad rows than `max_bad_rows` and when none is left.
+    max_length: tokens of a prompt. A longer one is removed (overlong "drop") or cut from the left,
+    bos kept (overlong "truncate").
+    FileNotFoundError: a file is missing. ValueError: more bad rows than `max_bad_rows`, or no
+    prompt is left.
     """
-    paths = [Path(f) for f in files]
-    for file in paths:
-        if not file.is_file():
-            raise FileNotFoundError(
-                f"{file}: no such file: give JSONL files, one JSON object a line"
-            )
-    kept, counts, bad = Prompts([], [], []), Counter(), []
-    for place, number, line in _lines(paths):
+    paths = existing_files(files)
+    kept = Prompts([], [], [])
+    counts: Counter = Counter()
+    bad = []
+    for file, number, line in read_lines(paths):
         counts["rows"] += 1
         try:
-            row = _parse(line)
+            row = parse_row(line)
             prompt = prompt_of(row, template.plain)
             ids = template.prompt(prompt)
         except ValueError as error:
-            bad.append((place, number, str(error)))
+            bad.append((file, number, str(error)))
             continue
         if len(ids) > max_length:
             counts["too_long"] += 1
-            ids = _cut(ids, max_length, template.tokenizer.bos, overlong)
+            ids = cut_prompt(ids, max_length, template.tokenizer.bos, overlong)
         if ids is not None:
             kept.rows.append(row)
             kept.prompts.append(prompt)
             kept.ids.append(ids)
-    _check_bad(bad[:SHOWN], len(bad), paths, max_bad_rows, log)
-    names = ", ".join(f.name for f in paths)
-    what = f"{counts['too_long']} longer than {max_length} tokens ({overlong})"
+    check_bad_rows(bad[:SHOWN], len(bad), paths, max_bad_rows, log)
+    names = ", ".join(file.name for file in paths)
+    too_long = f"{counts['too_long']} longer than {max_length} tokens ({overlong})"
     if not kept.ids:
         raise ValueError(
-            f"{names}: no prompt is left of {counts['rows']} rows, {what}: raise --max-length"
+            f"{names}: no prompt is left of {counts['rows']} rows, {too_long}: raise --max-length"
         )
-    log(f"{names}: {counts['rows']} rows, {len(kept.ids)} prompts kept, {what}, {len(bad)} bad")
+    log(f"{names}: {counts['rows']} rows, {len(kept.ids)} prompts kept, {too_long}, {len(bad)} bad")
     return kept
-
-
-def _summary(dataset: Dataset, files: list[Path], max_length: int, source: str) -> str:
-    c, trees, responses = dataset.counts, len(dataset), len(dataset.response_len)
-    prompt, response = dataset.prompt_len.sum() / trees, dataset.response_len.sum() / responses
-    pairs = f", {c['identical']} with identical responses" if responses > trees else ""
-    return (
-        f"{', '.join(f.name for f in files)}: {c['rows']} rows, {trees} kept ({c['truncated']} truncated, "
-        f"{c['moved']} borders moved{pairs}), {c['too_long']} dropped as longer than {max_length}, {c['bad']} bad; "
-        f"{c['tokens']:,} tokens, mean prompt {prompt:.1f}, mean response {response:.1f}; {source}"
-    )
-
-
-# Rows to trees: what a worker does.
-
-
-# Lines to chunks, chunks to files: what the parent does.

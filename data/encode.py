@@ -1,3 +1,8 @@
+"""Lines of JSONL files -> token trees, chunk by chunk, in forked worker processes.
+
+The trees depend on the lines alone: any number of workers gives the same chunks in the same order.
+"""
+
 import multiprocessing
 import os
 import signal
@@ -7,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,156 +20,173 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data.formats import Row, attribute_row, label_row, preference_row, sft_row, weight_row
-from data.rows import _lines, _parse
+from data.rows import BadRow, Line, parse_row, read_lines
 
-CHUNK_ROWS = 256  # rows a worker is handed at a time; a file of one chunk needs no workers
-CHUNK_BYTES = 1 << 19  # and bytes
+CHUNK_ROWS = 256  # rows of one task of a worker; a file of one chunk needs no workers
+CHUNK_BYTES = 1 << 19  # the same limit in bytes, for long rows
+MAX_WORKERS = 32
 
-
+# kind -> function of (JSON object, keep HH transcripts as text) -> Row
 ROWS: dict[str, Callable[[dict, bool], Row]] = {
-    "sft": lambda row, plain: sft_row(row), "preference": preference_row, "label": label_row,
-    "attributes": lambda row, plain: attribute_row(row), "weights": lambda row, plain: weight_row(row),
-}  # fmt: skip
+    "sft": lambda row, plain: sft_row(row),
+    "preference": preference_row,
+    "label": label_row,
+    "attributes": lambda row, plain: attribute_row(row),
+    "weights": lambda row, plain: weight_row(row),
+}
+
+Answer = tuple[list[int], list[int]]  # ids of a response, and 1 for each that is scored, else 0
 
 
-class _Job(NamedTuple):
+class Job(NamedTuple):
+    """Everything that decides the trees."""
+
     files: list[Path]
-    kind: str
+    kind: str  # a key of ROWS
     template: Any
-    max_length: int
-    overlong: str
+    max_length: int  # tokens of a prompt with one response
+    overlong: str  # "drop" or "truncate"
 
 
-class _Chunk(NamedTuple):
-    """Trees of some consecutive lines, as arrays: little to send between processes, little to hold."""
+class Chunk(NamedTuple):
+    """Trees of consecutive lines, as arrays: compact to send between processes and to hold."""
 
-    arrays: dict[
-        str, np.ndarray
-    ]  # those of Dataset, lengths for starts: tree_len (tokens), responses (of a tree)
+    # Those of Dataset, with lengths in place of starts: tree_len (tokens), responses (of a tree).
+    arrays: dict[str, np.ndarray]
     counts: dict[str, int]
-    bad: list[tuple[int, int, str]]  # file, line, reason
+    bad: list[BadRow]
 
 
-def _encode_lines(job: _Job, lines: list[tuple[int, int, bytes]]) -> _Chunk:
-    """Lines (file, line number, bytes) -> trees. Pure: the same lines give the same trees in any process."""
-    # array.array, not lists of int: a chunk of tokens must not cost eight times its size
+@dataclass
+class _Trees:
+    """Trees added one by one, in compact arrays: a list of int takes eight times the memory."""
+
+    tokens: array = field(default_factory=lambda: array("i"))
+    scored: array = field(default_factory=lambda: array("B"))
+    tree_len: list[int] = field(default_factory=list)
+    prompt_len: list[int] = field(default_factory=list)
+    response_len: list[int] = field(default_factory=list)
+    responses: list[int] = field(default_factory=list)
+    columns: dict[str, list[float]] = field(default_factory=dict)
+
+    def add(
+        self, prompt: list[int], answers: list[Answer], columns: dict[str, list[float]]
+    ) -> None:
+        """Append a tree and its columns."""
+        start = len(self.tokens)
+        self.tokens.extend(prompt)
+        self.scored.extend([0] * len(prompt))
+        for ids, scored in answers:
+            self.tokens.extend(ids)
+            self.scored.extend(scored)
+            self.response_len.append(len(ids))
+        self.tree_len.append(len(self.tokens) - start)
+        self.prompt_len.append(len(prompt))
+        self.responses.append(len(answers))
+        for name, values in columns.items():
+            self.columns.setdefault(name, []).extend(values)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return the arrays of a Chunk."""
+        arrays = {
+            "tokens": np.array(self.tokens, np.int32),
+            "scored": np.array(self.scored, np.uint8),
+            "prompt_len": np.array(self.prompt_len, np.int32),
+            "response_len": np.array(self.response_len, np.int32),
+            "tree_len": np.array(self.tree_len, np.int64),
+            "responses": np.array(self.responses, np.int64),
+        }
+        for name, values in self.columns.items():
+            arrays[f"column_{name}"] = np.array(values, np.float32)
+        return arrays
+
+
+def encode_lines(job: Job, lines: list[Line]) -> Chunk:
+    """Turn lines into trees. Pure: the same lines give the same trees in any process."""
+    trees = _Trees()
+    bad = []
     counts = dict.fromkeys(("too_long", "truncated", "moved", "identical"), 0)
-    bad, columns = [], {}
-    tokens, scored, tree_len = array("i"), array("B"), []
-    prompt_len, response_len, responses = [], [], []
     for file, number, line in lines:
         try:
-            row = ROWS[job.kind](_parse(line), job.template.plain)
+            row = ROWS[job.kind](parse_row(line), job.template.plain)
             prompt, answers, moved = _tokenise(row, job.template)
         except ValueError as error:
             bad.append((file, number, str(error)))
             continue
-        longest = max(len(ids) for ids, _ in answers)
-        cut = len(prompt) + longest > job.max_length
-        if cut:
-            prompt = _cut(
-                prompt, job.max_length - longest, job.template.tokenizer.bos, job.overlong
-            )
+        room = job.max_length - max(len(ids) for ids, _ in answers)  # for the prompt
+        truncated = len(prompt) > room
+        if truncated:
+            prompt = cut_prompt(prompt, room, job.template.tokenizer.bos, job.overlong)
         if prompt is None:
             counts["too_long"] += 1
             continue
-        counts["truncated"] += cut
+        first, *others = row.responses
+        counts["truncated"] += truncated
         counts["moved"] += moved
-        counts["identical"] += len(row.responses) > 1 and all(
-            r == row.responses[0] for r in row.responses
-        )
-        before = len(tokens)
-        tokens.extend(prompt)
-        scored.extend([0] * len(prompt))
-        for ids, flags in answers:
-            tokens.extend(ids)
-            scored.extend(flags)
-        tree_len.append(len(tokens) - before)
-        prompt_len.append(len(prompt))
-        response_len += [len(ids) for ids, _ in answers]
-        responses.append(len(answers))
-        for name, values in row.columns.items():
-            columns.setdefault(f"column_{name}", []).extend(values)
-    arrays: dict[str, np.ndarray] = {
-        "tokens": np.array(tokens, np.int32),
-        "scored": np.array(scored, np.uint8),
-        "prompt_len": np.array(prompt_len, np.int32),
-        "response_len": np.array(response_len, np.int32),
-        "tree_len": np.array(tree_len, np.int64),
-        "responses": np.array(responses, np.int64),
-    } | {name: np.array(values, np.float32) for name, values in columns.items()}
+        counts["identical"] += bool(others) and all(other == first for other in others)
+        trees.add(prompt, answers, row.columns)
     counts |= {
         "rows": len(lines),
         "bad": len(bad),
-        "trees": len(prompt_len),
-        "responses": len(response_len),
+        "trees": len(trees.prompt_len),
+        "responses": len(trees.response_len),
+        "tokens": len(trees.tokens),
+        "scored": sum(trees.scored),
     }
-    counts |= {"tokens": len(tokens), "scored": sum(scored)}
-    return _Chunk(arrays, counts, bad)
+    return Chunk(trees.arrays(), counts, bad)
 
 
-def _tokenise(row: Row, template: Any) -> tuple[list[int], list[tuple[list[int], list[int]]], bool]:
-    """(prompt ids, a (ids, scored) for each response, whether the border between them moved)."""
+def _tokenise(row: Row, template: Any) -> tuple[list[int], list[Answer], bool]:
+    """Return (prompt ids, an answer for each response, whether the border between them moved)."""
     if row.prompt is None:
         prompt, answer = template.conversation(row.responses[0])
-        answers, moved = [answer], False
+        answers = [answer]
+        moved = False
     else:
         prompt, answers, moved = template.pair(row.prompt, row.responses)
     if not prompt:
         raise ValueError(
-            "the prompt has no tokens, so nothing predicts the first of the response: write a prompt"
+            "the prompt has no tokens, so nothing predicts the first of the response: add a prompt"
         )
     if not all(any(scored) for _, scored in answers):
-        raise ValueError("a response has no token to learn from: write one")
+        raise ValueError("a response has no token to train on: write one")
     return prompt, answers, moved
 
 
-def _cut(prompt: list[int], room: int, bos: int | None, overlong: str) -> list[int] | None:
-    """The prompt's last tokens in `room`, behind its bos; None when the tree has to go."""
+def cut_prompt(prompt: list[int], room: int, bos: int | None, overlong: str) -> list[int] | None:
+    """Return the last tokens of a prompt that is too long, bos kept in front; None: drop the tree.
+
+    [bos 5 6 7] with room for 3 -> [bos 6 7]. At least one token besides bos must be left.
+    """
     head = prompt[:1] if prompt[0] == bos and len(prompt) > 1 else []
-    if overlong == "drop" or room <= len(head):  # at least one token of the prompt itself stays
+    if overlong == "drop" or room <= len(head):
         return None
     return head + prompt[len(prompt) - (room - len(head)) :]
 
 
-def _chunks(files: list[Path]) -> Iterator[list[tuple[int, int, bytes]]]:
-    chunk, size = [], 0
-    for line in _lines(files):
-        chunk.append(line)
-        size += len(line[2])
-        if len(chunk) >= CHUNK_ROWS or size >= CHUNK_BYTES:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
+def encode_files(job: Job, workers: int | None) -> Generator[Chunk, None, None]:
+    """Yield every chunk of the files, encoded, in order; forked workers encode from two chunks on.
 
-
-def _encode(job: _Job, workers: int | None) -> Generator[_Chunk, None, None]:
-    """Every chunk encoded, in file order; by forked workers when there is more than one chunk."""
+    workers: None is one a core, at most MAX_WORKERS. RuntimeError: a worker was killed.
+    """
     chunks = _chunks(job.files)
     head = list(islice(chunks, 2))
     if workers is None:
-        workers = min(
-            32,
-            len(os.sched_getaffinity(0))
-            if hasattr(os, "sched_getaffinity")
-            else os.cpu_count() or 1,
-        )
+        workers = min(MAX_WORKERS, _cores())
     if workers <= 1 or len(head) < 2 or "fork" not in multiprocessing.get_all_start_methods():
-        yield from (_encode_lines(job, chunk) for chunk in chain(head, chunks))
+        for chunk in chain(head, chunks):
+            yield encode_lines(job, chunk)
         return
-    # Not multiprocessing.Pool, which waits for ever for a worker that was killed. Forked workers inherit the template.
+    # Not multiprocessing.Pool, which hangs when a worker is killed. Fork: workers inherit the job.
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _start_worker, (job,))
-    waiting = deque()
+    pending = deque()
     try:
         for chunk in chain(head, chunks):
-            waiting.append(pool.submit(_encode_in_worker, chunk))
-            if (
-                len(waiting) > 3 * workers
-            ):  # enough to keep them busy; what is read but not written stays small
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+            pending.append(pool.submit(_encode_in_worker, chunk))
+            if len(pending) > 3 * workers:  # enough to keep the workers busy, little to hold
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
     except BrokenProcessPool:
         raise RuntimeError(
             "a tokenising worker was killed (out of memory?): free memory, or use workers=1"
@@ -172,26 +195,45 @@ def _encode(job: _Job, workers: int | None) -> Generator[_Chunk, None, None]:
         pool.shutdown(cancel_futures=True)
 
 
-_job: _Job  # a worker's own, set once it is forked
+def _chunks(files: list[Path]) -> Iterator[list[Line]]:
+    chunk: list[Line] = []
+    size = 0
+    for line in read_lines(files):
+        chunk.append(line)
+        size += len(line[2])
+        if len(chunk) >= CHUNK_ROWS or size >= CHUNK_BYTES:
+            yield chunk
+            chunk = []
+            size = 0
+    if chunk:
+        yield chunk
 
 
-def _start_worker(job: _Job) -> None:
+def _cores() -> int:
+    """Return the cores that this process may use, where the system says so."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+_job: Job  # of this worker process, set after the fork
+
+
+def _start_worker(job: Job) -> None:
+    """Set up a worker: only the parent handles Ctrl-C; the worker exits when the parent dies."""
     global _job
     _job = job
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches the parent, which ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    parent = (
-        multiprocessing.parent_process()
-    )  # a parent killed with -9 must not leave its workers waiting for ever
+    parent = multiprocessing.parent_process()
 
-    def follow() -> None:
+    def follow_parent() -> None:
         parent.join()
         os._exit(1)
 
-    threading.Thread(target=follow, daemon=True).start()
+    # A parent killed with -9 cannot stop its workers: they would wait forever.
+    threading.Thread(target=follow_parent, daemon=True).start()
 
 
-def _encode_in_worker(chunk: list[tuple[int, int, bytes]]) -> _Chunk:
-    return _encode_lines(_job, chunk)
+def _encode_in_worker(chunk: list[Line]) -> Chunk:
+    return encode_lines(_job, chunk)

@@ -1,12 +1,52 @@
+"""JSONL files in and out: numbered lines, one JSON object a line, .gz files too; bad rows reported.
+
+Every line carries its file and number, so that every error can name file:line.
+"""
+
 import gzip
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+Line = tuple[int, int, bytes]  # index of the file, line number from 1, content
 
-def _parse(line: bytes) -> dict[str, Any]:
+BadRow = tuple[int, int, str]  # index of the file, line number, reason
+SHOWN = 10  # bad rows printed, and kept in the cache
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors write one in front of a UTF-8 text
+
+
+def existing_files(files: Iterable[str | Path]) -> list[Path]:
+    """Return the paths. FileNotFoundError names the first one that is not a file."""
+    paths = [Path(file) for file in files]
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path}: no such file: give JSONL files, one JSON object a line"
+            )
+    return paths
+
+
+def read_lines(files: list[Path]) -> Iterator[Line]:
+    """Yield the lines of some files in order, blank ones left out. ValueError: a bad .gz file."""
+    for index, file in enumerate(files):
+        opener = gzip.open if file.suffix == ".gz" else open
+        try:
+            with opener(file, "rb") as stream:
+                for number, line in enumerate(stream, 1):
+                    if number == 1:
+                        line = line.removeprefix(BYTE_ORDER_MARK)
+                    if line.strip():
+                        yield index, number, line
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise ValueError(
+                f"{file}: not a whole gzip file ({error}): download or compress it again"
+            ) from None
+
+
+def parse_row(line: bytes) -> dict[str, Any]:
+    """Return the JSON object of a line. ValueError says why there is none."""
     try:
         row = json.loads(line.decode())
     except UnicodeDecodeError as error:
@@ -16,45 +56,44 @@ def _parse(line: bytes) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} at character {error.pos + 1}") from None
     except ValueError as error:  # a number of thousands of digits
-        raise ValueError(f"not JSON that can be read: {error}") from None
+        raise ValueError(f"not JSON that Python can read: {error}") from None
     if not isinstance(row, dict):
         raise ValueError("not a JSON object {...}: JSONL holds one object a line")
     return row
 
 
 def read_rows(file: str | Path) -> Iterator[dict[str, Any]]:
-    """The rows of a JSONL file (.gz too) as they are. ValueError names file:line of one that cannot be read."""
-    if not Path(file).is_file():
-        raise FileNotFoundError(f"{file} does not exist")
-    for _, number, line in _lines([Path(file)]):
+    """Yield the rows of one JSONL file unchanged. ValueError names file:line of a bad row."""
+    for _, number, line in read_lines(existing_files([file])):
         try:
-            yield _parse(line)
+            yield parse_row(line)
         except ValueError as error:
             raise ValueError(f"{file}:{number}: {error}") from None
 
 
 def write_rows(path: str | Path, rows: Iterable[dict[str, Any]]) -> str:
-    """Writes a JSONL file, whole or not at all; returns its name."""
+    """Write a JSONL file, all of it or nothing; return its name."""
     partial = Path(f"{path}.partial")
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    # Half of a surrogate pair is no UTF-8, but JSON has an escape for it, and this is how Python spells it too.
+    # UTF-8 cannot hold half of a surrogate pair, but a JSON escape can; Python spells it the same.
     partial.write_text(text, encoding="utf-8", errors="backslashreplace")
     partial.replace(path)
     return str(path)
 
 
-def _lines(files: list[Path]) -> Iterator[tuple[int, int, bytes]]:
-    for index, file in enumerate(files):
-        try:
-            with gzip.open(file, "rb") if file.suffix == ".gz" else open(file, "rb") as stream:
-                for number, line in enumerate(stream, 1):
-                    if number == 1:
-                        line = line.removeprefix(
-                            b"\xef\xbb\xbf"
-                        )  # a byte order mark, as some editors write
-                    if line.strip():
-                        yield index, number, line
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise ValueError(
-                f"{file}: not a whole gzip file ({error}): fetch or compress it again"
-            ) from None
+def check_bad_rows(
+    bad: list[BadRow],
+    total: int,
+    files: list[Path],
+    max_bad_rows: int,
+    log: Callable[[str], Any],
+) -> None:
+    """Log the first bad rows as file:line: reason. ValueError: `total` is over the limit."""
+    reports = [f"{files[file]}:{line}: {reason}" for file, line, reason in bad]
+    for report in reports:
+        log(f"bad row {report}")
+    if total > len(reports):
+        log(f"... and {total - len(reports)} more bad rows")
+    if total > max_bad_rows:
+        fix = f"fix the data or raise --max-bad-rows {max_bad_rows}"
+        raise ValueError(f"{reports[0]} ({total} bad so far: {fix})")

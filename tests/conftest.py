@@ -81,6 +81,13 @@ def dataset_of(trees: list[tuple[list[int], list[list[int]]]], **columns: list[f
     )  # fmt: skip
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of tests/ranks/ and tests/e2e/ by the name of their folder."""
+    for item in items:
+        if item.path.parent.name in ("ranks", "e2e"):
+            item.add_marker(item.path.parent.name)
+
+
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory) -> Path:
     """A small toy world, a random Llama for it, and nothing trained: world/ and model/."""

@@ -1,6 +1,10 @@
-"""Several ranks in a test: forked processes with torchrun's environment around them, gone when the test goes on.
+"""Run a function on several ranks in a test: forked processes, with the environment that torchrun
+gives its own.
 
-launch(4, train_dpo.main, ["--tp", "2", ...])       what each rank returned; RankFailed with every rank's traceback
+    launch(4, train_dpo.main, ["--tp", "2", ...])       a list of what each rank returned
+
+A rank that raises, dies or hangs fails the test with the traceback of every rank, and no process is
+left behind. forked.py starts ranks that are meant to fail.
 """
 
 import multiprocessing
@@ -17,42 +21,39 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 
-LAST_WORDS = 10.0  # seconds that the other ranks have to fail as well once one has
+GRACE_SECONDS = 10.0  # time for the other ranks to fail as well, once one has
 
 
 class RankFailed(AssertionError):
-    """Some rank raised, died or hung; `ranks` holds what each of them said."""
+    """A rank raised, died or hung; `ranks` maps the rank to its traceback."""
 
     def __init__(self, ranks: dict[int, str]):
-        super().__init__(
-            "".join(f"\n--- rank {rank}: {said}" for rank, said in sorted(ranks.items()))
-        )
+        report = "".join(f"\n--- rank {rank}: {text}" for rank, text in sorted(ranks.items()))
+        super().__init__(report)
         self.ranks = ranks
 
 
 def launch(world: int, work: Callable[..., Any], *args: Any, limit: float = 120.0) -> list[Any]:
-    """Runs work(*args) in `world` forked processes as torchrun would, and returns what each of them returned.
+    """Run work(*args) in `world` forked processes and return a list of their results, by rank.
 
-    Like torchrun's agent, this process holds the store, on a port of the system's choice. Raises RankFailed when a rank
-    raises, dies, or is not done after `limit` seconds; whatever happens, no process is left.
+    Like torchrun's agent, this process holds the store, on a port that the system chooses. Raises
+    RankFailed when a rank raises, dies, or has not finished after `limit` seconds; in every case no
+    process is left.
     """
-    warm = torch.nn.Parameter(torch.ones(2))
-    warm.grad = torch.ones(2)
-    torch.optim.AdamW(
-        [warm], fused=True
-    ).step()  # imports for seconds at its first step: here, not in every fork
+    warm_up()
     fork = multiprocessing.get_context("fork")
     pipes = [fork.Pipe() for _ in range(world)]
     ranks = [
-        fork.Process(target=_rank, args=(rank, world, pipes, work, args)) for rank in range(world)
+        fork.Process(target=_run_rank, args=(rank, world, pipes, work, args))
+        for rank in range(world)
     ]
     store = None
     try:
         for process in ranks:
             process.start()
         for _, theirs in pipes:
-            theirs.close()  # so that a rank that dies ends its pipe
-        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            theirs.close()  # the rank holds the only other end: its death closes the pipe
+        store = serve_store()
         for ours, _ in pipes:
             ours.send(store.port)
         answers = _collect([ours for ours, _ in pipes], limit)
@@ -63,26 +64,57 @@ def launch(world: int, work: Callable[..., Any], *args: Any, limit: float = 120.
                 process.join()
         for ours, _ in pipes:
             ours.close()
-        store = None  # its thread ends here: a store that is freed in a later fork takes that process along
-    if bad := {rank: said for rank, (good, said) in answers.items() if not good}:
-        raise RankFailed(bad)
+        store = (
+            None  # freed here: a store freed in a later fork, where its thread is gone, hangs there
+        )
+    failed = {rank: text for rank, (succeeded, text) in answers.items() if not succeeded}
+    if failed:
+        raise RankFailed(failed)
     return [answers[rank][1] for rank in range(world)]
 
 
-def _rank(
-    rank: int, world: int, pipes: list[tuple[Connection, Connection]], work: Callable, args: tuple
+def warm_up() -> None:
+    """Take one AdamW step, whose imports last seconds, so that forked processes inherit them."""
+    weight = torch.nn.Parameter(torch.ones(2))
+    weight.grad = torch.ones(2)
+    torch.optim.AdamW([weight], fused=True).step()
+
+
+def serve_store() -> dist.TCPStore:
+    """Open the store at which the ranks meet. Call it after the forks: its thread does not survive
+    one.
+    """
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def set_torchrun_environment(rank: int, world: int, port: int) -> None:
+    """Set the variables that torchrun sets for a rank on a single machine."""
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+    }
+
+
+def _run_rank(
+    rank: int,
+    world: int,
+    pipes: list[tuple[Connection, Connection]],
+    work: Callable[..., Any],
+    args: tuple[Any, ...],
 ) -> None:
+    """Call work(*args) as one rank, and send (True, result) or (False, traceback) to the parent."""
     for ours, theirs in pipes:
         ours.close()
         if theirs is not pipes[rank][1]:
             theirs.close()
     pipe = pipes[rank][1]
-    port = pipe.recv()
-    os.environ |= {
-        "RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
-    }  # fmt: skip
-    torch.set_num_threads(1)  # the parent's pool of threads does not live through a fork
+    set_torchrun_environment(rank, world, pipe.recv())
+    torch.set_num_threads(1)  # the parent's thread pool does not survive a fork
     try:
         answer = (True, work(*args))
         if dist.is_initialized():
@@ -92,34 +124,34 @@ def _rank(
         answer = (False, traceback.format_exc())
     pipe.send(answer)
     pipe.close()
-    os._exit(0)  # nothing of the test session that was forked may run at the end
+    os._exit(0)  # skips the clean-up of the test session that was forked
 
 
 def _collect(pipes: list[Connection], limit: float) -> dict[int, tuple[bool, Any]]:
-    """rank -> (whether it went well, what it returned or said)."""
+    """Wait for the ranks and return rank -> (True, result) or (False, traceback)."""
     answers: dict[int, tuple[bool, Any]] = {}
-    until = time.monotonic() + limit
+    deadline = time.monotonic() + limit
     while len(answers) < len(pipes):
         waiting = {pipe: rank for rank, pipe in enumerate(pipes) if rank not in answers}
-        for pipe in wait(list(waiting), max(0.0, until - time.monotonic())):
+        for pipe in wait(list(waiting), max(0.0, deadline - time.monotonic())):
+            rank = waiting[pipe]
             try:
-                answers[waiting[pipe]] = pipe.recv()
+                answers[rank] = pipe.recv()
             except EOFError:
-                answers[waiting[pipe]] = (False, "died without a word")
-            if not answers[waiting[pipe]][0]:
-                until = min(until, time.monotonic() + LAST_WORDS)
-        if time.monotonic() >= until:
-            return answers | {
-                r: (False, "did not answer") for r in range(len(pipes)) if r not in answers
-            }
+                answers[rank] = (False, "died without a traceback")
+            if not answers[rank][0]:
+                deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+        if time.monotonic() >= deadline:
+            silent = [rank for rank in range(len(pipes)) if rank not in answers]
+            return answers | {rank: (False, "did not answer") for rank in silent}
     return answers
 
 
 def weights_in(folder: Path) -> dict[str, Tensor]:
-    """Every weight of a Hugging Face folder, from however many files."""
-    found: dict[str, Tensor] = {}
+    """Return every weight of a Hugging Face folder, by name, from however many files."""
+    weights: dict[str, Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         part = load_file(path)
-        assert not found.keys() & part.keys(), "a weight is in two files"
-        found |= part
-    return found
+        assert not weights.keys() & part.keys(), "a weight is in two files"
+        weights |= part
+    return weights

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import data.dataset
+import data.encode
 from data.dataset import load_dataset
 from data.formats import preference_row, sft_row
 
@@ -316,7 +316,7 @@ BAD_SFT = [
     ("[" * 100_000, "nested too deeply"),
     ("9" * 5000, "not JSON"),
     (b'{"prompt": "\xff"}', "not UTF-8"),
-    ("{}", "nothing to learn from.*`prompt`.*`messages`"),
+    ("{}", "nothing to train on.*`prompt`.*`messages`"),
     ({"prompt": "Q"}, "`prompt` but no `response`"),
     ({"response": "Q", "prompt": None}, "`response` but no `prompt`"),
     ({"question": "Q", "answer": "A"}, "this one has 'question', 'answer'"),
@@ -640,7 +640,7 @@ def test_files(tmp_path):
 
 def test_workers(tmp_path, monkeypatch):
     """One worker or three: the same arrays, counts and bad rows, in file order."""
-    monkeypatch.setattr(data.dataset, "CHUNK_ROWS", 7)
+    monkeypatch.setattr(data.encode, "CHUNK_ROWS", 7)
     rows = [
         "{" if k % 29 == 5 else PAIR | {"prompt": f"{'long' * (k % 9)} moved {k}", "margin": k}
         for k in range(150)
@@ -675,7 +675,7 @@ def test_workers(tmp_path, monkeypatch):
 
 def test_dead_worker(tmp_path, monkeypatch):
     """A worker that is killed ends the run with an error; it does not hang, and nothing half-made stays."""
-    monkeypatch.setattr(data.dataset, "CHUNK_ROWS", 2)
+    monkeypatch.setattr(data.encode, "CHUNK_ROWS", 2)
     parent = os.getpid()
 
     class Deadly(Plain):
@@ -692,7 +692,7 @@ def test_dead_worker(tmp_path, monkeypatch):
 
 def test_interrupt(tmp_path, monkeypatch):
     """Ctrl-C in mid-run reaches the caller and leaves neither workers nor half-made folders."""
-    monkeypatch.setattr(data.dataset, "CHUNK_ROWS", 2)
+    monkeypatch.setattr(data.encode, "CHUNK_ROWS", 2)
     parent = os.getpid()
 
     class Interrupting(Plain):

@@ -243,6 +243,7 @@ def test_kernels_are_operators_that_torch_compile_takes():
     assert all(torch.equal(a, p.grad) for a, p in zip(eager, gpt.parameters(), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
 def test_the_laws_hold_in_the_interpreter():
     """All laws of this file and of test_attention_kernels.py, in a process of their own."""

@@ -208,6 +208,7 @@ def main(architectures: list[int], window: bool) -> int:
     return faulty
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_kernels_compile_well(arch: int):
     """No spills in loops, no serialised wgmma, the architecture's own matrix instructions, shared

@@ -1,0 +1,45 @@
+"""The sizes and options that decide a model's arithmetic, whatever family it comes from."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Options that decide the arithmetic. weights/config_json.py fills it from a config.json."""
+
+    family: str  # llama, mistral, qwen2, qwen3 or gpt_neox: decides the weights' names on disk
+    vocab: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    ffn: int
+    norm: str = "rms"  # rms, or layer (with bias)
+    norm_eps: float = 1e-5
+    mlp: str = "swiglu"  # swiglu, gelu, gelu_tanh
+    rope_theta: float = 10000.0
+    rope_size: int = 0  # rotated components of a head; 0 = all
+    # llama3 scaling: factor, low and high frequency factor, original length
+    rope_scaling: tuple[float, float, float, int] | None = None
+    windows: tuple[int, ...] = ()  # sliding window of each layer, 0 = none; () = none anywhere
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False  # RMSNorm on every head of q and k (Qwen3)
+    parallel_residual: bool = False  # x + attention(x) + mlp(x) (GPT-NeoX)
+    tied: bool = False  # the output head is the embedding
+    outputs: int = 0  # numbers of a reward model's score head, which replaces the head; 0 = none
+    max_position: int = 4096  # longest row the model was made for; longer ones are warned about
+
+    def window(self, layer: int) -> int:
+        """Return the sliding window of a layer, 0 = none."""
+        return self.windows[layer] if self.windows else 0
+
+    def flops_per_token(self, context: float) -> float:
+        """Count matmul FLOPs, forward and backward, of a scored token that sees `context` keys."""
+        attention = self.width * self.head_size * (self.heads * 2 + self.kv_heads * 2)
+        mlp = self.width * self.ffn * (3 if self.mlp == "swiglu" else 2)
+        scores = 2 * context * self.heads * self.head_size
+        head = (self.outputs or self.vocab) * self.width
+        return 6 * (self.layers * (attention + mlp + scores) + head)

@@ -1,0 +1,265 @@
+"""Layers that declare their weights, and linears that own their collectives.
+
+A layer says everything about a weight once, as a `Weight`: its shape, how tensor ranks cut it,
+whether it decays and trains, how it starts. Loading, saving, checkpoints, the optimizer, plan.py
+and the memory line read that declaration.
+
+With tensor parallelism every rank holds ceil(T / n) rows of the residual stream between two blocks
+(the last rows are padded with zeros). Rank i of n works on all T rows with its share of a matrix:
+
+    ColumnLinear   Y_i = enter(X) W_iᵀ      outputs are cut
+                   forward: all-gather X              backward: reduce-scatter dX
+    RowLinear      Y = exit(X_i W_iᵀ)       inputs are cut
+                   forward: reduce-scatter the sums   backward: all-gather dY
+    Vocabulary     logits_i = X E_iᵀ        tokens are cut
+                   log-probs are merged from a few numbers a token
+
+Letters: T tokens, M scored tokens, D width, V vocabulary, n tensor ranks.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels.logprob import linear_logprob, merge_partials
+from kernels.rmsnorm import add_rms_norm, rms_norm
+from parallel import Group, Mesh, enter, exit, split
+
+Start = Literal["normal", "residual", "ones", "zeros"]
+
+# ---- the declaration of a weight -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The share of each tensor rank: dimension `dim` in `units` equal units, dealt out evenly.
+
+    Nothing is padded: 5 units over 2 ranks are 2 and 3.
+    """
+
+    dim: int
+    units: int
+
+
+@dataclass(frozen=True)
+class Weight:
+    """All that a layer declares of one weight.
+
+    The weight's name is its place in the model (blocks.0.mixer.q.weight), and weights/table.py
+    derives the name on disk from it.
+    """
+
+    shape: tuple[int, ...]  # of the whole weight, before tensor ranks cut it
+    cut: Cut | None = None  # None: every tensor rank holds all of it
+    decays: bool = True  # whether AdamW's weight decay applies
+    trains: bool = True  # False: frozen, unknown to the optimizer
+    start: Start = "normal"  # residual: normal, but smaller by √(2 layers), as in GPT-2
+    both_ends: bool = False  # held by the first and by the last pipeline stage (a tied embedding)
+
+    def slice(self, mesh: Mesh) -> tuple[int, int, int] | None:
+        """Return (dimension, first, last + 1) of this tensor rank's slice; None: it holds all."""
+        if self.cut is None:
+            return None
+        size = self.shape[self.cut.dim] // self.cut.units
+        first, last = split(self.cut.units, mesh.tp, mesh.tp_rank)
+        return self.cut.dim, first * size, last * size
+
+    def local_shape(self, mesh: Mesh) -> tuple[int, ...]:
+        """Return the shape of this tensor rank's slice."""
+        shape = list(self.shape)
+        if piece := self.slice(mesh):
+            dim, first, last = piece
+            shape[dim] = last - first
+        return tuple(shape)
+
+    def replicas(self, mesh: Mesh) -> str:
+        """Name the group of ranks that hold the same piece, over which its gradients are summed.
+
+        A weight that every tensor rank holds whole has seen only that rank's rows (norms, biases
+        added after a reduce-scatter, the score head) or heads (norms of q and k), so its gradient
+        is summed over tp as well.
+        """
+        if self.both_ends and mesh.pp > 1:
+            return "ends dp cp"
+        return "dp cp" if mesh.tp == 1 or self.cut else "dp cp tp"
+
+
+class Layer(nn.Module):
+    """A module that declares the weights it owns."""
+
+    def __init__(self, mesh: Mesh):
+        super().__init__()
+        self.mesh = mesh
+        self.declared: dict[str, Weight] = {}
+
+    def declare(self, name: str, weight: Weight) -> None:
+        """Create this rank's slice of a weight, uninitialised, and keep its declaration."""
+        self.declared[name] = weight
+        self.register_parameter(name, nn.Parameter(torch.empty(weight.local_shape(self.mesh))))
+
+
+def weights_of(model: nn.Module) -> dict[str, Weight]:
+    """Return the declaration of every weight of a model by name, ordered as named_parameters."""
+    return {
+        f"{path}.{name}": weight
+        for path, layer in model.named_modules()
+        if isinstance(layer, Layer)
+        for name, weight in layer.declared.items()
+    }
+
+
+# ---- norms ---------------------------------------------------------------------------------------
+
+
+class Norm(Layer):
+    """RMSNorm, or LayerNorm with a bias; over the last dimension."""
+
+    def __init__(self, size: int, kind: str, eps: float, mesh: Mesh):
+        super().__init__(mesh)
+        self.eps = eps
+        self.has_bias = kind == "layer"
+        self.declare("weight", Weight((size,), decays=False, start="ones"))
+        if self.has_bias:
+            self.declare("bias", Weight((size,), decays=False, start="zeros"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.has_bias:
+            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        return rms_norm(x, self.weight, self.eps)
+
+    def add(self, x: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (x + update, its norm), in one kernel where there is one."""
+        if self.has_bias:
+            x = x + update
+            return x, self(x)
+        return add_rms_norm(x, update, self.weight, self.eps)
+
+
+# ---- linears -------------------------------------------------------------------------------------
+
+
+class Linear(Layer):
+    """Y = X Wᵀ + b. Every tensor rank holds all of W.
+
+    Whatever changes the product (an adapter, a quantised W) belongs in `matmul`: the collectives of
+    the subclasses go around it.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        mesh: Mesh,
+        bias: bool = False,
+        cut: Cut | None = None,
+        start: Start = "normal",
+    ):
+        super().__init__(mesh)
+        self.tp: Group = mesh.group("tp")
+        self.declare("weight", Weight((outputs, inputs), cut, start=start))
+        if bias:
+            rows = cut if cut and cut.dim == 0 else None
+            self.declare("bias", Weight((outputs,), rows, decays=False, start="zeros"))
+        else:
+            self.register_parameter("bias", None)
+
+    def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return x W_iᵀ + bias for this rank's slice W_i."""
+        return F.linear(x, self.weight, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.matmul(x, self.bias)
+
+
+class ColumnLinear(Linear):
+    """Y_i = X W_iᵀ + b_i: each tensor rank computes its share of the outputs for all T rows."""
+
+    def __init__(self, inputs: int, outputs: int, units: int, mesh: Mesh, bias: bool = False):
+        super().__init__(inputs, outputs, mesh, bias, Cut(0, units))
+
+    def forward(self, x: Tensor, rows: int) -> Tensor:
+        """(T / n, inputs), T = rows -> (T, outputs / n)."""
+        return columns(x, rows, self)[0]
+
+
+def columns(x: Tensor, rows: int, *linears: ColumnLinear) -> list[Tensor]:
+    """Apply several column-parallel linears to the same x (T / n, D), T = rows.
+
+    One all-gather serves them all. Returns (T, outputs / n) of each.
+    """
+    gathered = enter(x, rows, linears[0].tp)  # (T, D)
+    return [linear.matmul(gathered, linear.bias) for linear in linears]
+
+
+class RowLinear(Linear):
+    """Y = Σ_i X_i W_iᵀ + b: each tensor rank multiplies its share of the inputs."""
+
+    def __init__(self, inputs: int, outputs: int, units: int, mesh: Mesh, bias: bool = False):
+        super().__init__(inputs, outputs, mesh, bias, Cut(1, units), start="residual")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(T, inputs / n) -> (T / n, outputs). The bias is added once, after the sum."""
+        if self.tp.n == 1:
+            return self.matmul(x, self.bias)
+        y = exit(self.matmul(x), self.tp)
+        return y if self.bias is None else y + self.bias
+
+
+# ---- the vocabulary ------------------------------------------------------------------------------
+
+
+class Vocabulary(Layer):
+    """One vector a token: the embedding, the output head, or both at once where they are tied."""
+
+    def __init__(self, tokens: int, width: int, mesh: Mesh, tied: bool = False):
+        super().__init__(mesh)
+        self.tokens, self.tp = tokens, mesh.group("tp")
+        self.first, self.end = split(tokens, mesh.tp, mesh.tp_rank)  # this rank's tokens
+        self.declare("weight", Weight((tokens, width), Cut(0, tokens), both_ends=tied))
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """(T,) -> (T / n, D): the sum over tensor ranks, each of which looks up its own tokens."""
+        if self.tp.n == 1:
+            return F.embedding(tokens, self.weight)
+        local = tokens - self.first
+        inside = (local >= 0) & (local < len(self.weight))
+        vectors = F.embedding(torch.where(inside, local, 0), self.weight)
+        return exit(vectors * inside[:, None], self.tp)
+
+    def logps(
+        self, x: Tensor, target: Tensor, temperature: float = 1.0, entropy: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Return the log-prob of each target (M,) given x (M, D), the same on every tensor rank.
+
+        fp32 at least. entropy: also the entropy of each distribution, (M,). Never holds (M, V).
+        """
+        merge = self._merge if self.tp.n > 1 else None
+        return linear_logprob(x, self.weight, target, temperature, entropy, self.first, merge)
+
+    def _merge(self, partials: Tensor) -> Tensor:
+        """Merge the ranks' log-probs by one all-gather of a few floats a token."""
+        gathered = self.tp.all_gather(partials, "logps")
+        return merge_partials(gathered.view(self.tp.n, *partials.shape))
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(n, D) -> (n, V), fp32 at least; for sampling, not for training."""
+        z = F.linear(x, self.weight)
+        if self.tp.n > 1:
+            z = gather_slices(z, 1, self.tokens, self.tp)
+        return z.to(torch.promote_types(z.dtype, torch.float32))
+
+
+@torch.no_grad()
+def gather_slices(x: Tensor, dim: int, units: int, tp: Group, unit: int = 1) -> Tensor:
+    """Join the slices of all tensor ranks: `units` units of `unit` elements along `dim`."""
+    if tp.n == 1:
+        return x
+    shares = [split(units, tp.n, rank) for rank in range(tp.n)]
+    sizes = [unit * (last - first) for first, last in shares]
+    x = x.transpose(0, dim)
+    x = F.pad(x, (0, 0) * (x.dim() - 1) + (0, max(sizes) - x.shape[0]))
+    parts = tp.all_gather(x, "gather").split(max(sizes))
+    return torch.cat([part[:size] for part, size in zip(parts, sizes)]).transpose(0, dim)

@@ -1,0 +1,271 @@
+"""Steps of a run: their plan, the learning rate, and what follows every step of every script.
+
+    steps = training.plan_steps(config, len(train))
+    loop = training.begin(run, steps, optimizer)            resumes, opens the log
+    for step in training.remaining(loop):
+        examples = steps.examples(step)
+        ...                                                 the algorithm: forward, loss, backward
+        norm, stopping = optimizer.step(lr, config.clip, run.stop)
+        training.check_update(loop, norm)                   counts steps without an update
+        training.report_step(loop, row, tokens, batches)    a row of metrics.jsonl
+        if training.evaluation_due(loop):
+            training.report_evaluation(loop, result)
+            if training.is_best(loop, result["eval/loss"]): ...
+        if training.save_or_stop(loop, stopping):           a checkpoint; true: leave
+            return
+    training.finish(loop, model)                            OUT/final
+
+Nothing here calls back into a script.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import checkpoint
+import runtime
+from checkpoint import State
+from config import RunConfig
+from data.dataset import Dataset
+from data.trees import TreeBatch, step_examples, steps_per_epoch, visited
+from model import GPT, parameter_count
+from optimizer import AdamW
+from reporting import Log, Meter, due
+from runtime import Run
+from sampling.sampler import generate
+
+NONFINITE_LIMIT = 5  # steps in a row without a finite gradient before a run gives up
+SAMPLE_TOKENS = 128  # longest answer that --samples prints
+SAMPLE_TEMPERATURE = 0.7
+SHOWN_CHARACTERS = 300  # of a prompt, its end
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The optimizer steps of a run over n examples, and which examples each takes."""
+
+    n: int
+    batch_size: int
+    seed: int
+    shuffle: bool
+    per_epoch: int
+    total: int
+
+    def examples(self, step: int) -> np.ndarray:
+        """Return the examples of a step (from 0): a function of (seed, epoch, step) alone."""
+        return step_examples(self.n, self.batch_size, step, self.seed, self.shuffle)
+
+    def visited(self) -> np.ndarray:
+        """Return the examples that any step takes, ascending."""
+        return visited(self.n, self.batch_size, self.total, self.seed, self.shuffle)
+
+
+@dataclass
+class Loop:
+    """A training loop between two steps; `begin` makes it."""
+
+    run: Run
+    steps: Steps
+    optimizer: AdamW | tuple[AdamW, ...]
+    state: State
+    log: Log
+    meter: Meter
+    nonfinite: int = 0  # updates in a row that were skipped
+
+
+# ---- before the loop ---------------------------------------------------------------------------
+
+
+def plan_steps(config: RunConfig, n: int) -> Steps:
+    """Return the steps of a run over n examples: --epochs, or --max-steps if that is fewer."""
+    per_epoch = steps_per_epoch(n, config.batch_size)
+    total = per_epoch * config.epochs
+    if config.max_steps:
+        total = min(total, config.max_steps)
+    return Steps(n, config.batch_size, config.seed, config.shuffle, per_epoch, total)
+
+
+def describe(model: GPT, lengths: np.ndarray, steps: Steps, config: RunConfig) -> str:
+    """Return two lines on parameters, memory and steps, and a warning if rows are too long.
+
+    lengths: tokens of every example, (n,). The memory is that of weights, gradients and optimizer.
+    """
+    own = sum(p.numel() for p in model.parameters())
+    size, ranks = model.dtype.itemsize, model.mesh.dp * model.mesh.cp
+    # Bytes of a parameter: weights and gradient | AdamW's means and master weight, shared by ranks.
+    whole = size + max(4, size)
+    pieces = 2 * max(4, size) + (4 if size < 4 else 0)
+    if config.zero == 2 and ranks > 1:
+        whole, pieces = size, pieces + max(4, size)
+    memory = own * (whole + pieces / ranks) / 2**30
+    tokens = lengths.mean() * min(config.batch_size, len(lengths))
+    lines = [
+        f"{parameter_count(model.c) / 1e6:,.2f}M parameters; weights, gradients and AdamW take "
+        f"{memory:.2f} GB" + (" on this rank" if model.mesh.world > 1 else ""),
+        f"{steps.total} steps of {config.batch_size} examples, about {tokens:,.0f} tokens each, "
+        f"in micro-batches of at most {config.max_tokens:,}",
+    ]
+    if lengths.max() > model.c.max_position:
+        lines.append(
+            f"warning: rows have up to {lengths.max()} tokens, but the model was made for "
+            f"{model.c.max_position}: lower --max-length"
+        )
+    return "\n".join(lines)
+
+
+def begin(
+    run: Run,
+    steps: Steps,
+    optimizer: AdamW | tuple[AdamW, ...],
+    first_row: dict[str, float] | None = None,
+) -> Loop:
+    """Load the checkpoint to resume from, if any, open the log and return the loop.
+
+    first_row: metrics of step 0, logged unless the run resumes.
+    """
+    state = State()
+    if run.checkpoint:
+        state = checkpoint.load(run.checkpoint, optimizer)
+        print(f"resumed from {run.checkpoint} after step {state.step}")
+    first = optimizer[0] if isinstance(optimizer, tuple) else optimizer
+    log = Log(run.config, state.step, steps.total, run.mesh)
+    meter = Meter(first.model.c, run.device, run.mesh)
+    if first_row and not run.checkpoint:
+        log.row({"step": 0, **first_row})
+    return Loop(run, steps, optimizer, state, log, meter)
+
+
+# ---- in the loop -------------------------------------------------------------------------------
+
+
+def remaining(loop: Loop) -> Iterator[int]:
+    """Yield the number (from 0) of every step that is left, and start its clock."""
+    for step in range(loop.state.step, loop.steps.total):
+        loop.meter.start()
+        yield step
+
+
+def learning_rate(config: RunConfig, step: int, total: int, peak: float | None = None) -> float:
+    """Return the rate of step `step` (from 0) of `total`: linear warm-up from 0, then the schedule.
+
+    peak: the highest rate, --lr by default.
+    """
+    peak = config.lr if peak is None else peak
+    warm = int(config.warmup * total)
+    if step < warm:
+        return peak * (step + 1) / warm
+    if config.schedule == "constant":
+        return peak
+    left = 1 - (step - warm) / max(1, total - warm)
+    return peak * (left if config.schedule == "linear" else 0.5 * (1 + np.cos(np.pi * (1 - left))))
+
+
+def check_update(loop: Loop, norm: float) -> bool:
+    """Return whether an update took place: false where the gradient's norm was not finite.
+
+    Such an update is counted and reported. ValueError after NONFINITE_LIMIT in a row.
+    """
+    if math.isfinite(norm):
+        loop.nonfinite = 0
+        return True
+    loop.nonfinite += 1
+    step = loop.state.step + 1
+    if loop.nonfinite >= NONFINITE_LIMIT:
+        raise ValueError(
+            f"the gradient was not finite in {loop.nonfinite} steps in a row, up to step {step}: "
+            "lower --lr, or look for broken rows; the last checkpoint is good"
+        )
+    loop.state.skipped += 1
+    loop.log.say(
+        f"step {step}: the gradient is not finite, no update ({loop.state.skipped} so far)"
+    )
+    return False
+
+
+def report_step(
+    loop: Loop, row: dict[str, float], tokens: int, batches: Sequence[TreeBatch] = ()
+) -> None:
+    """End a step: add step, epoch, tokens, time and memory to its row, log it and move the bar.
+
+    row: the step's metrics. tokens: real tokens of the step on all ranks. batches: this rank's
+    micro-batches, of which `mfu` needs the mean context.
+    """
+    state = loop.state
+    state.step += 1
+    state.tokens += tokens
+    epoch = state.step / loop.steps.per_epoch
+    row = {"step": state.step, **row, "epoch": epoch, **loop.meter.read(tokens, batches)}
+    if due(loop.run.config.log_every, state.step) or state.step == loop.steps.total:
+        loop.log.row(row)
+    loop.log.progress(row)
+
+
+def evaluation_due(loop: Loop) -> bool:
+    """Return whether to evaluate after this step: every --eval-every steps, and after the last."""
+    return due(loop.run.config.eval_every, loop.state.step) or loop.state.step == loop.steps.total
+
+
+def report_evaluation(loop: Loop, result: dict[str, float]) -> None:
+    """Log and print the result of an evaluation."""
+    loop.log.row({"step": loop.state.step, **result})
+    numbers = ", ".join(f"{name} {value:.4f}" for name, value in result.items())
+    loop.log.say(f"step {loop.state.step}: {numbers}")
+
+
+def print_samples(loop: Loop, model: GPT, data: Dataset) -> None:
+    """Print a sampled answer to each of the first --samples prompts, the same at every call."""
+    n, template = min(loop.run.config.samples, len(data)), loop.run.template
+    starts, sizes = data.tree_start[:n], data.prompt_len[:n]
+    prompts = [data.tokens[start : start + size].tolist() for start, size in zip(starts, sizes)]
+    answers = generate(
+        model,
+        prompts,
+        SAMPLE_TOKENS,
+        temperature=SAMPLE_TEMPERATURE,
+        stop_ids=template.stop_ids,
+    )
+    decode = template.tokenizer.decode
+    for prompt, answer in zip(prompts, answers):
+        loop.log.say(f"  prompt  {decode(prompt)[-SHOWN_CHARACTERS:].strip()!r}")
+        loop.log.say(f"  answer  {decode(answer.tokens).strip()!r}")
+
+
+def is_best(loop: Loop, loss: float) -> bool:
+    """Return whether this evaluation's loss is the lowest so far, and remember it if so.
+
+    Pass a reward with its sign changed.
+    """
+    best = loop.state.best is None or loss < loop.state.best
+    if best:
+        loop.state.best, loop.state.best_step = loss, loop.state.step
+    return best
+
+
+def save_or_stop(loop: Loop, stopping: bool) -> bool:
+    """Write a checkpoint if one is due or the run stops; return whether the script must leave.
+
+    stopping: what optimizer.step returned. After the last step there is nothing left to stop.
+    """
+    run, state, total = loop.run, loop.state, loop.steps.total
+    stopping = stopping and state.step < total
+    if due(run.config.save_every, state.step) or stopping:
+        checkpoint.save(run.config.out, state, loop.optimizer, run.config.keep)
+    if not stopping:
+        return False
+    reason = run.stop.reason or "another rank"
+    loop.log.say(
+        f"stopped by {reason} after step {state.step} of {total}; continue with --resume auto"
+    )
+    loop.log.close()
+    return True
+
+
+def finish(loop: Loop, model: GPT) -> Path:
+    """Close the log, write the trained model to OUT/final and return that folder."""
+    loop.log.close()
+    folder = runtime.save_model(loop.run, model, "final")
+    print(f"{loop.steps.total} steps done, {loop.state.tokens:,} tokens; the model is in {folder}")
+    return folder

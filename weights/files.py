@@ -1,0 +1,79 @@
+"""Weight files of a Hugging Face folder: single or sharded safetensors, which cannot run code."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from weights.config_json import read_json
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+# Buffers that old folders carry along: masks, and angles that are computed here.
+NOT_WEIGHTS = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")
+
+
+def weight_files(folder: str | Path) -> dict[str, Path]:
+    """Return the name of every weight on disk -> the safetensors file that holds it.
+
+    FileNotFoundError: no weights. ValueError: an index that does not fit its files.
+    """
+    folder = Path(folder)
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if index.is_file():
+        files = _indexed(folder, index)
+    elif single.is_file():
+        files = dict.fromkeys(open_weights(single).keys(), single)
+    else:
+        other = next(folder.glob("*.bin"), None)
+        advice = f", only {other.name}: load it in transformers and save_pretrained() again"
+        raise FileNotFoundError(f"{folder} has no model.safetensors" + (advice if other else ""))
+    return {name: file for name, file in files.items() if not name.endswith(NOT_WEIGHTS)}
+
+
+def _indexed(folder: Path, index: Path) -> dict[str, Path]:
+    listed = read_json(index).get("weight_map")
+    if not isinstance(listed, dict) or not all(
+        isinstance(file, str) and file == Path(file).name for file in listed.values()
+    ):
+        raise ValueError(
+            f"{index} must hold a weight_map from names to files in the same folder: fetch it again"
+        )
+    files = {name: folder / file for name, file in listed.items()}
+    for path in set(files.values()):
+        present = set(open_weights(path).keys())
+        missing = {name for name in files if files[name] == path} - present
+        if missing:
+            raise ValueError(
+                f"{path} lacks {min(missing)}, which {index.name} says it holds: fetch both again"
+            )
+    return files
+
+
+def open_weights(path: Path) -> Any:
+    """Open a safetensors file. FileNotFoundError, or ValueError naming what is wrong with it."""
+    try:
+        file = safe_open(path, framework="pt")
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{path} is missing: the folder is incomplete, fetch it again"
+        ) from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error}): fetch it again") from None
+    for name in file.keys():  # noqa: SIM118 - no dict
+        kind = file.get_slice(name).get_dtype()
+        if kind not in ("F64", "F32", "F16", "BF16") and not name.endswith(NOT_WEIGHTS):
+            raise ValueError(
+                f"{path}: {name} is {kind}: plumb reads F64, F32, F16 and BF16, nothing quantized"
+            )
+    return file
+
+
+def fingerprint(folder: str | Path) -> str:
+    """Return a SHA-256 over config.json and every weight file: the same one, the same model."""
+    digest = hashlib.sha256()
+    for path in (Path(folder) / "config.json", *sorted(set(weight_files(folder).values()))):
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
