@@ -43,6 +43,11 @@ def examples(bench: Bench, responses: int) -> tuple[np.ndarray, np.ndarray]:
     return lengths(count, 160), lengths(count * responses, 280).reshape(count, responses)
 
 
+def llama(sizes: dict) -> GPTConfig:
+    """Return the config of a Llama."""
+    return GPTConfig(family="llama", **sizes)
+
+
 def shapes(bench: Bench) -> Iterator[tuple[str, GPTConfig, bool]]:
     """Yield the models to train: label, config, whether activations are recomputed.
 
@@ -53,12 +58,12 @@ def shapes(bench: Bench) -> Iterator[tuple[str, GPTConfig, bool]]:
         whole = sizes["layers"]
         if bench.cuda:
             room = torch.cuda.mem_get_info()[1] - 14e9  # left for activations
-            while sizes["layers"] > 1 and 18 * GPTConfig(family="llama", **sizes).parameters > room:
+            while sizes["layers"] > 1 and 18 * parameter_count(llama(sizes)) > room:
                 sizes["layers"] -= 1
         name = label
         if sizes["layers"] < whole:
             name += f" shape with {sizes['layers']} of {whole} layers"
-        yield name, GPTConfig(family="llama", **sizes), label == "7B"
+        yield name, llama(sizes), label == "7B"
 
 
 # ---- plumb ---------------------------------------------------------------------------------------

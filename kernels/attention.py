@@ -177,6 +177,8 @@ def causal_mask(
 
 
 # ---- kernels -------------------------------------------------------------------------------------
+
+
 @triton.jit
 def _load_rows(base, rows, stride, E: tl.constexpr, EP: tl.constexpr):
     """Load rows of a (., E) matrix, zero from column E on. The caller clamps rows, so no mask."""
