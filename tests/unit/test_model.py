@@ -53,7 +53,7 @@ def test_logits_equal_transformers_both_ways(family: str, tied: bool, tmp_path: 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gpt_neox"])
 def test_new_folders_load_in_transformers(family: str, tmp_path: Path):
-    """transformers loads a folder of `hf.py new` without missing or unexpected weights: same logits."""
+    """transformers loads a folder of `hf.py new` completely, and has the same logits."""
     from transformers import AutoModelForCausalLM
 
     sizes = {"vocab": 100, "width": 32, "layers": 2, "heads": 4}
