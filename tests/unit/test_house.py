@@ -25,7 +25,8 @@ LIBRARIES = [
     ["optimizer", "pipeline"],
     ["weights.*"],
     ["checkpoint", "passes", "sampling.*"],
-    ["plan", "reporting"],
+    ["footprint", "reporting"],
+    ["plan"],
     ["runtime"],
     ["training", "reference"],
 ]

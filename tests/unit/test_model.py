@@ -1,4 +1,4 @@
-"""The model has transformers' logits in both directions; a tree equals its branches run alone."""
+"""Every family has the logits of transformers, both ways; a tree equals its branches run alone."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ from weights.folder import load_model, save_model
 
 
 def logits_of(model: GPT, ids: list[int]) -> torch.Tensor:
-    """Return the logits of a sequence, as one tree that is all prompt but for the last token."""
+    """Return the logits of one sequence: a batch of one tree, all prompt but for the last token."""
     batch = make_batch(dataset_of([(ids[:-1], [ids[-1:]])]), [0])
     return model.logits(model(batch), torch.arange(len(batch.tokens)))
 
@@ -26,7 +26,7 @@ def logits_of(model: GPT, ids: list[int]) -> torch.Tensor:
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_equal_transformers_both_ways(family: str, tied: bool, tmp_path: Path, monkeypatch):
-    """A folder of transformers has the same logits here; saved from here, the same logits there."""
+    """A transformers folder gives the same logits here; saved here, sharded or not, also there."""
     from transformers import AutoModelForCausalLM
 
     theirs = tiny_transformers(family, tied)
@@ -36,7 +36,7 @@ def test_logits_equal_transformers_both_ways(family: str, tied: bool, tmp_path: 
     with torch.no_grad():
         wanted = theirs(torch.tensor([ids])).logits[0]
         assert (logits_of(ours, ids) - wanted).abs().max() < 1e-4
-        assert wanted.std() > 0.1  # logits that are all equal would prove nothing
+        assert wanted.std() > 0.1  # or the comparison would prove nothing
 
         if not tied:
             monkeypatch.setattr("weights.folder.SHARD_BYTES", 20_000)
@@ -53,7 +53,7 @@ def test_logits_equal_transformers_both_ways(family: str, tied: bool, tmp_path: 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gpt_neox"])
 def test_new_folders_load_in_transformers(family: str, tmp_path: Path):
-    """transformers loads a folder of `hf.py new` completely, and has the same logits."""
+    """transformers loads a folder of `hf.py new` without missing weights, to the same logits."""
     from transformers import AutoModelForCausalLM
 
     sizes = {"vocab": 100, "width": 32, "layers": 2, "heads": 4}
@@ -77,7 +77,12 @@ LLAMA_31_ROPE = {
     "original_max_position_embeddings": 8192,
     "rope_type": "llama3",
 }
-PUBLISHED = {  # name: other keys, (width, MLP, layers, heads, key/value heads, vocabulary), weights
+QWEN2_WINDOW = {"sliding_window": 32768, "use_sliding_window": False, "max_window_layers": 24}
+QWEN3_WINDOW = {"sliding_window": None, "use_sliding_window": False, "max_window_layers": 28}
+
+
+# name: (keys, (width, MLP, layers, heads, key/value heads, vocabulary), parameters)
+PUBLISHED = {
     "Llama-2-7B": (
         {"model_type": "llama", "pretraining_tp": 1, "rope_scaling": None},
         (4096, 11008, 32, 32, 32, 32000),
@@ -99,59 +104,41 @@ PUBLISHED = {  # name: other keys, (width, MLP, layers, heads, key/value heads, 
         7241732096,
     ),
     "Qwen2.5-0.5B": (
-        {
-            "model_type": "qwen2",
-            "sliding_window": 32768,
-            "use_sliding_window": False,
-            "max_window_layers": 24,
-            "use_mrope": False,
-            "rope_theta": 1e6,
-            "tie_word_embeddings": True,
-        },
+        {"model_type": "qwen2", "use_mrope": False, "rope_theta": 1e6, "tie_word_embeddings": True}
+        | QWEN2_WINDOW,
         (896, 4864, 24, 14, 2, 151936),
         494032768,
     ),
     "Qwen3-0.6B": (
-        {
-            "model_type": "qwen3",
-            "head_dim": 128,
-            "sliding_window": None,
-            "use_sliding_window": False,
-            "max_window_layers": 28,
-            "rope_theta": 1e6,
-            "tie_word_embeddings": True,
-            "attention_bias": False,
-        },
+        {"model_type": "qwen3", "head_dim": 128, "rope_theta": 1e6, "tie_word_embeddings": True}
+        | {"attention_bias": False}
+        | QWEN3_WINDOW,
         (1024, 3072, 28, 16, 8, 151936),
         596049920,
     ),
     "Pythia-70M": (
-        {
-            "model_type": "gpt_neox",
-            "hidden_act": "gelu",
-            "rotary_pct": 0.25,
-            "rotary_emb_base": 10000,
-            "use_parallel_residual": True,
-            "layer_norm_eps": 1e-5,
-        },
+        {"model_type": "gpt_neox", "hidden_act": "gelu", "layer_norm_eps": 1e-5}
+        | {"rotary_pct": 0.25, "rotary_emb_base": 10000, "use_parallel_residual": True},
         (512, 2048, 6, 8, 8, 50304),
         70426624,
     ),
 }
-SIZE_KEYS = """
-    hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads
-    vocab_size
-""".split()
 
 
-@pytest.mark.parametrize(
-    ("published", "sizes", "parameters"), PUBLISHED.values(), ids=PUBLISHED.keys()
-)
-def test_published_configs_are_understood(
+@pytest.mark.parametrize(("published", "sizes", "parameters"), PUBLISHED.values(), ids=PUBLISHED)
+def test_published_configs_give_the_published_parameter_count(
     published: dict, sizes: tuple, parameters: int, tmp_path: Path
 ):
-    """Configs published before transformers 5 give the published number of parameters."""
-    raw = {**dict(zip(SIZE_KEYS, sizes)), "torch_dtype": "bfloat16", "use_cache": True, **published}
+    """The keys of well-known folders, as published before transformers 5, are all understood."""
+    names = [
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "vocab_size",
+    ]
+    raw = {**dict(zip(names, sizes)), "torch_dtype": "bfloat16", "use_cache": True, **published}
     if raw["model_type"] == "gpt_neox":
         del raw["num_key_value_heads"]
     else:
@@ -181,8 +168,8 @@ def test_published_configs_are_understood(
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
     ],
 )
-def test_unknown_options_are_rejected_by_name(change: dict, named: str, tmp_path: Path):
-    """An option that changes the arithmetic and is not implemented is rejected by name."""
+def test_unknown_options_are_refused_by_name(change: dict, named: str, tmp_path: Path):
+    """An option that would change the arithmetic and is not computed is refused by name."""
     tiny_transformers("llama", False).save_pretrained(tmp_path)
     raw = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**raw, **change}))
@@ -190,17 +177,18 @@ def test_unknown_options_are_rejected_by_name(change: dict, named: str, tmp_path
         config_json.read_config(tmp_path)
 
 
-def test_wrong_weights_are_rejected_by_name(tmp_path: Path):
-    """Missing, unknown, misshapen and damaged weights are each named."""
+def test_wrong_weights_are_refused_by_name(tmp_path: Path):
+    """Missing, unknown, misshapen and damaged weights each get a message that names them."""
     tiny_transformers("llama", False).save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     good = load_file(file)
     name = "model.layers.1.mlp.up_proj.weight"
-    fewer = {key: weight for key, weight in good.items() if key != name}
-    more = {**good, "model.layers.1.adapter": torch.ones(1)}
     for weights, message in (
-        (fewer, f"{name} is missing"),
-        (more, "does not know the weight model.layers.1.adapter"),
+        ({k: v for k, v in good.items() if k != name}, f"{name} is missing"),
+        (
+            {**good, "model.layers.1.adapter": torch.ones(1)},
+            "does not know the weight model.layers.1.adapter",
+        ),
         ({**good, name: torch.ones(3, 3)}, rf"{name} is \(3, 3\)"),
     ):
         save_file(weights, file)
@@ -216,21 +204,22 @@ def test_wrong_weights_are_rejected_by_name(tmp_path: Path):
 
 
 @pytest.mark.parametrize("family", ["llama3", "mistral_window", "gpt_neox"])
-def test_a_tree_is_its_branches_run_alone(family: str, tmp_path: Path):
-    """Law 2: log-probs and gradients of trees equal those of each pair run alone, in float64."""
+def test_a_tree_equals_its_branches_run_alone(family: str, tmp_path: Path):
+    """Law 2: log-probs and gradients of trees equal those of each (prompt, response) in float64."""
     tiny_transformers(family, False).save_pretrained(tmp_path)
     model = load_model(tmp_path, torch.float64)
+    trees = [(5, [3, 4]), (1, [1, 6, 2]), (9, [7])]
     rng = np.random.default_rng(0)
-    trees = []
-    for prompt_len, response_lens in [(5, [3, 4]), (1, [1, 6, 2]), (9, [7])]:
-        prompt = rng.integers(0, 90, prompt_len).tolist()
-        trees.append((prompt, [rng.integers(0, 90, n).tolist() for n in response_lens]))
+    trees = [
+        (rng.integers(0, 90, p).tolist(), [rng.integers(0, 90, n).tolist() for n in ns])
+        for p, ns in trees
+    ]
     weights = torch.linspace(0.5, 2, 6, dtype=torch.float64)
 
     def gradients(total: torch.Tensor) -> torch.Tensor:
-        """Return the gradient by all parameters, flat."""
-        parts = torch.autograd.grad(total, list(model.parameters()))
-        return torch.cat([part.flatten() for part in parts])
+        return torch.cat(
+            [g.flatten() for g in torch.autograd.grad(total, list(model.parameters()))]
+        )
 
     batch = make_batch(dataset_of(trees), [0, 1, 2])
     sums = batch.sum_by_response(model.logps(model(batch), batch))
@@ -242,8 +231,8 @@ def test_a_tree_is_its_branches_run_alone(family: str, tmp_path: Path):
             alone.append(logp[at - 1, torch.tensor(response)].sum())
     alone = torch.stack(alone)
     assert (sums - alone).abs().max() < 1e-12
-    shared, separate = (gradients((x * weights).sum()) for x in (sums, alone))
-    assert (shared - separate).abs().max() < 1e-12
+    difference = gradients((sums * weights).sum()) - gradients((alone * weights).sum())
+    assert difference.abs().max() < 1e-12
 
     unshared = make_batch(dataset_of(trees), [2, 0, 1], share_prompts=False)
     other = unshared.sum_by_response(model.logps(model(unshared), unshared))
@@ -252,7 +241,7 @@ def test_a_tree_is_its_branches_run_alone(family: str, tmp_path: Path):
 
 @pytest.mark.parametrize("window", [0, 1, 4])
 def test_attention_follows_the_definition_of_the_mask(window: int):
-    """Query i sees key j iff j <= i < kv_end[j] and, with a window, their positions are near."""
+    """Query i sees key j iff j <= i < kv_end[j] and position[i] - position[j] < window, if any."""
     torch.manual_seed(0)
     trees = [(3, [2, 1, 5]), (1, [4]), (6, [3, 3])]
     batch = make_batch(dataset_of([([0] * p, [[0] * n for n in ns]) for p, ns in trees]), [0, 1, 2])
@@ -268,8 +257,8 @@ def test_attention_follows_the_definition_of_the_mask(window: int):
     assert (tree_attention(q, k, v, batch.layout, window) - wanted).abs().max() < 1e-12
 
 
-def test_packing_keeps_every_item_once_and_the_budget():
-    """Bins are a partition of the items, none over the budget, and as many for every rank."""
+def test_packing_places_every_item_once_within_the_budget():
+    """First-fit-decreasing: a partition, no bin above the budget, equally many bins for every rank."""
     rng = np.random.default_rng(0)
     for ranks in (1, 2, 3):
         for _ in range(50):
