@@ -1,7 +1,7 @@
-"""A plain training loop to compare with: one padded sequence at a time, whole logits.
+"""Training the slow way, for comparison: one padded sequence at a time, whole logits, torch's own AdamW and clipping.
 
-It reads the weights of a Hugging Face folder under their own names and shares no code with plumb.
-transformers cannot serve in float64, because its RMSNorm rounds to fp32.
+Reads a Hugging Face folder's weights under their own names and shares no code with plumb. transformers itself cannot
+serve in float64: its RMSNorm rounds to fp32.
 """
 
 import json
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class PlainModel:
-    """Llama, Mistral, Qwen2, Qwen3 or GPT-NeoX in a few lines; weights are autograd's leaves."""
+    """Llama, Mistral, Qwen2, Qwen3 or GPT-NeoX in a few lines; weights are leaves that gradients flow to."""
 
     def __init__(self, folder: Path, dtype: torch.dtype):
         self.config = json.loads((folder / "config.json").read_text())
@@ -24,21 +24,19 @@ class PlainModel:
         self.neox = self.config["model_type"] == "gpt_neox"
 
     def linear(self, x: Tensor, name: str) -> Tensor:
-        """Return x W^T, plus the bias if there is one."""
         return F.linear(x, self.weights[name + ".weight"], self.weights.get(name + ".bias"))
 
     def norm(self, x: Tensor, name: str) -> Tensor:
-        """Return the LayerNorm (GPT-NeoX) or RMSNorm of x over the last dimension."""
-        weight = self.weights[name + ".weight"]
         if self.neox:
-            return F.layer_norm(x, x.shape[-1:], weight, self.weights[name + ".bias"], 1e-5)
-        return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+            return F.layer_norm(
+                x, x.shape[-1:], self.weights[name + ".weight"], self.weights[name + ".bias"], 1e-5
+            )
+        return (
+            x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * self.weights[name + ".weight"]
+        )
 
     def turn(self, x: Tensor, size: int) -> Tensor:
-        """Rotate the first `size` components of (heads, tokens, head size) as complex numbers.
-
-        Angles are in fp32, as in transformers.
-        """
+        """Rotary embedding of (heads, tokens, head size): complex numbers from halves; angles in fp32 as usual."""
         half = size // 2
         frequency = 1.0 / (10000.0 ** (torch.arange(0, size, 2, dtype=torch.float32) / size))
         angle = torch.arange(x.shape[1], dtype=torch.float32)[:, None] * frequency
@@ -47,7 +45,6 @@ class PlainModel:
         return torch.cat((a * cos - b * sin, a * sin + b * cos, x[..., size:]), -1)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Return causal attention of (heads, tokens, head size), as (tokens, width)."""
         scores = q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])
         hidden = torch.full(scores.shape[1:], float("-inf"), dtype=q.dtype)
         scores = scores + hidden.triu(1)
@@ -56,39 +53,39 @@ class PlainModel:
         return (scores.softmax(-1) @ v).transpose(0, 1).flatten(1)
 
     def logits(self, ids: Tensor) -> Tensor:
-        """Return the logits of a sequence, (tokens, vocabulary)."""
-        return self.neox_logits(ids) if self.neox else self.llama_logits(ids)
-
-    def neox_logits(self, ids: Tensor) -> Tensor:
-        """Return the logits of GPT-NeoX with parallel residuals."""
-        n, heads = len(ids), self.config["num_attention_heads"]
-        x = self.weights["gpt_neox.embed_in.weight"][ids]
-        for i in range(self.config["num_hidden_layers"]):
-            at = f"gpt_neox.layers.{i}"
-            y = self.norm(x, f"{at}.input_layernorm")
-            fused = self.linear(y, f"{at}.attention.query_key_value")
-            q, k, v = fused.view(n, heads, -1).transpose(0, 1).chunk(3, -1)
-            size = q.shape[-1] // 4
-            y = self.attention(self.turn(q, size), self.turn(k, size), v)
-            mixed = self.linear(y, f"{at}.attention.dense")
-            y = self.norm(x, f"{at}.post_attention_layernorm")
-            y = F.gelu(self.linear(y, f"{at}.mlp.dense_h_to_4h"))
-            x = x + mixed + self.linear(y, f"{at}.mlp.dense_4h_to_h")
-        return self.linear(self.norm(x, "gpt_neox.final_layer_norm"), "embed_out")
-
-    def llama_logits(self, ids: Tensor) -> Tensor:
-        """Return the logits of the other families."""
         c, n = self.config, len(ids)
         heads = c["num_attention_heads"]
+        if self.neox:
+            x = self.weights["gpt_neox.embed_in.weight"][ids]
+            for i in range(c["num_hidden_layers"]):
+                at = f"gpt_neox.layers.{i}"
+                fused = self.linear(
+                    self.norm(x, f"{at}.input_layernorm"), f"{at}.attention.query_key_value"
+                )
+                q, k, v = fused.view(n, heads, -1).transpose(0, 1).chunk(3, -1)
+                size = q.shape[-1] // 4
+                y = self.attention(self.turn(q, size), self.turn(k, size), v)
+                up = self.linear(
+                    self.norm(x, f"{at}.post_attention_layernorm"), f"{at}.mlp.dense_h_to_4h"
+                )
+                x = (
+                    x
+                    + self.linear(y, f"{at}.attention.dense")
+                    + self.linear(F.gelu(up), f"{at}.mlp.dense_4h_to_h")
+                )
+            return self.linear(self.norm(x, "gpt_neox.final_layer_norm"), "embed_out")
         x = self.weights["model.embed_tokens.weight"][ids]
         for i in range(c["num_hidden_layers"]):
             at = f"model.layers.{i}"
             y = self.norm(x, f"{at}.input_layernorm")
-            projected = (self.linear(y, f"{at}.self_attn.{p}_proj") for p in "qkv")
-            q, k, v = (p.view(n, -1, c["head_dim"]) for p in projected)
+            q, k, v = (
+                self.linear(y, f"{at}.self_attn.{p}_proj").view(n, -1, c["head_dim"]) for p in "qkv"
+            )
             if f"{at}.self_attn.q_norm.weight" in self.weights:
-                q = self.norm(q, f"{at}.self_attn.q_norm")
-                k = self.norm(k, f"{at}.self_attn.k_norm")
+                q, k = (
+                    self.norm(q, f"{at}.self_attn.q_norm"),
+                    self.norm(k, f"{at}.self_attn.k_norm"),
+                )
             q, k, v = (p.transpose(0, 1) for p in (q, k, v))
             k, v = (p.repeat_interleave(heads // len(p), 0) for p in (k, v))
             y = self.attention(self.turn(q, c["head_dim"]), self.turn(k, c["head_dim"]), v)
@@ -100,15 +97,15 @@ class PlainModel:
         return self.linear(self.norm(x, "model.norm"), head)
 
     def logps(self, prompt: list[int], response: list[int]) -> Tensor:
-        """Return the log-prob of each response token, from one row padded on the right."""
+        """Log-prob of each response token, (len(response),): one row padded on the right, whole logits."""
         logp = self.logits(torch.tensor(prompt + response + [0] * 7)).log_softmax(-1)
-        first = len(prompt) - 1  # the place that predicts the first response token
-        picked = [logp[first + i, token] for i, token in enumerate(response)]
-        return torch.stack(picked).double()
+        return torch.stack(
+            [logp[len(prompt) + i - 1, token] for i, token in enumerate(response)]
+        ).double()
 
 
 class PlainTrainer:
-    """AdamW: decay 0.1 on matrices, clipping at 1, warm-up over a quarter of the steps, cosine."""
+    """AdamW with decay 0.1 on matrices, clipping at 1, linear warm-up over a quarter of the steps, cosine to 0."""
 
     def __init__(self, model: PlainModel, total: int, lr: float):
         self.weights = list(model.weights.values())
@@ -120,7 +117,7 @@ class PlainTrainer:
         self.total, self.lr, self.done = total, lr, 0
 
     def step(self, loss: Tensor) -> tuple[float, float]:
-        """Take a step and return (loss, gradient norm before clipping)."""
+        """(loss, gradient norm before clipping)."""
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.weights, 1.0).item()
         warm = int(0.25 * self.total)
@@ -137,11 +134,7 @@ class PlainTrainer:
 def encode(
     tokenizer: Path, rows: list[dict], keys: list[str]
 ) -> list[tuple[list[int], list[list[int]]]]:
-    """Return (prompt ids, [response ids, ...]) of every row, in the plain format.
-
-    A whole is bos, prompt, response, eos, by sentencepiece; the border lies after the longest
-    prefix that all have in common.
-    """
+    """bos, prompt, response, eos with sentencepiece; split at the longest common prefix of all of them."""
     import sentencepiece
 
     sp = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
@@ -160,10 +153,7 @@ def encode(
 def five_steps(
     folder: Path, trees: list, batch: int, dpo: bool
 ) -> tuple[list[tuple[float, float]], dict[str, Tensor]]:
-    """Return [(loss, norm), ...] and the weights after five steps of DPO (β = 0.1) or SFT.
-
-    A step takes `batch` trees at the rate 1e-2, in float64.
-    """
+    """Five steps of DPO (β = 0.1) or SFT at rate 1e-2 on `batch` trees each, in float64: [(loss, norm)], weights."""
     plain = PlainModel(folder, torch.float64)
     trainer = PlainTrainer(plain, total=5, lr=1e-2)
     with torch.no_grad():

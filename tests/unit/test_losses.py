@@ -1,8 +1,7 @@
-"""Law 9: every loss equals the formula of its paper, written again here in plain Python.
+"""Law 9: every loss of losses.py equals the formula of its paper, written out here again in plain Python numbers.
 
-Each reference below has the name and the arguments of its twin in losses.py, but takes the numbers
-of one pair (the two aot losses take the whole step as lists). c, r: log-ratio of policy to
-reference, of the chosen and the rejected response.
+Each reference below has the name and the argument names of its twin in losses.py but takes the numbers of one pair (the
+two aot ones the whole step as lists). c, r = log-ratio policy/reference of the chosen and the rejected response.
 """
 
 import inspect
@@ -18,7 +17,7 @@ LN2 = math.log(2.0)
 
 
 def sigma(x: float) -> float:
-    """Logistic function; the branches keep exp from overflowing."""
+    """Logistic function; the branch keeps exp from overflowing."""
     return 1.0 / (1.0 + math.exp(-x)) if x >= 0 else math.exp(x) / (1.0 + math.exp(x))
 
 
@@ -28,32 +27,24 @@ def log_sigma(x: float) -> float:
 
 
 def kl_bernoulli(a: float, b: float) -> float:
-    """KL(Bern σ(a) || Bern σ(b)) = σ(a) log(σ(a)/σ(b)) + (1-σ(a)) log((1-σ(a))/(1-σ(b))), 1 - σ(x)
-    = σ(-x).
-    """
+    """KL(Bern σ(a) || Bern σ(b)) = σ(a) log(σ(a)/σ(b)) + (1-σ(a)) log((1-σ(a))/(1-σ(b))), 1 - σ(x) = σ(-x)."""
     return sigma(a) * (log_sigma(a) - log_sigma(b)) + sigma(-a) * (log_sigma(-a) - log_sigma(-b))
 
 
 def sigmoid(c, r, beta, label_smoothing=0.0):
-    """DPO, arXiv 2305.18290 Eq. 7; smoothed, cDPO: Mitchell 2023, "A note on DPO with noisy
-    preferences".
-    """
+    """DPO, arXiv 2305.18290 Eq. 7; smoothed, cDPO: Mitchell 2023, "A note on DPO with noisy preferences"."""
     x = beta * (c - r)
     return -(1 - label_smoothing) * log_sigma(x) - label_smoothing * log_sigma(-x)
 
 
 def robust(c, r, beta, label_smoothing):
-    """Robust DPO (rDPO), arXiv 2403.00409: the loss whose mean over labels flipped at rate ε is the
-    clean DPO loss.
-    """
+    """Robust DPO (rDPO), arXiv 2403.00409: the loss whose mean over labels flipped at rate ε is the clean DPO loss."""
     clean, flipped = -log_sigma(beta * (c - r)), -log_sigma(beta * (r - c))
     return ((1 - label_smoothing) * clean - label_smoothing * flipped) / (1 - 2 * label_smoothing)
 
 
 def hinge(c, r, beta):
-    """SLiC-HF, arXiv 2305.10425 Eq. 1, on the reference-normalised margin as in RSO, arXiv
-    2309.06657.
-    """
+    """SLiC-HF, arXiv 2305.10425 Eq. 1, on the reference-normalised margin as in RSO, arXiv 2309.06657."""
     return max(0.0, 1.0 - beta * (c - r))
 
 
@@ -73,9 +64,7 @@ def sigmoid_norm(c, r, len_c, len_r, beta):
 
 
 def exo_pair(c, r, beta, label_smoothing):
-    """EXO-pref, arXiv 2402.00856 Eq. 16: KL(p || (1-ε, ε)), p = softmax of β times the two
-    log-ratios.
-    """
+    """EXO-pref, arXiv 2402.00856 Eq. 16: KL(p || (1-ε, ε)), p = softmax of β times the two log-ratios."""
     p_c, p_r = sigma(beta * (c - r)), sigma(beta * (r - c))
     log_p_c, log_p_r = log_sigma(beta * (c - r)), log_sigma(beta * (r - c))
     return p_c * (log_p_c - math.log(1 - label_smoothing)) + p_r * (
@@ -84,23 +73,17 @@ def exo_pair(c, r, beta, label_smoothing):
 
 
 def nca_pair(c, r, beta):
-    """NCA for K = 2 responses, arXiv 2402.05369: -log σ(r_w) - ½ Σ over both responses of log
-    σ(-r_i).
-    """
+    """NCA for K = 2 responses, arXiv 2402.05369: -log σ(r_w) - ½ Σ over both responses of log σ(-r_i)."""
     return -log_sigma(beta * c) - 0.5 * (log_sigma(-beta * c) + log_sigma(-beta * r))
 
 
 def bco_pair(c, r, beta, delta):
-    """BCO, arXiv 2404.04656: binary cross-entropy of "chosen" against "rejected" with the reward
-    shifted by δ.
-    """
+    """BCO, arXiv 2404.04656: binary cross-entropy of "chosen" against "rejected" with the reward shifted by δ."""
     return -log_sigma(beta * c - delta) - log_sigma(-(beta * r - delta))
 
 
 def sppo_hard(c, r, beta):
-    """SPPO, arXiv 2405.00675 Eq. 4.7 with P = 1 for the winner, 0 for the loser, η = 1/β: (logratio
-    - η (P - ½))².
-    """
+    """SPPO, arXiv 2405.00675 Eq. 4.7 with P = 1 for the winner, 0 for the loser, η = 1/β: (logratio - η (P - ½))²."""
     return (c - (1 - 0.5) / beta) ** 2 + (r - (0 - 0.5) / beta) ** 2
 
 
@@ -115,12 +98,11 @@ def apo_down(c, r, beta):
 
 
 def discopop(c, r, beta, tau=0.05):
-    """DiscoPOP (log-ratio modulated loss), arXiv 2406.08414 Eq. 5: (1 - m) (-log σ(x)) + m e^-x, m
-    = σ(x/τ).
-    """
+    """DiscoPOP (log-ratio modulated loss), arXiv 2406.08414 Eq. 5: (1 - m) (-log σ(x)) + m e^-x, m = σ(x/τ)."""
     x = beta * (c - r)
-    modulated = math.exp(log_sigma(x / tau) - x)  # one exp, because m e^-x is 0 times infinity
-    return -sigma(-x / tau) * log_sigma(x) + modulated
+    return -sigma(-x / tau) * log_sigma(x) + math.exp(
+        log_sigma(x / tau) - x
+    )  # one exp: m e^-x is 0 times infinity
 
 
 def rpo_sq(c, r, beta, gt_c, gt_r, scale):
@@ -129,23 +111,17 @@ def rpo_sq(c, r, beta, gt_c, gt_r, scale):
 
 
 def rpo_bwd_kl(c, r, beta, gt_c, gt_r, scale):
-    """RPO with the backward KL, same papers: KL(Bern σ(ground-truth gap) || Bern σ(implicit
-    gap)).
-    """
+    """RPO with the backward KL, same papers: KL(Bern σ(ground-truth gap) || Bern σ(implicit gap))."""
     return kl_bernoulli(scale * (gt_c - gt_r), beta * (c - r))
 
 
 def rpo_fwd_kl(c, r, beta, gt_c, gt_r, scale):
-    """RPO with the forward KL, same papers: KL(Bern σ(implicit gap) || Bern σ(ground-truth
-    gap)).
-    """
+    """RPO with the forward KL, same papers: KL(Bern σ(implicit gap) || Bern σ(ground-truth gap))."""
     return kl_bernoulli(beta * (c - r), scale * (gt_c - gt_r))
 
 
 def aot(margin, ref_margin, beta, label_smoothing=0.0):
-    """AOT paired, arXiv 2406.05882: DPO's loss between the sorted policy margins and the sorted
-    reference margins.
-    """
+    """AOT paired, arXiv 2406.05882: DPO's loss between the sorted policy margins and the sorted reference margins."""
     return [
         sigmoid(m, ref, beta, label_smoothing)
         for m, ref in zip(sorted(margin), sorted(ref_margin), strict=True)
@@ -153,15 +129,12 @@ def aot(margin, ref_margin, beta, label_smoothing=0.0):
 
 
 def aot_unpaired(c, r, beta, label_smoothing=0.0):
-    """AOT unpaired, arXiv 2406.05882: DPO's loss between sorted chosen and sorted rejected
-    log-ratios.
-    """
+    """AOT unpaired, arXiv 2406.05882: DPO's loss between sorted chosen and sorted rejected log-ratios."""
     return aot(c, r, beta, label_smoothing)
 
 
-# Chosen by hand: the start, ordinary gaps, and the values of a collapsing policy, where a naive exp
-# overflows and a naive log meets 0. No two values of a column are equal, because sorting has no
-# derivative there; no x is at hinge's corner.
+# Hand-picked: the start, ordinary gaps, and what a collapsing policy reaches, where a naive exp overflows and a naive
+# log meets 0. No two values of a column are equal, for sorting has no derivative there; no x is hinge's corner.
 HAND = [
     (0.0, 0.01),
     (0.3, -0.2),
@@ -174,45 +147,31 @@ HAND = [
 HAND += [(2000.0, -2000.0), (-2000.0, 2000.0), (90.0, 88.5)]
 _random = random.Random(0)
 PAIRS = HAND + [(_random.gauss(0, 8), _random.gauss(0, 8)) for _ in range(12)]
-_c = [c for c, _ in PAIRS]
-_r = [r for _, r in PAIRS]
-COLUMNS = {"c": _c, "r": _r, "logps_c": _c, "logps_r": _r, "margin": _c, "ref_margin": _r}
-LEARNED = tuple(COLUMNS)  # the columns that gradients flow through
-COLUMNS |= {name: [_random.randint(1, 400) for _ in PAIRS] for name in ("len_c", "len_r")}
-COLUMNS |= {name: [_random.uniform(-4, 4) for _ in PAIRS] for name in ("gt_c", "gt_r")}
+_c, _r = [c for c, _ in PAIRS], [r for _, r in PAIRS]
+COLUMNS = {
+    "c": _c, "r": _r, "logps_c": _c, "logps_r": _r, "margin": _c, "ref_margin": _r,
+    "len_c": [_random.randint(1, 400) for _ in PAIRS], "len_r": [_random.randint(1, 400) for _ in PAIRS],
+    "gt_c": [_random.uniform(-4, 4) for _ in PAIRS], "gt_r": [_random.uniform(-4, 4) for _ in PAIRS],
+}  # fmt: skip
+LEARNED = (
+    "c",
+    "r",
+    "logps_c",
+    "logps_r",
+    "margin",
+    "ref_margin",
+)  # the columns that gradients flow through
 
 CASES = [
-    (sigmoid, {}),
-    (sigmoid, {"label_smoothing": 0.1}),
-    (sigmoid, {"label_smoothing": 0.5}),
-    (robust, {"label_smoothing": 0.0}),
-    (robust, {"label_smoothing": 0.1}),
-    (robust, {"label_smoothing": 0.45}),
-    (hinge, {}),
-    (ipo, {}),
-    (simpo, {"gamma": 0.5}),
-    (simpo, {"gamma": 0.0}),
-    (sigmoid_norm, {}),
-    (exo_pair, {"label_smoothing": 1e-3}),
-    (exo_pair, {"label_smoothing": 0.3}),
-    (nca_pair, {}),
-    (bco_pair, {"delta": 0.0}),
-    (bco_pair, {"delta": -0.7}),
-    (sppo_hard, {}),
-    (apo_zero, {}),
-    (apo_down, {}),
-    (discopop, {}),
-    (discopop, {"tau": 0.5}),
-    (rpo_sq, {"scale": 0.5}),
-    (rpo_bwd_kl, {"scale": 0.5}),
-    (rpo_fwd_kl, {"scale": 0.5}),
-    (rpo_fwd_kl, {"scale": 30.0}),
-    (rpo_bwd_kl, {"scale": 30.0}),
-    (aot, {}),
-    (aot, {"label_smoothing": 0.1}),
-    (aot_unpaired, {}),
-    (aot_unpaired, {"label_smoothing": 0.1}),
-]
+    (sigmoid, {}), (sigmoid, {"label_smoothing": 0.1}), (sigmoid, {"label_smoothing": 0.5}),
+    (robust, {"label_smoothing": 0.0}), (robust, {"label_smoothing": 0.1}), (robust, {"label_smoothing": 0.45}),
+    (hinge, {}), (ipo, {}), (simpo, {"gamma": 0.5}), (simpo, {"gamma": 0.0}), (sigmoid_norm, {}),
+    (exo_pair, {"label_smoothing": 1e-3}), (exo_pair, {"label_smoothing": 0.3}), (nca_pair, {}),
+    (bco_pair, {"delta": 0.0}), (bco_pair, {"delta": -0.7}), (sppo_hard, {}), (apo_zero, {}), (apo_down, {}),
+    (discopop, {}), (discopop, {"tau": 0.5}), (rpo_sq, {"scale": 0.5}), (rpo_bwd_kl, {"scale": 0.5}),
+    (rpo_fwd_kl, {"scale": 0.5}), (rpo_fwd_kl, {"scale": 30.0}), (rpo_bwd_kl, {"scale": 30.0}),
+    (aot, {}), (aot, {"label_smoothing": 0.1}), (aot_unpaired, {}), (aot_unpaired, {"label_smoothing": 0.1}),
+]  # fmt: skip
 CASES = [(law, {"beta": beta, **settings}) for law, settings in CASES for beta in (0.1, 1.0)]
 every_loss = pytest.mark.parametrize(
     "law, settings",
@@ -222,12 +181,12 @@ every_loss = pytest.mark.parametrize(
 
 
 def columns_of(law) -> list[str]:
-    """Return the arguments of `law` that are one number per pair."""
+    """The arguments of `law` that are one number a pair."""
     return [name for name in inspect.signature(law).parameters if name in COLUMNS]
 
 
 def expected(law, columns: dict[str, list[float]], settings: dict[str, float]) -> list[float]:
-    """Return the formula's value for every pair of the step."""
+    """The formula on every pair of the step."""
     if law in (aot, aot_unpaired):
         return law(**columns, **settings)
     rows = zip(*columns.values(), strict=True)
@@ -235,19 +194,18 @@ def expected(law, columns: dict[str, list[float]], settings: dict[str, float]) -
 
 
 def actual(law, columns: dict[str, list[float]], settings: dict[str, float], dtype=torch.float64):
-    """Return the losses of `law`'s twin on the same columns, one per pair, and autograd's leaves.
-
-    Lengths are integers.
-    """
-    tensors = {}
-    for name, values in columns.items():
-        tensors[name] = torch.tensor(values, dtype=None if name.startswith("len_") else dtype)
+    """losses.<name> on the same columns, lengths as integers: the per-pair losses and the leaves of autograd."""
+    tensors = {
+        n: torch.tensor(v) if n.startswith("len_") else torch.tensor(v, dtype=dtype)
+        for n, v in columns.items()
+    }
+    for name in tensors:
         tensors[name].requires_grad_(name in LEARNED)
     return getattr(losses, law.__name__)(**tensors, **settings), tensors
 
 
 def close(a: float, b: float, tolerance: float) -> bool:
-    """Compare within a tolerance that is relative above 1 and absolute below; False for NaN."""
+    """Relative above 1, absolute below; false for NaN."""
     return abs(a - b) <= tolerance * max(1.0, abs(b))
 
 
@@ -255,34 +213,44 @@ def close(a: float, b: float, tolerance: float) -> bool:
 @pytest.mark.parametrize(
     "dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=["fp64", "fp32"]
 )
-def test_values_equal_the_formula_of_the_paper(law, settings, dtype, tolerance):
-    """Per pair, a loss equals its formula: within 1e-12 in float64, 1e-5 in float32."""
+def test_value_is_the_papers(law, settings, dtype, tolerance):
+    """Per pair, the loss is its paper's formula: within 1e-12 in float64, finite and within 1e-5 in float32."""
     columns = {name: COLUMNS[name] for name in columns_of(law)}
     got, _ = actual(law, columns, settings, dtype)
     want = expected(law, columns, settings)
     assert got.shape == (len(PAIRS),) and got.dtype == dtype
     got = got.tolist()
-    if law in (aot, aot_unpaired):  # the law does not say which pair carries which loss
+    if law in (
+        aot,
+        aot_unpaired,
+    ):  # which pair of the step carries which loss is not part of the law
         got, want = sorted(got), sorted(want)
-    numbered = [(i, *values) for i, values in enumerate(zip(got, want, strict=True))]
-    wrong = [(i, g, w) for i, g, w in numbered if not close(g, w, tolerance)]
+    wrong = [
+        (i, g, w)
+        for i, (g, w) in enumerate(zip(got, want, strict=True))
+        if not close(g, w, tolerance)
+    ]
     assert not wrong, f"(pair, loss, formula): {wrong}"
 
 
 @every_loss
-def test_gradients_equal_the_formula_of_the_paper(law, settings):
-    """Autograd's derivatives equal central differences of the formula, also for extreme values."""
+def test_gradient_is_the_papers(law, settings):
+    """Autograd's derivative by c and r is the central difference of the formula, at the far ends too."""
     columns = {name: COLUMNS[name] for name in columns_of(law)}
     got, tensors = actual(law, columns, settings)
     got.sum().backward()
     h = 1e-5
     for name in [name for name in columns if name in LEARNED]:
         for i, value in enumerate(columns[name]):
-            totals = []
-            for shifted in (value + h, value - h):
-                column = [*columns[name][:i], shifted, *columns[name][i + 1 :]]
-                totals.append(expected(law, {**columns, name: column}, settings))
-            slope = sum(up - down for up, down in zip(*totals, strict=True)) / (2 * h)
+            near = [
+                expected(
+                    law,
+                    {**columns, name: [*columns[name][:i], value + step, *columns[name][i + 1 :]]},
+                    settings,
+                )
+                for step in (h, -h)
+            ]
+            slope = sum(up - down for up, down in zip(*near, strict=True)) / (2 * h)
             grad = tensors[name].grad[i].item()
             assert close(grad, slope, 1e-6), (
                 f"d loss / d {name}[{i}] at {PAIRS[i]}: {grad}, formula {slope}"
@@ -291,80 +259,46 @@ def test_gradients_equal_the_formula_of_the_paper(law, settings):
 
 @every_loss
 def test_gradient_is_finite_in_float32(law, settings):
-    """Log-ratios of thousands give finite float32 gradients: no backward multiplies infinity by
-    0.
-    """
-    columns = {name: COLUMNS[name] for name in columns_of(law)}
-    got, tensors = actual(law, columns, settings, torch.float32)
+    """Log-ratios of thousands give finite float32 gradients: no infinity times zero hides in a backward."""
+    got, tensors = actual(
+        law, {name: COLUMNS[name] for name in columns_of(law)}, settings, torch.float32
+    )
     got.sum().backward()
     for name in [name for name in tensors if name in LEARNED]:
         assert tensors[name].grad.isfinite().all(), f"{name}.grad = {tensors[name].grad.tolist()}"
 
 
 START = [
-    (sigmoid, {}, LN2),
-    (sigmoid, {"label_smoothing": 0.1}, LN2),
-    (sigmoid, {"label_smoothing": 0.4}, LN2),
-    (robust, {"label_smoothing": 0.2}, LN2),
-    (sigmoid_norm, {}, LN2),
-    (aot, {}, LN2),
-    (aot_unpaired, {}, LN2),
-    (aot, {"label_smoothing": 0.1}, LN2),
-    (aot_unpaired, {"label_smoothing": 0.1}, LN2),
-    (simpo, {"gamma": 0.0}, LN2),
-    (simpo, {"gamma": 1.0}, math.log(1 + math.e)),
-    (nca_pair, {}, 2 * LN2),
-    (bco_pair, {"delta": 0.0}, 2 * LN2),
+    (sigmoid, {}, LN2), (sigmoid, {"label_smoothing": 0.1}, LN2), (sigmoid, {"label_smoothing": 0.4}, LN2),
+    (robust, {"label_smoothing": 0.2}, LN2), (sigmoid_norm, {}, LN2), (aot, {}, LN2), (aot_unpaired, {}, LN2),
+    (aot, {"label_smoothing": 0.1}, LN2), (aot_unpaired, {"label_smoothing": 0.1}, LN2),
+    (simpo, {"gamma": 0.0}, LN2), (simpo, {"gamma": 1.0}, math.log(1 + math.e)),
+    (nca_pair, {}, 2 * LN2), (bco_pair, {"delta": 0.0}, 2 * LN2),
     (bco_pair, {"delta": 1.0}, 2 * math.log(1 + math.e) - 1),
-    (hinge, {}, 1.0),
-    (apo_zero, {}, 1.0),
-    (apo_down, {}, 1.0),
-    (discopop, {}, 0.5 * LN2 + 0.5),
-    (ipo, {}, 25.0),
-    (sppo_hard, {}, 50.0),  # 1/(4β²) and 1/(2β²) at β = 0.1
-    (
-        exo_pair,
-        {"label_smoothing": 0.2},
-        -LN2 - 0.5 * math.log(0.2 * 0.8),
-    ),  # KL of a fair coin from (0.8, 0.2)
+    (hinge, {}, 1.0), (apo_zero, {}, 1.0), (apo_down, {}, 1.0), (discopop, {}, 0.5 * LN2 + 0.5),
+    (ipo, {}, 25.0), (sppo_hard, {}, 50.0),  # 1/(4β²) and 1/(2β²) at β = 0.1
+    (exo_pair, {"label_smoothing": 0.2}, -LN2 - 0.5 * math.log(0.2 * 0.8)),  # KL of a fair coin from (0.8, 0.2)
     (rpo_sq, {"scale": 0.5, "gt_c": 3.0, "gt_r": 1.0}, 1.0),
-    (
-        rpo_fwd_kl,
-        {"scale": 1.0, "gt_c": math.log(4.0), "gt_r": 0.0},
-        0.5 * math.log(0.25 / (0.8 * 0.2)),
-    ),
-    (
-        rpo_bwd_kl,
-        {"scale": 1.0, "gt_c": math.log(4.0), "gt_r": 0.0},
-        0.8 * math.log(1.6) + 0.2 * math.log(0.4),
-    ),
+    (rpo_fwd_kl, {"scale": 1.0, "gt_c": math.log(4.0), "gt_r": 0.0}, 0.5 * math.log(0.25 / (0.8 * 0.2))),
+    (rpo_bwd_kl, {"scale": 1.0, "gt_c": math.log(4.0), "gt_r": 0.0}, 0.8 * math.log(1.6) + 0.2 * math.log(0.4)),
     (rpo_sq, {"scale": 0.5, "gt_c": 2.0, "gt_r": 2.0}, 0.0),
     (rpo_fwd_kl, {"scale": 0.5, "gt_c": 2.0, "gt_r": 2.0}, 0.0),
     (rpo_bwd_kl, {"scale": 0.5, "gt_c": 2.0, "gt_r": 2.0}, 0.0),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "law, settings, value", START, ids=[f"{law.__name__}-{v:.3f}" for law, _, v in START]
 )
-def test_losses_at_step_0(law, settings, value):
-    """At step 0 (c = r = 0) every pair's loss is a number known by heart, mostly ln 2."""
-    columns = {}
-    for name in columns_of(law):
-        columns[name] = [7 if name.startswith("len_") else settings.get(name, 0.0)] * 3
+def test_step_0(law, settings, value):
+    """While the policy is the reference (c = r = 0) every pair's loss is the number its formula gives, mostly ln 2."""
+    columns = {
+        name: [7] * 3 if name.startswith("len_") else [settings.get(name, 0.0)] * 3
+        for name in columns_of(law)
+    }
     scalars = {name: number for name, number in settings.items() if name not in columns}
     got, _ = actual(law, columns, {"beta": 0.1, **scalars})
     assert all(close(loss, value, 1e-12) for loss in got.tolist()), got.tolist()
-
-
-def two_sigmoids(c, r, beta):
-    """bco_pair without a shift."""
-    return sigmoid(c, 0.0, beta) + sigmoid(0.0, r, beta)
-
-
-def half_sigmoid_half_exp(c, r, beta):
-    """discopop where m is a half."""
-    return (sigmoid(c, r, beta) + math.exp(-beta * (c - r))) / 2
 
 
 @pytest.mark.parametrize(
@@ -372,23 +306,33 @@ def half_sigmoid_half_exp(c, r, beta):
     [
         (robust, {"label_smoothing": 0.0}, sigmoid),
         (sigmoid, {"label_smoothing": 0.0}, sigmoid),
-        (bco_pair, {"delta": 0.0}, two_sigmoids),
-        (discopop, {"tau": 1e9}, half_sigmoid_half_exp),
+        (
+            bco_pair,
+            {"delta": 0.0},
+            lambda c, r, beta: sigmoid(c, 0.0, beta) + sigmoid(0.0, r, beta),
+        ),
+        (
+            discopop,
+            {"tau": 1e9},
+            lambda c, r, beta: (sigmoid(c, r, beta) + math.exp(-beta * (c - r))) / 2,
+        ),
     ],
     ids=["robust-no-flips", "sigmoid-no-smoothing", "bco-no-shift", "discopop-half-half"],
 )
-def test_variants_become_the_loss_they_vary(special, settings, general):
-    """At the neutral value of its parameter a variant becomes the loss that it varies."""
+def test_limits(special, settings, general):
+    """At the neutral value of its own parameter a variant becomes the loss it varies."""
     columns = {"c": [0.4, -30.0, 2.0, 250.0], "r": [0.1, 5.0, -2.0, 3.0]}
     got, _ = actual(special, columns, {"beta": 0.1, **settings})
     want = [general(c, r, 0.1) for c, r in zip(columns["c"], columns["r"], strict=True)]
-    pairs = list(zip(got.tolist(), want, strict=True))
-    assert all(close(g, w, 1e-8) for g, w in pairs), pairs
+    assert all(close(g, w, 1e-8) for g, w in zip(got.tolist(), want, strict=True)), (
+        got.tolist(),
+        want,
+    )
 
 
 @pytest.mark.parametrize("law", [aot, aot_unpaired])
 def test_aot_compares_distributions(law):
-    """aot sees the step as two sets: shuffling one column keeps the sum; a single pair is DPO."""
+    """aot sees the step as two sets: shuffling either column alone leaves the sum, and one pair alone is DPO."""
     (first, second), shuffled = columns_of(law), random.Random(1)
     columns = {first: COLUMNS[first][:], second: COLUMNS[second][:]}
     total = actual(law, columns, {"beta": 0.1})[0].sum().item()
@@ -404,9 +348,7 @@ def test_aot_compares_distributions(law):
     [(exo_pair, 0.0), (robust, 0.5), (robust, 0.7)],
     ids=["exo_pair-0", "robust-0.5", "robust-0.7"],
 )
-def test_impossible_smoothing_is_rejected(law, smoothing):
-    """Rejected by name: EXO's KL is infinite at 0, robust's divisor 1 - 2ε is not positive from
-    ½.
-    """
+def test_impossible_smoothing_is_refused(law, smoothing):
+    """EXO's KL is infinite without smoothing, robust's divisor 1 - 2ε is 0 or less from ½ on: refused by name."""
     with pytest.raises(ValueError, match="label_smoothing|label-smoothing"):
         actual(law, {"c": [0.0], "r": [0.0]}, {"beta": 0.1, "label_smoothing": smoothing})
