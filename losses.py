@@ -408,20 +408,25 @@ def steerlm2(pi_logps: Tensor, q_logps: Tensor, wanted: Tensor, group: Tensor) -
     return log_w.exp() * (log_w - log_b)
 
 
-# ---- online algorithms: what a sample is worth -----------------------------------------------------------------------
-# M sampled tokens, response by response and in order; R responses; lengths (R,) their tokens, response (M,) whose each
-# is; n prompts with G responses each, R = n G. Sampled quantities carry no gradient: these run under no_grad.
+# ---- online algorithms: rewards, KL, advantages -----------------------------------------------
+# A scored token is one that the policy sampled; tokens that it only read (tool output) do not occur.
+# M scored tokens, response by response and in order; R responses; n prompts with G responses each,
+# R = n G. lengths (R,): scored tokens of each response; response (M,): each token's response.
+# Nothing in this part carries a gradient.
 
 KL_ESTIMATORS = ("k1", "k2", "k3", "abs")
 ADVANTAGES = ("rloo", "grpo", "dr_grpo", "reinforce++")
 
 
 def kl_estimate(logps: Tensor, ref_logps: Tensor, kind: str = "k1") -> Tensor:
-    """KL(policy ‖ reference) at each token sampled from the policy, (M,); Schulman, joschu.net/blog/kl-approx.html.
+    """Estimate KL(policy ‖ reference) at each token sampled from the policy, (M,), in nats.
 
-    x = log π - log π_ref. k1 = x, unbiased and noisy; k2 = x²/2, biased, but its gradient is the KL's; k3 =
-    e^(-x) - 1 + x, unbiased and never negative; abs = |x|, NeMo-Aligner's penalty. As a term of the loss k1 pulls
-    nowhere: its expected gradient is zero. ValueError: unknown kind.
+    Schulman, joschu.net/blog/kl-approx.html, with x = log π - log π_ref:
+    k1   x; unbiased, noisy. As a loss term its expected gradient is zero.
+    k2   x²/2; biased, but its gradient is the gradient of the KL.
+    k3   e^(-x) - 1 + x; unbiased and never negative.
+    abs  |x|; NeMo-Aligner's penalty.
+    ValueError: unknown kind.
     """
     x = logps - ref_logps
     match kind:
@@ -433,54 +438,66 @@ def kl_estimate(logps: Tensor, ref_logps: Tensor, kind: str = "k1") -> Tensor:
             return torch.expm1(-x) + x
         case "abs":
             return x.abs()
-    raise ValueError(f"unknown KL estimator {kind!r}: take one of {', '.join(KL_ESTIMATORS)}")
+    raise ValueError(f"unknown KL estimator {kind!r}: choose one of {', '.join(KL_ESTIMATORS)}")
 
 
 def token_rewards(rewards: Tensor, kl: Tensor, lengths: Tensor, beta: float) -> Tensor:
-    """-β kl_t at every token, and the response's reward at its last, (M,): InstructGPT, arXiv 2203.02155 Eq. 2.
+    """Return -β kl_t per token plus the response's reward at its last scored token, (M,).
 
-    rewards (R,), kl (M,), lengths (R,).
+    InstructGPT, arXiv 2203.02155 Eq. 2. rewards (R,), kl (M,), lengths (R,), each at least 1.
+    Example: rewards [5.], kl [1., 2.], lengths [2], beta 0.1 -> [-0.1, 4.8].
     """
-    found = -beta * kl
-    found[lengths.long().cumsum(0) - 1] += rewards.to(found.dtype)
-    return found
+    per_token = -beta * kl
+    last = lengths.long().cumsum(0) - 1  # (R,) index of each response's last scored token
+    per_token[last] += rewards.to(per_token.dtype)
+    return per_token
 
 
 def gae(
     rewards: Tensor, values: Tensor, lengths: Tensor, gamma: float = 1.0, lam: float = 0.95
 ) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation, arXiv 1506.02438 Eq. 16, response by response: (advantages, returns), (M,).
+    """Compute generalised advantage estimates: (advantages, returns), (M,) each.
 
-    δ_t = r_t + γ V_{t+1} - V_t, A_t = δ_t + γ λ A_{t+1}, with V = A = 0 beyond the end; returns = A + V.
-    values (M,): V of the state that each token was chosen in. With V = 0 and λ = 1 it is the (discounted) reward to go.
+    arXiv 1506.02438 Eq. 16, for each response on its own:
+    δ_t = r_t + γ V_{t+1} - V_t,  A_t = δ_t + γ λ A_{t+1},  return_t = A_t + V_t,
+    where V and A are 0 after the last scored token and t + 1 is the next scored token.
+
+    rewards (M,); values (M,): V of the state in which each token was sampled. With V = 0 and λ = 1
+    the advantage is the discounted reward to go.
+    Example: one response, rewards [0, 0, 1], values [.5, .4, .8], γ = 1, λ = 0
+    -> advantages [-.1, .4, .2], returns [.4, .8, 1.].
     """
     lengths = lengths.long()
-    place = torch.arange(len(rewards), device=rewards.device)
-    starts = lengths.cumsum(0) - lengths  # (R,)
-    response = torch.repeat_interleave(
-        torch.arange(len(lengths), device=rewards.device), lengths
-    )  # (M,)
-    column = place - starts[response]  # (M,) of each token in its response
-    shape = (int(lengths.max()) + 1, len(lengths))  # one column more: beyond the end all is zero
-    r, v = rewards.new_zeros(shape), rewards.new_zeros(shape)
-    r[column, response], v[column, response] = rewards, values
-    advantages = torch.zeros_like(r)
-    for t in range(shape[0] - 2, -1, -1):
-        advantages[t] = r[t] + gamma * v[t + 1] - v[t] + gamma * lam * advantages[t + 1]
-    found = advantages[column, response]
-    return found, found + values
+    starts = lengths.cumsum(0) - lengths  # (R,) index of each response's first token
+    responses = torch.arange(len(lengths), device=rewards.device)
+    response = torch.repeat_interleave(responses, lengths)  # (M,)
+    t = torch.arange(len(rewards), device=rewards.device) - starts[response]  # (M,)
+    # One row per time step, one column per response; the extra last row is the end, all zero.
+    shape = (int(lengths.max()) + 1, len(lengths))
+    r = rewards.new_zeros(shape)
+    v = rewards.new_zeros(shape)
+    r[t, response] = rewards
+    v[t, response] = values
+    a = torch.zeros_like(r)
+    for i in range(shape[0] - 2, -1, -1):
+        a[i] = r[i] + gamma * v[i + 1] - v[i] + gamma * lam * a[i + 1]
+    advantages = a[t, response]
+    return advantages, advantages + values
 
 
 def moments(values: Tensor) -> Tensor:
-    """(count, sum, sum of squares) in fp64, (3,): add them up over micro-batches and ranks, then `whiten`."""
+    """Return (count, sum, sum of squares) in fp64, (3,).
+
+    Add those of several micro-batches or ranks, then pass the total to `whiten`.
+    """
     x = values.double()
     return torch.stack((torch.full_like(x.sum(), x.numel()), x.sum(), x.square().sum()))
 
 
 def whiten(values: Tensor, totals: Tensor) -> Tensor:
-    """(x - mean) / deviation, in x's shape, by the `moments` of ALL that is to be whitened.
+    """Return (x - mean) / deviation, in x's shape, given the `moments` of ALL values.
 
-    The deviation is that of a sample (n - 1), as NeMo-Aligner's, OpenRLHF's and TRL's are.
+    The deviation is the sample deviation (n - 1), as in NeMo-Aligner, OpenRLHF and TRL.
     """
     n, total, squares = totals
     mean = total / n
@@ -489,26 +506,37 @@ def whiten(values: Tensor, totals: Tensor) -> Tensor:
 
 
 def rloo(rewards: Tensor) -> Tensor:
-    """Leave-one-out, arXiv 2402.14740 Eq. 8: r_i minus the mean of the others' rewards; (n, G) -> (n, G). G >= 2."""
+    """Compute leave-one-out advantages, arXiv 2402.14740 Eq. 8: (n, G) -> (n, G), G >= 2.
+
+    Each reward minus the mean of the other rewards in its group.
+    Example: [1, 2, 6] -> [-3, -1.5, 4.5].
+    """
     others = (rewards.sum(1, keepdim=True) - rewards) / (rewards.shape[1] - 1)
     return rewards - others
 
 
 def dr_grpo(rewards: Tensor) -> Tensor:
-    """Dr. GRPO, arXiv 2503.20783 Sec. 3.2: r_i - mean of its group; (n, G) -> (n, G). It is rloo times (G - 1) / G."""
+    """Compute Dr. GRPO advantages, arXiv 2503.20783 Sec. 3.2: (n, G) -> (n, G).
+
+    Each reward minus the mean of its group: rloo times (G - 1) / G.
+    """
     return rewards - rewards.mean(1, keepdim=True)
 
 
 def grpo(rewards: Tensor, eps: float = 1e-4) -> Tensor:
-    """GRPO, arXiv 2402.03300 Sec. 4.1.2: (r_i - mean) / (deviation + ε) of its group; (n, G) -> (n, G). G >= 2.
+    """Compute GRPO advantages, arXiv 2402.03300 Sec. 4.1.2: (n, G) -> (n, G), G >= 2.
 
-    Deviation (n - 1) and ε as in TRL. A group whose rewards are all alike teaches nothing: 0.
+    (reward - mean of its group) / (deviation of its group + ε). The sample deviation (n - 1) and ε
+    are TRL's. A group of equal rewards gets 0 and teaches nothing.
     """
     return dr_grpo(rewards) / (rewards.std(1, keepdim=True) + eps)
 
 
 def reinforce_plus_plus(token_rewards: Tensor, lengths: Tensor) -> Tensor:
-    """REINFORCE++, arXiv 2501.03262 Eq. 7-8: every token's reward to go, whitened over ALL tokens; (M,) -> (M,)."""
+    """Compute REINFORCE++ advantages, arXiv 2501.03262 Eq. 7-8: (M,) -> (M,).
+
+    The reward to go of each token, whitened over ALL tokens of the step.
+    """
     to_go, _ = gae(token_rewards, torch.zeros_like(token_rewards), lengths, 1.0, 1.0)
     return whiten(to_go, moments(to_go))
 
@@ -516,60 +544,80 @@ def reinforce_plus_plus(token_rewards: Tensor, lengths: Tensor) -> Tensor:
 def advantages(
     name: str, rewards: Tensor, kl: Tensor, lengths: Tensor, group: int, beta: float = 0.0
 ) -> Tensor:
-    """What each token of a WHOLE step is worth, (M,), by the name of the baseline.
+    """Compute the advantage of every scored token of a WHOLE step, (M,), by the baseline's name.
 
-    rewards (R,), groups of `group` side by side; kl (M,) and β make a penalty inside the reward: of the response as a
-    whole (its sum), or with reinforce++ token by token. ValueError: unknown name, or a group of one with nothing to
-    compare it to.
+    rewards (R,), with the `group` responses of each prompt side by side; kl (M,). β kl is
+    subtracted from the rewards: summed over the response, or per token with reinforce++.
+    ValueError: unknown name, or a group of one where the baseline is the group's.
     """
     if name not in ADVANTAGES:
-        raise ValueError(f"unknown advantage {name!r}: take one of {', '.join(ADVANTAGES)}")
+        raise ValueError(f"unknown advantage {name!r}: choose one of {', '.join(ADVANTAGES)}")
     if name == "reinforce++":
         return reinforce_plus_plus(token_rewards(rewards, kl, lengths, beta), lengths)
     if group < 2:
         raise ValueError(
-            f"advantage {name} compares the answers to a prompt: it needs a group of 2 or more, not {group}"
+            f"advantage {name} compares the responses to a prompt: "
+            f"it needs a group of 2 or more, not {group}"
         )
-    response = torch.repeat_interleave(torch.arange(len(lengths), device=kl.device), lengths.long())
-    penalty = kl.new_zeros(len(lengths)).index_add(0, response, kl)
-    grouped = (rewards.to(kl.dtype) - beta * penalty).view(-1, group)
-    return {"rloo": rloo, "grpo": grpo, "dr_grpo": dr_grpo}[name](grouped).flatten()[response]
+    responses = torch.arange(len(lengths), device=kl.device)
+    response = torch.repeat_interleave(responses, lengths.long())  # (M,)
+    penalty = kl.new_zeros(len(lengths)).index_add(0, response, kl)  # (R,)
+    grouped = (rewards.to(kl.dtype) - beta * penalty).view(-1, group)  # (n, G)
+    baseline = {"rloo": rloo, "grpo": grpo, "dr_grpo": dr_grpo}[name]
+    return baseline(grouped).flatten()[response]
 
 
-# ---- online algorithms: what the policy learns -----------------------------------------------------------------------
+# ---- online algorithms: policy and value losses -----------------------------------------------
 
-POLICY_LOSSES = {  # name: clip_low, clip_high as the papers have them
-    "grpo": (0.2, 0.2), "dapo": (0.2, 0.28), "gspo": (3e-4, 4e-4), "cispo": (float("inf"), 4.0),
+POLICY_LOSSES = {  # name: (clip_low, clip_high), the papers' defaults
+    "grpo": (0.2, 0.2),
+    "dapo": (0.2, 0.28),
+    "gspo": (3e-4, 4e-4),
+    "cispo": (float("inf"), 4.0),
     "reinforce": (float("inf"), float("inf")),
-}  # fmt: skip
+}
 AGGREGATES = ("token", "sequence", "constant")
 
 
 def clipped_surrogate(
     ratio: Tensor, advantage: Tensor, clip_low: float, clip_high: float
 ) -> tuple[Tensor, Tensor]:
-    """PPO, arXiv 1707.06347 Eq. 7: -min(ρ A, clip(ρ, 1 - low, 1 + high) A), (M,); and where the clip held, (M,)."""
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    """Compute PPO's clipped surrogate, arXiv 1707.06347 Eq. 7: (losses, clipped), (M,) each.
+
+    losses = -min(ρ A, clip(ρ, 1 - low, 1 + high) A); clipped is 1 where the clip removed the
+    gradient, else 0.
+    """
+    bounded = ratio.clamp(1 - clip_low, 1 + clip_high)
     with torch.no_grad():
-        held = torch.where(
-            advantage > 0, ratio > 1 + clip_high, (ratio < 1 - clip_low) & (advantage < 0)
-        )
-    return -torch.minimum(ratio * advantage, clipped * advantage), held.to(ratio.dtype)
+        above = ratio > 1 + clip_high
+        below = (ratio < 1 - clip_low) & (advantage < 0)
+        clipped = torch.where(advantage > 0, above, below)
+    return -torch.minimum(ratio * advantage, bounded * advantage), clipped.to(ratio.dtype)
 
 
 def clipped_value(
     values: Tensor, old_values: Tensor, returns: Tensor, clip: float
 ) -> tuple[Tensor, Tensor]:
-    """½ max((V - R)², (V_old + clip(V - V_old, ±ε) - R)²), as PPO's own code has it, and where it held; (M,) each."""
+    """Compute PPO's clipped value loss, as in its reference code: (losses, clipped), (M,) each.
+
+    losses = ½ max((V - R)², (V_old + clip(V - V_old, ±ε) - R)²); clipped is 1 where the second
+    term is the larger one, else 0.
+    """
     moved = values - old_values
     near = old_values + moved.clamp(-clip, clip)
-    plain, clipped = (values - returns).square(), (near - returns).square()
-    held = (moved.abs() > clip) & (clipped > plain)  # within the clip the two differ by rounding
-    return 0.5 * torch.maximum(plain, clipped), held.to(values.dtype)
+    free_error = (values - returns).square()
+    near_error = (near - returns).square()
+    # Within the clip the two errors differ only by rounding.
+    clipped = (moved.abs() > clip) & (near_error > free_error)
+    return 0.5 * torch.maximum(free_error, near_error), clipped.to(values.dtype)
 
 
 def sequence_ratio(log_ratio: Tensor, response: Tensor, lengths: Tensor) -> Tensor:
-    """GSPO, arXiv 2507.18071 Eq. 7: s_i = exp(mean over the tokens of response i of log ratio), at its tokens, (M,)."""
+    """Compute GSPO's length-normalised ratio, arXiv 2507.18071 Eq. 7, (M,).
+
+    s_i = exp(mean of log ratio over the scored tokens of response i), repeated for each token.
+    log_ratio (M,), response (M,), lengths (R,).
+    """
     total = log_ratio.new_zeros(len(lengths)).index_add(0, response, log_ratio)
     return (total / lengths.to(total.dtype)).exp()[response]
 
@@ -584,39 +632,47 @@ def policy_gradient(
     clip_low: float | None = None,
     clip_high: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """One policy-gradient loss, by name: per-token losses (M,), to be weighted by `token_weights`; metrics (M,) each.
+    """Compute a policy-gradient loss by name: per-token losses (M,) and metrics, (M,) each.
 
-    grpo: PPO's clipped surrogate with ρ a token's ratio π / π_old. dapo: the same, clipped further up than down
-    (arXiv 2503.14476 Eq. 8). gspo: the same with ρ the whole response's, length-normalised (arXiv 2507.18071 Eq. 5).
-    cispo: -sg(min(ρ, 1 + high)) A log π, so that no token loses its gradient (MiniMax-M1, arXiv 2506.13585 Eq. 4; no
-    lower bound, as there). reinforce: -A log π, for one update a rollout. Clips: None takes the paper's.
+    Weight the losses with `token_weights`. ρ = π / π_old is the ratio of a token.
+    grpo       PPO's clipped surrogate.
+    dapo       grpo with a higher upper clip, arXiv 2503.14476 Eq. 8.
+    gspo       grpo with the ratio of the whole response, length-normalised, arXiv 2507.18071 Eq. 5.
+    cispo      -sg(min(ρ, 1 + high)) A log π: every token keeps a gradient. MiniMax-M1, arXiv
+               2506.13585 Eq. 4; without a lower bound, as in the paper.
+    reinforce  -A log π, for one update per rollout.
+    logps, old_logps, advantage, response (M,); lengths (R,). A clip of None is the paper's.
     ValueError: unknown loss.
     """
     if loss not in POLICY_LOSSES:
-        raise ValueError(f"unknown loss {loss!r}: take one of {', '.join(POLICY_LOSSES)}")
-    low, high = (
-        own if given is None else given
-        for own, given in zip(POLICY_LOSSES[loss], (clip_low, clip_high))
-    )
+        raise ValueError(f"unknown loss {loss!r}: choose one of {', '.join(POLICY_LOSSES)}")
+    default_low, default_high = POLICY_LOSSES[loss]
+    low = default_low if clip_low is None else clip_low
+    high = default_high if clip_high is None else clip_high
     log_ratio = logps - old_logps
     ratio = sequence_ratio(log_ratio, response, lengths) if loss == "gspo" else log_ratio.exp()
     if loss == "reinforce":
-        losses, held = -advantage * logps, torch.zeros_like(ratio)
+        losses = -advantage * logps
+        clipped = torch.zeros_like(ratio)
     elif loss == "cispo":
         losses = -ratio.detach().clamp(max=1 + high) * advantage * logps
-        held = (ratio > 1 + high).to(ratio.dtype)
+        clipped = (ratio > 1 + high).to(ratio.dtype)
     else:
-        losses, held = clipped_surrogate(ratio, advantage, low, high)
-    return losses, {"ratio": ratio.detach(), "clip_fraction": held.detach()}
+        losses, clipped = clipped_surrogate(ratio, advantage, low, high)
+    return losses, {"ratio": ratio.detach(), "clip_fraction": clipped.detach()}
 
 
 def token_weights(
     lengths: Tensor, step_lengths: Tensor, how: str = "token", constant: int = 1
 ) -> Tensor:
-    """What one token of each response counts in the sum that is the loss, (R,), by the lengths of the WHOLE step.
+    """Return the weight of one token of each response in the loss, (R,).
 
-    token: 1 / tokens of the step (DAPO). sequence: 1 / (responses · own length): the mean of the responses' means
-    (GRPO, GSPO). constant: 1 / (responses · constant), the longest answer allowed (Dr. GRPO). ValueError: unknown.
+    lengths (R,): scored tokens of the responses at hand; step_lengths: those of all responses of
+    the WHOLE update, so that the loss does not depend on how it is cut into micro-batches.
+    token     1 / tokens of the update (DAPO)
+    sequence  1 / (responses · own length): the mean of per-response means (GRPO, GSPO)
+    constant  1 / (responses · constant), constant the longest response allowed (Dr. GRPO)
+    ValueError: unknown how.
     """
     match how:
         case "token":
@@ -625,4 +681,4 @@ def token_weights(
             return 1 / (len(step_lengths) * lengths)
         case "constant":
             return torch.ones_like(lengths) / (len(step_lengths) * constant)
-    raise ValueError(f"unknown aggregate {how!r}: take one of {', '.join(AGGREGATES)}")
+    raise ValueError(f"unknown aggregate {how!r}: choose one of {', '.join(AGGREGATES)}")

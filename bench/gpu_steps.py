@@ -18,7 +18,7 @@ from harness import Bench, read_rows
 import losses
 from data.dataset import Dataset
 from data.trees import TreeBatch, make_batch, micro_batches
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, parameter_count
 from optimizer import AdamW
 
 SHAPES = {

@@ -27,6 +27,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from model import parameter_count
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before the folder of this file
 
 import losses

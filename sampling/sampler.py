@@ -36,12 +36,14 @@ class Sample(NamedTuple):
     policy_logps  log-prob of each token under the policy itself: temperature 1, no filters
     ended         True if an end token or a stop text ended it, False if it was cut: by
                   max_new_tokens or for repeating itself
+    scored        1 for each token that the policy chose, 0 for others (tool output); None: all 1
     """
 
     tokens: list[int]
     logps: list[float]
     policy_logps: list[float]
     ended: bool
+    scored: list[int] | None = None
 
 
 # ---- rows and the samples in them ----------------------------------------------------------------
