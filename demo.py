@@ -108,7 +108,7 @@ def commands(home: Path, seed: int, quick: bool) -> dict[str, list[str]]:
             answers("reinforce_truth", "reinforce_truth"), likely("reinforce_truth"),
         ],
         "steerlm": [
-            f"train_steerlm.py --stage sft --model {home}/base/final --data {world}/attributes.jsonl --out "
+            f"train_sft.py --attributes --model {home}/base/final --data {world}/attributes.jsonl --out "
             f"{home}/steerlm --attribute-template {{prompt}}<|attr|>{{attributes}} {SCRATCH} {end}",
             *(answers("steerlm", f"steerlm {n}", f" --attributes {a}").replace(f"steerlm {n}", f"steerlm_{n}")
               for n, a in ORDERS.items()),
