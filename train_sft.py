@@ -1,7 +1,7 @@
 """Supervised fine-tuning: learn to write the responses of a data set, token by token.
 
     python train_sft.py --model base --data demos.jsonl --out sft --lr 2e-5
-    torchrun --nproc_per_node 8 train_sft.py --model base --data demos.jsonl --eval-data test.jsonl --eval-every 50
+    torchrun --nproc_per_node 8 train_sft.py --model base --data demos.jsonl --eval-data test.jsonl
     python train_sft.py --model base --data annotated.jsonl --attributes --out steerlm
 
 Rows: {prompt, response}, or {messages} of a conversation, of which every assistant turn is learned.
@@ -12,7 +12,7 @@ With --attributes, the SFT of SteerLM, arXiv 2310.05344: rows {prompt, response,
 {helpfulness: 4, ...}} as score.py --attributes writes them, or HelpSteer's columns. Each prompt
 gets the attributes of its response as a line; generate.py --attributes then asks for others.
 
-Watch eval/loss: where it rises while loss keeps falling, the run overfits (fewer --epochs, lower --lr).
+Watch eval/loss: if it rises while loss keeps falling, the run overfits: fewer --epochs, lower --lr.
 
 Letters: M scored tokens.
 """
@@ -47,10 +47,11 @@ class Config(RunConfig):
 @torch.no_grad()
 def evaluate(model: GPT, data: Dataset, config: Config) -> dict[str, float]:
     """Return the mean loss of the response tokens of a data set, under eval/."""
-    nll = torch.zeros((), dtype=torch.float64, device=model.device)
+    totals: dict[str, torch.Tensor] = {}
     for batch, hidden in forward(model, data, np.arange(len(data)), config):
-        nll -= model.logps(hidden, batch).double().sum()
-    return {"eval/loss": model.mesh.sum(nll).item() / int(data.scored_len.sum())}
+        add(totals, {"loss": -model.logps(hidden, batch)})
+    row = means(totals, int(data.scored_len.sum()), model.mesh)
+    return {f"eval/{name}": value for name, value in row.items()}
 
 
 def main(argv: list[str] | None = None) -> None:
