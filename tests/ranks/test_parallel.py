@@ -42,7 +42,6 @@ import train_dpo
 import train_kto
 import train_rm
 import train_sft
-import train_steerlm
 from data.dataset import load_dataset
 from data.rows import read_rows
 from data.templates import Template
@@ -235,7 +234,7 @@ SCRIPTS = {  # script, model, training rows, held-out rows, flags
     "rm regression": (train_rm, "uneven", "attributes", "attributes_test", "--loss regression"),
     "kto": (train_kto, "uneven", "labels", "preferences_test", ""),
     "kto bco": (train_kto, "qwen2", "labels", "preferences_test", "--loss bco --zero 2"),
-    "steerlm": (train_steerlm, "uneven", "attributes", "attributes_test", "--stage attributes"),
+    "sft attributes": (train_sft, "uneven", "attributes", "attributes_test", "--attributes"),
 }
 TOGETHER = [
     ("sft", "dp2 pp2"),
@@ -249,7 +248,7 @@ TOGETHER = [
     ("rm regression", "dp2 pp2", "tp2 cp2"),
     ("kto", "dp2", "tp2", "pp2", "cp2"),
     ("kto bco", "dp2 pp2"),
-    ("steerlm", "dp2 pp2", "tp2"),
+    ("sft attributes", "dp2 pp2", "tp2"),
 ]
 
 
