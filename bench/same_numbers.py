@@ -319,7 +319,7 @@ WRITTEN = {
                 "--data WORLD/sft.jsonl --out OUT --dtype DTYPE"
             ],
             new=[
-                "score.py --annotate --model HOME/predictor/final "
+                "score.py --attributes --model HOME/predictor/final "
                 "--data WORLD/sft.jsonl --out OUT/annotated.jsonl --dtype DTYPE"
             ],
         ),
