@@ -119,14 +119,16 @@ def test_the_file_tree_is_the_tree():
     """docs/architecture.md lists every Python file outside tests/ and no other."""
     page = (ROOT / "docs" / "architecture.md").read_text()
     tree = re.search(r"```text\n(.*?)```", page, re.S)[1]
-    listed = set()
+    listed, folders = set(), {""}
     folder = ""
     for line in tree.splitlines():
-        if opened := re.match(r"(\S+)/ ", line + " "):
-            folder = opened[1] + "/"
-        elif name := re.match(r"( *)(\S+\.py)\b", line):
-            listed.add((folder if name[1] else "") + name[2])
-    folders = ["", "data/", "kernels/", "sampling/", "weights/", "bench/"]
+        indent, name = re.match(r"( *)(\S*)", line).groups()
+        if name.endswith("/"):
+            folder = name
+            folders.add(folder)
+        elif name:
+            listed.add((folder if indent else "") + name)
+    folders -= {"tests/"}
     files = {f"{folder}{path.name}" for folder in folders for path in (ROOT / folder).glob("*.py")}
     assert listed == {name for name in files if not name.endswith("__init__.py")}
 
