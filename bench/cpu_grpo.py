@@ -37,13 +37,14 @@ def run_grpo(spec: dict) -> dict:
 
 def run_plumb(spec: dict) -> dict:
     """Run train_reinforce.py in this process, with samples that never stop early."""
+    import runtime
     import train_reinforce as script
     from sampling.sampler import Sample
 
     rollouts, prompts, samples = [], [], []
     collect = timed(script.rollout.collect, rollouts)
 
-    class EndlessTemplate(script.Template):
+    class EndlessTemplate(runtime.Template):
         def __init__(self, *args):
             super().__init__(*args)
             self.stop_ids = frozenset()
@@ -55,14 +56,14 @@ def run_plumb(spec: dict) -> dict:
         return rollout
 
     script.rollout.collect = collect_and_keep
-    script.Template = EndlessTemplate
+    runtime.Template = EndlessTemplate
     if "replay" in spec:
         given, zeros = iter(spec["replay"]), [0.0] * NEW_TOKENS
 
         def replay(*_):
             return [Sample(ids, zeros, zeros, False) for ids in next(given)]
 
-        script.rollout.sampler = lambda *_: replay
+        script.rollout.make_sampler = lambda *_: replay
     flags = f"--group-size {GROUP} --max-new-tokens {NEW_TOKENS} --reward length:{REWARD_WORDS}"
     flags += " --advantage grpo --loss grpo --aggregate token --kl 0 --log-samples 0"
     script.main(plumb_command(spec, *flags.split())[2:])
