@@ -42,7 +42,6 @@ import train_dpo
 import train_kto
 import train_rm
 import train_sft
-import train_steerlm
 from data.dataset import load_dataset
 from data.rows import read_rows
 from data.templates import Template
@@ -235,7 +234,7 @@ SCRIPTS = {  # script, model, training rows, held-out rows, flags
     "rm regression": (train_rm, "uneven", "attributes", "attributes_test", "--loss regression"),
     "kto": (train_kto, "uneven", "labels", "preferences_test", ""),
     "kto bco": (train_kto, "qwen2", "labels", "preferences_test", "--loss bco --zero 2"),
-    "steerlm": (train_steerlm, "uneven", "attributes", "attributes_test", "--stage attributes"),
+    "sft attributes": (train_sft, "uneven", "attributes", "attributes_test", "--attributes"),
 }
 TOGETHER = [
     ("sft", "dp2 pp2"),
@@ -249,7 +248,7 @@ TOGETHER = [
     ("rm regression", "dp2 pp2", "tp2 cp2"),
     ("kto", "dp2", "tp2", "pp2", "cp2"),
     ("kto bco", "dp2 pp2"),
-    ("steerlm", "dp2 pp2", "tp2"),
+    ("sft attributes", "dp2 pp2", "tp2"),
 ]
 
 
@@ -479,7 +478,7 @@ def fails_on_one(rank_of: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "said"), [("raises", "rank 1 has had enough"), ("dies", "died without a word")]
+    ("how", "said"), [("raises", "rank 1 has had enough"), ("dies", "died without a traceback")]
 )
 def test_launch_reports_the_rank_that_failed(how: str, said: str):
     """A rank that raises or dies is named, although the other one waits for it."""
