@@ -39,10 +39,7 @@ OBSERVERS = ["bench.*", "tests.*"]
 LINES = 450
 LONG_FILES = {  # files that may pass LINES lines, and why one file is still the better place
     "losses.py": "one subject, 45 short formulas that readers compare with one another",
-    "data/toyworld.py": "the toy world's grammar and its exact scorer mirror each other",
     "kernels/attention.py": "one operation: forward, dQ, dK/dV, their plain twin and the dispatch",
-    "bench/gpu.py": "checks and times everything in one run, for the hour that a GPU is at hand",
-    "bench/cpu_vs_trl.py": "both sides of a comparison, and the proof that their work is the same",
 }
 
 
