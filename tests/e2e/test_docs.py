@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = ["sft", "dpo", "kto", "rm", "reinforce", "ppo", "steerlm"]  # one an algorithm
 # Flags of other commands that the pages of algorithms name.
-OTHER_FLAGS = {"attributes", "prompt", "model", "help"}
+OTHER_FLAGS = {"attributes", "attribute-dropout", "prompt", "model", "help"}
 
 
 def source_of(path: Path, name: str) -> str:
@@ -67,7 +67,8 @@ def test_metrics_and_flags_of_a_page_exist(page: str):
     text = (ROOT / "docs" / f"{page}.md").read_text()
     script = ROOT / f"train_{page}.py"
     assert quotes(text) and script.name in text
-    libraries = ["losses.py", "runtime.py", "reporting.py", "sampling/rollout.py"]
+    libraries = ["losses.py", "runtime.py", "reporting.py"]
+    libraries += ["sampling/rollout.py", "sampling/updates.py"]
     code = "".join(path.read_text() for path in (script, *(ROOT / name for name in libraries)))
     table = text.split("## What each metric should do")[1].split("##")[0]
     metrics = re.findall(r"^\| `([^`]+)`", table, re.M)

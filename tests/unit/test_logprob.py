@@ -1,6 +1,4 @@
-"""Log-probs of a linear layer equal torch's log_softmax over whole logits, kept or recomputed."""
-
-import functools
+"""The plain twin of linear_logprob equals torch's log_softmax of whole logits, kept or recomputed."""
 
 import pytest
 import torch
@@ -11,7 +9,7 @@ from kernels import logprob
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("scale", [1.0, 300.0])
 def test_values_and_gradients_equal_log_softmax(keep: bool, scale: float, monkeypatch):
-    """Targets at chunk borders, small and large logits: within 1e-12 in float64."""
+    """For targets at chunk borders and logits of any size, in float64 within 1e-12."""
     monkeypatch.setattr(logprob, "KEEP_BYTES", 1 << 40 if keep else 0)
     monkeypatch.setattr(logprob, "CHUNK", 7)
     generator = torch.Generator().manual_seed(0)
@@ -22,18 +20,15 @@ def test_values_and_gradients_equal_log_softmax(keep: bool, scale: float, monkey
     wanted = (hidden @ weight.t()).log_softmax(-1).gather(1, target[:, None])[:, 0]
     got = logprob.linear_logprob(hidden, weight, target)
     assert (got - wanted).abs().max() < 1e-12 * scale
-    gradients, exact = (
-        torch.autograd.grad((x * upstream).sum(), (hidden, weight)) for x in (got, wanted)
-    )
-    for a, b in zip(gradients, exact):
+    leaves = (hidden, weight)
+    ours, theirs = (torch.autograd.grad((x * upstream).sum(), leaves) for x in (got, wanted))
+    for a, b in zip(ours, theirs, strict=True):
         assert (a - b).abs().max() < 1e-12 * scale
 
 
 @pytest.mark.parametrize("keep", [True, False])
 def test_bf16_keeps_logits_in_fp32(keep: bool, monkeypatch):
-    """With bf16 weights, log-probs are those of fp32 logits of the same numbers, up to fp32
-    rounding.
-    """
+    """Log-probs of bf16 weights are those of fp32 logits of the same numbers, to fp32 rounding."""
     monkeypatch.setattr(logprob, "KEEP_BYTES", 1 << 40 if keep else 0)
     hidden = torch.randn(20, 64).bfloat16().requires_grad_()
     weight = torch.randn(5000, 64).bfloat16().requires_grad_()
@@ -44,7 +39,7 @@ def test_bf16_keeps_logits_in_fp32(keep: bool, monkeypatch):
     assert got.dtype == torch.float32 and (got - wanted).abs().max() < 1e-4
     got.sum().backward()
     wanted.sum().backward()
-    for mine, theirs in zip((hidden, weight), exact):
+    for mine, theirs in zip((hidden, weight), exact, strict=True):
         assert (mine.grad - theirs.grad).norm() < 1e-2 * theirs.grad.norm()
 
 
@@ -59,9 +54,8 @@ def test_gradients_that_are_not_asked_for_are_not_computed():
 
 @pytest.mark.parametrize("keep", [True, False])
 def test_temperature_entropy_and_shards(keep: bool, monkeypatch):
-    """Temperature, entropies and two merged vocabulary shards equal the dense softmax within
-    1e-12.
-    """
+    """Scaled logits, entropies and a vocabulary in two shards, merged, are those of the dense
+    softmax; within 1e-12."""
     monkeypatch.setattr(logprob, "KEEP_BYTES", 1 << 40 if keep else 0)
     monkeypatch.setattr(logprob, "CHUNK", 7)
     torch.manual_seed(0)
@@ -70,34 +64,34 @@ def test_temperature_entropy_and_shards(keep: bool, monkeypatch):
     slopes = torch.randn(2, 9, dtype=torch.float64)
 
     def run(function, *leaves):
-        """Return [log-probs, entropies, gradient of each leaf]."""
         leaves = [x.detach().requires_grad_() for x in leaves]
         logps, entropies = function(*leaves)
-        loss = (logps * slopes[0] + entropies * slopes[1]).sum()
-        return [logps, entropies, *torch.autograd.grad(loss, leaves)]
+        total = (logps * slopes[0] + entropies * slopes[1]).sum()
+        return [logps, entropies, *torch.autograd.grad(total, leaves)]
 
     def dense(h, w):
         logp = (h @ w.t() / 0.7).log_softmax(-1)
         return logp.gather(1, target[:, None])[:, 0], -(logp.exp() * logp).sum(1)
 
+    def chunked(h, w, start=0, combine=None):
+        return logprob.linear_logprob(h, w, target, 0.7, True, start, combine)
+
     wanted = run(dense, hidden, weight)
-    got = run(lambda h, w: logprob.linear_logprob(h, w, target, 0.7, True), hidden, weight)
-    assert all((a - b).abs().max() < 1e-12 for a, b in zip(got, wanted))
-    cuts = (slice(0, 13), slice(13, 31))
-    parts = []
-
-    def keep_part(x):
-        parts.append(x)
-        return x
-
-    for cut in cuts:
-        logprob.linear_logprob(hidden, weight[cut], target, 0.7, True, cut.start, keep_part)
+    got = run(chunked, hidden, weight)
+    assert all((a - b).abs().max() < 1e-12 for a, b in zip(got, wanted, strict=True))
+    shards, parts = (slice(0, 13), slice(13, 31)), []
+    for shard in shards:
+        chunked(hidden, weight[shard], shard.start, lambda x: parts.append(x) or x)
     whole = logprob.merge_partials(torch.stack(parts))
+    d_hidden = 0
+    for shard in shards:
 
-    def shard(h, w, first):
-        return logprob.linear_logprob(h, w, target, 0.7, True, first, lambda x: whole)
+        def on_one_rank(h, w, start=shard.start):
+            return chunked(h, w, start, lambda x: whole)
 
-    for cut in cuts:
-        got = run(functools.partial(shard, first=cut.start), hidden, weight[cut])
-        assert all((a - b).abs().max() < 1e-12 for a, b in zip(got[:2], wanted[:2]))
-        assert (got[3] - wanted[3][cut]).abs().max() < 1e-12
+        logps, entropies, d_h, d_w = run(on_one_rank, hidden, weight[shard])
+        assert (logps - wanted[0]).abs().max() < 1e-12
+        assert (entropies - wanted[1]).abs().max() < 1e-12
+        assert (d_w - wanted[3][shard]).abs().max() < 1e-12
+        d_hidden = d_hidden + d_h
+    assert (d_hidden - wanted[2]).abs().max() < 1e-12
