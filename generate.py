@@ -28,10 +28,10 @@ from typing import Literal
 import torch
 
 from config import parse
+from data import attributes
 from data.rows import read_rows, write_rows
 from data.templates import Template
 from data.tokenizer import load_tokenizer
-from data import attributes
 from sampling.sampler import Sample, generate
 from weights.folder import DTYPES, load_model
 

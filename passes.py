@@ -1,9 +1,10 @@
 """Micro-batches of some examples, and one forward pass over them.
 
-    batches = make_batches(train, examples, config, mesh)           a training step: then pipeline(model, batches, ...)
-    for batch, hidden in forward(model, heldout, examples, config): everything else that only needs hidden states
+    batches = make_batches(train, examples, config, mesh)           for pipeline(), to train on
+    for batch, hidden in forward(model, heldout, examples, config): for everything without gradients
 
-Both cut the examples the same way: packed into rows of at most --max-tokens, dealt to the data-parallel ranks.
+Both cut the examples the same way: packed into rows of at most --max-tokens and dealt to the
+data-parallel ranks.
 """
 
 from collections.abc import Iterator
@@ -55,10 +56,10 @@ def forward(
     only: int | None = None,
     bar: str | None = None,
 ) -> Iterator[tuple[TreeBatch, Tensor]]:
-    """Run a model over some examples; yield (micro-batch, hidden states) for this rank's share of them.
+    """Run a model over some examples; yield (micro-batch, hidden states) of this rank's share.
 
-    Call it under torch.no_grad(). Every rank must run it to its end; with --pp only the last stage yields.
-    bar: label of a progress bar on rank 0; None shows none.
+    Call it under torch.no_grad(). Every rank must run it to the end; with --pp only the last stage
+    yields. bar: label of a progress bar on rank 0; None shows none.
     """
     bins = _bins(data, examples, config, model.mesh, only)
     batches = (make_batch(data, items, config.share_prompts, only) for items in bins)

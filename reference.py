@@ -30,7 +30,7 @@ def add_ref_logps(
     data: list[tuple[Dataset | None, np.ndarray | None]],
     config: RunConfig,
 ) -> dict[str, float]:
-    """Add the column `ref_logps`, (R,), to data sets; return what scoring cost, {} if all was cached.
+    """Add the column `ref_logps`, (R,), to data sets; return what scoring cost, {} if cached.
 
     data: (data set or None, examples to score or None for all); responses of others get NaN.
     folder: the reference; "" is the policy as it is now, "none" gives zeros. Collective.
@@ -71,7 +71,7 @@ def reference_logps(
         model = load_model(folder, policy.dtype, policy.device, mesh=mesh)
     if model.c.vocab != policy.c.vocab:
         raise ValueError(
-            f"--ref {folder} has a vocabulary of {model.c.vocab}, the policy one of {policy.c.vocab}: "
+            f"--ref {folder} has a vocabulary of {model.c.vocab}, the policy of {policy.c.vocab}: "
             "use a reference with the policy's tokenizer"
         )
     meter = Meter(model.c, policy.device, mesh)

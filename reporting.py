@@ -1,4 +1,4 @@
-"""Metrics of a run: sums over micro-batches, the clock and memory of a step, metrics.jsonl and the progress bar."""
+"""Metrics of a run: sums over micro-batches, time and memory, metrics.jsonl, the progress bar."""
 
 import json
 import math
@@ -34,7 +34,7 @@ PROGRESS_LINES = 20  # printed over a run where there is no terminal for a bar
 
 
 def due(every: int, step: int) -> bool:
-    """Return whether something that happens every `every` steps (0 = never) happens after `step`."""
+    """Return whether what happens every `every` steps (0: never) happens after `step`."""
     return bool(every) and step % every == 0
 
 
@@ -46,7 +46,7 @@ def add(totals: dict[str, Tensor], values: dict[str, Tensor]) -> None:
 
 
 def means(totals: dict[str, Tensor], n: float, mesh: Mesh) -> dict[str, float]:
-    """Return the totals of all ranks divided by n, the count over all ranks; the same on each rank."""
+    """Return the totals of all ranks divided by n, the count over all ranks; collective."""
     values: dict[str, float] = {}
     if mesh.last_stage:  # the only stage that computes losses
         summed = mesh.group("dp").all_reduce(torch.stack(list(totals.values())), "sum")
@@ -55,7 +55,7 @@ def means(totals: dict[str, Tensor], n: float, mesh: Mesh) -> dict[str, float]:
 
 
 class Meter:
-    """Clock, token counter and memory gauge of one step after another. Tokens are those of all ranks."""
+    """Clock, token counter and memory gauge of each step. Tokens are those of all ranks."""
 
     def __init__(self, model: GPTConfig, device: torch.device, mesh: Mesh):
         self.model, self.device, self.ranks = model, device, mesh.world
@@ -112,7 +112,7 @@ class Log:
             )
 
     def _drop_after(self, step: int) -> None:
-        """Drop rows of steps that a resumed run repeats, and a last row that was only half written."""
+        """Drop rows of steps that a resumed run repeats, and a last row that is half written."""
         if not self.path.exists():
             return
         kept = []

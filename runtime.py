@@ -1,6 +1,6 @@
-"""Start of a run: the process, its device and output folder, signals, data and models, and how errors end it.
+"""Start of a run: process, device, output folder, signals, errors, data and models.
 
-    run = runtime.start(config)                        ranks, device, OUT, chat template, stop signals
+    run = runtime.start(config)                     ranks, device, OUT, chat template, stop signals
     train = runtime.load_rows(run, config.data, "sft")
     model = runtime.load_model(run)
     optimizer = runtime.make_optimizer(model, config)
@@ -44,9 +44,7 @@ _config: RunConfig | None = None  # of this process, for advice when GPU memory 
 ECHO_SECONDS = 3.0  # a signal repeated within this time counts once
 PATIENCE = 10.0  # seconds to wait for another rank to say why it failed
 AT_LEAST_1 = ("batch_size", "max_tokens", "max_length", "log_every", "epochs")
-AT_LEAST_0 = (
-    "max_steps", "max_minutes", "eval_every", "save_every", "samples", "keep", "max_bad_rows", "clip",
-)  # fmt: skip
+AT_LEAST_0 = "max_steps max_minutes eval_every save_every samples keep max_bad_rows clip".split()
 
 
 @dataclass(frozen=True)
@@ -66,9 +64,10 @@ class Run:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script's main; print errors that a user can fix as one line. PLUMB_TRACEBACK=1 shows all.
+    """Run a script's main; print an error that a user can fix as one line.
 
-    A rank that fails leaves its reason where the others find it, so that each names the first failure.
+    PLUMB_TRACEBACK=1 shows where it came from. A rank that fails leaves its reason where the others
+    find it, so that each names the first failure.
     """
     try:
         main()
@@ -183,7 +182,8 @@ def validate(config: RunConfig) -> None:
         )
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError(
-            "--device cuda, but torch finds no GPU: install a CUDA build of torch or use --device cpu"
+            "--device cuda, but torch finds no GPU: "
+            "install a CUDA build of torch or use --device cpu"
         )
     if config.samples and config.pp > 1:
         raise ValueError("--samples is not supported with --pp > 1: drop one of them")
@@ -203,7 +203,7 @@ def _make_out(config: RunConfig, mesh: Mesh) -> None:
 
 
 def _write_out(config: RunConfig) -> str:
-    """Make OUT and its config.json; return the name of a new file in OUT for other ranks to look for."""
+    """Make OUT and its config.json; return the name of a new file in it for others to look for."""
     out = Path(config.out)
     if not config.resume and (out / "metrics.jsonl").exists():
         raise ValueError(
@@ -225,7 +225,10 @@ def _write_out(config: RunConfig) -> str:
 
 
 def _keep_freed_memory() -> None:
-    """Stop glibc from returning large buffers to the system: page faults took a fifth of a CPU step."""
+    """Stop glibc from returning large buffers to the system.
+
+    The page faults of getting them again took a fifth of a CPU step.
+    """
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
@@ -241,7 +244,7 @@ def cache_folder(config: RunConfig) -> Path:
 
 
 def load_rows(run: Run, files: list[str], kind: str, whole_trees: bool = True) -> Dataset | None:
-    """Return the rows of some files as token trees, tokenised by the run's flags; None without files.
+    """Return the rows of some files as token trees; None without files.
 
     kind: see data.dataset.load_dataset. whole_trees=False skips `check_fit`, for data that is not
     trained on as it is. ValueError names a bad row, or the flag that makes all rows fit.
@@ -272,16 +275,16 @@ def check_fit(data: Dataset, config: RunConfig) -> None:
 def load_model(run: Run, folder: str = "", scores: tuple[str, ...] | None = None) -> GPT:
     """Load a Hugging Face folder, --model by default, in the run's dtype, layout and options.
 
-    scores: names of the outputs of a score head, as in weights.folder.load_model. ValueError: another
-    kind of model, or a vocabulary smaller than the tokenizer's.
+    scores: names of the outputs of a score head, as in weights.folder.load_model. ValueError:
+    another kind of model, or a vocabulary smaller than the tokenizer's.
     """
     config, folder = run.config, folder or run.config.model
     model = weights.folder.load_model(folder, run.dtype, run.device, scores, run.mesh)
     ids = run.template.tokenizer.size
     if ids > model.c.vocab:
         raise ValueError(
-            f"{folder} embeds {model.c.vocab} tokens, but the tokenizer of {config.model} has {ids}: "
-            "use the tokenizer the model was trained with"
+            f"{folder} embeds {model.c.vocab} tokens, the tokenizer of {config.model} has {ids}: "
+            "use the tokenizer that the model was trained with"
         )
     model.checkpoint_activations = config.checkpoint_activations
     if config.compile:

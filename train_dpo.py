@@ -1,17 +1,18 @@
-"""Direct preference optimisation and its family, arXiv 2305.18290: learn from pairs which answer is better.
+"""Direct preference optimisation and its family, arXiv 2305.18290: learn from pairs of answers.
 
     python train_dpo.py --model sft/final --data prefs.jsonl --out dpo --beta 0.1 --lr 5e-7
-    torchrun --nproc_per_node 8 train_dpo.py --model sft/final --data prefs.jsonl --eval-data test.jsonl --eval-every 50
+    torchrun --nproc_per_node 8 train_dpo.py --model sft/final --data prefs.jsonl --eval-every 50
 
 Rows: {prompt, chosen, rejected}, text or messages. The implicit reward of an answer y to x is
 β (log π(y|x) - log π_ref(y|x)); the loss makes that of the chosen answer larger (--loss says how).
 Both answers share their prompt, which is computed once. The reference is the policy at step 0: it
 scores every answer once, before training.
 
-Watch rewards/accuracies rise from 0.5 and rewards/margins grow; if logps/chosen falls far, --beta or
---lr is off.
+Watch rewards/accuracies rise from 0.5 and rewards/margins grow; if logps/chosen falls far, --beta
+or --lr is off.
 
-Letters: B pairs of a micro-batch, n of a step, M scored tokens; responses alternate: chosen, rejected.
+Letters: B pairs of a micro-batch (responses: chosen, rejected, chosen, ...), n of a step, M scored
+tokens.
 """
 
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ class Config(RunConfig):
 
 
 def policy_pairs(model: GPT, hidden: torch.Tensor, batch: TreeBatch) -> Pairs:
-    """Return the pairs of a micro-batch: the policy's log-probs beside the reference's, (B,) each."""
+    """Return the pairs of a micro-batch, (B,) each: log-probs of policy and reference."""
     logps = model.logps(hidden, batch)  # (M,)
     chosen, rejected = batch.sum_by_response(logps).view(-1, 2).unbind(1)  # (B,)
     ref_chosen, ref_rejected = batch.columns["ref_logps"].view(-1, 2).unbind(1)
@@ -81,7 +82,7 @@ def pair_losses(
 
 @torch.no_grad()
 def all_pairs(model: GPT, data: Dataset, examples: np.ndarray, config: Config) -> Pairs:
-    """Return the pairs of some examples, those of other ranks included; (n,) each, in their order."""
+    """Return the pairs of some examples, those of all ranks, in their order, (n,) each."""
     pairs = torch.zeros(len(data), len(Pairs._fields), dtype=torch.float64, device=model.device)
     for batch, hidden in forward(model, data, examples, config):
         columns = [column.double() for column in policy_pairs(model, hidden, batch)]
@@ -89,8 +90,15 @@ def all_pairs(model: GPT, data: Dataset, examples: np.ndarray, config: Config) -
     return Pairs(*model.mesh.sum(pairs[torch.from_numpy(examples).to(pairs.device)]).unbind(1))
 
 
-def step_losses(model: GPT, data: Dataset, examples: np.ndarray, config: Config) -> StepLosses:
-    """Return the losses of a whole step, for --loss aot and aot_unpaired, which sort its pairs."""
+def step_losses(
+    model: GPT, data: Dataset, examples: np.ndarray, batches: list[TreeBatch], config: Config
+) -> StepLosses | None:
+    """Return the losses of a whole step for --loss aot and aot_unpaired, which sort its pairs.
+
+    None for other losses, and where one micro-batch holds the whole step.
+    """
+    if config.loss not in losses.WHOLE_STEP_LOSSES or len(batches) * model.mesh.dp == 1:
+        return None
     pairs = all_pairs(model, data, examples, config)
     chosen, rejected = pairs.chosen.requires_grad_(), pairs.rejected.requires_grad_()
     per_pair, _ = pair_losses(pairs, config)
@@ -98,7 +106,7 @@ def step_losses(model: GPT, data: Dataset, examples: np.ndarray, config: Config)
 
 
 def next_delta(state: dict[str, float], row: dict[str, float], n: int) -> dict[str, float]:
-    """Return bco_pair's δ, the mean of all rewards so far, and their count, after a step of n pairs."""
+    """Return bco_pair's δ after a step of n pairs, the mean of all rewards and their count."""
     mean, count = state.get("running_mean", 0.0), state.get("running_count", 0.0) + n
     step_mean = (row["rewards/chosen"] + row["rewards/rejected"]) / 2
     return {"running_mean": mean + (step_mean - mean) * n / count, "running_count": count}
@@ -113,6 +121,14 @@ def evaluate(model: GPT, data: Dataset, config: Config, delta: float) -> dict[st
     return {f"eval/{name}": column.mean().item() for name, column in columns.items()}
 
 
+def check_rewards(data: Dataset | None, config: Config) -> None:
+    """ValueError: --loss reads rewards that a row does not have."""
+    if data and config.loss in losses.REWARD_LOSSES and np.isnan(data.columns["reward"]).any():
+        raise ValueError(
+            f"--loss {config.loss} needs chosen_reward and rejected_reward in every row"
+        )
+
+
 def main(argv: list[str] | None = None) -> None:
     config = parse(Config, __doc__, argv)
     run = runtime.start(config)
@@ -121,19 +137,15 @@ def main(argv: list[str] | None = None) -> None:
     # ---- data ----------------------------------------------------------------------------------
     train = runtime.load_rows(run, config.data, "preference")
     heldout = runtime.load_rows(run, config.eval_data, "preference")
-    for data in filter(None, (train, heldout)):
-        if config.loss in losses.REWARD_LOSSES and np.isnan(data.columns["reward"]).any():
-            raise ValueError(
-                f"--loss {config.loss} needs chosen_reward and rejected_reward in every row"
-            )
+    check_rewards(train, config)
+    check_rewards(heldout, config)
     lengths = train.tree_lengths(config.share_prompts)
     steps = training.plan_steps(config, len(train))
 
     # ---- model and reference -------------------------------------------------------------------
     model = runtime.load_model(run)
     print(training.describe(model, lengths, steps, config))
-    no_reference = config.reference_free or config.loss == "simpo"
-    ref = "none" if no_reference else config.ref
+    ref = "none" if config.reference_free or config.loss == "simpo" else config.ref
     cost = add_ref_logps(model, ref, [(train, steps.visited()), (heldout, None)], config)
     optimizer = runtime.make_optimizer(model, config)
     loop = training.begin(run, steps, optimizer, cost)
@@ -146,9 +158,7 @@ def main(argv: list[str] | None = None) -> None:
         n_pairs = len(examples)
         n_chosen = int(train.scored_len[train.responses_of(examples)[::2]].sum())
         delta = loop.state.extra.get("running_mean", 0.0)
-        whole = None
-        if config.loss in losses.WHOLE_STEP_LOSSES and len(batches) * run.mesh.dp > 1:
-            whole = step_losses(model, train, examples, config)
+        whole = step_losses(model, train, examples, batches, config)
 
         totals: dict[str, torch.Tensor] = {}
         for batch, hidden in pipeline(model, batches, optimizer):

@@ -3,14 +3,16 @@
     python train_kto.py --model sft/final --data thumbs.jsonl --out kto --beta 0.1 --lr 5e-7
     torchrun --nproc_per_node 8 train_kto.py --model sft/final --data thumbs.jsonl --out kto
 
-Rows: {prompt, response, label}, text or messages; a row {prompt, chosen, rejected} counts as one good
-and one bad answer. The implicit reward of an answer y to x is β (log π(y|x) - log π_ref(y|x)); that of
-a good answer should be above the reference point β z, that of a bad one below. z measures how far the
-policy has moved on answers that belong to other prompts, so each tree holds such a mismatched answer
-beside its own. The reference is the policy at step 0: it scores both once, before training.
+Rows: {prompt, response, label}, text or messages; a row {prompt, chosen, rejected} counts as one
+good and one bad answer. The implicit reward of an answer y to x is β (log π(y|x) - log π_ref(y|x));
+that of a good answer should be above the reference point β z, that of a bad one below. z measures
+how far the policy has moved on answers to other prompts, so each tree holds such a mismatched
+answer beside its own. The reference is the policy at step 0: it scores both once, before training.
 
 Watch rewards/chosen rise, rewards/rejected fall, and kl: far beyond 10 the policy has lost the
 reference's language.
+
+Letters: B examples of a micro-batch, n of a step.
 """
 
 from dataclasses import dataclass
@@ -44,7 +46,7 @@ class Config(RunConfig):
     ref: str = ""  # another Hugging Face folder as reference; default: the policy at step 0
 
 
-# ---- the algorithm: B examples of a micro-batch, n of a step -----------------------------------
+# ---- the algorithm -----------------------------------------------------------------------------
 
 
 def log_ratios(model: GPT, hidden: torch.Tensor, batch: TreeBatch) -> torch.Tensor:
@@ -56,11 +58,14 @@ def log_ratios(model: GPT, hidden: torch.Tensor, batch: TreeBatch) -> torch.Tens
 def reference_point(
     model: GPT, data: Dataset, examples: np.ndarray, config: Config
 ) -> torch.Tensor:
-    """Return z of the examples of a whole step, over all micro-batches and ranks, a scalar.
+    """Return z of the examples of a whole step, over all micro-batches and ranks: a scalar.
 
-    This takes a pass of its own over the mismatched answers: the first example's loss needs z of all.
-    Without gradients it is far cheaper than mismatched answers in the backward pass.
+    This takes its own pass over the mismatched answers, since the first example's loss needs z of
+    all. Without gradients it is far cheaper than mismatched answers in the backward pass.
+    Only --loss kto has a reference point: 0 for the others.
     """
+    if config.loss != "kto":
+        return torch.zeros((), device=model.device)
     ratio_sum = torch.zeros((), dtype=torch.float64, device=model.device)
     for batch, hidden in forward(model, data, examples, config, only=MISMATCHED):
         ratio_sum += log_ratios(model, hidden, batch).sum()
@@ -83,8 +88,8 @@ def example_losses(
             per_example = losses.bco(ratio, label, config.beta, delta)
     weight = torch.where(label > 0, config.desirable_weight, config.undesirable_weight)
     reward = config.beta * ratio.detach()
-    points = {"kto": config.beta * z, "apo_zero_unpaired": torch.zeros_like(z), "bco": delta}
-    point = points[config.loss]
+    points: dict[str, torch.Tensor | float] = {"kto": config.beta * z, "bco": delta}
+    point = points.get(config.loss, 0.0)  # a good answer's reward should be above it
     return weight * per_example, {
         "rewards/chosen": reward * label,
         "rewards/rejected": reward * (1 - label),
@@ -108,7 +113,7 @@ def by_class(row: dict[str, float], n: int, n_good: float) -> dict[str, float]:
 
 
 def bco_delta(sums: dict[str, float]) -> float:
-    """Return bco's δ: midway between the mean rewards of good and of bad answers so far, 0 at first."""
+    """Return bco's δ: midway between the mean rewards of good and bad answers so far, or 0."""
     known = [kind for kind in ("good", "bad") if sums.get(f"n_{kind}")]
     return sum(sums[kind] / sums[f"n_{kind}"] for kind in known) / max(1, len(known))
 
@@ -130,9 +135,7 @@ def add_rewards(
 def evaluate(model: GPT, data: Dataset, config: Config, delta: float) -> dict[str, float]:
     """Return loss and metrics over a whole data set, treated as one large step, under eval/."""
     examples = np.arange(len(data))
-    z = torch.zeros((), device=model.device)
-    if config.loss == "kto":
-        z = reference_point(model, data, examples, config)
+    z = reference_point(model, data, examples, config)
     totals: dict[str, torch.Tensor] = {}
     for batch, hidden in forward(model, data, examples, config, only=OWN):
         ratio, label = log_ratios(model, hidden, batch), batch.columns["label"]
@@ -143,9 +146,6 @@ def evaluate(model: GPT, data: Dataset, config: Config, delta: float) -> dict[st
     if config.loss == "kto":
         row["kl"] = z.item()
     return {f"eval/{name}": value for name, value in row.items()}
-
-
-# ---- the data ----------------------------------------------------------------------------------
 
 
 def count_good(data: Dataset, examples: np.ndarray) -> float:
@@ -161,7 +161,10 @@ def make_trees(data: Dataset, order: list[np.ndarray], config: Config) -> Datase
 
 
 def balance(good: float, bad: float, config: Config) -> str:
-    """Return a line on how the classes are weighted, and the paper's advice: λ_D n_D / λ_U n_U in [1, 4/3]."""
+    """Return a line on how many examples are good and bad, and on how their weights balance them.
+
+    The paper advises λ_D n_D / λ_U n_U between 1 and 4/3.
+    """
     if not good or not bad:
         kind = "desirable" if good else "undesirable"
         return f"warning: all rows are {kind}: there is nothing to tell good from bad"
@@ -208,9 +211,7 @@ def main(argv: list[str] | None = None) -> None:
         n_examples = len(examples)
         n_good = count_good(train, examples)
         delta = bco_delta(loop.state.extra)
-        z = torch.zeros((), device=run.device)
-        if config.loss == "kto":
-            z = reference_point(model, train, examples, config)
+        z = reference_point(model, train, examples, config)
 
         totals: dict[str, torch.Tensor] = {}
         for batch, hidden in pipeline(model, batches, optimizer):

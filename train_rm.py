@@ -1,14 +1,17 @@
-"""Reward models: learn to score an answer, from pairs (Bradley-Terry, arXiv 2203.02155 Eq. 1) or attributes.
+"""Reward models: learn to score an answer, from pairs (arXiv 2203.02155 Eq. 1) or from attributes.
 
     python train_rm.py --model sft/final --data prefs.jsonl --out rm --lr 1e-5
-    torchrun --nproc_per_node 8 train_rm.py --model sft/final --data helpsteer.jsonl --loss regression --out rm
+    torchrun --nproc_per_node 8 train_rm.py --model sft/final --data hs.jsonl --loss regression
 
-Rows: {prompt, chosen, rejected}; for --loss regression {prompt, response, attributes: {helpfulness: 4,
-...}}, or HelpSteer's columns. A score head replaces the vocabulary head; it is read at the last token
-of a response, its end token where it has one. Both answers share their prompt, which is computed once.
-score.py applies the result, and transformers loads it as AutoModelForSequenceClassification.
+Rows: {prompt, chosen, rejected}; for --loss regression {prompt, response, attributes: {helpfulness:
+4, ...}}, or HelpSteer's columns. A score head replaces the vocabulary head; it is read at the last
+token of a response, its end token where it has one. Both answers share their prompt, which is
+computed once. score.py applies the result, and transformers loads it as
+AutoModelForSequenceClassification.
 
 Watch eval/rewards/accuracies: one epoch is usually best, a reward model overfits fast.
+
+Letters: R responses of a micro-batch, B = R / 2 pairs (chosen, rejected, chosen, ...), A outputs.
 """
 
 from dataclasses import dataclass, field
@@ -41,13 +44,16 @@ class Config(RunConfig):
     lr: float = 1e-5  # peak learning rate; 1e-6 to 1e-5 for 7B models
 
 
-# ---- the algorithm: R responses of a micro-batch, B = R / 2 pairs, A outputs -------------------
+# ---- the algorithm -----------------------------------------------------------------------------
 
 
 def score_losses(
     scores: torch.Tensor, batch: TreeBatch, names: tuple[str, ...], config: Config
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Return losses of scores (R, A), of each pair, (B,), or attribute, (R, A); and metrics alike."""
+    """Return the loss of each pair, (B,), or of each attribute, (R, A); and metrics of that shape.
+
+    scores: (R, A).
+    """
     if config.loss == "regression":
         labels = torch.stack([batch.columns[name] for name in names], 1)  # NaN where missing
         errors = losses.regression(scores, labels)
@@ -56,9 +62,7 @@ def score_losses(
     return losses.pairwise_reward(scores.view(-1, 2), margin, config.loss, config.centering)
 
 
-def count_items(
-    data: Dataset, examples: np.ndarray, names: tuple[str, ...], config: Config
-) -> int:
+def count_items(data: Dataset, examples: np.ndarray, names: tuple[str, ...], config: Config) -> int:
     """Return what the loss of some examples is divided by: their pairs, or the labels they have."""
     if config.loss == "regression":
         rows = data.responses_of(examples)
@@ -77,7 +81,7 @@ def with_deviation(row: dict[str, float], name: str = "rewards") -> dict[str, fl
 
 @torch.no_grad()
 def evaluate(model: GPT, data: Dataset, names: tuple[str, ...], config: Config) -> dict[str, float]:
-    """Return loss and metrics over a whole data set, under eval/; for regression also by attribute."""
+    """Return loss and metrics over a whole data set, under eval/; regression also by attribute."""
     examples, totals = np.arange(len(data)), {}
     shape = (len(data.response_len), len(names))
     all_scores = torch.zeros(shape, dtype=torch.float64, device=model.device)
@@ -128,9 +132,6 @@ def print_scores(loop: training.Loop, model: GPT, data: Dataset) -> None:
             loop.log.say(f"  {numbers}  {decode(list(islice(tokens, size))).strip()!r}")
 
 
-# ---- the data ----------------------------------------------------------------------------------
-
-
 def learned_attributes(data: Dataset, config: Config) -> tuple[str, ...]:
     """Return the attributes to learn. ValueError: the data has none of them."""
     known_attributes(config.attributes)
@@ -144,7 +145,10 @@ def learned_attributes(data: Dataset, config: Config) -> tuple[str, ...]:
 
 
 def add_margins(data: Dataset, config: Config) -> None:
-    """Complete the column `margin` by the difference of a pair's rewards. ValueError: it is needed."""
+    """Fill gaps in the column `margin` with the difference of a pair's rewards.
+
+    ValueError: neither is there, and the loss needs it.
+    """
     reward = data.columns["reward"].reshape(-1, 2)
     difference = np.repeat(reward[:, 0] - reward[:, 1], 2)  # (responses,)
     margin = data.columns["margin"]

@@ -1,13 +1,13 @@
 """Supervised fine-tuning: learn to write the responses of a data set, token by token.
 
     python train_sft.py --model base --data demos.jsonl --out sft --lr 2e-5
-    torchrun --nproc_per_node 8 train_sft.py --model base --data demos.jsonl --eval-data test.jsonl --eval-every 50
+    torchrun --nproc_per_node 8 train_sft.py --model base --data demos.jsonl --eval-data test.jsonl
 
 Rows: {prompt, response}, or {messages} of a conversation, of which every assistant turn is learned.
 The loss is the mean negative log-likelihood of the response tokens of the whole optimizer step;
 prompts carry no loss.
 
-Watch eval/loss: where it rises while loss keeps falling, the run overfits (fewer --epochs, lower --lr).
+Watch eval/loss: if it rises while loss keeps falling, the run overfits: fewer --epochs, lower --lr.
 
 Letters: M scored tokens.
 """
@@ -38,10 +38,11 @@ class Config(RunConfig):
 @torch.no_grad()
 def evaluate(model: GPT, data: Dataset, config: Config) -> dict[str, float]:
     """Return the mean loss of the response tokens of a data set, under eval/."""
-    nll = torch.zeros((), dtype=torch.float64, device=model.device)
+    totals: dict[str, torch.Tensor] = {}
     for batch, hidden in forward(model, data, np.arange(len(data)), config):
-        nll -= model.logps(hidden, batch).double().sum()
-    return {"eval/loss": model.mesh.sum(nll).item() / int(data.scored_len.sum())}
+        add(totals, {"loss": -model.logps(hidden, batch)})
+    row = means(totals, int(data.scored_len.sum()), model.mesh)
+    return {f"eval/{name}": value for name, value in row.items()}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,19 +1,19 @@
 """Steps of a run: their plan, the learning rate, and what follows every step of every script.
 
     steps = training.plan_steps(config, len(train))
-    loop = training.begin(run, steps, optimizer)                    the step to resume from, or 0
+    loop = training.begin(run, steps, optimizer)            resumes, opens the log
     for step in training.remaining(loop):
         examples = steps.examples(step)
-        ...                                                         the script's own: forward, loss, backward
+        ...                                                 the algorithm: forward, loss, backward
         norm, stopping = optimizer.step(lr, config.clip, run.stop)
-        training.check_update(loop, norm)                           counts steps without an update
-        training.report_step(loop, row, tokens, batches)            a row of metrics.jsonl
+        training.check_update(loop, norm)                   counts steps without an update
+        training.report_step(loop, row, tokens, batches)    a row of metrics.jsonl
         if training.evaluation_due(loop):
             training.report_evaluation(loop, result)
             if training.is_best(loop, result["eval/loss"]): ...
-        if training.save_or_stop(loop, stopping):                   a checkpoint; true: leave
+        if training.save_or_stop(loop, stopping):           a checkpoint; true: leave
             return
-    training.finish(loop, model)                                    OUT/final
+    training.finish(loop, model)                            OUT/final
 
 Nothing here calls back into a script.
 """
@@ -54,7 +54,7 @@ class Steps:
     total: int
 
     def examples(self, step: int) -> np.ndarray:
-        """Return the examples of a step (from 0), in order: a function of (seed, epoch, step) alone."""
+        """Return the examples of a step (from 0): a function of (seed, epoch, step) alone."""
         return step_examples(self.n, self.batch_size, step, self.seed, self.shuffle)
 
     def visited(self) -> np.ndarray:
@@ -121,9 +121,9 @@ def begin(
     optimizer: AdamW | tuple[AdamW, ...],
     first_row: dict[str, float] | None = None,
 ) -> Loop:
-    """Load the checkpoint to resume from, if any, into optimizer and model; open the log.
+    """Load the checkpoint to resume from, if any, open the log and return the loop.
 
-    first_row: metrics of step 0, logged unless the run resumes. Returns the loop before its next step.
+    first_row: metrics of step 0, logged unless the run resumes.
     """
     state = State()
     if run.checkpoint:
@@ -215,7 +215,7 @@ def report_evaluation(loop: Loop, result: dict[str, float]) -> None:
 
 
 def print_samples(loop: Loop, model: GPT, data: Dataset) -> None:
-    """Print a sampled answer to each of the first --samples prompts of a data set; seeds are fixed."""
+    """Print a sampled answer to each of the first --samples prompts, the same at every call."""
     n, template = min(loop.run.config.samples, len(data)), loop.run.template
     starts, sizes = data.tree_start[:n], data.prompt_len[:n]
     prompts = [data.tokens[start : start + size].tolist() for start, size in zip(starts, sizes)]
@@ -244,7 +244,7 @@ def is_best(loop: Loop, loss: float) -> bool:
 
 
 def save_or_stop(loop: Loop, stopping: bool) -> bool:
-    """Write a checkpoint if one is due or the run is stopping; return whether the script must leave.
+    """Write a checkpoint if one is due or the run stops; return whether the script must leave.
 
     stopping: what optimizer.step returned. After the last step there is nothing left to stop.
     """

@@ -46,7 +46,9 @@ def run_part(args: argparse.Namespace) -> None:
     getattr(importlib.import_module(module), args.part)(bench)
 
 
-def start_part(part: str, rows: Path, args: argparse.Namespace, environment: dict, left: float) -> str:
+def start_part(
+    part: str, rows: Path, args: argparse.Namespace, environment: dict, left: float
+) -> str:
     """Run one part in a process of its own; return what went wrong, else an empty string."""
     if left < 5:
         return "no time left"
@@ -122,9 +124,13 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="smallest sizes: only test that it runs")
+    parser.add_argument(
+        "--tiny", action="store_true", help="smallest sizes: only test that it runs"
+    )
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
-    parser.add_argument("--minutes", type=float, default=8.0, help="for all parts; then they are ended")
+    parser.add_argument(
+        "--minutes", type=float, default=8.0, help="for all parts; then they are ended"
+    )
     parser.add_argument("--json", help="results; default bench/results/GPU.json, none with --tiny")
     parser.add_argument("--part", help=argparse.SUPPRESS)  # these three: run one part here
     parser.add_argument("--rows", help=argparse.SUPPRESS)

@@ -1,9 +1,10 @@
-"""Prompts, answers and conversations to token ids: plain text, a folder's own chat template, or a built-in one.
+"""Chat templates: prompts, answers and conversations to token ids.
 
-Whatever the template, a prompt's ids are a prefix of the ids of prompt + response. Where the tokenizer merges across
-the border, the border moves back to the longest common prefix, and every token after it belongs to the response.
+Plain text, a folder's own chat template, or a built-in one. With each, a prompt's ids are a prefix
+of the ids of prompt + response. Where the tokenizer merges across the border between the two, the
+border moves back to the longest common prefix, and every token after it belongs to the response.
 
-Special tokens written inside a message are recognised as such, as in Hugging Face's apply_chat_template.
+Special tokens written inside a message become special ids, as in transformers' apply_chat_template.
 """
 
 import functools
@@ -19,7 +20,10 @@ from data.tokenizer import Tokenizer
 
 Messages = list[dict[str, str]]  # [{"role": "user", "content": "..."}, ...]
 
+Span = tuple[int, int]  # start and end of an answer among the ids
+
 NAMES = ("auto", "plain", "chatml", "zephyr", "llama2", "llama3")
+LLAMA3_TOKENS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}END\n{% endfor %}"
@@ -29,12 +33,15 @@ ZEPHYR = (
     "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
-LLAMA2 = (  # the system message lies inside the first user turn; every user turn opens with bos
-    "{% for m in messages %}{% set last = loop.previtem.role if loop.previtem is defined else '' %}"
+LLAMA2 = (  # the system message is part of the first user turn; every user turn starts with bos
+    "{% for m in messages %}"
+    "{% set last = loop.previtem.role if loop.previtem is defined else '' %}"
     "{% if m.role == last or m.role == 'system' and last %}"
-    "{{ raise_exception('llama2 takes one system message first, then user and assistant in turn') }}"
+    "{{ raise_exception('llama2 takes one system message first, "
+    "then user and assistant in turn') }}"
     "{% elif m.role == 'user' %}{{ bos_token }}[INST] "
-    "{% set system = '<<SYS>>\n' + loop.previtem.content + '\n<</SYS>>\n\n' if last == 'system' else '' %}"
+    "{% set system = '<<SYS>>\n' + loop.previtem.content + '\n<</SYS>>\n\n' "
+    "if last == 'system' else '' %}"
     "{{ (system + m.content) | trim }} [/INST]"
     "{% elif m.role == 'assistant' %} {{ m.content | trim }} {{ eos_token }}{% endif %}{% endfor %}"
 )
@@ -46,14 +53,16 @@ LLAMA3 = (
 
 
 class Template:
-    """How messages become text and ids.
+    """A chat template: turns prompts, answers and conversations into text and ids.
 
-    name      auto (the folder's own chat template, or plain where it has none), plain, chatml, zephyr, llama2, llama3.
-              plain is exactly: bos, prompt, response, eos. ValueError if the tokenizer lacks a token that it needs.
+    name      one of NAMES. auto: the folder's own chat template, or plain if it has none;
+              plain: exactly bos, prompt, response, eos
     plain     True for plain
-    source    the jinja text of the others; written to a folder as chat_template.jinja, it makes transformers agree
-    stop_ids  ids that end an answer: eos, generation_config.json's, and the template's end of turn
+    source    jinja text of the others; saved as chat_template.jinja for transformers
+    stop_ids  ids that end an answer: eos, those of generation_config.json, the end of turn
     hash      hex digest of template and tokenizer
+
+    ValueError: the tokenizer lacks a token that the template needs.
     """
 
     def __init__(self, name: str, tokenizer: Tokenizer):
@@ -61,9 +70,9 @@ class Template:
             raise ValueError(f"unknown template {name!r}: choose one of {', '.join(NAMES)}")
         folder = tokenizer.chat_template if name == "auto" else None
         self.tokenizer = tokenizer
-        self.plain = name == "plain" or name == "auto" and folder is None
+        self.plain = name == "plain" or (name == "auto" and folder is None)
         self.name = "plain" if self.plain else name
-        # chatml without markers in the vocabulary: they are plain text, and turns end with eos, a single token.
+        # Without its markers in the vocabulary, chatml ends turns with eos, a single token.
         end = "<|im_end|>" if "<|im_end|>" in tokenizer.special else "{{ eos_token }}"
         built_in = {
             "chatml": CHATML.replace("END", end),
@@ -75,39 +84,45 @@ class Template:
         if self.name != "auto":
             self._check_tokens()
         if self.source is not None:
-            _compile(self.source)
+            _compile(self.source)  # report errors in the template now
         self.hash = hashlib.sha256(json.dumps([self.source, tokenizer.hash]).encode()).hexdigest()
         self.stop_ids = tokenizer.stops | self._end_of_turn()
 
     def render(self, messages: Messages, generation: bool) -> str:
-        """The text of messages; generation=True ends it where the assistant is to speak. ValueError if it cannot be."""
+        """Return the text of messages; generation=True ends it where the assistant's turn begins.
+
+        ValueError: the template does not accept the messages.
+        """
         if self.plain:
             raise ValueError("plain has no text for messages: choose --template chatml")
         _check_messages(messages)
-        tokens = {"bos_token": self.tokenizer.bos_token, "eos_token": self.tokenizer.eos_token}
         try:
             return _compile(self.source).render(
                 messages=messages,
                 add_generation_prompt=generation,
                 tools=None,
                 documents=None,
-                **tokens,
+                bos_token=self.tokenizer.bos_token,
+                eos_token=self.tokenizer.eos_token,
             )
-        except (
-            Exception
-        ) as error:  # a template is a foreign program: whatever it trips over is this row's error
+        except Exception as error:  # a template is a program of others: any failure is the row's
             raise ValueError(f"the chat template refuses this row: {error}") from error
 
     def pair(
         self, prompt: str | Messages, responses: list[str | Messages]
-    ) -> tuple[list[int], list[tuple], bool]:
-        """A prompt and its responses -> (prompt_ids, [(response_ids, scored), ...], moved).
+    ) -> tuple[list[int], list[tuple[list[int], list[int]]], bool]:
+        """Encode a prompt and its responses: (prompt_ids, [(response_ids, scored), ...], moved).
 
         prompt     text, or messages that end before the answer
         responses  texts or messages, usually one assistant message each
         scored     0/1 a token: 1 on assistant tokens, end of turn included
-        moved      True where the tokenizer merged across the border, so that the prompt is shorter than its own ids
-        ValueError(reason) for a row that cannot be used.
+        moved      True where the tokenizer merged across the border, which leaves fewer prompt ids
+                   than the prompt has alone
+
+        "the hap" with ["py.", " cat"], where the tokenizer knows "happy" and "hap": the prompt is
+        [bos the], the responses [happy . eos] and [hap cat eos], moved is True.
+
+        ValueError(reason): the row is unusable.
         """
         if self.plain:
             head, wholes = self._plain(prompt, responses)
@@ -119,75 +134,80 @@ class Template:
                 after = _messages(response, "assistant")
                 if not after or {after[0]["role"], after[-1]["role"]} != {"assistant"}:
                     raise ValueError(
-                        "a response must begin and end with an assistant message: mend the row"
+                        "a response must begin and end with an assistant message: fix the row"
                     )
                 wholes.append(self._turns(before + after, len(before)))
-        border = _common(head, *(ids for ids, _ in wholes))
+        border = _common_prefix(head, *(ids for ids, _ in wholes))
         _check_border(border)
         answers = []
         for ids, spans in wholes:
-            (_, first_end), *rest = (
-                spans  # a moved border belongs to the first answer: it is what must be predicted
-            )
+            (_, first_end), *rest = spans
+            # From the border on, even where it moved: the tokens behind it must be predicted.
             scored = _mask(len(ids), [(border, first_end), *rest])
             answers.append((ids[border:], scored[border:]))
         return head[:border], answers, border < len(head)
 
     def prompt(self, prompt: str | Messages) -> list[int]:
-        """The ids of a prompt that waits for its answer, (text, or messages that end before it). ValueError(reason)."""
+        """Encode a prompt, text or messages that end before the answer. ValueError(reason)."""
         if self.plain:
-            bos = [] if self.tokenizer.bos is None else [self.tokenizer.bos]
-            ids = bos + self.tokenizer.encode(_single(prompt, "user"))
+            ids = self._bos() + self.tokenizer.encode(_single(prompt, "user"))
         else:
             ids = self.tokenizer.encode(self.render(_messages(prompt, "user"), True))
         _check_border(len(ids))
         return ids
 
     def conversation(self, messages: Messages) -> tuple[list[int], tuple[list[int], list[int]]]:
-        """A conversation -> (prompt_ids, (response_ids, scored)): scored is 1 on every assistant turn, its end of turn
-        included; the prompt is all before the first. Messages after the last assistant turn are left out."""
+        """Encode a conversation: (prompt_ids, (response_ids, scored)).
+
+        The prompt is everything before the first assistant turn; scored is 1 on every assistant
+        turn, end of turn included. Messages after the last one are left out.
+        """
         _check_messages(messages)
         turns = [k for k, m in enumerate(messages) if m["role"] == "assistant"]
         if not turns:
-            raise ValueError("no assistant message: nothing to learn from")
+            raise ValueError("no assistant message: nothing to train on")
+        messages = messages[: turns[-1] + 1]
         if self.plain:
-            prompt, answers, _ = self.pair(
-                messages[: turns[0]], [messages[turns[0] : turns[-1] + 1]]
-            )
+            prompt, answers, _ = self.pair(messages[: turns[0]], [messages[turns[0] :]])
             return prompt, answers[0]
-        ids, spans = self._turns(messages[: turns[-1] + 1], 0)
+        ids, spans = self._turns(messages, 0)
         border = spans[0][0]
         _check_border(border)
         return ids[:border], (ids[border:], _mask(len(ids), spans)[border:])
 
+    def _bos(self) -> list[int]:
+        return [] if self.tokenizer.bos is None else [self.tokenizer.bos]
+
     def _plain(
         self, prompt: str | Messages, responses: list[str | Messages]
-    ) -> tuple[list[int], list[tuple]]:
-        """The prompt's own ids, and of each response (ids of the whole, spans of its answers)."""
-        bos = [] if self.tokenizer.bos is None else [self.tokenizer.bos]
+    ) -> tuple[list[int], list[tuple[list[int], list[Span]]]]:
+        """Return the ids of the prompt alone, and (ids, answer spans) of prompt + each response."""
         prompt = _single(prompt, "user")
-        head, wholes = bos + self.tokenizer.encode(prompt), []
+        wholes = []
         for response in responses:
             response = _single(response, "assistant")
             if not response.strip():
                 raise ValueError("empty response")
-            ids = bos + self.tokenizer.encode(prompt + response) + [self.tokenizer.eos]
+            ids = self._bos() + self.tokenizer.encode(prompt + response) + [self.tokenizer.eos]
             wholes.append((ids, [(0, len(ids))]))
-        return head, wholes
+        return self._bos() + self.tokenizer.encode(prompt), wholes
 
-    def _turns(self, messages: Messages, first: int) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids of a rendered conversation and (start, end) of each assistant turn among messages[first:]."""
+    def _turns(self, messages: Messages, first: int) -> tuple[list[int], list[Span]]:
+        """Return the ids of a conversation and the spans of assistant turns in messages[first:]."""
         text = self.render(messages, False).rstrip()
         ids = self.tokenizer.encode(text)
 
         def shared(k: int, generation: bool) -> int:
+            """Return how many ids the first k messages share with the whole."""
             part = self.render(messages[:k], generation)
             if not text.startswith(part.rstrip()):
                 raise ValueError(
-                    f"the chat template rewrites earlier turns (its text for the first {k} messages does not begin its "
-                    f"text for all {len(messages)}), so answers cannot be told apart in it: choose --template chatml"
+                    f"the chat template rewrites earlier turns (its text for {k} messages is no "
+                    f"prefix of its text for all {len(messages)}), so answers cannot be located: "
+                    "choose --template chatml"
                 )
-            return _common(self.tokenizer.encode(part if generation else part.rstrip()), ids)
+            part_ids = self.tokenizer.encode(part if generation else part.rstrip())
+            return _common_prefix(part_ids, ids)
 
         spans = []
         for k in range(first, len(messages)):
@@ -199,9 +219,8 @@ class Template:
         return ids, spans
 
     def _check_tokens(self) -> None:
-        special = {"llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")}.get(
-            self.name, ()
-        )
+        """Check the special tokens of a built-in template. ValueError names the missing ones."""
+        special = LLAMA3_TOKENS if self.name == "llama3" else ()
         missing = [text for text in special if text not in self.tokenizer.special]
         if self.tokenizer.eos is None and self.name != "llama3":
             missing.append("an eos_token")
@@ -209,26 +228,27 @@ class Template:
             missing.append("a bos_token")
         if missing:
             raise ValueError(
-                f"template {self.name} needs special tokens that this tokenizer lacks ({', '.join(missing)}): choose "
-                "another --template, or name them in tokenizer_config.json"
+                f"template {self.name} needs special tokens that this tokenizer lacks "
+                f"({', '.join(missing)}): choose another --template, or name them in "
+                "tokenizer_config.json"
             )
 
     def _end_of_turn(self) -> set[int]:
-        """The special token that closes an answer, as a set that is empty where there is none."""
+        """Return the special token that ends an answer, in a set: empty if there is none."""
         if self.plain:
             return set()
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         try:
-            text = self.render(
-                [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], False
-            )
-        except ValueError:  # a template may want more than this; its rows will say so
+            text = self.render(turns, False)
+        except ValueError:  # a template may need other turns; the rows will show
             return set()
-        return set(self.tokenizer.encode(text.rstrip())[-1:]) & set(self.tokenizer.special.values())
+        last = self.tokenizer.encode(text.rstrip())[-1:]
+        return set(last) & set(self.tokenizer.special.values())
 
 
 @functools.lru_cache
 def _compile(source: str) -> jinja2.Template:
-    """A chat template in jinja's sandbox, with what transformers offers to templates and nothing else."""
+    """Compile a chat template in jinja's sandbox, with the functions that transformers provides."""
     env = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
@@ -237,7 +257,7 @@ def _compile(source: str) -> jinja2.Template:
         "raise_exception": _raise_exception,
         "strftime_now": lambda form: datetime.now().strftime(form),
     }
-    # {% generation %} only marks what the assistant says; here that is found from the text.
+    # {% generation %} only marks the assistant's text, which is located here by prefixes instead.
     source = re.sub(r"{%(-?)\s*generation\s*(-?)%}", r"{%\1 if true \2%}", source)
     source = re.sub(r"{%(-?)\s*endgeneration\s*(-?)%}", r"{%\1 endif \2%}", source)
     try:
@@ -258,15 +278,16 @@ def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-def _common(*lists: list[int]) -> int:
-    """Length of the longest prefix that all share."""
+def _common_prefix(*lists: list[int]) -> int:
+    """Return the length of the longest prefix that all lists share."""
     for i, tokens in enumerate(zip(*lists)):
         if len(set(tokens)) > 1:
             return i
     return min(map(len, lists))
 
 
-def _mask(length: int, spans: list[tuple[int, int]]) -> list[int]:
+def _mask(length: int, spans: list[Span]) -> list[int]:
+    """Return 1 inside the spans and 0 elsewhere; _mask(5, [(1, 3)]) is [0, 1, 1, 0, 0]."""
     mask = [0] * length
     for start, end in spans:
         mask[start:end] = [1] * (end - start)
@@ -280,7 +301,7 @@ def _messages(text: str | Messages, role: str) -> Messages:
 
 
 def _single(text: str | Messages, role: str) -> str:
-    """The text that plain takes: a string, or the only message of that role."""
+    """Return the text for plain: a string, or the content of a single message of that role."""
     if isinstance(text, str):
         return text
     _check_messages(text)
@@ -293,20 +314,20 @@ def _single(text: str | Messages, role: str) -> str:
 
 
 def _check_messages(messages: Messages) -> None:
-    for m in messages if isinstance(messages, list) else [None]:
-        if (
-            not isinstance(m, dict)
-            or not isinstance(m.get("role"), str)
-            or not isinstance(m.get("content"), str)
-        ):
-            raise ValueError(
-                'messages must be a list of {"role": "...", "content": "..."} with text in both'
-            )
+    def is_message(m: object) -> bool:
+        if not isinstance(m, dict):
+            return False
+        return isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+
+    if not isinstance(messages, list) or not all(map(is_message, messages)):
+        raise ValueError(
+            'messages must be a list of {"role": "...", "content": "..."} with text in both'
+        )
 
 
 def _check_border(border: int) -> None:
     if border < 1:
         raise ValueError(
-            "the prompt has no token of its own, but its last one predicts the response's first: give it "
-            "some text, or the tokenizer a bos_token"
+            "the prompt has no token, but its last one predicts the response's first: give it some "
+            "text, or the tokenizer a bos_token"
         )

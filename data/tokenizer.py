@@ -1,20 +1,22 @@
-"""Text to token ids and back, read from the tokenizer files of a Hugging Face folder.
+"""Text to token ids and back, with the tokenizer files of a Hugging Face folder.
 
-Two sources. `tokenizer.model` goes through sentencepiece and is preferred where it lies: it is the model itself, while
-converted files may cut runs of spaces differently. `tokenizer.json` goes through the optional package tokenizers.
-In both, added and special tokens are cut out of the text first (leftmost, then longest), as Hugging Face does.
+Two sources. `tokenizer.model` is read by sentencepiece and preferred: it is the original; files
+converted from it may split runs of spaces differently. `tokenizer.json` is read by the optional
+package tokenizers. Both cut added and special tokens out of the text first (leftmost, then
+longest), as Hugging Face does.
 """
 
 import hashlib
 import itertools
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import sentencepiece
 
-# What makes up a tokenizer in a folder; a model written elsewhere takes these along.
+# The files of a tokenizer; a model that is saved elsewhere takes them along.
 TOKENIZER_FILES = (
     "tokenizer.model",
     "tokenizer.json",
@@ -26,20 +28,21 @@ TOKENIZER_FILES = (
     "merges.txt",
 )
 
-# Protobuf merges a message that occurs twice, so these bytes at the end of a serialized sentencepiece model say
-# normalizer_spec (field 3) { add_dummy_prefix (field 3): false } and leave everything else as it was.
+# normalizer_spec (field 3) { add_dummy_prefix (field 3): false }. Protobuf merges a message that
+# occurs twice, so these bytes behind a serialized sentencepiece model change this flag and no more.
 NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 
 
 class Tokenizer:
-    """A tokenizer as its folder describes it; made by load_tokenizer. It can be pickled and used after a fork.
+    """The tokenizer of a folder, made by load_tokenizer. It can be pickled and used after a fork.
 
-    bos, eos, pad       ids or None; bos_token, eos_token their texts, "" where there is none
-    stops               ids that end an answer: eos, and whatever generation_config.json adds
-    special             {text: id} of every token that is recognised whole inside a text
-    size                largest id + 1 (the model's vocabulary may be padded beyond it)
-    chat_template       the folder's jinja source or None
-    hash                hex digest of everything that decides ids and templates
+    bos, eos, pad         ids or None
+    bos_token, eos_token  their texts, "" for None
+    stops                 ids that end an answer: eos and those of generation_config.json
+    special               {text: id} of every token that is never split inside a text
+    size                  largest id + 1 (the model's vocabulary may be padded beyond it)
+    chat_template         jinja source in the folder, or None
+    hash                  hex digest of everything that decides ids and templates
     """
 
     def __init__(self, folder: Path):
@@ -56,10 +59,11 @@ class Tokenizer:
             self._open_tokenizers(folder / "tokenizer.json")
         else:
             raise FileNotFoundError(
-                f"{folder} holds no tokenizer.model and no tokenizer.json: copy the model's tokenizer files there "
-                "(from vocab.json and merges.txt, transformers' AutoTokenizer...save_pretrained makes a tokenizer.json)"
+                f"{folder} has no tokenizer.model and no tokenizer.json: copy the model's "
+                "tokenizer files there (from vocab.json and merges.txt, transformers' "
+                "AutoTokenizer...save_pretrained makes a tokenizer.json)"
             )
-        # legacy: sentencepiece's dummy space opens every stretch between special tokens, not only the text.
+        # legacy: sentencepiece's dummy space follows every special token, not only the start.
         self.legacy = bool(config.get("legacy", True))
         self.prefix = config.get("add_prefix_space") is not False
 
@@ -69,12 +73,14 @@ class Tokenizer:
         for key in ("bos_token", "eos_token"):
             if ends[key] and ends[key] not in added:
                 raise ValueError(
-                    f"{folder}: {key} {ends[key]!r} is not in the vocabulary: mend tokenizer_config.json"
+                    f"{folder}: {key} {ends[key]!r} is not in the vocabulary: "
+                    "fix tokenizer_config.json"
                 )
+        self.bos_token = ends["bos_token"] or ""
+        self.eos_token = ends["eos_token"] or ""
         self.bos, self.eos, self.pad = (
             added[text]["id"] if text in added else None for text in ends.values()
         )
-        self.bos_token, self.eos_token = ends["bos_token"] or "", ends["eos_token"] or ""
         stops = ids.get("eos_token_id")
         self.stops = {self.eos, *(stops if isinstance(stops, list) else [stops])} - {None}
 
@@ -83,44 +89,45 @@ class Tokenizer:
         else:
             self._add_to_tokenizers(folder, added)
         self.chat_template = _chat_template(folder, config)
-        decided = [added, ends, self.legacy, self.prefix, self.chat_template]
-        self.hash = hashlib.sha256(
-            source + json.dumps(decided, sort_keys=True).encode()
-        ).hexdigest()
+        decides = [added, ends, self.legacy, self.prefix, self.chat_template]
+        decides_json = json.dumps(decides, sort_keys=True)
+        self.hash = hashlib.sha256(source + decides_json.encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text. Special tokens written in it are recognised; no bos or eos is added."""
+        """Encode a text. Special tokens written in it get their ids; no bos or eos is added."""
         if self.fast:
             try:
                 return self.fast.encode(text, add_special_tokens=False).ids
-            except (
-                TypeError
-            ):  # as sentencepiece: a ValueError, since that is what a UnicodeEncodeError is
+            except TypeError:  # sentencepiece raises UnicodeEncodeError, a ValueError
                 raise ValueError(
-                    "a text holds half of a surrogate pair, which is no character"
+                    "a text holds half of a surrogate pair, which is no character: fix the escape"
                 ) from None
-        ids, start = [], 0
+        ids: list[int] = []
+        start = 0
         while match := self.pattern.search(text, start):
             token = self.added[match[0]]
             before = text[start : match.start()]
-            ids += self._stretch(before.rstrip() if token.get("lstrip") else before, start) + [
-                token["id"]
-            ]
+            if token.get("lstrip"):
+                before = before.rstrip()
+            ids += self._encode_plain(before, start)
+            ids.append(token["id"])
             start = match.end()
             if token.get("rstrip"):
                 start = len(text) - len(text[start:].lstrip())
-        return ids + self._stretch(text[start:], start)
+        return ids + self._encode_plain(text[start:], start)
 
     def decode(self, ids: list[int], skip_special: bool = True) -> str:
-        """Text of ids. Without skip_special it undoes encode; ids beyond the vocabulary (padding rows) say nothing."""
+        """Decode ids; with skip_special=False it undoes encode.
+
+        Ids beyond the vocabulary (a model may be padded) are left out.
+        """
         ids = [int(i) for i in ids]
         if self.fast:
             return self.fast.decode(ids, skip_special_tokens=skip_special)
-        text = []
-        for is_added, run in itertools.groupby(
-            (i for i in ids if not skip_special or i not in self.silent),
-            key=self.texts.__contains__,
-        ):
+        if skip_special:
+            ids = [i for i in ids if i not in self.silent]
+        text: list[str] = []
+        for is_added, run in itertools.groupby(ids, key=self.texts.__contains__):
             if is_added:
                 text += [self.texts[i] for i in run]
             else:
@@ -134,8 +141,8 @@ class Tokenizer:
             self.bare = sentencepiece.SentencePieceProcessor(model_proto=source + NO_DUMMY_PREFIX)
         except RuntimeError as error:
             raise ValueError(
-                f"{path} is not a sentencepiece model (a Git LFS pointer, or tiktoken's?): fetch the real file, or "
-                "remove it so that tokenizer.json is read"
+                f"{path} is not a sentencepiece model (a Git LFS pointer, or tiktoken's?): "
+                "download the real file, or remove it so that tokenizer.json is read"
             ) from error
 
     def _open_tokenizers(self, path: Path) -> None:
@@ -149,32 +156,34 @@ class Tokenizer:
             self.fast = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the package raises bare Exception
             raise ValueError(
-                f"{path} cannot be read as a tokenizer ({error}): fetch the file again"
+                f"{path} cannot be read as a tokenizer ({error}): download it again"
             ) from error
         self.fast.no_truncation()
         self.fast.no_padding()
 
     def _piece(self, text: str) -> int | None:
-        """Id of a text in the model's own vocabulary, or None."""
+        """Return the id of a text in the model's own vocabulary, or None."""
         if self.fast:
             return self.fast.token_to_id(text)
         i = self.sp.piece_to_id(text)
         return i if self.sp.id_to_piece(i) == text else None
 
     def _declared(self, name: str, names: dict, ids: dict) -> str | None:
-        """Text of bos, eos or pad: named in the folder (null means none), else the model's own, else config.json's id.
-        config.json is asked only where nothing is named at all: Qwen2 has a bos_token_id there and no bos."""
+        """Return the text of bos, eos or pad, or None.
+
+        It is named in the folder (null means none), or is the model's own, or has its id in
+        config.json. The last counts only if the folder names none of the three: Qwen2 has a
+        bos_token_id there and no bos.
+        """
         if f"{name}_token" in names:
             return _text(names[f"{name}_token"])
         if self.sp and (i := getattr(self.sp, f"{name}_id")()) >= 0:
             return self.sp.id_to_piece(i)
-        i = (
-            None
-            if {"bos_token", "eos_token", "pad_token"} & names.keys()
-            else ids.get(f"{name}_token_id")
-        )
+        if {"bos_token", "eos_token", "pad_token"} & names.keys():
+            return None
+        i = ids.get(f"{name}_token_id")
         i = i[0] if isinstance(i, list) else i
-        if i is None or self.sp and not 0 <= i < len(self.sp):
+        if i is None or (self.sp and not 0 <= i < len(self.sp)):
             return None
         return self.fast.id_to_token(i) if self.fast else self.sp.id_to_piece(i)
 
@@ -189,16 +198,13 @@ class Tokenizer:
         self.texts = {i: text for text, i in self.special.items()}
         self.silent = {token["id"] for token in added.values() if token["special"]}
         self.size = max(len(self.sp), 1 + max(self.texts))
-        edge = {
-            text: (r"(?<!\w)", r"(?!\w)") if added[text].get("single_word") else ("", "")
-            for text in added
-        }
-        self.pattern = re.compile(
-            "|".join(
-                edge[text][0] + re.escape(text) + edge[text][1]
-                for text in sorted(added, key=len, reverse=True)
-            )
-        )
+        patterns = []
+        for text in sorted(added, key=len, reverse=True):
+            pattern = re.escape(text)
+            if added[text].get("single_word"):
+                pattern = rf"(?<!\w){pattern}(?!\w)"
+            patterns.append(pattern)
+        self.pattern = re.compile("|".join(patterns))
 
     def _add_to_tokenizers(self, folder: Path, added: dict) -> None:
         from tokenizers import AddedToken
@@ -213,82 +219,107 @@ class Tokenizer:
             add([AddedToken(text, **flags)])
             if self.fast.token_to_id(text) != token["id"]:
                 raise ValueError(
-                    f"{folder}: {text!r} is token {token['id']} in tokenizer_config.json or added_tokens.json but "
-                    f"{self.fast.token_to_id(text)} in tokenizer.json: take both files from the same model"
+                    f"{folder}: {text!r} is token {token['id']} in tokenizer_config.json or "
+                    f"added_tokens.json but {self.fast.token_to_id(text)} in tokenizer.json: take "
+                    "both files from the same model"
                 )
         self.special = {
             token.content: i for i, token in self.fast.get_added_tokens_decoder().items()
         }
         self.size = 1 + max(self.fast.get_vocab(with_added_tokens=True).values())
 
-    def _stretch(self, text: str, start: int) -> list[int]:
-        """Ids of a text without special tokens that begins at character `start` of the whole."""
-        return (self.sp if self.prefix and (self.legacy or start == 0) else self.bare).encode(text)
+    def _encode_plain(self, text: str, start: int) -> list[int]:
+        """Encode a text without special tokens that starts at character `start` of the whole."""
+        dummy_space = self.prefix and (self.legacy or start == 0)
+        return (self.sp if dummy_space else self.bare).encode(text)
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer of a Hugging Face folder. FileNotFoundError where it has none, ValueError naming a broken file."""
+    """Return the tokenizer of a Hugging Face folder.
+
+    FileNotFoundError: it has none. ValueError names a broken file.
+    """
     return Tokenizer(Path(folder))
 
 
 def _user_defined(model: bytes) -> list[int]:
-    """Ids of a serialized sentencepiece model's user-defined pieces, a type that its API does not tell. Pieces are the
-    leading fields: 0x0a, length (varint), then text, 0x15 and 4 bytes of score, 0x18 and the type, 4 for these."""
-    found, at, i = [], 0, 0
+    """Return the ids of the user-defined pieces of a serialized sentencepiece model.
+
+    Its API does not tell them apart. Pieces are the leading fields of the file: 0x0a, length
+    (varint), then text, 0x15 and 4 bytes of score, 0x18 and the type: 4 for user-defined.
+    """
+    ids = []
+    piece = 0
+    at = 0
     while model[at : at + 1] == b"\x0a":
-        length, shift = 0, 0
+        length = 0
+        shift = 0
         while True:
             at += 1
             length |= (model[at] & 127) << shift
             shift += 7
             if model[at] < 128:
                 break
-        end = at + 1 + length
-        if model[end - 2 : end] == b"\x18\x04" and model[end - 7] == 0x15:
-            found.append(i)
-        at, i = end, i + 1
-    return found
+        at += 1 + length  # after the piece
+        if model[at - 2 : at] == b"\x18\x04" and model[at - 7] == 0x15:
+            ids.append(piece)
+        piece += 1
+    return ids
 
 
 def _json(path: Path) -> dict:
+    """Return a JSON file, {} if there is none."""
     if not path.exists():
         return {}
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): fetch the file again") from error
+        raise ValueError(f"{path} is not valid JSON ({error}): download it again") from error
 
 
 def _text(token: str | dict | None) -> str | None:
     return token["content"] if isinstance(token, dict) else token
 
 
-def _added_tokens(folder: Path, config: dict, names: dict, piece) -> dict[str, dict]:
-    """{text: {"id", "special", "lstrip", "rstrip", "single_word", ...}} of what the folder adds or names.
-    piece(text) is the id of a text in the model's own vocabulary; a named token that has no id is left out."""
+def _added_tokens(
+    folder: Path, config: dict, names: dict, piece: Callable[[str], int | None]
+) -> dict[str, dict]:
+    """Return {text: {"id", "special", "lstrip", ...}} of the tokens that the folder adds or names.
+
+    piece(text) is the id of a text in the model's own vocabulary. A named token without an id is
+    left out.
+    """
     added = {
         text: {"id": i, "special": False} for text, i in _json(folder / "added_tokens.json").items()
     }
     for i, token in config.get("added_tokens_decoder", {}).items():
         added[token["content"]] = {"special": False} | token | {"id": int(i)}
-    more = [names.get("additional_special_tokens") or [], names.get("extra_special_tokens") or []]
-    lists = [list(m.values()) if isinstance(m, dict) else m for m in more]
-    for token in [
-        v for k, v in names.items() if k.endswith("_token") and isinstance(v, str | dict)
-    ] + sum(lists, []):
-        text, flags = _text(token), token if isinstance(token, dict) else {}
+    for token in _named_tokens(names):
+        text = _text(token)
+        flags = token if isinstance(token, dict) else {}
         i = added[text]["id"] if text in added else piece(text)
         if i is not None:
             added[text] = added.get(text, {}) | flags | {"id": i, "special": True}
     return added
 
 
+def _named_tokens(names: dict) -> list[str | dict]:
+    """Return the special tokens that tokenizer_config.json names, one by one or in lists."""
+    tokens = [
+        token
+        for name, token in names.items()
+        if name.endswith("_token") and isinstance(token, (str, dict))
+    ]
+    for name in ("additional_special_tokens", "extra_special_tokens"):
+        more = names.get(name) or []
+        tokens += more.values() if isinstance(more, dict) else more
+    return tokens
+
+
 def _chat_template(folder: Path, config: dict) -> str | None:
     if (folder / "chat_template.jinja").exists():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     template = config.get("chat_template")
-    if isinstance(
-        template, list
-    ):  # several named ones, for tools or retrieval; the default is for conversations
+    if isinstance(template, list):  # one for tools, one for retrieval, a default for conversations
         template = {t["name"]: t["template"] for t in template}.get("default")
     return template

@@ -1,25 +1,14 @@
-"""Sampling with a KV cache: rollouts for the scripts, a prompt or a chat for a person.
+"""Sampling with a KV cache: `generate` draws n responses to each prompt.
 
-    python generate.py --model DIR --prompt "Where does Ada live?"
-    python generate.py --model DIR --data prompts.jsonl --out answers.jsonl --temperature 0.7 --n 4
-    python generate.py --model steerlm/final --prompt "Where does Ada live?" --attributes "helpfulness:4,verbosity:1"
-    python generate.py --model DIR --chat
+A sample depends on its prompt and its seed alone: not on the batch that it is computed in, nor on
+the rank. A fixed number of rows is computed at a time. A row whose response ends takes the next
+sample at once, and that sample's prompt is computed in the same forward as the other rows' next
+token. The n samples of a prompt share its computation; long prompts are also stored only once
+(sampling/cache.py).
 
-The file form reads {"prompt": text or messages} rows (other keys stay) and writes each with a "response", or with
-"responses" where --n asks for several. A sample is a function of its prompt and its seed: not of the batch it was
-computed in, nor of the rank.
-
-A fixed number of rows is computed at a time; a row whose answer ends takes the next sample at once, whose prompt rides
-along with the other rows' next token. The n samples of a prompt share its computation, and long prompts are kept once.
-
-PLUMB_DECODE=static pads every step to fixed shapes, PLUMB_DECODE=graphs also replays it as a CUDA graph. The first is
-tested; the second has NEVER RUN, for want of a GPU, and is therefore off unless asked for.
-
-Letters: R rows, P prompts in the cache, N rows of one prompt, L length, V vocabulary, H query heads, G key/value heads,
-E head size.
+Letters: R rows (samples in progress), P prompts, V vocabulary.
 """
 
-import functools
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
@@ -31,19 +20,22 @@ from torch import Tensor
 from model import GPT
 from sampling.cache import Cache
 
-# Prompts of at least this mean length are kept once for their n samples and attended to together, shorter ones copied
-# to every row. On one CPU thread, 4 key/value heads of 32: 4 samples of 20 tokens 0.54 against 0.35 ms a layer, 4 of
-# 200 tokens 0.66 against 1.07, 8 of 500 tokens 2.9 against 4.9.
+# Mean prompt length from which prompts are stored once for their n samples and attended to
+# together; shorter ones are copied to every row. One CPU thread, 4 key/value heads of size 32, ms a
+# layer stored once / copied: 4 samples of 20 tokens 0.54 / 0.35, 4 of 200 tokens 0.66 / 1.07, 8 of
+# 500 tokens 2.9 / 4.9.
 SHARE_FROM = 64
+EMPTY = -1  # a row without a sample
 
 
 class Sample(NamedTuple):
-    """One answer.
+    """One response.
 
     tokens        the end token included
-    logps         log-prob of each under what was sampled from: temperature, top-k and top-p included
-    policy_logps  log-prob of each under the plain policy: temperature 1, no filters
-    ended         by an end token or a stop text, not by max_new_tokens or for going round in circles
+    logps         log-prob of each token under the sampling distribution: temperature, top-k, top-p
+    policy_logps  log-prob of each token under the policy itself: temperature 1, no filters
+    ended         True if an end token or a stop text ended it, False if it was cut: by
+                  max_new_tokens or for repeating itself
     """
 
     tokens: list[int]
@@ -52,136 +44,198 @@ class Sample(NamedTuple):
     ended: bool
 
 
-# ---- the cache -------------------------------------------------------------------------------------------------------
+# ---- rows and the samples in them ----------------------------------------------------------------
 
 
-# ---- the loop --------------------------------------------------------------------------------------------------------
+class _Prefilled(NamedTuple):
+    """A prompt in the cache whose next samples are still in the queue."""
+
+    prompt: int
+    row: int  # a row that began with it
+    logits: Tensor  # (V,) of its first response token
 
 
 class _Batch:
-    """The samples in progress, a row each, and those that wait for a row."""
+    """The samples in progress, a row each, and the queue of those that wait for a row.
+
+    Sample s belongs to prompt s // n. Each step is refill, logits, append, and finish for the rows
+    that ended. With two prompts A (samples 0, 1) and B (samples 2, 3) in three rows:
+
+        step  row_sample  queue  prefills          first logits of
+        1     [0, 1, 2]   [3]    {A: [0, 1]        A and B, each computed once; B's are kept in
+                                  B: [2]}          `prefilled`, since sample 3 waits for them
+        2     [0, 1, 2]   [3]    {}                nothing: every row feeds its last token
+                                                   sample 0 ends
+        3     [3, 1, 2]   []     {}                row 0, from `prefilled`: rows_prefilled = [0]
+                                                   sample 1 ends
+        4     [3, 2]      []     {}                nothing: row 2 moved to row 1
+
+    Prompts are either copied into the rows of the cache or stored once in a place (`shared`).
+    """
 
     def __init__(
-        self, model: GPT, prompts: list[list[int]], n: int, rows: int, new: int, seeds: Sequence
+        self,
+        model: GPT,
+        prompts: list[list[int]],
+        n: int,
+        rows: int,
+        max_new_tokens: int,
+        seeds: Sequence,
     ):
         self.prompts, self.n, self.seeds = prompts, n, seeds
-        self.sizes = [len(prompt) for prompt in prompts]
-        # Prompts of one length share the cache with little to skip over; samples of one prompt are neighbours.
-        order = sorted(range(len(prompts)), key=self.sizes.__getitem__)
-        self.waiting = deque(prompt * n + j for prompt in order for j in range(n))
-        self.shared = (
-            n > 1 and not any(model.c.windows) and sum(self.sizes) >= SHARE_FROM * len(prompts)
-        )
-        # A straggler keeps its prompt, so there are more places than prompts that fill the rows; rows wait beyond that.
+        self.lengths = [len(prompt) for prompt in prompts]
+        # Rows of one length leave few masked positions, and samples of one prompt are neighbours.
+        order = sorted(range(len(prompts)), key=self.lengths.__getitem__)
+        self.queue = deque(prompt * n + j for prompt in order for j in range(n))
+        long = sum(self.lengths) >= SHARE_FROM * len(prompts)
+        self.shared = n > 1 and not any(model.c.windows) and long
+        # A slow sample keeps its prompt's place, so there are twice as many places as prompts that
+        # fill the rows. Rows stay empty where that is not enough.
         places = min(len(prompts), rows, 2 * -(-rows // n)) if self.shared else 0
-        self.cache = Cache(model, rows, max(self.sizes), new, places, min(n, rows))
-        self.fixed = bool(self.cache.mode)
-        self.rows, self.free = rows, set(range(places))
-        self.holds: list[int] = (
-            [-1] * rows if self.fixed else []
-        )  # the sample in each row, -1 = none
-        self.place: dict[int, int] = {}  # of each prompt in progress, where prompts are shared
-        self.undone = [n] * len(prompts)  # samples of each prompt that have not ended
-        self.told: list[int] = []  # rows with a new sample of a prompt whose first logits are known
-        self.new: dict[int, list[int]] = {}  # prompts to compute, and the rows that begin with them
-        self.known: tuple[int, int, Tensor] | None = (
-            None  # prompt with samples waiting: itself, a row of it, logits
-        )
-        self.fed, self.at, self.drawn = np.zeros(
-            (3, rows), np.int64
-        )  # next token, its position, tokens drawn so far
-        self.uniform = np.zeros((rows, new))
+        longest, together = max(self.lengths), min(n, rows)
+        self.cache = Cache(model, rows, longest, max_new_tokens, places, together)
+        self.fixed_shapes = bool(self.cache.mode)
+        self.rows = rows  # at most: without fixed shapes only len(row_sample) rows are computed
+
+        # By row.
+        self.row_sample: list[int] = [EMPTY] * rows if self.fixed_shapes else []
+        self.next_token = np.zeros(rows, np.int64)  # drawn last, not in the cache yet
+        self.position = np.zeros(rows, np.int64)  # of next_token in its text
+        self.drawn = np.zeros(rows, np.int64)  # tokens of the sample so far
+        self.uniform = np.zeros((rows, max_new_tokens))  # numbers that draw its tokens
+
+        # By prompt.
+        self.unfinished = [n] * len(prompts)  # samples that have not ended, also those that wait
+        self.place: dict[int, int] = {}  # where each prompt in progress is stored, if shared
+        self.free_places = set(range(places))
+
+        # Of the current step.
+        self.prefills: dict[int, list[int]] = {}  # prompts to compute -> rows that begin with them
+        self.rows_prefilled: list[int] = []  # rows that begin with the prompt of `prefilled`
+        self.prefilled: _Prefilled | None = None  # kept from one step to the next
 
     def refill(self) -> bool:
-        """Gives every free row the next sample; False when nothing is left to do."""
-        self.told, self.new, before = [], {}, list(self.holds)
-        for row in [
-            row for row in range(self.rows) if row >= len(self.holds) or self.holds[row] < 0
-        ]:
-            if not self.waiting or not self._admit(self.waiting[0] // self.n, row):
+        """Give every empty row the next sample. Return False if no sample is left."""
+        self.rows_prefilled, self.prefills = [], {}
+        before = list(self.row_sample)
+        rows = range(self.rows)
+        empty = [r for r in rows if r >= len(self.row_sample) or self.row_sample[r] == EMPTY]
+        for row in empty:
+            if not self.queue or not self._admit(row):
                 break
-        if not self.fixed:
-            self._close_gaps()
-        if self.shared and self.holds != before and any(i >= 0 for i in self.holds):
-            prompts = [i // self.n if i >= 0 else -1 for i in self.holds]
-            sizes = [self.sizes[p] if p >= 0 else self.at[row] for row, p in enumerate(prompts)]
-            self.cache.seat_rows([self.place[p] if p >= 0 else -1 for p in prompts], sizes)
-        return any(i >= 0 for i in self.holds)
+        if not self.fixed_shapes:
+            self._compact()
+        if self.shared and self.row_sample != before and self._any_sample():
+            self._seat_rows()
+        return self._any_sample()
 
-    def _admit(self, prompt: int, row: int) -> bool:
-        """Puts the next sample, which is one of `prompt`, into a row; False if the prompt has no place."""
+    def _any_sample(self) -> bool:
+        return any(sample != EMPTY for sample in self.row_sample)
+
+    def _admit(self, row: int) -> bool:
+        """Put the next sample of the queue into a row. Return False if its prompt has no place."""
+        prompt = self.queue[0] // self.n
         if self.shared and prompt not in self.place:
-            if not self.free:
+            if not self.free_places:
                 return False
-            self.place[prompt] = min(self.free)
-            self.free.remove(self.place[prompt])
-        if row == len(self.holds):
-            self.holds.append(-1)
-        self.holds[row] = i = self.waiting.popleft()
-        self.fed[row], self.at[row], self.drawn[row] = 0, self.sizes[prompt], 0
-        self.uniform[row] = np.random.default_rng(self.seeds[i]).random(self.uniform.shape[1])
-        if not (self.known and self.known[0] == prompt):
-            self.new.setdefault(prompt, []).append(row)
+            self.place[prompt] = min(self.free_places)
+            self.free_places.remove(self.place[prompt])
+        sample = self.queue.popleft()
+        if row == len(self.row_sample):
+            self.row_sample.append(sample)
+        self.row_sample[row] = sample
+        self.next_token[row] = 0
+        self.position[row] = self.lengths[prompt]
+        self.drawn[row] = 0
+        generator = np.random.default_rng(self.seeds[sample])
+        self.uniform[row] = generator.random(self.uniform.shape[1])
+        if self.prefilled is None or self.prefilled.prompt != prompt:
+            self.prefills.setdefault(prompt, []).append(row)
             return True
-        self.told.append(row)
-        if (
-            not self.shared
-        ):  # what was computed for the sample before it, in progress or just ended, is still there
-            self.cache.copy(self.known[1], row, self.sizes[prompt])
+        self.rows_prefilled.append(row)
+        if not self.shared:
+            # The row of the earlier sample still holds the prompt, even if that sample has ended.
+            self.cache.copy(self.prefilled.row, row, self.lengths[prompt])
         return True
 
-    def _close_gaps(self) -> None:
-        """Moves the last rows to where nothing is, so that a step costs what lives. None of them is new."""
-        for row in [row for row in reversed(range(len(self.holds))) if self.holds[row] < 0]:
-            last = len(self.holds) - 1
+    def _compact(self) -> None:
+        """Move the last rows into empty ones, so that a step costs only rows in progress.
+
+        Rows are empty here only if no sample could be admitted, so no row that moves is new.
+        """
+        for row in reversed(range(len(self.row_sample))):
+            if self.row_sample[row] != EMPTY:
+                continue
+            last = len(self.row_sample) - 1
             if row != last:
-                self.cache.copy(last, row, self.at[last])
-                for x in (self.holds, self.fed, self.at, self.drawn, self.uniform):
-                    x[row] = x[last]
-            self.holds.pop()
+                self.cache.copy(last, row, self.position[last])
+                self.row_sample[row] = self.row_sample[last]
+                for of_row in (self.next_token, self.position, self.drawn, self.uniform):
+                    of_row[row] = of_row[last]
+            self.row_sample.pop()
+
+    def _seat_rows(self) -> None:
+        """Tell the cache in which place the prompt of every row is stored."""
+        places, lengths = [], []
+        for row, sample in enumerate(self.row_sample):
+            prompt = sample // self.n
+            places.append(EMPTY if sample == EMPTY else self.place[prompt])
+            lengths.append(self.position[row] if sample == EMPTY else self.lengths[prompt])
+        self.cache.seat_rows(places, lengths)
 
     def logits(self) -> Tensor:
-        """What each row's next token is drawn from, (R, V)."""
-        rows = len(self.holds)
-        new = [(row, k) for k, (_, to) in enumerate(self.new.items()) for row in to]
-        going = rows if any(i >= 0 and self.drawn[row] for row, i in enumerate(self.holds)) else 0
-        prompts = [
-            (self.prompts[p], [self.place[p]] if self.shared else to) for p, to in self.new.items()
-        ]
-        logits = first = None
-        if going or prompts:
-            logits, first = self.cache.forward(self.fed[:going], self.at[:going], prompts)
-        if not going:
-            some = first if prompts else self.known[2]
+        """Return the logits of each row's next token, (R, V). One forward, if there is any to do.
+
+        Also keep the first logits of a prompt whose other samples are still in the queue.
+        """
+        rows = len(self.row_sample)
+        continuing = any(s != EMPTY and n for s, n in zip(self.row_sample, self.drawn))
+        fed = rows if continuing else 0  # rows that feed their last token: all of them, or none
+        prompts = []
+        for prompt, first_rows in self.prefills.items():
+            keepers = [self.place[prompt]] if self.shared else first_rows
+            prompts.append((self.prompts[prompt], keepers))
+        logits = first = None  # (R, V), and (P, V) of the prompts of `prefills`
+        if fed or prompts:
+            logits, first = self.cache.forward(self.next_token[:fed], self.position[:fed], prompts)
+        if not fed:
+            some = first if prompts else self.prefilled.logits
             logits = some.new_zeros(rows, some.shape[-1])
-        if self.told:
-            logits[self.told] = self.known[2]
-        if new:
-            logits[[row for row, _ in new]] = first[[k for _, k in new]]
-        if self.waiting and (prompt := self.waiting[0] // self.n) in self.new:
-            row = self.new[prompt][0]
-            self.known = prompt, row, logits[row].clone()
+        if self.rows_prefilled:
+            logits[self.rows_prefilled] = self.prefilled.logits
+        if self.prefills:
+            beginning = [row for first_rows in self.prefills.values() for row in first_rows]
+            copies = [len(first_rows) for first_rows in self.prefills.values()]
+            logits[beginning] = first[np.repeat(np.arange(len(copies)), copies)]
+        if self.queue and (prompt := self.queue[0] // self.n) in self.prefills:
+            row = self.prefills[prompt][0]
+            self.prefilled = _Prefilled(prompt, row, logits[row].clone())
         return logits
 
-    def numbers(self) -> Tensor:
-        """The uniform number that each row draws with, (R,)."""
-        rows = len(self.holds)
+    def uniforms(self) -> Tensor:
+        """Return the uniform number that draws each row's next token, (R,)."""
+        rows = len(self.row_sample)
         return torch.from_numpy(self.uniform[np.arange(rows), self.drawn[:rows]])
 
-    def feed(self, tokens: list[float]) -> None:
-        """Every row's answer goes on with a token."""
-        rows, going = len(tokens), np.greater_equal(self.holds, 0)
-        self.at[:rows] += going & (self.drawn[:rows] > 0)
-        self.fed[:rows] = tokens
-        self.drawn[:rows] += going
+    def append(self, tokens: list[float]) -> None:
+        """Add a token to every row's response, (R,)."""
+        rows = len(tokens)
+        in_progress = np.not_equal(self.row_sample, EMPTY)
+        self.position[:rows] += in_progress & (self.drawn[:rows] > 0)
+        self.next_token[:rows] = tokens
+        self.drawn[:rows] += in_progress
 
-    def end(self, row: int) -> None:
-        """A row's answer has come to its end."""
-        prompt = self.holds[row] // self.n
-        self.holds[row], self.drawn[row] = -1, 0
-        self.undone[prompt] -= 1
-        if self.shared and not self.undone[prompt]:
-            self.free.add(self.place.pop(prompt))
+    def finish(self, row: int) -> None:
+        """Empty a row whose response is complete."""
+        prompt = self.row_sample[row] // self.n
+        self.row_sample[row] = EMPTY
+        self.drawn[row] = 0
+        self.unfinished[prompt] -= 1
+        if self.shared and not self.unfinished[prompt]:
+            self.free_places.add(self.place.pop(prompt))
+
+
+# ---- the loop ------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -202,19 +256,76 @@ def generate(
     no_repeat: int = 0,
     on_token: Callable[[int, int], None] | None = None,
 ) -> list[Sample]:
-    """n answers to each prompt of token ids: those of prompt i are [i * n : (i + 1) * n]. temperature 0 takes the
-    likeliest token.
+    """Sample n responses to each prompt of token ids; those of prompt i are [i * n : (i + 1) * n].
 
-    seeds       one a sample, to draw with; (seed, place in the list) where there are none. A sample is the same
-                whatever batch_size is, but for the rounding of sums
-    batch_size  answers in progress at a time; their cache holds batch_size × (longest prompt + max_new_tokens) at most
-    stop_texts  an answer ends when its text, decode(tokens), holds one of them
-    no_repeat   an answer is cut when its last no_repeat tokens are one cycle of at most half their number; 0 = never
-    on_token    called with (place in the list, token) as tokens come
+    temperature  0 takes the likeliest token
+    seeds        one for each sample; None: (seed, index of the sample). A sample is the same for
+                 every batch_size, up to the rounding of sums
+    batch_size   samples in progress at a time; their cache holds at most
+                 batch_size * (longest prompt + max_new_tokens) positions
+    stop_texts   a response ends when its text, decode(tokens), contains one of them
+    no_repeat    a response is cut when its last no_repeat tokens repeat one cycle of at most half
+                 their number; 0 = never
+    on_token     called with (index of the sample, token) for every token as it is drawn
 
-    ValueError: an empty prompt, or settings that cannot be.
+    ValueError: an empty prompt, or a setting out of range.
     """
-    if any(len(p) == 0 for p in prompts):
+    _validate(prompts, max_new_tokens, temperature, top_k, top_p, batch_size, n, seeds, no_repeat)
+    if stop_texts and (decode is None or not all(stop_texts)):
+        raise ValueError(
+            "stop_texts are looked for in decode(tokens): give a decode, and no empty text"
+        )
+    if not prompts:
+        return []
+    samples = [Sample([], [], [], False) for _ in range(len(prompts) * n)]
+    if seeds is None:
+        seeds = [[seed, i] for i in range(len(samples))]
+    batch = _Batch(model, prompts, n, min(batch_size, len(samples)), max_new_tokens, seeds)
+    stop_ids = set(stop_ids)
+    # Last tokens in which a stop text is looked for: a character has 4 tokens at most.
+    window = 8 + 4 * max(map(len, stop_texts), default=0)
+    while batch.refill():
+        logits = batch.logits()
+        uniform = batch.uniforms().to(logits.device)
+        draws = sample(logits, uniform, temperature, top_k, top_p)
+        # One copy from the device a step rather than one a row.
+        tokens, logps, policy_logps = torch.stack([x.double() for x in draws]).tolist()
+        batch.append(tokens)
+        for row, i in enumerate(batch.row_sample):
+            if i == EMPTY:
+                continue
+            token = int(tokens[row])
+            response = samples[i]
+            response.tokens.append(token)
+            response.logps.append(logps[row])
+            response.policy_logps.append(policy_logps[row])
+            if on_token:
+                on_token(i, token)
+            ended = token in stop_ids
+            if stop_texts and not ended:
+                text = decode(response.tokens[-window:])
+                ended = any(stop in text for stop in stop_texts)
+            if ended:
+                samples[i] = response._replace(ended=True)
+            full = len(response.tokens) == max_new_tokens
+            if ended or full or (no_repeat and repeats(response.tokens, no_repeat)):
+                batch.finish(row)
+    return samples
+
+
+def _validate(
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    batch_size: int,
+    n: int,
+    seeds: Sequence[int] | None,
+    no_repeat: int,
+) -> None:
+    """Raise ValueError for the first argument of `generate` that is out of range."""
+    if any(len(prompt) == 0 for prompt in prompts):
         raise ValueError("a prompt has no token to go on from: give it a bos or some text")
     if temperature < 0 or not 0 < top_p <= 1 or top_k < 0 or max_new_tokens < 1:
         raise ValueError(
@@ -228,139 +339,97 @@ def generate(
         raise ValueError(
             f"{len(seeds)} seeds for {len(prompts) * n} samples: give one to each of a prompt's n"
         )
-    if stop_texts and (decode is None or not all(stop_texts)):
-        raise ValueError(
-            "stop_texts are looked for in decode(tokens): give a decode, and no empty text"
-        )
-    if not prompts:
-        return []
-    answers = [Sample([], [], [], False) for _ in range(len(prompts) * n)]
-    own = [[seed, i] for i in range(len(answers))] if seeds is None else seeds
-    batch = _Batch(model, prompts, n, min(batch_size, len(answers)), max_new_tokens, own)
-    stop_ids, window = (
-        set(stop_ids),
-        8 + 4 * max(map(len, stop_texts), default=0),
-    )  # a character has 4 tokens at most
-    while batch.refill():
-        logits = batch.logits()
-        found = sample(logits, batch.numbers().to(logits.device), temperature, top_k, top_p)
-        drawn = torch.stack(
-            [x.double() for x in found]
-        ).tolist()  # one copy from the device a step, no tensor a row
-        batch.feed(drawn[0])
-        for row, (token, logp, policy_logp) in enumerate(zip(*drawn)):
-            i, token = batch.holds[row], int(token)
-            if i < 0:
-                continue
-            answer = answers[i]
-            answer.tokens.append(token)
-            answer.logps.append(logp)
-            answer.policy_logps.append(policy_logp)
-            if on_token:
-                on_token(i, token)
-            ended = token in stop_ids
-            if stop_texts and not ended:
-                text = decode(answer.tokens[-window:])
-                ended = any(stop in text for stop in stop_texts)
-            if ended:
-                answers[i] = answer._replace(ended=True)
-            if (
-                ended
-                or len(answer.tokens) == max_new_tokens
-                or no_repeat
-                and circles(answer.tokens, no_repeat)
-            ):
-                batch.end(row)
-    return answers
 
 
-def circles(tokens: list[int], last: int) -> bool:
-    """Whether the last tokens, so many of them, are one cycle of at most half their number, over and over."""
+def repeats(tokens: list[int], last: int) -> bool:
+    """Return True if the last `last` tokens repeat one cycle of at most half their number.
+
+    [7, 1, 2, 1, 2], last 4 -> True;  [7, 1, 2, 3, 1], last 4 -> False
+    """
     tail = tokens[-last:]
     if len(tail) < last:
         return False
     return any(tail[-1] == tail[-1 - p] and tail[p:] == tail[:-p] for p in range(1, last // 2 + 1))
 
 
+# ---- one draw ------------------------------------------------------------------------------------
+
+
 def sample(
     logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_p: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Draws one token a row, (B,), from logits (B, V) with uniform numbers (B,); its log-prob under the draw, (B,), and
-    under the softmax of the logits themselves, (B,).
+    """Draw one token a row from logits (R, V) with uniform numbers (R,).
 
-    The order is Hugging Face's: temperature, then the top_k likeliest, then the smallest set with probability top_p.
+    Returns, (R,) each: the tokens; their log-probs under the distribution they are drawn from;
+    their log-probs under the softmax of the logits themselves. Filters apply in Hugging Face's
+    order: temperature, then the top_k likeliest, then the smallest set with probability top_p.
     """
     if temperature == 0:
         top, best = logits.max(-1)
         return best, torch.zeros_like(top), top - logits.logsumexp(-1)
-    top = logits.amax(-1, keepdim=True)
+    top = logits.amax(-1, keepdim=True)  # (R, 1)
     filtered = 0 < top_k < logits.shape[1] or top_p < 1
-    weights, total = logits - top, None  # in place from here on: (B, V) is large
+    weights, total = logits - top, None  # in place from here on: (R, V) is large
     if temperature != 1 or filtered:
-        heated = weights / temperature
-        total = weights.exp_().sum(-1, keepdim=True)  # (B, 1)
-        weights = heated
-    draw = functools.partial(_draw_filtered, top_k=top_k, top_p=top_p) if filtered else _draw
-    token, share = draw(weights.exp_(), uniform)
+        scaled = weights / temperature
+        total = weights.exp_().sum(-1, keepdim=True)  # (R, 1)
+        weights = scaled
+    weights.exp_()
+    if filtered:
+        token, share = _draw_filtered(weights, uniform, top_k, top_p)
+    else:
+        token, share = _draw(weights, uniform)
     chosen = logits.gather(1, token) - top
     total = share if total is None else total
     return token[:, 0], (chosen / temperature - share.log())[:, 0], (chosen - total.log())[:, 0]
 
 
 def _draw(weights: Tensor, uniform: Tensor, block: int = 256) -> tuple[Tensor, Tensor]:
-    """The token whose share of [0, 1) a number falls into, (B, 1), and the sum of all weights, (B, 1).
+    """Return the token whose share of [0, 1) holds the uniform number, and Σ weights: (R, 1) each.
 
-    First the block of tokens, then the token: a running sum over a whole vocabulary, in fp64 so that no token's share
-    is rounded away, took longer than the rest of the step.
+    First the block of tokens, then the token in it: a running sum over a whole vocabulary, in fp64
+    so that no token's share is rounded away, took longer than the rest of the step.
     """
     vocabulary = weights.shape[1]
     whole = vocabulary // block * block
-    sums = [weights[:, :whole].unflatten(1, (-1, block)).sum(-1)] if whole else []
-    sums += [weights[:, whole:].sum(-1, keepdim=True)] if whole < vocabulary else []
-    edges = torch.cat(sums, 1).double().cumsum(-1)  # (B, V / block)
-    aim = uniform.double()[:, None] * edges[:, -1:]
-    found = torch.searchsorted(edges, aim, right=True).clamp_(max=edges.shape[1] - 1)  # (B, 1)
-    size = edges.diff(dim=1, prepend=torch.zeros_like(aim)).gather(1, found)
-    rest = 1 - (edges.gather(1, found) - aim) / size
-    tokens = found * block + torch.arange(block, device=weights.device)  # (B, block)
-    inside = (
-        weights.gather(1, tokens.clamp(max=vocabulary - 1))
-        .double()
-        .masked_fill_(tokens >= vocabulary, 0)
-    )
-    inside = inside.cumsum(-1)
+    sums = []
+    if whole:
+        sums.append(weights[:, :whole].unflatten(1, (-1, block)).sum(-1))
+    if whole < vocabulary:
+        sums.append(weights[:, whole:].sum(-1, keepdim=True))
+    edges = torch.cat(sums, 1).double().cumsum(-1)  # (R, V / block)
+    aim = uniform.double()[:, None] * edges[:, -1:]  # (R, 1)
+    index = torch.searchsorted(edges, aim, right=True).clamp_(max=edges.shape[1] - 1)  # (R, 1)
+    size = edges.diff(dim=1, prepend=torch.zeros_like(aim)).gather(1, index)
+    rest = 1 - (edges.gather(1, index) - aim) / size  # where in its block, of 1
+    tokens = index * block + torch.arange(block, device=weights.device)  # (R, block)
+    inside = weights.gather(1, tokens.clamp(max=vocabulary - 1)).double()
+    inside = inside.masked_fill_(tokens >= vocabulary, 0).cumsum(-1)
     place = torch.searchsorted(inside, rest * inside[:, -1:], right=True)
-    return (found * block + place).clamp_(max=vocabulary - 1), edges[:, -1:]
+    return (index * block + place).clamp_(max=vocabulary - 1), edges[:, -1:]
 
 
 def _draw_filtered(
     weights: Tensor, uniform: Tensor, top_k: int, top_p: float
 ) -> tuple[Tensor, Tensor]:
-    """_draw among the top_k likeliest, and of these the fewest that make up top_p."""
+    """Draw as `_draw` among the top_k likeliest, and of these the fewest that make up top_p."""
     vocabulary = weights.shape[1]
-    total = (
-        None if top_k and top_k < vocabulary else weights.sum(-1, keepdim=True, dtype=torch.float64)
-    )
+    total = None  # of all weights, if top_k leaves all of them
+    if not 0 < top_k < vocabulary:
+        total = weights.sum(-1, keepdim=True, dtype=torch.float64)
     size = min(top_k or 512, vocabulary)
     while True:
         ordered, index = weights.topk(size)
         edges = ordered.double().cumsum(-1)
-        # To sort a whole vocabulary is slow, and top_p seldom asks for it.
+        # Sorting a whole vocabulary is slow, and top_p seldom needs it.
         if total is None or size == vocabulary or bool((edges[:, -1:] >= top_p * total).all()):
             break
         size = min(8 * size, vocabulary)
-    before = edges - ordered
-    limit = top_p * (edges[:, -1:] if total is None else total)
-    kept = (
-        (before < limit).sum(-1, keepdim=True).clamp_(min=1)
-        if top_p < 1
-        else torch.full_like(index[:, :1], size)
-    )
+    kept = torch.full_like(index[:, :1], size)  # (R, 1) number of tokens
+    if top_p < 1:
+        limit = top_p * (edges[:, -1:] if total is None else total)
+        before = edges - ordered
+        kept = (before < limit).sum(-1, keepdim=True).clamp_(min=1)
     share = edges.gather(1, kept - 1)
-    place = torch.minimum(
-        torch.searchsorted(edges, uniform.double()[:, None] * share, right=True), kept - 1
-    )
-    return index.gather(1, place), share
-
-
-# ---- the command -----------------------------------------------------------------------------------------------------
+    place = torch.searchsorted(edges, uniform.double()[:, None] * share, right=True)
+    return index.gather(1, torch.minimum(place, kept - 1)), share

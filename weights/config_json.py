@@ -1,6 +1,16 @@
+"""config.json of a Hugging Face folder, read into a GPTConfig.
+
+Every key must be known. A key that changes the arithmetic is either computed exactly or refused by
+name, because a model that is computed wrongly would train without a complaint. Keys that change
+nothing (IDLE_KEYS) are ignored. Where transformers has a default for a missing key, it is used here.
+
+    {"model_type": "llama", "hidden_size": 64, ...}   -> GPTConfig(family="llama", width=64, ...)
+    {..., "logit_scale": 2.0}                          -> ValueError: unknown option logit_scale
+"""
+
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from architecture import GPTConfig
 
@@ -10,195 +20,258 @@ ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "gpt_neox": "GPTNeoXForCausalLM",
-}  # a reward model's says ForSequenceClassification instead
+}  # a reward model has ForSequenceClassification instead
 
+# ---- the keys that are known ---------------------------------------------------------------------
 
-# Keys without a say in the arithmetic.
+# Keys that do not change the arithmetic, or that other keys switch on.
 IDLE_KEYS = set(
-    "_name_or_path architectures model_type torch_dtype dtype transformers_version use_cache bos_token_id eos_token_id "
-    "pad_token_id initializer_range max_position_embeddings id2label label2id problem_type return_dict "
-    "output_attentions output_hidden_states chunk_size_feed_forward classifier_dropout is_encoder_decoder is_decoder "
-    "max_window_layers _attn_implementation_autoset attn_implementation".split()
+    "_name_or_path architectures model_type torch_dtype dtype transformers_version use_cache "
+    "bos_token_id eos_token_id pad_token_id initializer_range max_position_embeddings id2label "
+    "label2id problem_type return_dict output_attentions output_hidden_states chunk_size_feed_forward "
+    "classifier_dropout is_encoder_decoder is_decoder max_window_layers "
+    "_attn_implementation_autoset attn_implementation".split()
 )
-
-
-# Keys that change the arithmetic when they are anything else.
-ONLY = {
+# Keys that change the arithmetic unless they have one of these values.
+SUPPORTED_VALUES = {
     "attention_dropout": (0, 0.0, None),
     "hidden_dropout": (0, 0.0, None),
     "pretraining_tp": (1, None),
     "quantization_config": (None,),
     "use_mrope": (False, None),
 }
-
-
-# What kind of value a key takes, where null says no more than leaving it out.
-SIZES = set(
-    "hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim intermediate_size vocab_size "
-    "max_position_embeddings sliding_window max_window_layers num_labels original_max_position_embeddings".split()
+# Types of values. null is allowed for all of them and means the same as a missing key.
+WHOLE_NUMBERS = set(
+    "hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+    "intermediate_size vocab_size max_position_embeddings sliding_window max_window_layers "
+    "num_labels original_max_position_embeddings".split()
 )
-
-
 NUMBERS = set(
-    "rope_theta rotary_emb_base rotary_pct partial_rotary_factor layer_norm_eps rms_norm_eps factor low_freq_factor "
-    "high_freq_factor".split()
+    "rope_theta rotary_emb_base rotary_pct partial_rotary_factor layer_norm_eps rms_norm_eps "
+    "factor low_freq_factor high_freq_factor".split()
 )
-
-
 SWITCHES = set(
     "use_parallel_residual attention_bias mlp_bias use_sliding_window tie_word_embeddings".split()
 )
+# Upper bounds of whole numbers, 2**24 for the others: a damaged file must not eat all memory.
+LARGEST = {"num_hidden_layers": 1000, "num_labels": 10_000}
 
 
-MOST = {
-    "num_hidden_layers": 1000,
-    "num_labels": 10_000,
-}  # of other sizes 2**24; absurd ones would only eat memory
-
-
-def _check_kinds(raw: dict) -> None:
-    """ValueError for the first value of config.json that cannot be what its key says."""
+def _check_types(raw: dict) -> None:
+    """Raise ValueError for the first value whose type or range does not fit its key."""
     for key, value in raw.items():
-        most = MOST.get(key, 1 << 24)
         if value is None:
             continue
-        if key in SIZES and not (
-            type(value) is int and (value > 0 or key == "sliding_window") and value <= most
-        ):
-            raise ValueError(f"config.json: {key} = {value!r} is no whole number from 1 to {most}")
+        if key in WHOLE_NUMBERS:
+            largest = LARGEST.get(key, 1 << 24)
+            in_range = type(value) is int and value <= largest
+            if not in_range or (value < 1 and key != "sliding_window"):
+                raise ValueError(
+                    f"config.json: {key} = {value!r} is no whole number from 1 to {largest}"
+                )
         if key in NUMBERS and not (type(value) in (int, float) and 0 < value < 1e18):
             raise ValueError(f"config.json: {key} = {value!r} is no number above 0")
         if key in SWITCHES and type(value) is not bool:
             raise ValueError(f"config.json: {key} = {value!r} is neither true nor false")
         if key in ("rope_parameters", "rope_scaling"):
-            _check_kinds(dict(value))
+            _check_types(dict(value))
 
 
-def model_config(raw: dict, family: str) -> GPTConfig:
-    _check_kinds(raw)
-    known = dict(raw)
+class _Options:
+    """The keys of a config.json that have not been read yet."""
 
-    def get(key, *default):
-        if known.get(key) is None and not default:
+    def __init__(self, raw: dict):
+        self.left = dict(raw)
+
+    def require(self, key: str) -> Any:
+        """Take the value of a key. ValueError: it is missing or null."""
+        if self.left.get(key) is None:
             raise ValueError(f"config.json has no {key}")
-        return known.pop(key, *default)
+        return self.left.pop(key)
 
-    width, layers, heads = get("hidden_size"), get("num_hidden_layers"), get("num_attention_heads")
-    kv_heads = get("num_key_value_heads", 8 if family == "mistral" else None) or heads
-    head_size = get("head_dim", 128 if family == "qwen3" else None) or width // heads
-    theta, scaling, rope_share = _rope(get, get("rope_theta", None), family)
-    bias: dict[str, Any] = {"qkv_bias": False, "out_bias": False, "mlp_bias": False}
-    if family == "gpt_neox":
-        own = {
-            "norm": "layer",
-            "norm_eps": get("layer_norm_eps", 1e-5),
-            "mlp": _one_of(
-                "hidden_act", get("hidden_act", "gelu"), {"gelu": "gelu", "gelu_new": "gelu_tanh"}
-            ),
-            "parallel_residual": get("use_parallel_residual", True),
-        }
-        bias = {"mlp_bias": True, "qkv_bias": get("attention_bias", True)}
-        bias["out_bias"] = bias["qkv_bias"]
-    else:
-        own = {
-            "norm_eps": get("rms_norm_eps", 1e-6),
-            "mlp": _one_of("hidden_act", get("hidden_act", "silu"), {"silu": "swiglu"}),
-            "qk_norm": family == "qwen3",
-        }
-        if family in ("llama", "qwen3"):
-            bias["qkv_bias"] = bias["out_bias"] = get("attention_bias", False)
-        if family == "llama":
-            bias["mlp_bias"] = get("mlp_bias", False)
-        if family == "qwen2":
-            bias["qkv_bias"] = True
-    window = get("sliding_window", 4096 if family == "mistral" else None) or 0
-    if family in ("qwen2", "qwen3"):
-        window = window if get("use_sliding_window", False) else 0
-        from_layer = known.get("max_window_layers", 28)
-        types = [
-            "sliding_attention" if i >= from_layer else "full_attention" for i in range(layers)
-        ]
-    else:
-        types = ["sliding_attention"] * layers
-    types = get("layer_types", types) or types
-    if len(types) != layers:
-        raise ValueError(
-            f"config.json: layer_types names {len(types)} layers, num_hidden_layers is {layers}"
-        )
-    for kind in types:
-        _one_of("layer_types", kind, {"sliding_attention": 1, "full_attention": 1})
-    config = GPTConfig(
-        family=family,
-        vocab=get("vocab_size"),
-        width=width,
-        layers=layers,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_size=head_size,
-        ffn=get("intermediate_size"),
-        rope_theta=theta,
-        rope_size=int(head_size * rope_share),
-        rope_scaling=scaling,
-        windows=tuple(window if kind == "sliding_attention" else 0 for kind in types)
-        if window
-        else (),
-        tied=get("tie_word_embeddings", False),
-        max_position=known.get("max_position_embeddings", 2048),
-        outputs=len(score_names(raw)),
-        **own,
-        **bias,
-    )
-    for key, values in ONLY.items():
-        if known.pop(key, values[0]) not in values:
-            raise ValueError(f"config.json: plumb has no {key} = {raw[key]!r}: only {values[0]!r}")
-    if unknown := sorted(set(known) - IDLE_KEYS):
-        raise ValueError(
-            f"config.json: plumb does not know the option {unknown[0]} = {raw[unknown[0]]!r} of this {family} model; "
-            "if it does not change the arithmetic, remove it from the file"
-        )
-    if rope_share > 1 or config.rope_size % 2:
-        raise ValueError(
-            f"config.json: an odd number of rotated components a head ({config.rope_size}) cannot be"
-        )
-    if heads % kv_heads:
-        raise ValueError(
-            f"config.json: {heads} attention heads are no multiple of {kv_heads} key/value heads"
-        )
-    return config
+    def take(self, key: str, default: Any = None) -> Any:
+        """Take the value of a key, or the default if the key is missing. null stays None."""
+        return self.left.pop(key, default)
+
+    def peek(self, key: str, default: Any) -> Any:
+        """Return the value of a key that is one of IDLE_KEYS, and leave it there."""
+        return self.left.get(key, default)
 
 
-def _rope(get, theta: float | None, family: str) -> tuple[float, tuple | None, float]:
-    """(theta, llama3 scaling, share of a head that turns), from the old keys or transformers 5's rope_parameters."""
-    new = get("rope_parameters", None)
-    rope = dict(new or get("rope_scaling", None) or {})
-    get("rope_scaling", None)
-    theta = rope.pop("rope_theta", None) or get("rotary_emb_base", None) or theta or 10000.0
-    share = get("partial_rotary_factor", None) or get("rotary_pct", None)
-    share = (
-        rope.pop("partial_rotary_factor", None) or share or (0.25 if family == "gpt_neox" else 1.0)
-    )
-    kind = rope.pop("rope_type", None) or rope.get("type") or "default"
-    rope.pop("type", None)
-    _one_of("rope_type", kind, {"default": 1, "llama3": 1})
-    llama3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    keys = llama3 if kind == "llama3" else ()
-    if missing := [key for key in keys if key not in rope]:
-        raise ValueError(f"config.json: rope_type {kind} needs {missing[0]}")
-    if unknown := sorted(set(rope) - set(keys)):
-        raise ValueError(f"config.json: plumb does not know {unknown[0]} for rope_type {kind}")
-    return float(theta), tuple(rope[key] for key in keys) or None, share
-
-
-def _one_of(key: str, value, known: dict):
+def _translate(key: str, value: Any, known: dict) -> Any:
+    """Return the entry of `known` for a value. ValueError: there is none."""
     if value not in known:
         raise ValueError(
-            f"config.json: plumb does not know {key} = {value!r}: only {', '.join(map(str, known))}"
+            f"config.json: plumb does not know {key} = {value!r}: only {', '.join(known)}"
         )
     return known[value]
 
 
+# ---- config.json -> GPTConfig, one concern at a time ---------------------------------------------
+
+
+def model_config(raw: dict, family: str) -> GPTConfig:
+    """Build the GPTConfig of a config.json that is read already.
+
+    ValueError names the key that is missing, of the wrong type or not supported.
+    """
+    _check_types(raw)
+    options = _Options(raw)
+    sizes = _sizes(options, family)
+    rope = _rope(options, family)
+    fields = {
+        **sizes,
+        **_norm_and_mlp(options, family),
+        **_biases(options, family),
+        "rope_theta": rope.theta,
+        "rope_size": int(sizes["head_size"] * rope.share),
+        "rope_scaling": rope.scaling,
+        "windows": _windows(options, family, sizes["layers"]),
+        "tied": options.take("tie_word_embeddings", False),
+        "max_position": options.peek("max_position_embeddings", 2048),
+        "outputs": len(score_names(raw)),
+    }
+    _check_rest(options, raw, family)
+    if rope.share > 1 or fields["rope_size"] % 2:
+        raise ValueError(
+            f"config.json: {fields['rope_size']} rotated components a head must be an even number, "
+            f"at most the head's size of {sizes['head_size']}"
+        )
+    if sizes["heads"] % sizes["kv_heads"]:
+        raise ValueError(
+            f"config.json: {sizes['heads']} attention heads are no multiple of "
+            f"{sizes['kv_heads']} key/value heads"
+        )
+    return GPTConfig(family=family, **fields)
+
+
+def _sizes(options: _Options, family: str) -> dict[str, int]:
+    """Read widths and counts."""
+    width = options.require("hidden_size")
+    layers = options.require("num_hidden_layers")
+    heads = options.require("num_attention_heads")
+    kv_heads = options.take("num_key_value_heads", 8 if family == "mistral" else None)
+    head_size = options.take("head_dim", 128 if family == "qwen3" else None)
+    return {
+        "vocab": options.require("vocab_size"),
+        "width": width,
+        "layers": layers,
+        "heads": heads,
+        "kv_heads": kv_heads or heads,
+        "head_size": head_size or width // heads,
+        "ffn": options.require("intermediate_size"),
+    }
+
+
+class _Rope(NamedTuple):
+    """Options of the rotary positions."""
+
+    theta: float
+    scaling: tuple | None  # llama3: factor, low and high frequency factor, original length
+    share: float  # part of every head that is rotated
+
+
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+def _rope(options: _Options, family: str) -> _Rope:
+    """Read the rotary options: rope_parameters of transformers 5, or the older separate keys."""
+    new = options.take("rope_parameters")
+    old = options.take("rope_scaling")
+    rope = dict(new or old or {})
+
+    # Of two keys for one thing, `or` leaves the second one unread, so it is refused as unknown.
+    theta = options.take("rope_theta")
+    theta = rope.pop("rope_theta", None) or options.take("rotary_emb_base") or theta or 10000.0
+
+    share = options.take("partial_rotary_factor") or options.take("rotary_pct")
+    default_share = 0.25 if family == "gpt_neox" else 1.0
+    share = rope.pop("partial_rotary_factor", None) or share or default_share
+
+    kind = rope.pop("rope_type", None) or rope.get("type") or "default"
+    rope.pop("type", None)
+    keys = _translate("rope_type", kind, {"default": (), "llama3": LLAMA3})
+    if missing := [key for key in keys if key not in rope]:
+        raise ValueError(f"config.json: rope_type {kind} needs {missing[0]}")
+    if unknown := sorted(set(rope) - set(keys)):
+        raise ValueError(f"config.json: plumb does not know {unknown[0]} for rope_type {kind}")
+    return _Rope(float(theta), tuple(rope[key] for key in keys) or None, share)
+
+
+def _norm_and_mlp(options: _Options, family: str) -> dict[str, Any]:
+    """Read the kinds of norm and MLP, and how a block adds them up."""
+    if family == "gpt_neox":
+        gelus = {"gelu": "gelu", "gelu_new": "gelu_tanh"}
+        return {
+            "norm": "layer",
+            "norm_eps": options.take("layer_norm_eps", 1e-5),
+            "mlp": _translate("hidden_act", options.take("hidden_act", "gelu"), gelus),
+            "parallel_residual": options.take("use_parallel_residual", True),
+        }
+    return {
+        "norm_eps": options.take("rms_norm_eps", 1e-6),
+        "mlp": _translate("hidden_act", options.take("hidden_act", "silu"), {"silu": "swiglu"}),
+        "qk_norm": family == "qwen3",
+    }
+
+
+def _biases(options: _Options, family: str) -> dict[str, bool]:
+    """Read which linears have a bias."""
+    if family == "gpt_neox":
+        attention = options.take("attention_bias", True)
+        return {"qkv_bias": attention, "out_bias": attention, "mlp_bias": True}
+    if family == "llama":
+        attention = options.take("attention_bias", False)
+        mlp = options.take("mlp_bias", False)
+        return {"qkv_bias": attention, "out_bias": attention, "mlp_bias": mlp}
+    if family == "qwen3":
+        attention = options.take("attention_bias", False)
+        return {"qkv_bias": attention, "out_bias": attention, "mlp_bias": False}
+    return {"qkv_bias": family == "qwen2", "out_bias": False, "mlp_bias": False}
+
+
+def _windows(options: _Options, family: str, layers: int) -> tuple[int, ...]:
+    """Read the sliding window of every layer, 0 = none; () if no layer may have one."""
+    window = options.take("sliding_window", 4096 if family == "mistral" else None) or 0
+    first = 0  # first layer with a window, where layer_types does not say
+    if family in ("qwen2", "qwen3"):
+        if not options.take("use_sliding_window", False):
+            window = 0
+        first = options.peek("max_window_layers", 28)
+    full = min(first, layers)
+    types = ["full_attention"] * full + ["sliding_attention"] * (layers - full)
+    types = options.take("layer_types", types) or types
+    if len(types) != layers:
+        raise ValueError(
+            f"config.json: layer_types names {len(types)} layers, num_hidden_layers is {layers}"
+        )
+    of_type = {"sliding_attention": window, "full_attention": 0}
+    windows = tuple(_translate("layer_types", kind, of_type) for kind in types)
+    return windows if window else ()
+
+
+def _check_rest(options: _Options, raw: dict, family: str) -> None:
+    """Raise ValueError for the first key that nothing has read and that may change the arithmetic."""
+    for key, values in SUPPORTED_VALUES.items():
+        if options.take(key, values[0]) not in values:
+            raise ValueError(
+                f"config.json: {key} = {raw[key]!r} is not supported: only {values[0]!r}"
+            )
+    if unknown := sorted(set(options.left) - IDLE_KEYS):
+        raise ValueError(
+            f"config.json: plumb does not know the option {unknown[0]} = {raw[unknown[0]]!r} of "
+            f"this {family} model; if it does not change the arithmetic, remove it from the file"
+        )
+
+
+# ---- the file ------------------------------------------------------------------------------------
+
+
 def read_config(folder: str | Path) -> tuple[GPTConfig, dict]:
-    """config.json of a folder, understood and raw. FileNotFoundError, or ValueError naming what plumb does not know."""
+    """Return the config.json of a folder, as a GPTConfig and raw.
+
+    FileNotFoundError: there is none. ValueError names what plumb does not know.
+    """
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(
@@ -206,32 +279,17 @@ def read_config(folder: str | Path) -> tuple[GPTConfig, dict]:
         )
     raw = read_json(path)
     try:
-        family = raw.get("model_type")
-        if family not in ARCHITECTURES:
-            known = ", ".join(ARCHITECTURES)
-            raise ValueError(
-                f"config.json: plumb does not know model_type {family!r}: only {known}"
-            )
-        classes = (ARCHITECTURES[family], _classifier(family))
-        for architecture in raw.get("architectures") or []:
-            if architecture not in classes:
-                raise ValueError(
-                    f"config.json: plumb does not know {architecture}, only {' and '.join(classes)}"
-                )
-        return model_config(raw, family), raw
+        return model_config(raw, _family(raw)), raw
     except ValueError as error:
         raise ValueError(f"{folder}/{error}") from None
-    except (
-        TypeError,
-        AttributeError,
-    ) as error:  # a list where a word should be, a word where an object should be
+    except (TypeError, AttributeError) as error:  # such as a list for a word
         raise ValueError(
             f"{path} holds a value of the wrong kind ({error}): fetch it again"
         ) from None
 
 
 def read_json(path: Path) -> dict:
-    """The JSON object in a file. ValueError names the file that holds none."""
+    """Return the JSON object in a file. ValueError: the file holds none."""
     try:
         value = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:
@@ -241,23 +299,43 @@ def read_json(path: Path) -> dict:
     return value
 
 
+def _family(raw: dict) -> str:
+    """Return the model_type. ValueError: plumb does not know it, or not the class of model."""
+    family = raw.get("model_type")
+    if family not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise ValueError(f"config.json: plumb does not know model_type {family!r}: only {known}")
+    classes = (ARCHITECTURES[family], _classifier(family))
+    for architecture in raw.get("architectures") or []:
+        if architecture not in classes:
+            raise ValueError(
+                f"config.json: plumb does not know {architecture}, only {' and '.join(classes)}"
+            )
+    return family
+
+
+# ---- reward models -------------------------------------------------------------------------------
+
+
 def _classifier(family: str) -> str:
-    """The architecture of a reward model, as transformers names it."""
+    """Return the architecture of a reward model, as transformers names it."""
     return ARCHITECTURES[family].replace("CausalLM", "SequenceClassification")
 
 
 def score_names(raw: dict) -> tuple[str, ...]:
-    """What each output of a reward model's score head is called, () for a language model; from a raw config.json."""
+    """Return the names of a reward model's outputs; () for a language model.
+
+    raw: its config.json.
+    """
     if (raw.get("architectures") or [""])[0] != _classifier(raw["model_type"]):
         return ()
-    labels = raw.get("id2label") or {
-        i: f"LABEL_{i}" for i in range(raw.get("num_labels", 2))
-    }  # transformers' default
+    unnamed = {i: f"LABEL_{i}" for i in range(raw.get("num_labels", 2))}  # as in transformers
+    labels = raw.get("id2label") or unnamed
     return tuple(name for _, name in sorted((int(i), name) for i, name in labels.items()))
 
 
 def with_scores(raw: dict, names: tuple[str, ...]) -> dict:
-    """config.json of a reward model with named outputs, made from a language model's."""
+    """Turn the config.json of a language model into that of a reward model with named outputs."""
     return {
         **raw,
         "architectures": [_classifier(raw["model_type"])],

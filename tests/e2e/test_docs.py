@@ -8,8 +8,15 @@ from pathlib import Path
 
 import pytest
 
+import hf
 import losses
+import train_dpo
 from config import RunConfig
+from data.dataset import load_dataset
+from data.templates import Template
+from data.tokenizer import load_tokenizer
+from data.trees import make_batch
+from weights.folder import save_model
 
 ROOT = Path(__file__).parents[2]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -90,7 +97,7 @@ def test_a_page_names_every_loss(page: str, names: tuple[str, ...]):
 def test_flags_of_the_other_pages_exist(page: str):
     """data.md and performance.md name flags that every script has, or one of bench/."""
     flags = {name.replace("_", "-") for name in RunConfig.__dataclass_fields__}
-    flags |= {f"no-{name}" for name in flags} | {"tokenizer"}
+    flags |= {f"no-{name}" for name in flags} | {"tokenizer", "algorithm"}
     text = (ROOT / "docs" / f"{page}.md").read_text()
     assert set(re.findall(r"`[^`\n]*--([a-z-]+)", text)) <= flags
 
@@ -121,6 +128,40 @@ def test_the_file_tree_is_the_tree():
     folders = ["", "data/", "kernels/", "sampling/", "weights/", "bench/"]
     files = {f"{folder}{path.name}" for folder in folders for path in (ROOT / folder).glob("*.py")}
     assert listed == {name for name in files if not name.endswith("__init__.py")}
+
+
+def test_the_example_of_architecture_md(tmp_path: Path, toy: Path, train):
+    """The page's row gives the page's arrays, log-probs, losses and gradient norm."""
+    page = (ROOT / "docs" / "architecture.md").read_text()
+
+    def numbers(name: str) -> list[float]:
+        line = re.search(rf"^    {name}  (.*)$", page, re.M)[1]
+        return [float(word) for word in re.findall(r"-?\d+(?:\.\d+)?", line)]
+
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(re.search(r'^    ({"prompt": .*})$', page, re.M)[1] + "\n")
+    tokenizer = str(toy / "world" / "tokenizer")
+    sizes = {"width": 32, "layers": 2, "heads": 4, "kv_heads": 2, "ffn": 64, "std": 0.2}
+    model = hf.new_model(hf.New(**sizes, tokenizer=tokenizer))
+    save_model(model, tmp_path / "model", tokenizer)
+
+    template = Template("plain", load_tokenizer(tokenizer))
+    data = load_dataset(rows, "preference", template, cache=tmp_path / "cache")
+    batch = make_batch(data, [0])
+    for name in ("tokens", "positions", "kv_end", "logit_index", "target", "response"):
+        assert getattr(batch, name).tolist() == numbers(name), name
+    texts = ["prompt", "chosen", "rejected"]
+    assert [id for name in texts for id in numbers(name)] == numbers("tokens")
+    logps = model.logps(model(batch), batch)
+    assert logps.tolist() == pytest.approx(numbers("logps"), abs=2e-3)
+    assert batch.sum_by_response(logps).tolist() == pytest.approx(numbers("sums"), abs=5e-3)
+
+    flags = {"data": rows, "model": tmp_path / "model", "template": "plain", "batch_size": 1}
+    flags |= {"lr": 1e-3, "warmup": 0.0, "schedule": "constant", "epochs": 2}
+    steps = [row for row in train(train_dpo, tmp_path / "out", **flags) if "loss" in row]
+    assert steps[0]["loss"] == pytest.approx(numbers("loss")[0], abs=1e-4)
+    assert steps[0]["grad_norm"] == pytest.approx(numbers("grad_norm")[0], rel=1e-3)
+    assert steps[1]["loss"] == pytest.approx(numbers("next loss")[0], abs=2e-3)
 
 
 def test_the_harness_task_of_evaluate_md(toy: Path):

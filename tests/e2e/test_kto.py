@@ -1,4 +1,4 @@
-"""KTO: the paper's formula, one z for the whole step however it is cut, no answer mismatched with its own prompt."""
+"""KTO: the paper's formula, one z for the whole step, no answer mismatched with its own prompt."""
 
 import json
 import math
@@ -16,8 +16,9 @@ import losses
 import train_kto
 from data.formats import label_row
 from data.mismatched import kto_trees, partners
-from data.trees import step_examples
+from data.trees import make_batch, micro_batches, step_examples
 from parallel import Mesh
+from passes import token_lengths
 from weights.folder import load_model, save_model
 
 
@@ -31,7 +32,7 @@ def sigma(x: float) -> float:
 
 @pytest.mark.parametrize("name", losses.KTO_LOSSES)
 def test_losses_and_gradients_are_the_formulas(name: str):
-    """Values, and slopes by the log-ratio, of good and of bad answers in float64 against the formulas in numbers."""
+    """Values and derivatives of good and bad answers against the formulas in plain numbers."""
     rng = np.random.default_rng(0)
     for ratio, z, beta in zip(
         rng.normal(0, 8, 50), abs(rng.normal(0, 3, 50)), rng.uniform(0.05, 1, 50)
@@ -58,7 +59,7 @@ def test_losses_and_gradients_are_the_formulas(name: str):
 
 
 def test_no_answer_is_mismatched_with_its_own_prompt():
-    """Every example of a step gets another prompt's answer, also where prompts repeat; one prompt alone is refused."""
+    """Every example gets another prompt's answer, even if prompts repeat; one prompt is refused."""
     rng = np.random.default_rng(0)
     for _ in range(200):
         prompts = rng.integers(0, 4, rng.integers(2, 12)).tolist()
@@ -71,18 +72,23 @@ def test_no_answer_is_mismatched_with_its_own_prompt():
 
 
 def test_trees_hold_what_they_say():
-    """prompt | own answer | another's: token for token, cut at max_length, labels and order kept, twice the same."""
-    data = dataset_of([([1, 2], [[10], [11, 12]]), ([3], [[13, 14, 15]]), ([1, 2], [[16]]), ([4] * 5, [[17]])],
-                      label=[1, 0, 1, 0, 1])  # fmt: skip
+    """prompt | own answer | another's: every token, cut at max_length, labels in order."""
+    data = dataset_of(
+        [([1, 2], [[10], [11, 12]]), ([3], [[13, 14, 15]]), ([1, 2], [[16]]), ([4] * 5, [[17]])],
+        label=[1, 0, 1, 0, 1],
+    )
     data.scored = data.scored.copy()
     data.scored[4] = 0  # token 12 is in the answer but not learned from
     steps = [np.array([0, 1, 2]), np.array([3, 4])]
     trees = kto_trees(data, steps, max_length=7)
     cut = [trees.tokens[a:b].tolist() for a, b in zip(trees.tree_start[:-1], trees.tree_start[1:])]
     assert cut == [
-        [1, 2, 10, 13, 14, 15], [1, 2, 11, 12, 13, 14, 15], [3, 13, 14, 15, 10],
-        [1, 2, 16, 17], [4, 4, 4, 4, 4, 17, 16],
-    ]  # fmt: skip
+        [1, 2, 10, 13, 14, 15],
+        [1, 2, 11, 12, 13, 14, 15],
+        [3, 13, 14, 15, 10],
+        [1, 2, 16, 17],
+        [4, 4, 4, 4, 4, 17, 16],
+    ]
     assert kto_trees(data, [np.array([4, 2])], max_length=7).tokens.tolist() == [4] * 5 + [
         17,
         13,
@@ -109,17 +115,22 @@ def test_trees_hold_what_they_say():
 
 
 def test_z_and_loss_are_those_of_the_whole_step(tmp_path: Path):
-    """Law 5: z, loss and gradient of a step are the same, 1e-10 in float64, for every budget and for 1, 2 and 4 shares
-    of the examples, whose sums are added up as ranks would."""
+    """Law 5: z, loss and gradient of a step are the same within 1e-10 for every budget and for 1, 2
+    and 4 shares of the examples, whose sums are added up as ranks would."""
     tiny_transformers("llama3", False).save_pretrained(tmp_path)
     model = load_model(tmp_path, torch.float64)
     rng = np.random.default_rng(0)
-    trees = [(rng.integers(0, 90, rng.integers(1, 9)).tolist(), [rng.integers(0, 90, rng.integers(1, 12)).tolist()])
-             for _ in range(13)]  # fmt: skip
+    trees = [
+        (
+            rng.integers(0, 90, rng.integers(1, 9)).tolist(),
+            [rng.integers(0, 90, rng.integers(1, 12)).tolist()],
+        )
+        for _ in range(13)
+    ]
     data = kto_trees(dataset_of(trees, label=rng.integers(0, 2, 13)), [np.arange(13)], 64)
     everything = np.arange(13)
     with torch.no_grad():  # a policy that has moved by 1.5 nats on average
-        batch = train_kto.make_batch(data, list(everything))
+        batch = make_batch(data, list(everything))
         data.columns["ref_logps"] = batch.sum_by_response(
             model.logps(model(batch), batch)
         ).numpy() - rng.normal(1.5, 3, 26)
@@ -142,11 +153,11 @@ def test_z_and_loss_are_those_of_the_whole_step(tmp_path: Path):
         z = losses.reference_point(torch.stack(shares).sum(), 13)
         total = 0.0
         for rank in range(ranks):
-            bins = train_kto.micro_batches(
-                train_kto.branch_lengths(data, 0), everything, budget, rank, ranks
+            bins = micro_batches(
+                token_lengths(data, config, train_kto.OWN), everything, budget, rank, ranks
             )
             for items in bins:
-                batch = train_kto.make_batch(data, items, only=0)
+                batch = make_batch(data, items, only=0)
                 ratio, label = (
                     train_kto.log_ratios(model, model(batch), batch),
                     batch.columns["label"],
@@ -172,15 +183,27 @@ def test_z_and_loss_are_those_of_the_whole_step(tmp_path: Path):
 def test_steps_do_not_depend_on_micro_batches(
     loss: str, rows: str, toy: Path, tmp_path: Path, train
 ):
-    """The script's metrics are the same in float64 for every budget and with prompts shared or not."""
+    """The metrics are the same in float64 for every budget and with prompts shared or not."""
     runs = [
         train(
-            train_kto, tmp_path / str(i), model=toy / "model", data=toy / "world" / f"{rows}.jsonl", lr=1e-2, beta=0.5,
-            eval_data=toy / "world" / "preferences_test.jsonl", batch_size=12, max_steps=4, dtype="fp64", loss=loss,
-            max_tokens=budget, share_prompts=share, desirable_weight=1.3, undesirable_weight=0.8,
+            train_kto,
+            tmp_path / str(i),
+            model=toy / "model",
+            data=toy / "world" / f"{rows}.jsonl",
+            lr=1e-2,
+            beta=0.5,
+            eval_data=toy / "world" / "preferences_test.jsonl",
+            batch_size=12,
+            max_steps=4,
+            dtype="fp64",
+            loss=loss,
+            max_tokens=budget,
+            share_prompts=share,
+            desirable_weight=1.3,
+            undesirable_weight=0.8,
         )
         for i, (budget, share) in enumerate([(8192, True), (150, True), (200, False)])
-    ]  # fmt: skip
+    ]
     for other in runs[1:]:
         for one, many in zip(runs[0], other, strict=True):
             one.pop("tokens", 0), many.pop("tokens", 0)
@@ -194,16 +217,16 @@ def test_steps_do_not_depend_on_micro_batches(
 
 
 def plain_loop(model, trees, labels, steps, lr, beta, loss="kto"):
-    """KTO one sequence at a time, pairs by rotation; z and δ from their definitions. (loss, norm, z) of each step."""
+    """Run KTO one sequence at a time, mismatched by rotation; return its (loss, norm, z)."""
     trainer, rows = PlainTrainer(model, total=len(steps), lr=lr), []
     reference = {name: w.detach().clone() for name, w in model.weights.items()}
 
     def logps(pairs: list, weights=None) -> list[torch.Tensor]:
         mine = model.weights
         model.weights = weights or mine
-        found = [model.logps(prompt, response).sum() for prompt, response in pairs]
+        sums = [model.logps(prompt, response).sum() for prompt, response in pairs]
         model.weights = mine
-        return found
+        return sums
 
     rewards: dict[bool, list[float]] = {True: [], False: []}
     for mine in steps:
@@ -237,10 +260,18 @@ def plain_loop(model, trees, labels, steps, lr, beta, loss="kto"):
 def test_five_steps_equal_a_plain_loop_in_float64(
     loss: str, family: str, dtype: str, toy: Path, tmp_path: Path, train
 ):
-    """Losses, norms, z and every weight after five steps within 1e-10 of a loop that shares no code."""
+    """Losses, norms, z and all weights after five steps within 1e-10 of an independent loop."""
     sizes = {} if family == "gpt_neox" else {"kv_heads": 2}
-    flags = hf.New(family=family, width=32, layers=2, heads=4, std=0.3, dtype=dtype,
-                   tokenizer=str(toy / "world" / "tokenizer"), **sizes)  # fmt: skip
+    flags = hf.New(
+        family=family,
+        width=32,
+        layers=2,
+        heads=4,
+        std=0.3,
+        dtype=dtype,
+        tokenizer=str(toy / "world" / "tokenizer"),
+        **sizes,
+    )
     save_model(hf.new_model(flags), tmp_path / "model", flags.tokenizer)
     # Prompts that differ: the plain loop only knows the rotation.
     data = list(
@@ -256,10 +287,22 @@ def test_five_steps_equal_a_plain_loop_in_float64(
     assert any(z > 0.01 for *_, z in wanted)
     for run, budget in enumerate((8192, 130)):
         got = train(
-            train_kto, tmp_path / f"out{run}", model=tmp_path / "model", data=tmp_path / "rows.jsonl", lr=1e-2,
-            beta=0.4, batch_size=4, warmup=0.25, weight_decay=0.1, seed=3, max_tokens=budget, dtype="fp64",
-            template="plain", desirable_weight=1.5, loss=loss,
-        )[1:]  # fmt: skip
+            train_kto,
+            tmp_path / f"out{run}",
+            model=tmp_path / "model",
+            data=tmp_path / "rows.jsonl",
+            lr=1e-2,
+            beta=0.4,
+            batch_size=4,
+            warmup=0.25,
+            weight_decay=0.1,
+            seed=3,
+            max_tokens=budget,
+            dtype="fp64",
+            template="plain",
+            desirable_weight=1.5,
+            loss=loss,
+        )[1:]
         for row, (value, norm, z) in zip(got, wanted, strict=True):
             assert row["loss"] == pytest.approx(value, abs=1e-10) and row[
                 "grad_norm"
@@ -282,9 +325,20 @@ def test_real_rows_equal_a_plain_loop(real_model: Path, tmp_path: Path, train):
     steps = [list(range(k, k + 3)) for k in range(0, 15, 3)]
     wanted = plain_loop(plain, trees, [row["label"] for row in data], steps, 1e-4, 0.1)
     got = train(
-        train_kto, tmp_path / "out", model=real_model, data=tmp_path / "rows.jsonl", lr=1e-4, beta=0.1, batch_size=3,
-        warmup=0.25, weight_decay=0.1, shuffle=False, max_tokens=1300, desirable_weight=1.5, max_length=600,
-    )[1:]  # fmt: skip
+        train_kto,
+        tmp_path / "out",
+        model=real_model,
+        data=tmp_path / "rows.jsonl",
+        lr=1e-4,
+        beta=0.1,
+        batch_size=3,
+        warmup=0.25,
+        weight_decay=0.1,
+        shuffle=False,
+        max_tokens=1300,
+        desirable_weight=1.5,
+        max_length=600,
+    )[1:]
     for row, (value, norm, z) in zip(got, wanted, strict=True):
         assert row["loss"] == pytest.approx(value, abs=1e-5) and row["grad_norm"] == pytest.approx(
             norm, rel=1e-3
@@ -293,7 +347,7 @@ def test_real_rows_equal_a_plain_loop(real_model: Path, tmp_path: Path, train):
 
 
 def test_steps_that_cannot_be_are_refused_before_training(toy: Path, tmp_path: Path, train):
-    """A step of one example, and one of a single pair, are refused with the reason before anything is computed."""
+    """A step of one example, and one of a single pair, are refused before anything is computed."""
     world = toy / "world"
     with pytest.raises(ValueError, match="step 1 would be 1 example of a single prompt"):
         train(
@@ -319,12 +373,19 @@ def test_steps_that_cannot_be_are_refused_before_training(toy: Path, tmp_path: P
             batch_size=47,
             epochs=2,
         )
-    train(train_kto, tmp_path / "d", model=toy / "model", data=world / "labels.jsonl", batch_size=1, max_steps=2,
-          loss="apo_zero_unpaired")  # fmt: skip
+    train(
+        train_kto,
+        tmp_path / "d",
+        model=toy / "model",
+        data=world / "labels.jsonl",
+        batch_size=1,
+        max_steps=2,
+        loss="apo_zero_unpaired",
+    )
 
 
 def test_comparisons_give_mixed_steps(toy: Path, tmp_path: Path, train):
-    """A file of pairs, taken apart: good and bad in every step, shuffled or not, and each answer once an epoch."""
+    """Pairs become single answers: good and bad ones in every step, shuffled or not."""
     flags = {"model": toy / "model", "data": toy / "world" / "preferences.jsonl", "batch_size": 16}
     for shuffle in (True, False):
         rows = train(train_kto, tmp_path / str(shuffle), **flags, shuffle=shuffle)[1:]
@@ -333,12 +394,14 @@ def test_comparisons_give_mixed_steps(toy: Path, tmp_path: Path, train):
 
 
 def test_label_rows():
-    """label or preference, response or completion, pairs taken apart; anything else is refused with what would do."""
+    """label or preference, response or completion, pairs; anything else is refused with the fix."""
     for row, label in (
-        ({"response": "r", "label": True}, 1), ({"completion": "r", "label": False}, 0),
+        ({"response": "r", "label": True}, 1),
+        ({"completion": "r", "label": False}, 0),
         ({"response": "r", "label": 0}, 0),
-        ({"response": "r", "preference": "chosen"}, 1), ({"response": "r", "preference": "rejected"}, 0),
-    ):  # fmt: skip
+        ({"response": "r", "preference": "chosen"}, 1),
+        ({"response": "r", "preference": "rejected"}, 0),
+    ):
         assert label_row({"prompt": "p", **row}).columns == {"label": [label]}
     assert label_row({"prompt": "p", "chosen": "a", "rejected": "b"}).columns == {"label": [1, 0]}
     for row, reason in (
@@ -352,10 +415,17 @@ def test_label_rows():
 
 
 def test_resumed_is_never_stopped(toy: Path, tmp_path: Path, train):
-    """Resumed after 4 of 8 steps over two epochs: all later metrics the same to the last bit, bco's δ included."""
+    """Resumed after 4 of 8 steps over two epochs: later metrics have the same bits, bco's δ too."""
     for loss in ("kto", "bco"):
-        flags = {"model": toy / "model", "data": toy / "world" / "labels.jsonl", "lr": 1e-2, "batch_size": 12,
-                 "epochs": 2, "loss": loss, "cache": tmp_path / loss}  # fmt: skip
+        flags = {
+            "model": toy / "model",
+            "data": toy / "world" / "labels.jsonl",
+            "lr": 1e-2,
+            "batch_size": 12,
+            "epochs": 2,
+            "loss": loss,
+            "cache": tmp_path / loss,
+        }
         whole = train(train_kto, tmp_path / f"whole {loss}", **flags, save_every=4)
         again = train(
             train_kto,
@@ -368,7 +438,7 @@ def test_resumed_is_never_stopped(toy: Path, tmp_path: Path, train):
 
 
 def test_the_balance_rule_is_printed(toy: Path, tmp_path: Path, train, capsys):
-    """The first lines say how the classes weigh and which weight the paper advises."""
+    """The first lines say how the classes are weighted and which weight the paper advises."""
     assert "within the paper's" in train_kto.balance(100, 100, train_kto.Config())
     assert "--desirable-weight 2.00 to 2.67 would be" in train_kto.balance(
         100, 200, train_kto.Config()

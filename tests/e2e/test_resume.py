@@ -1,4 +1,4 @@
-"""Law 4: killed and resumed = never killed, bit for bit; and nothing that was saved is ever lost."""
+"""Law 4: killed and resumed = never killed, bit for bit; nothing that was saved is lost."""
 
 import json
 import os
@@ -26,26 +26,46 @@ ROOT = Path(__file__).parents[2]
 
 
 def command(toy: Path, out: Path, *more: str) -> list[str]:
-    """DPO on the toy world: 48 steps over 8 epochs with evaluations, a running mean and checkpoints now and then."""
+    """Return DPO on the toy world: 48 steps, 8 epochs, evaluations, a running mean, checkpoints."""
     return [
-        sys.executable, str(ROOT / "train_dpo.py"), "--model", str(toy / "model"), "--out", str(out),
-        "--data", str(toy / "world" / "preferences.jsonl"),
-        "--eval-data", str(toy / "world" / "preferences_test.jsonl"),
-        "--batch-size", "8", "--epochs", "8", "--lr", "1e-2", "--loss", "bco_pair", "--max-tokens", "256",
-        "--eval-every", "10", "--save-every", "7", *more,
-    ]  # fmt: skip
+        sys.executable,
+        str(ROOT / "train_dpo.py"),
+        "--model",
+        str(toy / "model"),
+        "--out",
+        str(out),
+        "--data",
+        str(toy / "world" / "preferences.jsonl"),
+        "--eval-data",
+        str(toy / "world" / "preferences_test.jsonl"),
+        "--batch-size",
+        "8",
+        "--epochs",
+        "8",
+        "--lr",
+        "1e-2",
+        "--loss",
+        "bco_pair",
+        "--max-tokens",
+        "256",
+        "--eval-every",
+        "10",
+        "--save-every",
+        "7",
+        *more,
+    ]
 
 
 @pytest.fixture(scope="module")
 def unbroken(toy: Path, tmp_path_factory) -> Path:
-    """The run that nobody stops."""
+    """Return the output of the run that nobody stops."""
     out = tmp_path_factory.mktemp("unbroken") / "out"
     subprocess.run(command(toy, out), check=True, capture_output=True)
     return out
 
 
 def same(one: Path, other: Path) -> None:
-    """Metrics, best and final weights of two runs are equal bit for bit."""
+    """Assert that metrics, best and final weights of two runs have the same bits."""
     assert read_metrics(one) == read_metrics(other)
     for folder in ("final", "best"):
         a, b = (load_file(out / folder / "model.safetensors") for out in (one, other))
@@ -56,7 +76,7 @@ def same(one: Path, other: Path) -> None:
 def test_a_killed_run_resumes_as_if_nothing_had_been(
     number: int, toy: Path, unbroken: Path, tmp_path: Path
 ):
-    """SIGTERM saves and exits 0; SIGKILL saves nothing; --resume auto ends both like the unbroken run."""
+    """SIGTERM saves and exits 0, SIGKILL saves nothing; --resume auto ends both as if unbroken."""
     out = tmp_path / "out"
     process = subprocess.Popen(
         command(toy, out), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -80,7 +100,7 @@ def test_a_killed_run_resumes_as_if_nothing_had_been(
         # A run killed while writing leaves half a row; it must not disturb the resumed one.
         with open(out / "metrics.jsonl", "a") as file:
             file.write('{"step": 15, "lo')
-        # Without its cache the reference is scored again, by the policy as it was at step 0, not as it was saved.
+        # Without its cache the reference is scored again, by the policy of step 0, not the saved one.
         shutil.rmtree(out / "cache")
     resumed = subprocess.run(
         command(toy, out, "--resume", "auto"), check=True, capture_output=True, text=True
@@ -93,7 +113,7 @@ def test_a_killed_run_resumes_as_if_nothing_had_been(
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     toy: Path, unbroken: Path, tmp_path: Path
 ):
-    """A newest checkpoint with a flipped byte, or cut short, is named in a warning and passed over."""
+    """A newest checkpoint with a flipped byte, or cut short, is named in a warning and skipped."""
     out = tmp_path / "out"
     stopped = subprocess.run(
         command(toy, out, "--max-steps", "15"), check=True, capture_output=True, text=True
@@ -105,13 +125,14 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     content = bytearray(file.read_bytes())
     content[-5] ^= 1
     file.write_bytes(content)
-    said = []
-    assert checkpoint.newest(out, said.append).name == "step_7"
+    warnings = []
+    assert checkpoint.newest(out, warnings.append).name == "step_7"
     assert (
-        "step_14 is damaged: state-00001-of-00001.safetensors does not match its SHA-256" in said[0]
+        "step_14 is damaged: state-00001-of-00001.safetensors does not match its SHA-256"
+        in warnings[0]
     )
     file.write_bytes(content[:-3])
-    assert checkpoint.newest(out, said.append).name == "step_7" and "bytes, not" in said[1]
+    assert checkpoint.newest(out, warnings.append).name == "step_7" and "bytes, not" in warnings[1]
     with pytest.raises(ValueError, match="is damaged"):
         checkpoint.load(out / "step_14", saved(toy, tmp_path / "other", 1))
 
@@ -123,7 +144,7 @@ def saved(toy: Path, out: Path, step: int) -> AdamW:
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(toy: Path, tmp_path: Path):
-    """When writing fails the error says what to do, no half checkpoint stays, and the one before is whole."""
+    """When writing fails, the error says what to do and only whole checkpoints stay."""
     optimizer = saved(toy, tmp_path, 1)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -160,16 +181,21 @@ def test_a_checkpoint_of_another_model_is_refused(toy: Path, tmp_path: Path):
 
 
 def test_steps_that_are_not_finite_change_nothing_and_end_the_run(toy: Path, tmp_path: Path, train):
-    """A NaN gradient skips the step, weights and AdamW untouched; five in a row end the run with the reason."""
+    """A NaN gradient changes neither weights nor AdamW; five in a row end the run."""
     model = load_model(toy / "model", torch.float32)
     with torch.no_grad():
         model.head.weight[:] = 1e38  # logits overflow
     save_model(model, tmp_path / "broken", toy / "model")
     with pytest.raises(ValueError, match="not finite in 5 steps in a row, up to step 5"):
         train(
-            train_sft, tmp_path / "out", model=tmp_path / "broken", data=toy / "world" / "sft.jsonl", batch_size=4,
-            save_every=2, keep=9,
-        )  # fmt: skip
+            train_sft,
+            tmp_path / "out",
+            model=tmp_path / "broken",
+            data=toy / "world" / "sft.jsonl",
+            batch_size=4,
+            save_every=2,
+            keep=9,
+        )
     rows = read_metrics(tmp_path / "out")
     assert len(rows) == 4 and all(row["grad_norm"] is None for row in rows)
     state = load_file(tmp_path / "out" / "step_4" / "state-00001-of-00001.safetensors")
@@ -179,7 +205,7 @@ def test_steps_that_are_not_finite_change_nothing_and_end_the_run(toy: Path, tmp
 
 
 def test_max_minutes_saves_and_leaves(toy: Path, tmp_path: Path, train):
-    """The time limit ends a run after a step, with a checkpoint; the rest follows on --resume auto."""
+    """The time limit ends a run after a step, with a checkpoint; --resume auto does the rest."""
     flags = {
         "model": toy / "model",
         "data": toy / "world" / "preferences.jsonl",
@@ -196,5 +222,5 @@ def test_a_second_run_does_not_overwrite_the_first(toy: Path, tmp_path: Path, tr
     """An --out that holds a run is refused without --resume."""
     flags = {"model": toy / "model", "data": toy / "world" / "sft.jsonl", "max_steps": 1}
     train(train_sft, tmp_path / "out", **flags)
-    with pytest.raises(ValueError, match="holds a run already"):
+    with pytest.raises(ValueError, match="already holds a run: continue it with --resume auto"):
         train(train_sft, tmp_path / "out", **flags)

@@ -1,4 +1,4 @@
-"""Reward models: the losses are the papers' formulas, scores depend on nothing but the answer, folders go both ways."""
+"""Reward models: the papers' formulas, scores of an answer alone, folders for transformers."""
 
 import json
 import math
@@ -32,12 +32,12 @@ def sigma(x: float) -> float:
     return 1 / (1 + math.exp(-x))
 
 
-# ---- losses ----------------------------------------------------------------------------------------------------------
+# ---- losses ----
 
 
 @pytest.mark.parametrize("name", ["bradley_terry", "margin_bt", "scaled_bt"])
 def test_pairwise_losses_and_gradients_are_the_formulas(name: str):
-    """Values, and slopes by both scores, in float64 against the formulas in plain numbers."""
+    """Values and derivatives by both scores in float64 against the formulas in plain numbers."""
     rng = np.random.default_rng(0)
     for c, r, m, lam in zip(*rng.normal(0, 2, (3, 40)), rng.choice([0.0, 0.01, 0.3], 40)):
         delta, big = c - r, abs(m)
@@ -62,7 +62,7 @@ def test_pairwise_losses_and_gradients_are_the_formulas(name: str):
 
 
 def test_missing_attributes_contribute_exactly_nothing():
-    """Masked squares in plain numbers; where an attribute is missing, loss and gradient are exactly 0, never NaN."""
+    """Where an attribute is missing, loss and gradient are exactly 0, never NaN."""
     scores = torch.randn(
         6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
     ).requires_grad_()
@@ -77,7 +77,7 @@ def test_missing_attributes_contribute_exactly_nothing():
             assert slope[i, k].item() == (0.0 if missing else pytest.approx(2 * error, abs=1e-12))
 
 
-# ---- training --------------------------------------------------------------------------------------------------------
+# ---- training ----
 
 
 class PlainScorer(PlainModel):
@@ -94,9 +94,9 @@ class PlainScorer(PlainModel):
         self.config["tie_word_embeddings"] = False
         name = "embed_out.weight" if self.neox else "lm_head.weight"
         self.weights[name] = self.weights["score.weight"]
-        found = self.logits(torch.tensor(prompt + response))[-1]
+        scores = self.logits(torch.tensor(prompt + response))[-1]
         del self.weights[name]
-        return found
+        return scores
 
 
 def plain_run(
@@ -121,12 +121,19 @@ def check(got: list[dict], wanted: list[tuple[float, float]], near: float):
 def test_five_steps_equal_a_plain_loop_in_float64(
     kind: str, family: str, toy: Path, tmp_path: Path, train
 ):
-    """Losses, gradient norms and every weight after five steps within 1e-10, whatever is packed with what."""
+    """Losses, norms and all weights after five steps within 1e-10, however examples are packed."""
     sizes = {} if family == "gpt_neox" else {"kv_heads": 2}
     flags = hf.New(
-        family=family, width=32, layers=2, heads=4, std=0.3, tied=family == "qwen2", dtype="fp64",
-        tokenizer=str(toy / "world" / "tokenizer"), **sizes,
-    )  # fmt: skip
+        family=family,
+        width=32,
+        layers=2,
+        heads=4,
+        std=0.3,
+        tied=family == "qwen2",
+        dtype="fp64",
+        tokenizer=str(toy / "world" / "tokenizer"),
+        **sizes,
+    )
     save_model(hf.new_model(flags), tmp_path / "model", flags.tokenizer)
     pairs = kind != "regression"
     file = toy / "world" / ("preferences.jsonl" if pairs else "attributes.jsonl")
@@ -165,10 +172,22 @@ def test_five_steps_equal_a_plain_loop_in_float64(
     wanted = plain_run(plain, trees, loss, 4, 5, 1e-2)
     for run, (share, budget) in enumerate([(True, 8192), (False, 150), (True, 130)]):
         got = train(
-            train_rm, tmp_path / f"out{run}", model=tmp_path / "model", data=file, lr=1e-2, batch_size=4, max_steps=5,
-            warmup=0.25, weight_decay=0.1, shuffle=False, share_prompts=share, max_tokens=budget, dtype="fp64",
-            template="plain", loss=kind,
-        )  # fmt: skip
+            train_rm,
+            tmp_path / f"out{run}",
+            model=tmp_path / "model",
+            data=file,
+            lr=1e-2,
+            batch_size=4,
+            max_steps=5,
+            warmup=0.25,
+            weight_decay=0.1,
+            shuffle=False,
+            share_prompts=share,
+            max_tokens=budget,
+            dtype="fp64",
+            template="plain",
+            loss=kind,
+        )
         check(got, wanted, 1e-10)
         if kind == "bradley_terry":
             assert got[0]["loss"] == pytest.approx(
@@ -203,17 +222,26 @@ def test_real_rows_equal_a_plain_loop(file: str, real_model: Path, tmp_path: Pat
     plain = PlainScorer(real_model, torch.float32, 1 if pairs else 2)
     wanted = plain_run(plain, trees, loss, 2, 5, 1e-4)
     got = train(
-        train_rm, tmp_path / "out", model=real_model, data=tmp_path / "rows.jsonl", lr=1e-4, batch_size=2, warmup=0.25,
-        weight_decay=0.1, shuffle=False, max_tokens=1300, loss="bradley_terry" if pairs else "regression",
-    )  # fmt: skip
+        train_rm,
+        tmp_path / "out",
+        model=real_model,
+        data=tmp_path / "rows.jsonl",
+        lr=1e-4,
+        batch_size=2,
+        warmup=0.25,
+        weight_decay=0.1,
+        shuffle=False,
+        max_tokens=1300,
+        loss="bradley_terry" if pairs else "regression",
+    )
     check(got, wanted, 1e-5)
 
 
 def test_metrics_and_evaluation(toy: Path, tmp_path: Path, train, capsys):
-    """Accuracy, margin, mean and deviation for pairs; error and correlation of each attribute: as numpy has them."""
+    """Metrics of pairs, error and correlation of attributes, as numpy has them from score.py."""
     world = toy / "world"
     flags = {"model": toy / "model", "lr": 1e-2, "batch_size": 8, "max_tokens": 300}
-    *_, found = train(
+    *_, row = train(
         train_rm,
         tmp_path / "pairs",
         data=world / "preferences.jsonl",
@@ -221,42 +249,64 @@ def test_metrics_and_evaluation(toy: Path, tmp_path: Path, train, capsys):
         samples=2,
         **flags,
     )
-    score.main(["--model", str(tmp_path / "pairs" / "final"), "--data", str(world / "preferences_test.jsonl"), "--out",
-                str(tmp_path / "scored.jsonl")])  # fmt: skip
+    score.main(
+        [
+            "--model",
+            str(tmp_path / "pairs" / "final"),
+            "--data",
+            str(world / "preferences_test.jsonl"),
+            "--out",
+            str(tmp_path / "scored.jsonl"),
+        ]
+    )
     pairs = np.array(
         [[r["chosen_reward"], r["rejected_reward"]] for r in rows_of(tmp_path / "scored.jsonl", 99)]
     )
     shown = capsys.readouterr().out
     assert shown.count("  prompt  ") == 2  # --samples shows held-out answers with their scores
-    for row in rows_of(tmp_path / "scored.jsonl", 2):
+    for scored_row in rows_of(tmp_path / "scored.jsonl", 2):
         assert all(
-            f"  {row[f'{k}_reward']:.3f}  {row[k]!r}" in shown for k in ("chosen", "rejected")
+            f"  {scored_row[f'{k}_reward']:.3f}  {scored_row[k]!r}" in shown
+            for k in ("chosen", "rejected")
         )
-    assert found["eval/rewards/accuracies"] == (pairs[:, 0] > pairs[:, 1]).mean()
-    assert found["eval/rewards/margins"] == pytest.approx(
+    assert row["eval/rewards/accuracies"] == (pairs[:, 0] > pairs[:, 1]).mean()
+    assert row["eval/rewards/margins"] == pytest.approx(
         (pairs[:, 0] - pairs[:, 1]).mean(), abs=1e-5
     )
-    assert found["eval/rewards/mean"] == pytest.approx(pairs.mean(), abs=1e-5)
-    assert found["eval/rewards/std"] == pytest.approx(pairs.std(), abs=1e-5)
+    assert row["eval/rewards/mean"] == pytest.approx(pairs.mean(), abs=1e-5)
+    assert row["eval/rewards/std"] == pytest.approx(pairs.std(), abs=1e-5)
 
-    *_, found = train(
-        train_rm, tmp_path / "attributes", data=world / "attributes.jsonl", loss="regression",
-        eval_data=world / "attributes_test.jsonl", **flags,
-    )  # fmt: skip
-    score.main(["--model", str(tmp_path / "attributes" / "final"), "--data", str(world / "attributes_test.jsonl"),
-                "--out", str(tmp_path / "scored.jsonl")])  # fmt: skip
+    *_, row = train(
+        train_rm,
+        tmp_path / "attributes",
+        data=world / "attributes.jsonl",
+        loss="regression",
+        eval_data=world / "attributes_test.jsonl",
+        **flags,
+    )
+    score.main(
+        [
+            "--model",
+            str(tmp_path / "attributes" / "final"),
+            "--data",
+            str(world / "attributes_test.jsonl"),
+            "--out",
+            str(tmp_path / "scored.jsonl"),
+        ]
+    )
     data = rows_of(tmp_path / "scored.jsonl", 99)
     for name in data[0]["scores"]:
         got, right = (
-            np.array([row[key][name] for row in data]) for key in ("scores", "attributes")
+            np.array([scored_row[key][name] for scored_row in data])
+            for key in ("scores", "attributes")
         )
-        assert found[f"eval/error/{name}"] == pytest.approx(np.abs(got - right).mean(), abs=1e-5)
-        assert found[f"eval/correlation/{name}"] == pytest.approx(
+        assert row[f"eval/error/{name}"] == pytest.approx(np.abs(got - right).mean(), abs=1e-5)
+        assert row[f"eval/correlation/{name}"] == pytest.approx(
             np.corrcoef(got, right)[0, 1], abs=1e-5
         )
 
 
-# ---- folders ---------------------------------------------------------------------------------------------------------
+# ---- folders ----
 
 
 def scored(model, trees: list, **how) -> torch.Tensor:
@@ -268,7 +318,7 @@ def scored(model, trees: list, **how) -> torch.Tensor:
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_reward_folders_go_both_ways(family: str, tied: bool, tmp_path: Path):
-    """transformers' AutoModelForSequenceClassification gives the same scores on the same folder, whoever wrote it."""
+    """transformers gives the same scores on the same folder, whoever wrote it."""
     import transformers as tf
 
     base = tiny_transformers(family, tied)
@@ -309,8 +359,10 @@ def test_reward_folders_go_both_ways(family: str, tied: bool, tmp_path: Path):
 def test_a_trained_folder_scores_alike_in_transformers(
     pads_with_end: bool, toy: Path, tmp_path: Path, train
 ):
-    """Text in, scores out: score.py against transformers with its own tokenizer, in a padded batch. The score is that
-    of the end token even where the base model's padding token was its end token."""
+    """score.py against transformers with its own tokenizer, in a padded batch.
+
+    The score is that of the end token even if the base model's padding token was its end token.
+    """
     import transformers as tf
 
     model = tmp_path / "model"
@@ -333,18 +385,23 @@ def test_a_trained_folder_scores_alike_in_transformers(
     score.main(
         ["--model", str(final), "--data", str(data), "--out", str(tmp_path / "scored.jsonl")]
     )
-    found = [row["score"] for row in rows_of(tmp_path / "scored.jsonl", 99)]
-    assert np.std(found) > 0.05
+    scores = [row["score"] for row in rows_of(tmp_path / "scored.jsonl", 99)]
+    assert np.std(scores) > 0.05
     tokenizer = tf.AutoTokenizer.from_pretrained(final)
     theirs = tf.AutoModelForSequenceClassification.from_pretrained(final)
-    talks = [[{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["response"]}]
-             for row in rows_of(data, 99)]  # fmt: skip
+    talks = [
+        [
+            {"role": "user", "content": row["prompt"]},
+            {"role": "assistant", "content": row["response"]},
+        ]
+        for row in rows_of(data, 99)
+    ]
     texts = [tokenizer.apply_chat_template(talk, tokenize=False) for talk in talks]
     batch = tokenizer(texts, padding=True, add_special_tokens=False, return_tensors="pt")
     assert batch["input_ids"][0, batch["attention_mask"][0].sum() - 1] == tokenizer.eos_token_id
     with torch.no_grad():
         wanted = theirs(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, 0]
-    assert found == pytest.approx(wanted.tolist(), abs=1e-4)
+    assert scores == pytest.approx(wanted.tolist(), abs=1e-4)
 
 
 def test_scores_depend_on_nothing_but_the_answer(tmp_path: Path):
@@ -367,9 +424,16 @@ def test_scores_depend_on_nothing_but_the_answer(tmp_path: Path):
 
 
 def test_the_wrong_kind_of_model_is_refused_by_name(toy: Path, tmp_path: Path, train):
-    """A reward model is no language model, a language model no reward model, and attributes must be the same."""
-    train(train_rm, tmp_path / "rm", model=toy / "model", data=toy / "world" / "attributes.jsonl", loss="regression",
-          max_steps=1, attributes=["helpfulness", "verbosity"])  # fmt: skip
+    """A reward model is no language model, nor the reverse, and attributes must be the same."""
+    train(
+        train_rm,
+        tmp_path / "rm",
+        model=toy / "model",
+        data=toy / "world" / "attributes.jsonl",
+        loss="regression",
+        max_steps=1,
+        attributes=["helpfulness", "verbosity"],
+    )
     final = tmp_path / "rm" / "final"
     with pytest.raises(
         ValueError, match="reward model .of helpfulness, verbosity.: a language model is needed"
@@ -381,17 +445,29 @@ def test_the_wrong_kind_of_model_is_refused_by_name(toy: Path, tmp_path: Path, t
         load_model(final, torch.float32, scores=("reward",))
     assert "scores helpfulness, verbosity" in hf.describe(str(final))
     with pytest.raises(ValueError, match="'helpfulnes' is not known: use quality, toxicity"):
-        train(train_rm, tmp_path / "x", model=toy / "model", data=toy / "world" / "attributes.jsonl", loss="regression",
-              attributes=["helpfulnes"])  # fmt: skip
+        train(
+            train_rm,
+            tmp_path / "x",
+            model=toy / "model",
+            data=toy / "world" / "attributes.jsonl",
+            loss="regression",
+            attributes=["helpfulnes"],
+        )
     with pytest.raises(
-        ValueError, match="no row of --data gives humor: it has toxicity, helpfulness"
+        ValueError, match="no row of --data has humor: it has toxicity, helpfulness"
     ):
-        train(train_rm, tmp_path / "y", model=toy / "model", data=toy / "world" / "attributes.jsonl", loss="regression",
-              attributes=["humor"])  # fmt: skip
+        train(
+            train_rm,
+            tmp_path / "y",
+            model=toy / "model",
+            data=toy / "world" / "attributes.jsonl",
+            loss="regression",
+            attributes=["humor"],
+        )
 
 
 def test_attribute_rows():
-    """Nested, flat and several answers; missing is NaN, unknown names are refused with those that are known."""
+    """Nested, flat and several answers; missing is NaN, unknown names are refused."""
     nested = attribute_row({"prompt": "p", "response": "r", "attributes": {"verbosity": 2}})
     flat = attribute_row({"prompt": "p", "response": "r", "verbosity": 2, "page": "x"})
     assert nested.columns["verbosity"] == flat.columns["verbosity"] == [2.0]
@@ -472,7 +548,7 @@ def test_rows_are_scored_in_every_form(toy: Path, tmp_path: Path, train, capsys)
 
 
 def test_answers_that_say_nothing_are_left_out_and_counted(toy: Path, tmp_path: Path, capsys):
-    """score.py writes every row that can be scored, reports the others, and refuses a file without any."""
+    """score.py writes the rows that can be scored, reports others, refuses a file without any."""
     scorer = load_model(toy / "model", torch.float32, scores=("reward",))
     save_model(scorer, tmp_path / "rm", toy / "model")
     rows = [

@@ -1,4 +1,4 @@
-"""scripts/: they parse, refuse what is missing, train, stop when told and go on."""
+"""scripts/: they parse, refuse missing settings, train, stop on a signal and resume."""
 
 import json
 import multiprocessing
@@ -19,7 +19,7 @@ SCRIPTS = sorted((ROOT / "scripts").iterdir())
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_bash_takes_it(script: Path):
+def test_bash_parses_it(script: Path):
     """`bash -n` finds no fault, and the file is executable."""
     subprocess.run(["bash", "-n", str(script)], check=True)
     assert os.access(script, os.X_OK)
@@ -37,8 +37,8 @@ def test_bash_takes_it(script: Path):
         (["slurm.sbatch", "train_dpo.py"], {}, "run this with sbatch"),
     ],
 )
-def test_what_is_missing_is_named(command: list[str], env: dict[str, str], complaint: str):
-    """Nothing starts without the words it needs."""
+def test_missing_settings_are_named(command: list[str], env: dict[str, str], complaint: str):
+    """Nothing starts without the settings it needs."""
     words = ["bash", str(ROOT / "scripts" / command[0]), *command[1:]]
     done = subprocess.run(
         words, env={"PATH": os.environ["PATH"], **env}, capture_output=True, text=True
@@ -47,7 +47,7 @@ def test_what_is_missing_is_named(command: list[str], env: dict[str, str], compl
 
 
 def start(script: str, toy: Path, out: Path, steps: int, **env: str) -> subprocess.Popen:
-    """A script of scripts/ on train_dpo.py, --tp 2, two processes, the toy world."""
+    """Start a script of scripts/ on train_dpo.py, --tp 2, two processes, the toy world."""
     words = [
         f"--model={toy / 'model'}",
         f"--data={toy / 'world' / 'preferences.jsonl'}",
@@ -71,27 +71,31 @@ def start(script: str, toy: Path, out: Path, steps: int, **env: str) -> subproce
     }
     return subprocess.Popen(
         [str(ROOT / "scripts" / script), "train_dpo.py", "--device=cpu", *words],
-        cwd=ROOT, env=here, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=here,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def steps_of(out: Path) -> list[int]:
-    """Optimizer steps in metrics.jsonl."""
+    """Return the optimizer steps in metrics.jsonl."""
     path = out / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     return [step for line in lines if line.endswith("}") if (step := json.loads(line)["step"])]
 
 
-def test_one_node_stops_and_two_go_on(toy: Path, tmp_path: Path):
-    """SIGTERM to one_node.sh saves; nodes.sh, run twice here as if on two machines, meets and goes on to the end."""
+def test_one_node_stops_and_two_resume(toy: Path, tmp_path: Path):
+    """SIGTERM to one_node.sh saves; two nodes.sh, as if on two machines, resume and finish."""
     running = start("one_node.sh", toy, tmp_path, steps=1000)
     until = time.monotonic() + 120
     while time.monotonic() < until and running.poll() is None and len(steps_of(tmp_path)) < 2:
         time.sleep(0.1)
     running.send_signal(signal.SIGTERM)
-    said, _ = running.communicate(timeout=120)
+    output, _ = running.communicate(timeout=120)
     saved = [int(path.parent.name[5:]) for path in tmp_path.glob("step_*/manifest.json")]
-    assert saved and max(saved) >= 2, said
+    assert saved and max(saved) >= 2, output
     assert not (tmp_path / "final").exists()
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -100,26 +104,29 @@ def test_one_node_stops_and_two_go_on(toy: Path, tmp_path: Path):
     both = [
         start("nodes.sh", toy, tmp_path, max(saved) + 3, IS_HEAD=is_head, **env) for is_head in "10"
     ]
-    told = [node.communicate(timeout=120)[0] for node in both]
-    assert [node.returncode for node in both] == [0, 0], "\n".join(told)
-    assert "resumed from" in "".join(told)
+    outputs = [node.communicate(timeout=120)[0] for node in both]
+    assert [node.returncode for node in both] == [0, 0], "\n".join(outputs)
+    assert "resumed from" in "".join(outputs)
     assert steps_of(tmp_path) == list(range(1, max(saved) + 4))
     assert (tmp_path / "final" / "model.safetensors").exists()
 
 
 STUBS = {
     "scontrol": 'if [ "$1" = show ]; then echo node7; echo node8; else echo "$@" >> log; fi',
-    "srun": 'trap "sleep 0.5; echo saved >> log; exit 1" TERM; echo "$HEAD $NODES $RUN" > log; sleep 30 & wait',
+    "srun": 'trap "sleep 0.5; echo saved >> log; exit 1" TERM; echo "$HEAD $NODES $RUN" > log; '
+    "sleep 30 & wait",
 }
 
 
-@pytest.mark.parametrize("told", [True, False])
-def test_slurm_saves_before_it_requeues(tmp_path: Path, told: bool):
-    """With stand-ins for Slurm's commands: USR1 to the batch shell reaches the tasks as TERM, the requeue comes after
-    they have saved; a run that fails by itself is not requeued and its status is the job's."""
+@pytest.mark.parametrize("signalled", [True, False])
+def test_slurm_saves_before_it_requeues(tmp_path: Path, signalled: bool):
+    """USR1 to the batch shell reaches the tasks as TERM; the job is requeued after they have saved.
+
+    Slurm's commands are stubs. A run that fails by itself is not requeued; its status is the job's.
+    """
     for name, text in STUBS.items():
         (tmp_path / name).write_text(
-            f"#!/bin/bash\n{text if told or name == 'scontrol' else 'touch log; exit 3'}\n"
+            f"#!/bin/bash\n{text if signalled or name == 'scontrol' else 'touch log; exit 3'}\n"
         )
         (tmp_path / name).chmod(0o755)
     env = {
@@ -133,20 +140,20 @@ def test_slurm_saves_before_it_requeues(tmp_path: Path, told: bool):
     )
     log = tmp_path / "log"
     until = time.monotonic() + 20
-    while time.monotonic() < until and not (log.exists() and (log.read_text() or not told)):
+    while time.monotonic() < until and not (log.exists() and (log.read_text() or not signalled)):
         time.sleep(0.05)
-    if told:
+    if signalled:
         job.send_signal(signal.SIGUSR1)
     status = job.wait(timeout=30)
     lines = log.read_text().splitlines()
-    if told:
+    if signalled:
         assert status == 0 and lines == ["node7:24711 2 4711.0", "saved", "requeue 4711"]
     else:
         assert status == 3 and lines == []
 
 
 def test_an_echo_of_a_signal_is_not_a_second_signal(monkeypatch):
-    """Slurm tells every process and torchrun tells its own again: still one wish to stop. A later signal ends it."""
+    """Slurm signals every process and torchrun its own again: one request. A later one ends it."""
     fork = multiprocessing.get_context("fork")
 
     def process(echo: float) -> None:

@@ -1,4 +1,4 @@
-"""The scripts train what they say: laws 1 and 3, against an independent plain-torch loop and against themselves."""
+"""Training: laws 1 and 3, against an independent plain-torch loop and between layouts."""
 
 import json
 import math
@@ -29,9 +29,10 @@ def rows_of(path: Path, n: int, longest: int = 10**9) -> list[dict]:
 def test_dpo_on_real_pairs_equals_a_plain_loop(
     file, dtype, lr, near, real_model: Path, tmp_path: Path, train
 ):
-    """Step for step the losses and norms of the plain loop, sharing on and off, any --max-tokens.
+    """Every step has the losses and norms of the plain loop, prompts shared or not, any budget.
 
-    Within 1e-5 in fp32; within 1e-10 in fp64 at ten times the rate, where AdamW would blow fp32's rounding up.
+    Within 1e-5 in fp32; within 1e-10 in fp64 at ten times the rate, where AdamW would amplify
+    fp32's rounding.
     """
     rows = rows_of(REAL / file, 12, longest=1500)
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -52,9 +53,19 @@ def test_dpo_on_real_pairs_equals_a_plain_loop(
     )  # it moves, so that equality means something
     for run, (share, budget) in enumerate([(True, 8192), (False, 8192), (True, 700), (False, 800)]):
         got = train(
-            train_dpo, tmp_path / f"out{run}", model=real_model, data=tmp_path / "pairs.jsonl", lr=lr, batch_size=3,
-            warmup=0.25, weight_decay=0.1, shuffle=False, share_prompts=share, max_tokens=budget, dtype=dtype,
-        )[1:]  # fmt: skip
+            train_dpo,
+            tmp_path / f"out{run}",
+            model=real_model,
+            data=tmp_path / "pairs.jsonl",
+            lr=lr,
+            batch_size=3,
+            warmup=0.25,
+            weight_decay=0.1,
+            shuffle=False,
+            share_prompts=share,
+            max_tokens=budget,
+            dtype=dtype,
+        )[1:]
         assert got[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
         for row, (loss, norm) in zip(got, wanted, strict=True):
             assert row["loss"] == pytest.approx(loss, abs=near)
@@ -66,12 +77,19 @@ def test_dpo_on_real_pairs_equals_a_plain_loop(
 def test_five_steps_equal_a_plain_loop_in_float64(
     script, family: str, toy: Path, tmp_path: Path, train
 ):
-    """Law 3 in one process: loss, gradient norm and every weight after five AdamW steps within 1e-10 in float64."""
+    """Law 3 in one process: loss, norm and all weights after five AdamW steps within 1e-10."""
     sizes = {} if family == "gpt_neox" else {"kv_heads": 2}
     flags = hf.New(
-        family=family, width=32, layers=2, heads=4, std=0.3, tied=family == "qwen2", dtype="fp64",
-        tokenizer=str(toy / "world" / "tokenizer"), **sizes,
-    )  # fmt: skip
+        family=family,
+        width=32,
+        layers=2,
+        heads=4,
+        std=0.3,
+        tied=family == "qwen2",
+        dtype="fp64",
+        tokenizer=str(toy / "world" / "tokenizer"),
+        **sizes,
+    )
     save_model(hf.new_model(flags), tmp_path / "model", flags.tokenizer)
     dpo = script is train_dpo
     file = toy / "world" / ("preferences.jsonl" if dpo else "sft.jsonl")
@@ -80,10 +98,21 @@ def test_five_steps_equal_a_plain_loop_in_float64(
     wanted, weights = five_steps(tmp_path / "model", trees, 4, dpo)
     for run, (share, budget) in enumerate([(True, 8192), (False, 150), (True, 130)]):
         got = train(
-            script, tmp_path / f"out{run}", model=tmp_path / "model", data=file, lr=1e-2, batch_size=4, max_steps=5,
-            warmup=0.25, weight_decay=0.1, shuffle=False, share_prompts=share, max_tokens=budget, dtype="fp64",
+            script,
+            tmp_path / f"out{run}",
+            model=tmp_path / "model",
+            data=file,
+            lr=1e-2,
+            batch_size=4,
+            max_steps=5,
+            warmup=0.25,
+            weight_decay=0.1,
+            shuffle=False,
+            share_prompts=share,
+            max_tokens=budget,
+            dtype="fp64",
             template="plain",
-        )  # fmt: skip
+        )
         for row, (loss, norm) in zip([row for row in got if row["step"]], wanted, strict=True):
             assert row["loss"] == pytest.approx(loss, abs=1e-10)
             assert row["grad_norm"] == pytest.approx(norm, rel=1e-10)
@@ -94,16 +123,26 @@ def test_five_steps_equal_a_plain_loop_in_float64(
 
 @pytest.mark.parametrize("loss", losses.DPO_LOSSES)
 def test_losses_do_not_depend_on_micro_batches(loss: str, toy: Path, tmp_path: Path, train):
-    """Every loss gives the same three steps in float64, whole step at once or cut into small micro-batches."""
+    """Every loss gives the same three steps in float64 in one micro-batch or in many."""
     smoothing = {"robust": 0.1, "exo_pair": 0.01}.get(loss, 0.0)
     runs = [
         train(
-            train_dpo, tmp_path / str(budget), model=toy / "model", data=toy / "world" / "preferences.jsonl", lr=1e-2,
-            batch_size=12, max_steps=3, dtype="fp64", max_tokens=budget, loss=loss, label_smoothing=smoothing,
-            sft_weight=0.1, cache=tmp_path / "cache",
+            train_dpo,
+            tmp_path / str(budget),
+            model=toy / "model",
+            data=toy / "world" / "preferences.jsonl",
+            lr=1e-2,
+            batch_size=12,
+            max_steps=3,
+            dtype="fp64",
+            max_tokens=budget,
+            loss=loss,
+            label_smoothing=smoothing,
+            sft_weight=0.1,
+            cache=tmp_path / "cache",
         )
         for budget in (8192, 150)
-    ]  # fmt: skip
+    ]
     rows = [[row for row in run if "loss" in row] for run in runs]
     assert len(rows[0]) == 3 and rows[0][-1]["loss"] != rows[0][0]["loss"]
     for one, many in zip(*rows, strict=True):
@@ -113,30 +152,49 @@ def test_losses_do_not_depend_on_micro_batches(loss: str, toy: Path, tmp_path: P
 
 
 def test_bf16_weights_have_fp32_masters(toy: Path, tmp_path: Path, train):
-    """Updates far below bf16's resolution add up: after 20 small steps bf16 training has moved as fp32 training has."""
+    """Updates below bf16's resolution add up: in 20 small steps bf16 moves as far as fp32."""
     moved = {}
     start = load_model(toy / "model", torch.float32)
     for dtype in ("bf16", "fp32"):
         train(
-            train_sft, tmp_path / dtype, model=toy / "model", data=toy / "world" / "sft.jsonl", lr=2e-5, batch_size=3,
-            dtype=dtype, max_steps=20, schedule="constant", warmup=0.0, save_every=20,
-        )  # fmt: skip
+            train_sft,
+            tmp_path / dtype,
+            model=toy / "model",
+            data=toy / "world" / "sft.jsonl",
+            lr=2e-5,
+            batch_size=3,
+            dtype=dtype,
+            max_steps=20,
+            schedule="constant",
+            warmup=0.0,
+            save_every=20,
+        )
         state = load_file(tmp_path / dtype / "step_20" / "state-00001-of-00001.safetensors")
-        moved[dtype] = torch.cat([
-            state[f"master/{name}"].double() - p.double().flatten()
-            for name, p in start.to(torch.bfloat16 if dtype == "bf16" else torch.float32).named_parameters()
-        ])  # fmt: skip
+        moved[dtype] = torch.cat(
+            [
+                state[f"master/{name}"].double() - p.double().flatten()
+                for name, p in start.to(
+                    torch.bfloat16 if dtype == "bf16" else torch.float32
+                ).named_parameters()
+            ]
+        )
         start = load_model(toy / "model", torch.float32)
     assert moved["fp32"].norm() > 0
     assert (moved["bf16"] - moved["fp32"]).norm() < 0.2 * moved["fp32"].norm()
 
 
 def test_average_logps_and_reference_free(toy: Path, tmp_path: Path, train):
-    """--reference-free leaves the reference out of the reward; --average-logps divides by the scored tokens."""
+    """--reference-free drops the reference from the reward; --average-logps divides by tokens."""
     common = {
-        "model": toy / "model", "data": toy / "world" / "preferences.jsonl", "max_steps": 1, "batch_size": 4,
-        "shuffle": False, "dtype": "fp64", "beta": 0.5, "template": "plain",
-    }  # fmt: skip
+        "model": toy / "model",
+        "data": toy / "world" / "preferences.jsonl",
+        "max_steps": 1,
+        "batch_size": 4,
+        "shuffle": False,
+        "dtype": "fp64",
+        "beta": 0.5,
+        "template": "plain",
+    }
     trees = encode(
         toy / "world/tokenizer/tokenizer.model",
         rows_of(toy / "world/preferences.jsonl", 4),
@@ -151,11 +209,14 @@ def test_average_logps_and_reference_free(toy: Path, tmp_path: Path, train):
 
 
 def test_another_reference(toy: Path, tmp_path: Path, train):
-    """--ref takes the log-probs of that folder: from the policy's own twin the loss starts at ln 2, else not."""
+    """--ref takes the log-probs of that folder: the loss starts at ln 2 only for the policy."""
     flags = {
-        "model": toy / "model", "data": toy / "world" / "preferences.jsonl", "max_steps": 2, "batch_size": 4,
+        "model": toy / "model",
+        "data": toy / "world" / "preferences.jsonl",
+        "max_steps": 2,
+        "batch_size": 4,
         "lr": 1e-2,
-    }  # fmt: skip
+    }
     first = train(train_dpo, tmp_path / "a", **flags)
     same = train(train_dpo, tmp_path / "b", **flags, ref=toy / "model")
     assert same[1]["loss"] == pytest.approx(math.log(2), abs=1e-7) and same[1:] == first[1:]
@@ -164,11 +225,15 @@ def test_another_reference(toy: Path, tmp_path: Path, train):
 
 
 def test_flags_that_must_not_change_results(toy: Path, tmp_path: Path, train):
-    """Activation checkpointing, sampling at evaluation and logging less often leave every number as it was."""
+    """Activation checkpointing, --samples and logging less often leave every number as it is."""
     flags = {
-        "model": toy / "model", "data": toy / "world" / "preferences.jsonl", "batch_size": 8, "lr": 1e-2,
-        "eval_data": toy / "world" / "preferences_test.jsonl", "eval_every": 3,
-    }  # fmt: skip
+        "model": toy / "model",
+        "data": toy / "world" / "preferences.jsonl",
+        "batch_size": 8,
+        "lr": 1e-2,
+        "eval_data": toy / "world" / "preferences_test.jsonl",
+        "eval_every": 3,
+    }
     plain = train(train_dpo, tmp_path / "a", **flags)
     assert (
         train(train_dpo, tmp_path / "b", **flags, checkpoint_activations=True, samples=2) == plain
@@ -180,9 +245,16 @@ def test_flags_that_must_not_change_results(toy: Path, tmp_path: Path, train):
 def test_the_best_model_is_kept(toy: Path, tmp_path: Path, train):
     """OUT/best holds the weights of the evaluation with the lowest loss, not the last ones."""
     flags = {
-        "model": toy / "model", "data": toy / "world" / "sft.jsonl", "batch_size": 10, "eval_every": 1, "lr": 1.0,
-        "eval_data": toy / "world" / "sft.jsonl", "schedule": "constant", "warmup": 0.0, "max_steps": 5,
-    }  # fmt: skip
+        "model": toy / "model",
+        "data": toy / "world" / "sft.jsonl",
+        "batch_size": 10,
+        "eval_every": 1,
+        "lr": 1.0,
+        "eval_data": toy / "world" / "sft.jsonl",
+        "schedule": "constant",
+        "warmup": 0.0,
+        "max_steps": 5,
+    }
     rows = train(train_sft, tmp_path / "out", **flags)
     losses_seen = [row["eval/loss"] for row in rows if "eval/loss" in row]
     best = losses_seen.index(min(losses_seen)) + 1
@@ -197,7 +269,7 @@ def test_the_best_model_is_kept(toy: Path, tmp_path: Path, train):
 def test_the_final_folder_is_ready_for_transformers(
     template: str, toy: Path, tmp_path: Path, train
 ):
-    """OUT/final loads with its tokenizer: same ids, the chat template of the training, and where answers stop."""
+    """OUT/final loads with its tokenizer: same ids, chat template and end of an answer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     from data.templates import Template

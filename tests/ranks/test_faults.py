@@ -147,7 +147,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(
     assert ranks.wait() == [0, 0], ranks.text(0) + ranks.text(1)
     who = "SIGTERM" if rank == 0 else "another rank"
     assert (
-        f"stopped by {who} after step 3 of {STEPS}; --resume auto goes on from here"
+        f"stopped by {who} after step 3 of {STEPS}; continue with --resume auto"
         in ranks.text(0)
     )
     assert (
@@ -364,7 +364,7 @@ def test_an_out_that_is_not_shared_is_refused(toy: Path, tmp_path: Path):
     assert ranks.wait(60) == [1, 1]
     for rank in (0, 1):
         assert (
-            "is not the same folder on every node: take one on a shared file system"
+            "is not the same folder on every node: use one on a shared file system"
             in ranks.text(rank)
         )
 

@@ -521,7 +521,7 @@ def test_torch_agrees(kind: str, bench: Bench, tmp_path: Path):
         (1, "--cp 0", "must be at least 1"),
         (4, "--tp 4", "--tp 4: the model has 3 key/value heads, use at most that many"),
         (4, "--pp 4", "--pp 4: the model has 3 layers, use at most that many stages"),
-        (2, "--pp 2 --samples 1", "--samples cannot be had from pipeline stages"),
+        (2, "--pp 2 --samples 1", "--samples is not supported with --pp > 1"),
     ],
 )
 def test_layouts_that_cannot_be_are_refused(

@@ -316,7 +316,7 @@ BAD_SFT = [
     ("[" * 100_000, "nested too deeply"),
     ("9" * 5000, "not JSON"),
     (b'{"prompt": "\xff"}', "not UTF-8"),
-    ("{}", "nothing to learn from.*`prompt`.*`messages`"),
+    ("{}", "nothing to train on.*`prompt`.*`messages`"),
     ({"prompt": "Q"}, "`prompt` but no `response`"),
     ({"response": "Q", "prompt": None}, "`response` but no `prompt`"),
     ({"question": "Q", "answer": "A"}, "this one has 'question', 'answer'"),

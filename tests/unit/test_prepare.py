@@ -1,4 +1,4 @@
-"""data/prepare.py: rows of the public sets' own shape go in by the command line, whole rows come out."""
+"""data/prepare.py on the command line: rows in the public sets' form in, rows for training out."""
 
 import builtins
 import gzip
@@ -20,7 +20,7 @@ def save(path: Path, rows: list) -> Path:
 
 
 def load(folder: Path) -> dict[str, list]:
-    """Every file that was written, temporary ones included -> its rows."""
+    """Return the rows of every file written, temporary ones included."""
     return {
         p.name: [json.loads(line) for line in p.read_text().splitlines()]
         for p in sorted(folder.iterdir())
@@ -28,7 +28,7 @@ def load(folder: Path) -> dict[str, list]:
 
 
 def run(tmp_path: Path, name: str, *files: Path, limit: int = 0) -> dict[str, list]:
-    """The command on files; every row written must be one that the train scripts take."""
+    """Run the command on files; check that the train scripts take every row written."""
     out = tmp_path / "out"
     prepare.main([name, "--out", str(out), "--files", *map(str, files), "--limit", str(limit)])
     written = load(out)
@@ -84,7 +84,7 @@ ULTRAFEEDBACK_SFT = [
 
 
 def test_ultrafeedback(tmp_path, capsys):
-    """Preferences keep messages and scores, ties too; sft splits give the chosen conversations; skips are counted."""
+    """Preferences keep messages, scores and ties; sft is the chosen side; skips are counted."""
     splits = "test_prefs", "train_sft"
     files = [save(tmp_path / f"{split}-00000-of-00001.jsonl", ULTRAFEEDBACK) for split in splits]
     assert run(tmp_path, "ultrafeedback", *files) == {
@@ -92,14 +92,13 @@ def test_ultrafeedback(tmp_path, capsys):
         "train_sft.jsonl": ULTRAFEEDBACK_SFT,
     }
     prefs, sft = capsys.readouterr().out.splitlines()
-    assert prefs.endswith(
-        "test_prefs.jsonl: 2 written; skipped 1 x chosen equals rejected, 1 x an answer is empty"
-    )
+    skipped = "skipped 1 x chosen equals rejected, 1 x an answer is empty"
+    assert prefs.endswith(f"test_prefs.jsonl: 2 written; {skipped}")
     assert sft.endswith("train_sft.jsonl: 4 written")
 
 
 def test_hh(tmp_path, capsys):
-    """Transcripts that differ in the last answer alone pass unchanged, others are skipped with a reason."""
+    """Transcripts that differ only in the last answer pass unchanged; others are skipped."""
     start = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Tea or coffee?\n\nAssistant:"
     other = start.replace("Tea", "Milk")
     rows = [
@@ -125,12 +124,10 @@ def test_hh(tmp_path, capsys):
         ]
     }
     printed = capsys.readouterr().out
-    assert (
-        "train_prefs.jsonl: 2 written; skipped 1 x chosen equals rejected, 1 x an answer is empty"
-        in printed
-    )
+    skipped = "skipped 1 x chosen equals rejected, 1 x an answer is empty"
+    assert f"train_prefs.jsonl: 2 written; {skipped}" in printed
     for reason in (
-        "part before the last answer",
+        "differ before the last answer",
         "the last turn is the Human's",
         "not a transcript",
     ):
@@ -138,7 +135,7 @@ def test_hh(tmp_path, capsys):
 
 
 def test_tldr_of_trl(tmp_path):
-    """TRL's rows are preferences already and pass unchanged."""
+    """TRL's rows are preferences and pass unchanged."""
     row = {
         "prompt": "SUBREDDIT: r/tea\n\nTITLE: T\n\nPOST: P\n\nTL;DR:",
         "chosen": " short",
@@ -149,7 +146,7 @@ def test_tldr_of_trl(tmp_path):
 
 
 def test_tldr_of_openai(tmp_path, capsys):
-    """Comparisons get the customary prompt, the choice decides, a row's own split names its file, news are skipped."""
+    """Comparisons get the usual prompt; a row's split names its file; news are skipped."""
     info = {"id": "t3_1", "post": "I spilt my tea.", "title": "Tea [22F]", "subreddit": "tifu"}
     summaries = [
         {"text": "Spilt it.", "policy": "sup1", "note": ""},
@@ -179,15 +176,17 @@ def test_tldr_of_openai(tmp_path, capsys):
     }
     assert "1 x not a Reddit post" in capsys.readouterr().out
     save(file, [{**row, "choice": 2}])
-    with pytest.raises(
-        ValueError, match=r"batch3\.json:1: not a row of tldr .*choice 2 among 2 summaries"
-    ):
+    message = r"batch3\.json:1: not a row of tldr .*choice 2 among 2 summaries"
+    with pytest.raises(ValueError, match=message):
         run(tmp_path, "tldr", file)
 
 
 def test_gsm8k(tmp_path, capsys):
-    """The calculator's <<...>> go, the last line becomes "A: answer" without thousands commas; a JSON array is read."""
-    steps = "Half of 2,400 is <<2400/2=1200>>1,200.\nThat is $<<600*2=1200.00>>1,200, or 2 x <<1200/2=600>>600."
+    """Marks <<...>> are removed, the last line is "A: answer" without commas; arrays are read."""
+    steps = (
+        "Half of 2,400 is <<2400/2=1200>>1,200.\n"
+        "That is $<<600*2=1200.00>>1,200, or 2 x <<1200/2=600>>600."
+    )
     rows = [
         {"question": "How much?", "answer": steps + "\n#### 1,200"},
         {"question": "Why?", "answer": "Because."},
@@ -200,7 +199,7 @@ def test_gsm8k(tmp_path, capsys):
 
 
 def test_gsm8k_agrees_with_real_rows(tmp_path):
-    """Real rows, put back into the original's form, come out as they were."""
+    """Converted rows, put back into the original form, convert to the same rows."""
     real = Path(__file__).parents[3] / "shared" / "data" / "gsm8k" / "sft_test.jsonl"
     if not real.exists():
         pytest.skip("no real data here")
@@ -210,23 +209,18 @@ def test_gsm8k_agrees_with_real_rows(tmp_path):
         {"question": r["prompt"], "answer": s + "#### " + r["answer"]}
         for r, s in zip(expected, solutions)
     ]
-    assert run(tmp_path, "gsm8k", save(tmp_path / "test.jsonl", rows)) == {
-        "test_sft.jsonl": expected
-    }
+    file = save(tmp_path / "test.jsonl", rows)
+    assert run(tmp_path, "gsm8k", file) == {"test_sft.jsonl": expected}
 
 
 def test_helpsteer2(tmp_path, capsys):
-    """Attributes for every answer; a pair for neighbours of one prompt, the more helpful chosen; ties give none."""
+    """Attributes for every answer; a pair for neighbours of one prompt unless they tie."""
 
     def rated(prompt, response, helpfulness):
-        ratings = {
-            "helpfulness": helpfulness,
-            "correctness": 3,
-            "coherence": 4,
-            "complexity": 1,
-            "verbosity": 2,
-        }
-        return {"prompt": prompt, "response": response, **ratings}
+        row = {"prompt": prompt, "response": response, "helpfulness": helpfulness}
+        return row | others
+
+    others = {"correctness": 3, "coherence": 4, "complexity": 1, "verbosity": 2}
 
     long = "Hi\n<extra_id_1>Assistant\nHello.\n<extra_id_1>User\nTea?"
     rows = [
@@ -255,7 +249,6 @@ def test_helpsteer2(tmp_path, capsys):
             "rejected_reward": 0,
         },
     ]
-    others = {"correctness": 3, "coherence": 4, "complexity": 1, "verbosity": 2}
     assert written["train_attributes.jsonl"] == [
         {
             "prompt": chat("Hi", "Hello.", "Tea?") if r["prompt"] == long else r["prompt"],
@@ -270,7 +263,7 @@ def test_helpsteer2(tmp_path, capsys):
 
 
 def test_parquet(tmp_path):
-    """A parquet shard, lists of structs and all, gives what the same rows in JSON give; shards are joined."""
+    """Parquet gives the same as JSON, lists of structs included; shards are joined."""
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     files = [tmp_path / f"train_prefs-0000{i}-of-00002.parquet" for i in range(2)]
@@ -280,7 +273,7 @@ def test_parquet(tmp_path):
 
 
 def test_hub(tmp_path, monkeypatch):
-    """Without --files each split comes from the hub by its own name, and --limit holds for each."""
+    """Without --files every split is read from the hub; --limit holds for each."""
     asked = []
 
     def load_dataset(hub, configuration, split):
@@ -301,7 +294,7 @@ def test_hub(tmp_path, monkeypatch):
 
 
 def test_all_or_nothing(tmp_path):
-    """A bad row late in the input leaves the files of an earlier run as they were, and no temporary ones."""
+    """After a bad row, the files of an earlier run are unchanged and no temporary file stays."""
     good = save(tmp_path / "test.jsonl", [{"question": "1+1?", "answer": "It is 2.\n#### 2"}])
     before = run(tmp_path, "gsm8k", good)
     save(good, [{"question": "2+2?", "answer": "It is 4.\n#### 4"}])
@@ -340,7 +333,7 @@ def test_all_or_nothing(tmp_path):
     ],
 )
 def test_errors_name_place_and_fix(tmp_path, name, text, message):
-    """Wrong columns or types, broken JSON, unknown endings, nothing to write: the error names the file and the fix."""
+    """Wrong columns, types, JSON or endings, or no rows: the error names the file and the fix."""
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
         run(tmp_path, "gsm8k", tmp_path / name)
@@ -348,7 +341,7 @@ def test_errors_name_place_and_fix(tmp_path, name, text, message):
 
 
 def test_errors_name_what_to_install(tmp_path, monkeypatch):
-    """A missing file and missing optional packages are named, with the command that installs them."""
+    """A missing file is named, and a missing package with the command that installs it."""
     with pytest.raises(FileNotFoundError, match=r"none\.jsonl does not exist: give --files"):
         run(tmp_path, "gsm8k", tmp_path / "none.jsonl")
     real = builtins.__import__

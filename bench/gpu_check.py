@@ -1,0 +1,142 @@
+"""Part check of bench/gpu.py: every kernel against its plain twin in float64.
+
+Inputs are fresh, and all memory that torch.empty returns is full of NaN.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from harness import Bench
+from torch import Tensor
+
+from kernels.attention import tree_attention, tree_attention_fused
+from kernels.device import fused
+from kernels.logprob import linear_logprob
+from kernels.rmsnorm import add_rms_norm, rms_norm
+from kernels.rope import rope
+from kernels.swiglu import swiglu
+from layout import Spans, TreeLayout, share_rows
+
+LIMITS = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}  # relative errors
+ODD = [(37, [20, 31]), (1, [1, 1, 9]), (0, [23]), (5, []), (70, [3, 1])] + [(1, [])] * 5
+WIDE = [(400, [111, 90, 130, 70, 100, 120, 80, 60, 1, 50, 140, 30, 90, 20, 60, 70]), (9, [4])]
+PLAIN = [(0, [700]), (300, [724]), (1, [1])]
+
+
+def check(bench: Bench) -> None:
+    """Check attention, then the other kernels."""
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills what torch.empty returns
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(8, device=bench.device).isnan().all()
+    check_attention(bench)
+    if bench.cuda:
+        check_plain_packing(bench)
+    check_logprob(bench)
+    check_small(bench)
+
+
+def compare(bench: Bench, name: str, kernel: Callable, *inputs: Tensor, twin=None) -> None:
+    """Record the errors of outputs and gradients in every dtype.
+
+    `twin` is the kernel's own function by default, which takes the plain path for float64.
+    """
+    for dtype in [torch.bfloat16, torch.float16, torch.float32] if bench.cuda else [torch.float32]:
+        if "attention" in name and dtype == torch.float32 and inputs[0].shape[2] > 128:
+            continue  # there is no kernel
+        bench.attempt(f"{name} {str(dtype)[6:]}", errors, kernel, twin or kernel, inputs, dtype)
+
+
+def errors(kernel: Callable, twin: Callable, inputs: tuple[Tensor, ...], dtype) -> dict:
+    """Compare a kernel in `dtype` with its twin in float64: outputs, then gradients."""
+    leaves = [x.detach().to(dtype).clone().requires_grad_() for x in inputs]
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    assert fused(leaves[0]), "the kernel does not run here"
+    ours, wanted = kernel(*leaves), twin(*exact)
+    ours, wanted = (x if isinstance(x, tuple) else (x,) for x in (ours, wanted))
+    slopes = [torch.randn_like(x) for x in ours]
+    ours = [*ours, *torch.autograd.grad(ours, leaves, slopes)]
+    wanted = [*wanted, *torch.autograd.grad(wanted, exact, [s.double() for s in slopes])]
+    sizes = [y.detach().abs().max().clamp(min=1) for y in wanted]
+    gaps = [(x.detach().double() - y.detach()).abs().max() for x, y in zip(ours, wanted)]
+    relative = [float(gap / size) for gap, size in zip(gaps, sizes)]
+    return {
+        "ok": all(error < LIMITS[dtype] for error in relative),
+        "errors": [float(f"{error:.1e}") for error in relative],
+    }
+
+
+def attention_cases(tiny: bool) -> list[tuple[Spans, int, int, int, int]]:
+    """List trees, query heads, key/value heads, head size and window."""
+    cases = [(ODD, 2, 1, 32, 0), (ODD, 2, 2, 40, 13)]
+    if not tiny:
+        for size in (32, 64, 80, 128, 256):
+            cases += [(WIDE, 8, 2, size, window) for window in (0, 100)]
+        cases.append(([(0, [1024]), (300, [724])], 4, 4, 128, 0))
+        cases.append(([(3000, [500, 600])] * 2, 32, 8, 128, 0))
+    return cases
+
+
+def check_attention(bench: Bench) -> None:
+    """Check attention over trees, for all queries and for one rank's third of them."""
+    for spans, heads, kv_heads, size, window in attention_cases(bench.tiny):
+        layout = TreeLayout.from_spans(spans, bench.device)
+        total = len(layout.kv_end)
+        q, k, v = (
+            bench.randn(total, h, size, dtype=torch.float32) for h in (heads, kv_heads, kv_heads)
+        )
+        third = share_rows(spans, 3)[1]
+        name = f"attention T{total} H{heads} G{kv_heads} E{size} window {window}"
+        compare_attention(bench, name, layout, window, q, k, v)
+        name += ", a third of the queries"
+        compare_attention(bench, name, layout.shard(third), window, q[third], k, v)
+
+
+def compare_attention(bench: Bench, name: str, layout: TreeLayout, window: int, *qkv) -> None:
+    """Compare the kernels themselves, not what the dispatch would take, with the plain twin."""
+    kernel = partial(tree_attention_fused, layout=layout, window=window)
+    twin = partial(tree_attention, layout=layout, window=window)
+    compare(bench, name, kernel, *qkv, twin=twin)
+
+
+def check_plain_packing(bench: Bench) -> None:
+    """Check what the dispatch takes for plain sequences: torch's varlen_attn, if there is one."""
+    layout = TreeLayout.from_spans(PLAIN, bench.device)
+    q, k, v = (bench.randn(len(layout.kv_end), h, 128, dtype=torch.float32) for h in (8, 2, 2))
+    torch.use_deterministic_algorithms(False)  # under them the dispatch never takes varlen_attn
+    dispatched = partial(tree_attention, layout=layout)
+    name = "attention by dispatch, plain packing bfloat16"
+    bench.attempt(name, errors, dispatched, dispatched, (q, k, v), torch.bfloat16)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def check_logprob(bench: Bench) -> None:
+    """Check the log-prob of a vocabulary of odd size, with and without entropy."""
+    rows, width, vocab = (9, 32, 300) if bench.tiny else (777, 1024, 33001)
+    hidden = bench.randn(rows, width, dtype=torch.float32)
+    weight = bench.randn(vocab, width, dtype=torch.float32) / 32
+    target = torch.randint(0, vocab, (rows,), device=bench.device)
+    for entropy in (False, True):
+
+        def logprob(h, w, entropy=entropy):
+            return linear_logprob(h, w, target, 0.8, entropy)
+
+        compare(bench, f"logprob V{vocab} entropy {entropy}", logprob, hidden, weight)
+
+
+def check_small(bench: Bench) -> None:
+    """Check RMSNorm, rotary embedding and SwiGLU."""
+    rows, width = (9, 32) if bench.tiny else (777, 1024)
+    x = bench.randn(rows, width, dtype=torch.float32)
+    weight = torch.rand(width, device=bench.device) + 0.5
+    heads = bench.randn(rows, 5, 64, dtype=torch.float32)
+    angle = torch.rand(rows, 24, device=bench.device) * 9
+    cos, sin = angle.cos(), angle.sin()
+
+    def exact_rope(x):
+        return rope(x, cos.double(), sin.double())
+
+    compare(bench, "rms_norm", lambda x, w: rms_norm(x, w, 1e-5), x, weight)
+    compare(bench, "add_rms_norm", lambda *x: add_rms_norm(*x, 1e-5), x, x.flip(0), weight)
+    compare(bench, "rope", lambda x: rope(x, cos, sin), heads, twin=exact_rope)
+    compare(bench, "swiglu", swiglu, x, x.flip(0))
