@@ -263,7 +263,9 @@ def main() -> None:
         head_size=flags.width // flags.heads,
         ffn=flags.ffn,
     )
-    print(f"{parameter_count(c) / 1e6:.1f}M parameters, {flags.batch_size} pairs a step, {flags.device}")
+    print(
+        f"{parameter_count(c) / 1e6:.1f}M parameters, {flags.batch_size} pairs a step, {flags.device}"
+    )
     report(measure_all(c, flags))
 
 

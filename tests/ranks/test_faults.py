@@ -146,10 +146,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(
     ranks = start(2, toy, out, *more, fault=signals(signal.SIGTERM, rank, step=3))
     assert ranks.wait() == [0, 0], ranks.text(0) + ranks.text(1)
     who = "SIGTERM" if rank == 0 else "another rank"
-    assert (
-        f"stopped by {who} after step 3 of {STEPS}; continue with --resume auto"
-        in ranks.text(0)
-    )
+    assert f"stopped by {who} after step 3 of {STEPS}; continue with --resume auto" in ranks.text(0)
     assert (
         checkpoint.newest(out).name == "step_3"
         and len(losses(out)) == 3
