@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """Everything that decides the arithmetic. weights/config_json.py fills it from a config.json."""
+    """Options that decide the arithmetic. weights/config_json.py fills it from a config.json."""
 
     family: str  # llama, mistral, qwen2, qwen3 or gpt_neox: decides the weights' names on disk
     vocab: int
@@ -37,7 +37,7 @@ class GPTConfig:
         return self.windows[layer] if self.windows else 0
 
     def flops_per_token(self, context: float) -> float:
-        """Count the matmul FLOPs of one scored token that sees `context` keys, forward and backward."""
+        """Count matmul FLOPs, forward and backward, of a scored token that sees `context` keys."""
         attention = self.width * self.head_size * (self.heads * 2 + self.kv_heads * 2)
         mlp = self.width * self.ffn * (3 if self.mlp == "swiglu" else 2)
         scores = 2 * context * self.heads * self.head_size

@@ -108,7 +108,7 @@ def save(out: str | Path, state: State, optimizer: AdamW | tuple[AdamW, ...], ke
 def _write_rank(
     folder: Path, named: list[tuple[str, AdamW]], mesh: Mesh
 ) -> tuple[dict[str, dict], list[int], str]:
-    """Write this rank's file. Returns (its seal by name, updates of each optimizer, error or "")."""
+    """Write this rank's file. Return (its seal by name, updates of each optimizer, error or "")."""
     name = f"state-{mesh.rank + 1:05d}-of-{mesh.world:05d}.safetensors"
     try:
         updates = _write_state(folder / name, named)
@@ -118,7 +118,7 @@ def _write_rank(
 
 
 def _write_state(path: Path, named: list[tuple[str, AdamW]]) -> list[int]:
-    """Write this rank's pieces and their places. Returns the number of updates of each optimizer."""
+    """Write this rank's pieces and their places. Return the number of updates of each optimizer."""
     tensors, places, updates = {"rng": torch.get_rng_state()}, {}, []
     for prefix, optimizer in named:
         model = optimizer.model
@@ -253,7 +253,10 @@ def _from_slice(key: str, pieces: list[_Piece], first: int, last: int) -> Tensor
 
 
 def find(out: str | Path, resume: str, mesh: Mesh = ALONE) -> Path | None:
-    """What --resume means: "" nothing, "auto" the newest good checkpoint of OUT (None without one), else a folder."""
+    """Return the checkpoint that --resume names, or None.
+
+    "" is none, "auto" the newest whole checkpoint of OUT if there is one, anything else a folder.
+    """
     if resume == "auto":
         return newest(out, mesh=mesh)
     if resume and not Path(resume).is_dir():
@@ -264,7 +267,7 @@ def find(out: str | Path, resume: str, mesh: Mesh = ALONE) -> Path | None:
 
 
 def newest(out: str | Path, log=print, mesh: Mesh = ALONE) -> Path | None:
-    """The newest checkpoint that is whole; those that are not are named in a warning. All ranks agree on it."""
+    """Return the newest checkpoint that is whole, the same on all ranks; warn of damaged ones."""
     for folder in mesh.ask(lambda: all_steps(out)):
         if not (problem := damage(folder, mesh)):
             return folder
@@ -279,7 +282,10 @@ def all_steps(out: str | Path) -> list[Path]:
 
 
 def damage(folder: Path, mesh: Mesh = ALONE) -> str:
-    """What is wrong with a checkpoint, "" if it is whole. Every rank calls it and checks a share of the files."""
+    """Say what is wrong with a checkpoint, "" if it is whole.
+
+    Every rank calls it and checks a share of the files.
+    """
     return next(filter(None, mesh.everyone(_damage(folder, mesh.rank, mesh.world))), "")
 
 

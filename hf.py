@@ -1,11 +1,12 @@
-"""Hugging Face folder <-> model: one table row a weight, used in both directions.
+"""Check a Hugging Face folder, or make a new one of random weights.
 
-    python hf.py check DIR        reads the folder as a training script would, and says what it holds
+    python hf.py check DIR
+        loads the folder as a training script would, and prints what it holds or what is wrong
     python hf.py new --out DIR --family llama --width 96 --layers 2 --heads 4 --tokenizer DIR
-                                  a new folder of random weights, for tests, benchmarks and training from scratch
+        for tests, benchmarks and training from scratch
 
-An architecture, an option or a weight that plumb does not know is refused by name: what is not computed exactly must
-not be computed silently. Weights are read from safetensors only, which cannot run code.
+`check` refuses by name every architecture, option and weight that plumb does not know. Weights are
+read from safetensors only, which cannot run code. The library is weights/.
 """
 
 import sys
@@ -15,7 +16,7 @@ from typing import Literal
 import torch
 
 from config import parse
-from data.tokenizer import load_tokenizer
+from data.tokenizer import Tokenizer, load_tokenizer
 from model import GPT, parameter_count
 from weights.config_json import ARCHITECTURES, model_config, read_config, score_names
 from weights.folder import DTYPES, load_model, save_model, weight_files
@@ -25,9 +26,9 @@ from weights.folder import DTYPES, load_model, save_model, weight_files
 class New:
     """Flags of `hf.py new`."""
 
-    out: str = ""  # the folder to make
+    out: str = ""  # folder to make
     family: Literal["llama", "mistral", "qwen2", "qwen3", "gpt_neox"] = "llama"  # architecture
-    tokenizer: str = ""  # folder whose tokenizer goes along
+    tokenizer: str = ""  # folder whose tokenizer is copied
     vocab: int = 0  # rows of the embedding; 0 = what the tokenizer needs
     width: int = 256  # of the residual stream
     layers: int = 4  # blocks
@@ -35,20 +36,54 @@ class New:
     kv_heads: int = 0  # key/value heads; 0 = as many as query heads
     head_size: int = 0  # 0 = width / heads
     ffn: int = 0  # MLP width; 0 = 8/3 of the width (4 for gpt_neox), rounded up to a multiple of 16
-    max_position: int = 2048  # longest row the model is meant for
-    sliding_window: int = 0  # mistral only: tokens a token looks back; 0 = all
+    max_position: int = 2048  # longest text the model is meant for, in tokens
+    sliding_window: int = 0  # mistral only: positions that attention looks back; 0 = all
     rope_theta: float = 10000.0  # base of the rotary frequencies; larger for long contexts
-    tied: bool = (
-        False  # one matrix for embedding and head: saves parameters where the vocabulary is large
-    )
+    tied: bool = False  # one matrix for embedding and head: fewer parameters
     std: float = 0.02  # of the random weights; 1/sqrt(width) is a good choice for small models
     seed: int = 0  # of the random weights
     dtype: Literal["bf16", "fp32", "fp64"] = "fp32"  # of the weights in the file
 
 
 def new_model(flags: New) -> GPT:
-    """A model of random weights from sizes alone; ready for save_model."""
+    """Return a model of random weights for save_model. ValueError names the flag to change."""
     tokenizer = load_tokenizer(flags.tokenizer) if flags.tokenizer else None
+    _validate(flags, tokenizer)
+    neox = flags.family == "gpt_neox"
+    ffn = 4 * flags.width if neox else -(-flags.width * 8 // 48) * 16
+    raw = {
+        "architectures": [ARCHITECTURES[flags.family]],
+        "model_type": flags.family,
+        "vocab_size": flags.vocab or tokenizer.size,
+        "hidden_size": flags.width,
+        "intermediate_size": flags.ffn or ffn,
+        "num_hidden_layers": flags.layers,
+        "num_attention_heads": flags.heads,
+        "max_position_embeddings": flags.max_position,
+        "tie_word_embeddings": flags.tied,
+        "hidden_act": "gelu" if neox else "silu",
+        "bos_token_id": tokenizer.bos if tokenizer else None,
+        "eos_token_id": tokenizer.eos if tokenizer else None,
+    }
+    if neox:
+        raw |= {"rotary_pct": 0.25, "rotary_emb_base": flags.rope_theta, "layer_norm_eps": 1e-5}
+    else:
+        raw |= {
+            "num_key_value_heads": flags.kv_heads or flags.heads,
+            "rope_theta": flags.rope_theta,
+            "rms_norm_eps": 1e-6,
+            "head_dim": flags.head_size or flags.width // flags.heads,
+        }
+    if flags.family == "mistral":
+        raw["sliding_window"] = flags.sliding_window or None
+    model = GPT(model_config(raw, flags.family)).to(DTYPES[flags.dtype])
+    model.init_weights(flags.seed, flags.std)
+    model.hf_config = raw
+    return model
+
+
+def _validate(flags: New, tokenizer: Tokenizer | None) -> None:
+    """Raise ValueError for the first flag that does not fit the others."""
     if not (flags.vocab or tokenizer):
         raise ValueError("hf.py new needs --vocab N or --tokenizer DIR")
     if not flags.head_size and flags.width % flags.heads:
@@ -61,60 +96,39 @@ def new_model(flags: New) -> GPT:
         raise ValueError(
             f"--vocab {flags.vocab} is too small for the tokenizer: it has {tokenizer.size} ids"
         )
-    neox = flags.family == "gpt_neox"
-    ffn = flags.ffn or (4 * flags.width if neox else -(-flags.width * 8 // 48) * 16)
-    raw = {
-        "architectures": [ARCHITECTURES[flags.family]],
-        "model_type": flags.family,
-        "vocab_size": flags.vocab or tokenizer.size,
-        "hidden_size": flags.width,
-        "intermediate_size": ffn,
-        "num_hidden_layers": flags.layers,
-        "num_attention_heads": flags.heads,
-        "max_position_embeddings": flags.max_position,
-        "tie_word_embeddings": flags.tied,
-        "hidden_act": "gelu" if neox else "silu",
-        "bos_token_id": tokenizer.bos if tokenizer else None,
-        "eos_token_id": tokenizer.eos if tokenizer else None,
-    }
-    if neox:
-        raw |= {"rotary_pct": 0.25, "rotary_emb_base": flags.rope_theta, "layer_norm_eps": 1e-5}
-        if flags.kv_heads or flags.head_size:
-            raise ValueError("--kv-heads and --head-size are not for gpt_neox: it has neither")
-    else:
-        raw |= {
-            "num_key_value_heads": flags.kv_heads or flags.heads,
-            "rope_theta": flags.rope_theta,
-        }
-        raw |= {"rms_norm_eps": 1e-6, "head_dim": flags.head_size or flags.width // flags.heads}
-    if flags.family == "mistral":
-        raw["sliding_window"] = flags.sliding_window or None
-    model = GPT(model_config(raw, flags.family)).to(DTYPES[flags.dtype])
-    model.init_weights(flags.seed, flags.std)
-    model.hf_config = raw
-    return model
+    if flags.family == "gpt_neox" and (flags.kv_heads or flags.head_size):
+        raise ValueError("--kv-heads and --head-size are not for gpt_neox: it has neither")
 
 
 def describe(folder: str) -> str:
-    """What a folder holds, in a few lines; raises what loading it would raise."""
+    """Return a few lines about the contents of a folder. Raises what loading it would raise."""
     names = score_names(read_config(folder)[1])
     model = load_model(folder, torch.float32, scores=() if names else None)
     c = model.c
-    kept = {str(path.name) for path in weight_files(folder).values()}
+    files = set(weight_files(folder).values())
     tokenizer = load_tokenizer(folder)
     if tokenizer.size > c.vocab:
         raise ValueError(
-            f"{folder}: the tokenizer has {tokenizer.size} ids, the embedding only {c.vocab}: not a pair"
+            f"{folder}: the tokenizer has {tokenizer.size} ids, the embedding only {c.vocab}: they "
+            "belong to different models"
         )
-    head = f"scores {', '.join(names)}" if names else f"{'tied' if c.tied else 'own'} head"
-    return "\n".join([
-        f"{folder}: {c.family}, {parameter_count(c) / 1e6:,.1f}M parameters in {len(kept)} file(s)",
-        f"  {c.layers} layers, width {c.width}, {c.heads} heads of {c.head_size} ({c.kv_heads} key/value), MLP {c.ffn}",
-        f"  vocabulary {c.vocab}, {head}, made for {c.max_position} positions"
-        + (f", sliding window {max(c.windows)}" if c.windows else ""),
-        f"  tokenizer of {tokenizer.size} ids, bos {tokenizer.bos_token!r}, eos {tokenizer.eos_token!r}, "
-        + ("with a chat template" if tokenizer.chat_template else "no chat template (--template auto is plain)"),
-    ])  # fmt: skip
+    head = "tied head" if c.tied else "own head"
+    if names:
+        head = f"scores {', '.join(names)}"
+    window = f", sliding window {max(c.windows)}" if c.windows else ""
+    template = "no chat template (--template auto is plain)"
+    if tokenizer.chat_template:
+        template = "with a chat template"
+    lines = [
+        f"{folder}: {c.family}, {parameter_count(c) / 1e6:,.1f}M parameters in "
+        f"{len(files)} file(s)",
+        f"  {c.layers} layers, width {c.width}, {c.heads} heads of {c.head_size} "
+        f"({c.kv_heads} key/value), MLP {c.ffn}",
+        f"  vocabulary {c.vocab}, {head}, made for {c.max_position} positions{window}",
+        f"  tokenizer of {tokenizer.size} ids, bos {tokenizer.bos_token!r}, "
+        f"eos {tokenizer.eos_token!r}, {template}",
+    ]
+    return "\n".join(lines)
 
 
 def main(argv: list[str]) -> None:

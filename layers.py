@@ -35,7 +35,7 @@ Start = Literal["normal", "residual", "ones", "zeros", "uniform"]
 
 @dataclass(frozen=True)
 class Cut:
-    """The share of each tensor rank: dimension `dim` in `units` equal units, dealt as evenly as they go.
+    """The share of each tensor rank: dimension `dim` in `units` equal units, dealt out evenly.
 
     Nothing is padded: 5 units over 2 ranks are 2 and 3.
     """
@@ -61,7 +61,7 @@ class Weight:
     both_ends: bool = False  # held by the first and by the last pipeline stage (a tied embedding)
 
     def slice(self, mesh: Mesh) -> tuple[int, int, int] | None:
-        """Return (dimension, first, last + 1) of the slice that this tensor rank holds; None: all of it."""
+        """Return (dimension, first, last + 1) of this tensor rank's slice; None: it holds all."""
         if self.cut is None:
             return None
         size = self.shape[self.cut.dim] // self.cut.units
@@ -77,7 +77,7 @@ class Weight:
         return tuple(shape)
 
     def replicas(self, mesh: Mesh) -> str:
-        """Name the group of ranks that hold the same piece; its gradients are summed over that group.
+        """Name the group of ranks that hold the same piece, over which its gradients are summed.
 
         A weight that every tensor rank holds whole has seen only that rank's rows (norms, biases
         added after a reduce-scatter, the score head) or heads (norms of q and k), so its gradient
@@ -103,7 +103,7 @@ class Layer(nn.Module):
 
 
 def weights_of(model: nn.Module) -> dict[str, Weight]:
-    """Return the declaration of every weight of a model, by name, in the order of named_parameters."""
+    """Return the declaration of every weight of a model by name, ordered as named_parameters."""
     return {
         f"{path}.{name}": weight
         for path, layer in model.named_modules()
@@ -229,16 +229,16 @@ class ColumnLinear(Linear):
 
 
 def columns(x: Tensor, rows: int, *linears: ColumnLinear) -> list[Tensor]:
-    """Apply several column-parallel linears to the same x (T / n, D), T = rows, with one all-gather.
+    """Apply several column-parallel linears to the same x (T / n, D), T = rows.
 
-    Returns (T, outputs / n) of each.
+    One all-gather serves them all. Returns (T, outputs / n) of each.
     """
     gathered = enter(x, rows, linears[0].tp)  # (T, D)
     return [linear.matmul(gathered, linear.bias) for linear in linears]
 
 
 class RowLinear(Linear):
-    """Y = Σ_i X_i W_iᵀ + b: each tensor rank multiplies its share of the inputs, the sums are added."""
+    """Y = Σ_i X_i W_iᵀ + b: each tensor rank multiplies its share of the inputs."""
 
     def __init__(self, inputs: int, outputs: int, units: int, mesh: Mesh, bias: bool = False):
         super().__init__(inputs, outputs, mesh, bias, Cut(1, units), start="residual")
@@ -264,7 +264,7 @@ class Vocabulary(Layer):
         self.declare("weight", Weight((tokens, width), Cut(0, tokens), both_ends=tied))
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """(T,) -> (T / n, D): each tensor rank looks up its tokens; the sum over ranks is the embedding."""
+        """(T,) -> (T / n, D): the sum over tensor ranks, each of which looks up its own tokens."""
         if self.tp.n == 1:
             return F.embedding(tokens, self.weight)
         local = tokens - self.first
@@ -297,7 +297,7 @@ class Vocabulary(Layer):
 
 @torch.no_grad()
 def gather_slices(x: Tensor, dim: int, units: int, tp: Group, unit: int = 1) -> Tensor:
-    """Put the slices of all tensor ranks side by side: `units` units of `unit` elements along `dim`."""
+    """Join the slices of all tensor ranks: `units` units of `unit` elements along `dim`."""
     if tp.n == 1:
         return x
     shares = [split(units, tp.n, rank) for rank in range(tp.n)]

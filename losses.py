@@ -1,10 +1,10 @@
-"""Every loss of the project, as pure functions: log-probs in, per-example losses and metrics out.
+"""Losses as pure functions: log-probs, values and rewards in, losses and metrics out.
 
-No model, no process group and no reduction: a script sums what it gets and divides by the count of the WHOLE optimizer
-step, so that packing, micro-batches and ranks cannot change a loss.
+There is no model, no process group and no reduction here. A script sums the losses and divides by
+the count of the whole optimizer step, so that packing, micro-batches and ranks cannot change them.
 
-Letters: B pairs; c, r = log(policy / reference) of the chosen and the rejected response, summed over its tokens, (B,);
-delta = c - r; len_c, len_r = scored tokens of each, (B,). Every function of the DPO family returns (B,).
+A log-ratio is log(policy / reference) of a response, summed over its scored tokens, in nats.
+Letters: B pairs or examples, R responses.
 """
 
 from typing import NamedTuple
@@ -13,159 +13,258 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# ---- preference pairs: DPO and its family --------------------------------------------------------
+# Arguments are (B,) tensors, one number a pair; every loss returns (B,).
+
 DPO_LOSSES = (
-    "sigmoid", "robust", "hinge", "ipo", "simpo", "sigmoid_norm", "exo_pair", "nca_pair", "bco_pair", "sppo_hard",
-    "aot", "aot_unpaired", "apo_zero", "apo_down", "discopop", "rpo_sq", "rpo_fwd_kl", "rpo_bwd_kl",
-)  # fmt: skip
-WHOLE_STEP_LOSSES = (
-    "aot",
-    "aot_unpaired",
-)  # they sort over the step: no micro-batch can compute them alone
-REWARD_LOSSES = (
-    "rpo_sq",
-    "rpo_fwd_kl",
-    "rpo_bwd_kl",
-)  # they need chosen_reward and rejected_reward in the data
+    "sigmoid", "robust", "hinge", "ipo", "simpo", "sigmoid_norm", "exo_pair", "nca_pair",
+    "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down", "discopop", "rpo_sq",
+    "rpo_fwd_kl", "rpo_bwd_kl",
+)  # fmt: skip  # a list of names
+WHOLE_STEP_LOSSES = ("aot", "aot_unpaired")  # sort over the step: no micro-batch can do it alone
+REWARD_LOSSES = ("rpo_sq", "rpo_fwd_kl", "rpo_bwd_kl")  # need the data's rewards of both responses
 
 
-def sigmoid(c: Tensor, r: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """DPO, arXiv 2305.18290 Eq. 7: -log σ(β Δ). With label_smoothing ε, cDPO: the label is wrong with probability ε."""
-    x = beta * (c - r)
+def sigmoid(
+    chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float, label_smoothing: float = 0.0
+) -> Tensor:
+    """DPO, arXiv 2305.18290 Eq. 7: -log σ(β (chosen - rejected)).
+
+    With label_smoothing ε it is cDPO, where a label is wrong with probability ε:
+    -(1 - ε) log σ(x) - ε log σ(-x), x = β (chosen - rejected).
+    """
+    x = beta * (chosen_logratios - rejected_logratios)
     return -(1 - label_smoothing) * F.logsigmoid(x) - label_smoothing * F.logsigmoid(-x)
 
 
-def robust(c: Tensor, r: Tensor, beta: float, label_smoothing: float) -> Tensor:
-    """Robust DPO, arXiv 2403.00409 Eq. 12: unbiased under labels flipped with probability ε < 1/2; may be negative."""
+def robust(
+    chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float, label_smoothing: float
+) -> Tensor:
+    """Robust DPO, arXiv 2403.00409 Eq. 12: DPO's loss, unbiased although labels are flipped.
+
+    (-(1 - ε) log σ(x) + ε log σ(-x)) / (1 - 2ε), x = β (chosen - rejected), ε = label_smoothing
+    < 1/2 the probability of a flip. It may be negative. ValueError: an impossible ε.
+    """
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(
-            f"robust needs 0 <= label_smoothing < 0.5, not {label_smoothing}: it is the share of flips"
+            f"robust needs 0 <= label_smoothing < 0.5, not {label_smoothing}: it is the share of"
+            " flipped labels"
         )
-    x = beta * (c - r)
+    x = beta * (chosen_logratios - rejected_logratios)
     kept, flipped = -F.logsigmoid(x), -F.logsigmoid(-x)
     return ((1 - label_smoothing) * kept - label_smoothing * flipped) / (1 - 2 * label_smoothing)
 
 
-def hinge(c: Tensor, r: Tensor, beta: float) -> Tensor:
-    """SLiC, arXiv 2305.10425, in the form of RSO, arXiv 2309.06657 Eq. 8: max(0, 1 - β Δ)."""
-    return F.relu(1 - beta * (c - r))
+def hinge(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float) -> Tensor:
+    """SLiC, arXiv 2305.10425, in the form of RSO, arXiv 2309.06657 Eq. 8.
+
+    max(0, 1 - β (chosen - rejected)).
+    """
+    return F.relu(1 - beta * (chosen_logratios - rejected_logratios))
 
 
-def ipo(c: Tensor, r: Tensor, beta: float) -> Tensor:
-    """IPO, arXiv 2310.12036 Eq. 17: (Δ - 1/(2β))². TRL divides c and r by their lengths first: --average-logps."""
-    return (c - r - 1 / (2 * beta)) ** 2
+def ipo(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float) -> Tensor:
+    """IPO, arXiv 2310.12036 Eq. 17: (chosen - rejected - 1 / (2β))².
+
+    TRL divides both log-ratios by their lengths first: --average-logps.
+    """
+    return (chosen_logratios - rejected_logratios - 1 / (2 * beta)) ** 2
 
 
 def simpo(
-    logps_c: Tensor, logps_r: Tensor, len_c: Tensor, len_r: Tensor, beta: float, gamma: float
+    chosen_logps: Tensor,
+    rejected_logps: Tensor,
+    chosen_lengths: Tensor,
+    rejected_lengths: Tensor,
+    beta: float,
+    gamma: float,
 ) -> Tensor:
-    """SimPO, arXiv 2405.14734 Eq. 6: -log σ(β (log π_c / |c| - log π_r / |r|) - γ). No reference model."""
-    return -F.logsigmoid(beta * (logps_c / len_c - logps_r / len_r) - gamma)
+    """SimPO, arXiv 2405.14734 Eq. 6: -log σ(β (chosen / length - rejected / length) - γ).
+
+    On log-probs, each divided by its own response's length; there is no reference.
+    """
+    means = chosen_logps / chosen_lengths - rejected_logps / rejected_lengths
+    return -F.logsigmoid(beta * means - gamma)
 
 
-def sigmoid_norm(c: Tensor, r: Tensor, len_c: Tensor, len_r: Tensor, beta: float) -> Tensor:
-    """Length-normalised DPO, arXiv 2411.15124 Eq. 6 (Tülu 3): -log σ(β (c / |c| - r / |r|))."""
-    return -F.logsigmoid(beta * (c / len_c - r / len_r))
+def sigmoid_norm(
+    chosen_logratios: Tensor,
+    rejected_logratios: Tensor,
+    chosen_lengths: Tensor,
+    rejected_lengths: Tensor,
+    beta: float,
+) -> Tensor:
+    """Length-normalised DPO (Tülu 3), arXiv 2411.15124 Eq. 6: -log σ(β (chosen - rejected)).
+
+    On log-ratios, each divided by its own response's length.
+    """
+    means = chosen_logratios / chosen_lengths - rejected_logratios / rejected_lengths
+    return -F.logsigmoid(beta * means)
 
 
-def exo_pair(c: Tensor, r: Tensor, beta: float, label_smoothing: float) -> Tensor:
-    """EXO, arXiv 2402.00856 Eq. 16: KL(p ‖ (1 - ε, ε)) with p = (σ(βΔ), σ(-βΔ)), the policy's own preference."""
+def exo_pair(
+    chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float, label_smoothing: float
+) -> Tensor:
+    """EXO, arXiv 2402.00856 Eq. 16: KL(p ‖ (1 - ε, ε)), ε = label_smoothing.
+
+    p = (σ(x), σ(-x)), x = β (chosen - rejected), is the policy's own preference. ValueError: an
+    impossible ε.
+    """
     if not 0 < label_smoothing < 1:
         raise ValueError(
             f"exo_pair needs 0 < label_smoothing < 1, not {label_smoothing}: try 0.001"
         )
-    x = beta * (c - r)
+    x = beta * (chosen_logratios - rejected_logratios)
     smooth = torch.as_tensor(label_smoothing, dtype=x.dtype, device=x.device)
     win = torch.sigmoid(x) * (F.logsigmoid(x) - torch.log1p(-smooth))
     lose = torch.sigmoid(-x) * (F.logsigmoid(-x) - torch.log(smooth))
     return win + lose
 
 
-def nca_pair(c: Tensor, r: Tensor, beta: float) -> Tensor:
-    """NCA, arXiv 2402.05369 (pair form): -log σ(βc) - ½ log σ(-βc) - ½ log σ(-βr)."""
-    return -F.logsigmoid(beta * c) - 0.5 * F.logsigmoid(-beta * c) - 0.5 * F.logsigmoid(-beta * r)
+def nca_pair(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float) -> Tensor:
+    """NCA for pairs, arXiv 2402.05369.
 
-
-def bco_pair(c: Tensor, r: Tensor, beta: float, delta: float) -> Tensor:
-    """BCO, arXiv 2404.04656 Eq. 15: -log σ(βc - δ) - log σ(δ - βr), δ the running mean of all rewards."""
-    return -F.logsigmoid(beta * c - delta) - F.logsigmoid(delta - beta * r)
-
-
-def sppo_hard(c: Tensor, r: Tensor, beta: float) -> Tensor:
-    """SPPO, arXiv 2405.00675 Eq. 4.7 with win probability 1 and 0: (c - 1/(2β))² + (r + 1/(2β))²."""
-    return (c - 0.5 / beta) ** 2 + (r + 0.5 / beta) ** 2
-
-
-def aot(margin: Tensor, ref_margin: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """AOT (paired), arXiv 2406.05882: the sorted policy margins must dominate the sorted reference margins.
-
-    margin = log π(chosen) - log π(rejected), ref_margin the reference's, both (B,) over the WHOLE optimizer step.
-    The k-th value returned belongs to the k-th quantile, not to the k-th pair: only the sum has a meaning.
+    -log σ(β chosen) - ½ log σ(-β chosen) - ½ log σ(-β rejected).
     """
-    return sigmoid(margin.sort().values, ref_margin.sort().values, beta, label_smoothing)
+    up = -F.logsigmoid(beta * chosen_logratios)
+    chosen_down = -0.5 * F.logsigmoid(-beta * chosen_logratios)
+    rejected_down = -0.5 * F.logsigmoid(-beta * rejected_logratios)
+    return up + chosen_down + rejected_down
 
 
-def aot_unpaired(c: Tensor, r: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """AOT (unpaired), arXiv 2406.05882: the sorted c must dominate the sorted r, over the WHOLE optimizer step."""
-    return sigmoid(c.sort().values, r.sort().values, beta, label_smoothing)
+def bco_pair(
+    chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float, delta: float
+) -> Tensor:
+    """BCO, arXiv 2404.04656 Eq. 15: -log σ(β chosen - δ) - log σ(δ - β rejected).
 
-
-def apo_zero(c: Tensor, r: Tensor, beta: float) -> Tensor:
-    """APO-zero, arXiv 2408.06266 Eq. 7: 1 - σ(βc) + σ(βr); for chosen answers better than the model's own."""
-    return torch.sigmoid(-beta * c) + torch.sigmoid(beta * r)
-
-
-def apo_down(c: Tensor, r: Tensor, beta: float) -> Tensor:
-    """APO-down, arXiv 2408.06266 Eq. 8: σ(βc) + 1 - σ(βΔ); for chosen answers worse than the model's own."""
-    return torch.sigmoid(beta * c) + torch.sigmoid(-beta * (c - r))
-
-
-def discopop(c: Tensor, r: Tensor, beta: float, tau: float = 0.05) -> Tensor:
-    """DiscoPOP, arXiv 2406.08414 Eq. 5: (1 - m) · -log σ(x) + m · e^(-x), x = βΔ, m = σ(x/τ)."""
-    x = beta * (c - r)
-    # m · e^-x as e^(log m - x): for very negative x the product is 0 · inf, its logarithm is a plain number.
-    return torch.sigmoid(-x / tau) * -F.logsigmoid(x) + torch.exp(F.logsigmoid(x / tau) - x)
-
-
-def _reward_logits(c, r, beta, gt_c, gt_r, scale):
-    """(log-odds the rewards ask for, log-odds of the policy), each (B,)."""
-    return scale * (gt_c - gt_r), beta * (c - r)
-
-
-def _bernoulli_kl(x: Tensor, y: Tensor) -> Tensor:
-    """KL(Bernoulli(σ(x)) ‖ Bernoulli(σ(y)))."""
-    return torch.sigmoid(x) * (F.logsigmoid(x) - F.logsigmoid(y)) + torch.sigmoid(-x) * (
-        F.logsigmoid(-x) - F.logsigmoid(-y)
+    delta: δ, the running mean of all rewards.
+    """
+    return -F.logsigmoid(beta * chosen_logratios - delta) - F.logsigmoid(
+        delta - beta * rejected_logratios
     )
 
 
-def rpo_sq(c: Tensor, r: Tensor, beta: float, gt_c: Tensor, gt_r: Tensor, scale: float) -> Tensor:
-    """Reward-aware preference optimisation, arXiv 2406.11704 Sec. 3.3.2, squared distance: (βΔ - s (gt_c - gt_r))²."""
-    wanted, policy = _reward_logits(c, r, beta, gt_c, gt_r, scale)
-    return (policy - wanted) ** 2
+def sppo_hard(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float) -> Tensor:
+    """SPPO, arXiv 2405.00675 Eq. 4.7 with win probabilities 1 and 0.
+
+    (chosen - 1 / (2β))² + (rejected + 1 / (2β))².
+    """
+    return (chosen_logratios - 0.5 / beta) ** 2 + (rejected_logratios + 0.5 / beta) ** 2
+
+
+def aot(
+    pi_logratios: Tensor, ref_logratios: Tensor, beta: float, label_smoothing: float = 0.0
+) -> Tensor:
+    """AOT (paired), arXiv 2406.05882: DPO's loss between sorted margins of policy and reference.
+
+    pi_logratios: log π(chosen) - log π(rejected), ref_logratios the reference's, both (B,) over the
+    WHOLE optimizer step. The k-th loss belongs to the k-th quantile, not to the k-th pair: only the
+    sum has a meaning.
+    """
+    return sigmoid(pi_logratios.sort().values, ref_logratios.sort().values, beta, label_smoothing)
+
+
+def aot_unpaired(
+    chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float, label_smoothing: float = 0.0
+) -> Tensor:
+    """AOT (unpaired), arXiv 2406.05882: DPO's loss between sorted chosen and sorted rejected.
+
+    Both are log-ratios (B,) over the WHOLE optimizer step; only the sum of losses has a meaning.
+    """
+    chosen, rejected = chosen_logratios.sort().values, rejected_logratios.sort().values
+    return sigmoid(chosen, rejected, beta, label_smoothing)
+
+
+def apo_zero(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float) -> Tensor:
+    """APO-zero, arXiv 2408.06266 Eq. 7: 1 - σ(β chosen) + σ(β rejected).
+
+    For chosen responses that are better than the model's own.
+    """
+    return torch.sigmoid(-beta * chosen_logratios) + torch.sigmoid(beta * rejected_logratios)
+
+
+def apo_down(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float) -> Tensor:
+    """APO-down, arXiv 2408.06266 Eq. 8: σ(β chosen) + 1 - σ(β (chosen - rejected)).
+
+    For chosen responses that are worse than the model's own.
+    """
+    margin = chosen_logratios - rejected_logratios
+    return torch.sigmoid(beta * chosen_logratios) + torch.sigmoid(-beta * margin)
+
+
+def discopop(
+    chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float, tau: float = 0.05
+) -> Tensor:
+    """DiscoPOP, arXiv 2406.08414 Eq. 5: (1 - m) · -log σ(x) + m · e^(-x).
+
+    x = β (chosen - rejected), m = σ(x / τ).
+    """
+    x = beta * (chosen_logratios - rejected_logratios)
+    # m · e^-x as e^(log m - x): for very negative x the product is 0 · inf, its logarithm a number.
+    return torch.sigmoid(-x / tau) * -F.logsigmoid(x) + torch.exp(F.logsigmoid(x / tau) - x)
+
+
+def rpo_sq(
+    chosen_logratios: Tensor,
+    rejected_logratios: Tensor,
+    beta: float,
+    chosen_rewards: Tensor,
+    rejected_rewards: Tensor,
+    scale: float,
+) -> Tensor:
+    """Reward-aware preference optimisation, arXiv 2406.11704 Sec. 3.3.2, squared distance.
+
+    (β (chosen - rejected log-ratio) - scale (chosen - rejected reward))².
+    """
+    policy = beta * (chosen_logratios - rejected_logratios)
+    return (policy - scale * (chosen_rewards - rejected_rewards)) ** 2
 
 
 def rpo_bwd_kl(
-    c: Tensor, r: Tensor, beta: float, gt_c: Tensor, gt_r: Tensor, scale: float
+    chosen_logratios: Tensor,
+    rejected_logratios: Tensor,
+    beta: float,
+    chosen_rewards: Tensor,
+    rejected_rewards: Tensor,
+    scale: float,
 ) -> Tensor:
-    """RPO, arXiv 2406.11704, as NeMo-Aligner's rpo_bwd_kl: KL(σ(s (gt_c - gt_r)) ‖ σ(βΔ))."""
-    wanted, policy = _reward_logits(c, r, beta, gt_c, gt_r, scale)
-    return _bernoulli_kl(wanted, policy)
+    """Reward-aware preference optimisation, arXiv 2406.11704; NeMo-Aligner's rpo_bwd_kl.
+
+    KL(σ(scale (chosen - rejected reward)) ‖ σ(β (chosen - rejected log-ratio))).
+    """
+    policy = beta * (chosen_logratios - rejected_logratios)
+    return _bernoulli_kl(scale * (chosen_rewards - rejected_rewards), policy)
 
 
 def rpo_fwd_kl(
-    c: Tensor, r: Tensor, beta: float, gt_c: Tensor, gt_r: Tensor, scale: float
+    chosen_logratios: Tensor,
+    rejected_logratios: Tensor,
+    beta: float,
+    chosen_rewards: Tensor,
+    rejected_rewards: Tensor,
+    scale: float,
 ) -> Tensor:
-    """RPO, arXiv 2406.11704, as NeMo-Aligner's rpo_fwd_kl: KL(σ(βΔ) ‖ σ(s (gt_c - gt_r)))."""
-    wanted, policy = _reward_logits(c, r, beta, gt_c, gt_r, scale)
-    return _bernoulli_kl(policy, wanted)
+    """Reward-aware preference optimisation, arXiv 2406.11704; NeMo-Aligner's rpo_fwd_kl.
+
+    KL(σ(β (chosen - rejected log-ratio)) ‖ σ(scale (chosen - rejected reward))).
+    """
+    policy = beta * (chosen_logratios - rejected_logratios)
+    return _bernoulli_kl(policy, scale * (chosen_rewards - rejected_rewards))
+
+
+def _bernoulli_kl(x: Tensor, y: Tensor) -> Tensor:
+    """Compute KL(Bernoulli(σ(x)) ‖ Bernoulli(σ(y)))."""
+    win = torch.sigmoid(x) * (F.logsigmoid(x) - F.logsigmoid(y))
+    lose = torch.sigmoid(-x) * (F.logsigmoid(-x) - F.logsigmoid(-y))
+    return win + lose
 
 
 class Pairs(NamedTuple):
-    """Preference pairs as the losses see them, every field (B,): sums of log-probs over the scored tokens, in nats."""
+    """Preference pairs as the losses read them: summed log-probs of scored tokens, (B,) each."""
 
     chosen: Tensor
     rejected: Tensor
-    ref_chosen: Tensor  # zeros when there is no reference
+    ref_chosen: Tensor  # zeros without a reference
     ref_rejected: Tensor
     len_chosen: Tensor  # scored tokens
     len_rejected: Tensor
@@ -183,70 +282,78 @@ def dpo(
     running_mean: float = 0.0,
     average_logps: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """One loss of the DPO family, chosen by name.
+    """Compute one loss of the DPO family, chosen by name.
 
-    Returns per-pair losses (B,) and metrics, each detached (B,), under TRL's names. `average_logps` divides every
-    log-prob by its length first. `running_mean` is bco_pair's δ. ValueError: unknown loss, or one that cannot be.
+    Return the losses (B,) and metrics under TRL's names, each detached (B,). `average_logps`
+    divides every log-prob by its length first; `running_mean` is bco_pair's δ. ValueError: unknown
+    loss, or a setting that it cannot take.
     """
     if not beta > 0:
         raise ValueError(
-            f"--beta {beta} must be above 0: 0.1 is common, smaller strays further from the reference"
+            f"--beta {beta} must be above 0: 0.1 is common, smaller strays further from the"
+            " reference"
         )
-    pi_c, pi_r, ref_c, ref_r, len_c, len_r, gt_c, gt_r = pairs
+    pi_chosen, pi_rejected, ref_chosen, ref_rejected, len_chosen, len_rejected = pairs[:6]
     if average_logps:
-        pi_c, ref_c, pi_r, ref_r = pi_c / len_c, ref_c / len_c, pi_r / len_r, ref_r / len_r
-    c, r = pi_c - ref_c, pi_r - ref_r  # (B,) log-ratios
+        pi_chosen, ref_chosen = pi_chosen / len_chosen, ref_chosen / len_chosen
+        pi_rejected, ref_rejected = pi_rejected / len_rejected, ref_rejected / len_rejected
+    chosen_logratios = pi_chosen - ref_chosen  # (B,)
+    rejected_logratios = pi_rejected - ref_rejected  # (B,)
+    logratios = (chosen_logratios, rejected_logratios)
+    rewards = (pairs.gt_chosen, pairs.gt_rejected)
 
     match loss:
         case "sigmoid":
-            losses = sigmoid(c, r, beta, label_smoothing)
+            losses = sigmoid(*logratios, beta, label_smoothing)
         case "robust":
-            losses = robust(c, r, beta, label_smoothing)
+            losses = robust(*logratios, beta, label_smoothing)
         case "hinge":
-            losses = hinge(c, r, beta)
+            losses = hinge(*logratios, beta)
         case "ipo":
-            losses = ipo(c, r, beta)
+            losses = ipo(*logratios, beta)
         case "simpo":
-            losses = simpo(pairs.chosen, pairs.rejected, len_c, len_r, beta, gamma)
-        case "sigmoid_norm":
-            whole_c, whole_r = pairs.chosen - pairs.ref_chosen, pairs.rejected - pairs.ref_rejected
-            losses = sigmoid_norm(whole_c, whole_r, len_c, len_r, beta)
+            losses = simpo(pairs.chosen, pairs.rejected, len_chosen, len_rejected, beta, gamma)
+        case "sigmoid_norm":  # divides by the lengths itself
+            sums = (pairs.chosen - pairs.ref_chosen, pairs.rejected - pairs.ref_rejected)
+            losses = sigmoid_norm(*sums, len_chosen, len_rejected, beta)
         case "exo_pair":
-            losses = exo_pair(c, r, beta, label_smoothing)
+            losses = exo_pair(*logratios, beta, label_smoothing)
         case "nca_pair":
-            losses = nca_pair(c, r, beta)
+            losses = nca_pair(*logratios, beta)
         case "bco_pair":
-            losses = bco_pair(c, r, beta, running_mean)
+            losses = bco_pair(*logratios, beta, running_mean)
         case "sppo_hard":
-            losses = sppo_hard(c, r, beta)
+            losses = sppo_hard(*logratios, beta)
         case "aot":
-            losses = aot(pi_c - pi_r, ref_c - ref_r, beta, label_smoothing)
+            margins = (pi_chosen - pi_rejected, ref_chosen - ref_rejected)
+            losses = aot(*margins, beta, label_smoothing)
         case "aot_unpaired":
-            losses = aot_unpaired(c, r, beta, label_smoothing)
+            losses = aot_unpaired(*logratios, beta, label_smoothing)
         case "apo_zero":
-            losses = apo_zero(c, r, beta)
+            losses = apo_zero(*logratios, beta)
         case "apo_down":
-            losses = apo_down(c, r, beta)
+            losses = apo_down(*logratios, beta)
         case "discopop":
-            losses = discopop(c, r, beta)
+            losses = discopop(*logratios, beta)
         case "rpo_sq":
-            losses = rpo_sq(c, r, beta, gt_c, gt_r, reward_scale)
+            losses = rpo_sq(*logratios, beta, *rewards, reward_scale)
         case "rpo_fwd_kl":
-            losses = rpo_fwd_kl(c, r, beta, gt_c, gt_r, reward_scale)
+            losses = rpo_fwd_kl(*logratios, beta, *rewards, reward_scale)
         case "rpo_bwd_kl":
-            losses = rpo_bwd_kl(c, r, beta, gt_c, gt_r, reward_scale)
+            losses = rpo_bwd_kl(*logratios, beta, *rewards, reward_scale)
         case _:
             raise ValueError(f"unknown loss {loss!r}: take one of {', '.join(DPO_LOSSES)}")
 
-    if loss == "simpo":  # its implicit reward has no reference and is per token
-        c, r = pairs.chosen / len_c, pairs.rejected / len_r
+    if loss == "simpo":  # its implicit reward has no reference and is a mean over tokens
+        chosen_logratios = pairs.chosen / len_chosen
+        rejected_logratios = pairs.rejected / len_rejected
     with torch.no_grad():
-        rewards_c, rewards_r = beta * c.detach(), beta * r.detach()
+        chosen_rewards, rejected_rewards = beta * chosen_logratios, beta * rejected_logratios
         metrics = {
-            "rewards/chosen": rewards_c,
-            "rewards/rejected": rewards_r,
-            "rewards/margins": rewards_c - rewards_r,
-            "rewards/accuracies": (rewards_c > rewards_r).to(c.dtype),
+            "rewards/chosen": chosen_rewards,
+            "rewards/rejected": rejected_rewards,
+            "rewards/margins": chosen_rewards - rejected_rewards,
+            "rewards/accuracies": (chosen_rewards > rejected_rewards).to(chosen_rewards.dtype),
             "logps/chosen": pairs.chosen.detach(),
             "logps/rejected": pairs.rejected.detach(),
         }
@@ -268,52 +375,64 @@ class _WithGradient(torch.autograd.Function):
 
 
 class StepLosses:
-    """Losses of all pairs of an optimizer step, for those that sort the pairs (WHOLE_STEP_LOSSES).
+    """Losses of all n pairs of an optimizer step, for those that sort them (WHOLE_STEP_LOSSES).
 
     No micro-batch can compute such a loss alone, so a first pass without gradients collects the
-    log-probs of the whole step. Here they become losses and derivatives by both log-probs, (n,) each,
-    in the order of `examples`. `of` picks those of a micro-batch, so that a second pass can backpropagate.
+    log-probs of the whole step. Here they become losses and derivatives by both log-probs, (n,)
+    each, in the order of `examples`. `of` picks those of a micro-batch, so that a second pass can
+    backpropagate.
     """
 
     def __init__(self, examples: list[int], chosen: Tensor, rejected: Tensor, losses: Tensor):
-        """chosen, rejected: log-probs (n,) that require gradients, from which `losses` (n,) was made."""
+        """Differentiate `losses` (n,) by the log-probs that they were computed from, (n,) each."""
         slopes = torch.autograd.grad(losses.sum(), (chosen, rejected))
         self.losses, self.slopes = losses.detach(), torch.stack(slopes, 1)  # (n,), (n, 2)
         self.row = {example: i for i, example in enumerate(examples)}
 
     def of(self, examples: list[int], chosen: Tensor, rejected: Tensor) -> Tensor:
-        """Return the losses of some pairs, (B,), with gradients to their log-probs of this pass, (B,)."""
+        """Return the losses of some pairs, (B,), with gradients to this pass's log-probs, (B,)."""
         rows = [self.row[example] for example in examples]
         return _WithGradient.apply(self.losses[rows], self.slopes[rows], chosen, rejected)
 
 
-# ---- reward models ---------------------------------------------------------------------------------------------------
+# ---- reward models -------------------------------------------------------------------------------
+# chosen and rejected: the model's scores, (B,) each; every loss of a pair returns (B,).
 
 REWARD_MODEL_LOSSES = ("bradley_terry", "margin_bt", "scaled_bt", "regression")
 
 
 def bradley_terry(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0) -> Tensor:
-    """-log σ(r_c - r_r - m), (B,); m = 0: InstructGPT, arXiv 2203.02155 Eq. 1; margins: Llama 2, 2307.09288 Eq. 2."""
+    """Bradley-Terry: -log σ(chosen - rejected - margin).
+
+    Without margin InstructGPT, arXiv 2203.02155 Eq. 1; with it Llama 2, arXiv 2307.09288 Eq. 2.
+    """
     return -F.logsigmoid(chosen - rejected - margin)
 
 
 def margin_bt(chosen: Tensor, rejected: Tensor, margin: Tensor) -> Tensor:
-    """-log σ(Δ - |m|), (B,): HelpSteer2-Preference, arXiv 2410.01257; m: how much better it was judged."""
+    """Margin Bradley-Terry, HelpSteer2-Preference, arXiv 2410.01257.
+
+    -log σ(chosen - rejected - |margin|), margin: how much better the chosen response was rated.
+    """
     return bradley_terry(chosen, rejected, margin.abs())
 
 
 def scaled_bt(chosen: Tensor, rejected: Tensor, margin: Tensor) -> Tensor:
-    """|m| · -log σ(Δ), (B,): HelpSteer2-Preference, arXiv 2410.01257; clear preferences count more."""
+    """Scaled Bradley-Terry, HelpSteer2-Preference, arXiv 2410.01257.
+
+    -|margin| log σ(chosen - rejected): clear preferences count more.
+    """
     return margin.abs() * bradley_terry(chosen, rejected)
 
 
 def pairwise_reward(
     scores: Tensor, margin: Tensor, loss: str = "bradley_terry", centering: float = 0.0
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """A reward model's loss on pairs, chosen by name: scores (B, 2) of chosen and rejected, margins (B,).
+    """Compute a reward model's loss on pairs, chosen by name.
 
-    `centering` λ adds λ (r_c² + r_r²), GPT-NeoX's z-loss: scores are only defined up to a constant, this holds it at 0.
-    Returns per-pair losses (B,) and metrics, each detached (B,). ValueError: unknown loss.
+    scores (B, 2) of chosen and rejected, margin (B,) -> losses (B,) and metrics, each detached
+    (B,). Scores are defined only up to a constant: `centering` λ adds GPT-NeoX's z-loss,
+    λ (chosen² + rejected²), which holds them around 0. ValueError: unknown loss.
     """
     chosen, rejected = scores.unbind(1)
     match loss:
@@ -328,100 +447,111 @@ def pairwise_reward(
     if centering:
         losses = losses + centering * (chosen.square() + rejected.square())
     with torch.no_grad():
-        c, r = chosen.detach(), rejected.detach()
         metrics = {
-            "rewards/chosen": c,
-            "rewards/rejected": r,
-            "rewards/margins": c - r,
-            "rewards/accuracies": (c > r).to(c.dtype),
-            "rewards/mean": (c + r) / 2,
-            "rewards/square": (c.square() + r.square()) / 2,  # with the mean, the deviation
+            "rewards/chosen": chosen.detach(),
+            "rewards/rejected": rejected.detach(),
+            "rewards/margins": chosen - rejected,
+            "rewards/accuracies": (chosen > rejected).to(chosen.dtype),
+            "rewards/mean": (chosen + rejected) / 2,
+            "rewards/square": (chosen.square() + rejected.square()) / 2,  # for the deviation
         }
     return losses, metrics
 
 
-def regression(scores: Tensor, wanted: Tensor) -> Tensor:
-    """(score - wanted)², (R, attributes), exactly 0 without gradient where `wanted` is NaN (missing).
+def regression(scores: Tensor, target: Tensor) -> Tensor:
+    """Squared error (score - target)², (R, attributes) -> (R, attributes).
 
-    Divide the sum by the number of labels of the whole step, not by R times attributes.
+    0 without gradient where the target is NaN (missing). Divide the sum by the number of labels of
+    the whole step, not by R times attributes.
     """
-    known = ~wanted.isnan()
-    return torch.where(known, scores - torch.where(known, wanted, 0.0), 0.0).square()
+    known = ~target.isnan()
+    return torch.where(known, scores - torch.where(known, target, 0.0), 0.0).square()
 
 
-# ---- KTO and others that need no pairs -------------------------------------------------------------------------------
-# ratio = log(policy / reference) of a response, summed over its tokens, (B,); label 1 desirable, 0 undesirable, (B,).
+# ---- unpaired labels: KTO and others -------------------------------------------------------------
+# logratios (B,); label (B,): 1 desirable, 0 undesirable; every loss returns (B,).
 
 KTO_LOSSES = ("kto", "apo_zero_unpaired", "bco")
 
 
-def kto(ratio: Tensor, label: Tensor, z: Tensor | float, beta: float) -> Tensor:
-    """KTO, arXiv 2402.01306 Eq. 8: 1 - σ(β (ratio - z)) where desirable, 1 - σ(β (z - ratio)) where not, (B,).
+def kto(logratios: Tensor, label: Tensor, z: Tensor | float, beta: float) -> Tensor:
+    """KTO, arXiv 2402.01306 Eq. 8.
 
-    z: reference point of the whole step (`reference_point`), no gradient. Weights λ are the caller's.
+    1 - σ(β (logratio - z)) if desirable, else 1 - σ(β (z - logratio)). z: reference point of the
+    whole step (`reference_point`), without gradient. The caller multiplies by the weights λ.
     """
-    return torch.sigmoid(-beta * torch.where(label > 0, ratio - z, z - ratio))
+    return torch.sigmoid(-beta * torch.where(label > 0, logratios - z, z - logratios))
 
 
-def reference_point(ratio_sum: Tensor, n: int | Tensor) -> Tensor:
-    """KTO's z: the mean log-ratio of n mismatched pairs, at least 0; sum over ALL micro-batches and ranks, THEN this.
+def reference_point(logratio_sum: Tensor, n: int | Tensor) -> Tensor:
+    """KTO's reference point z: the mean log-ratio of n mismatched pairs, at least 0.
 
-    The clamp comes last: a mean of clamped means would be another number for every way to cut the step.
+    Sum over ALL micro-batches and ranks first: a mean of clamped means would change with every way
+    to cut the step.
     """
-    return (ratio_sum / n).clamp(min=0)
+    return (logratio_sum / n).clamp(min=0)
 
 
-def apo_zero_unpaired(ratio: Tensor, label: Tensor, beta: float) -> Tensor:
-    """APO-zero, arXiv 2408.06266 Eq. 7, taken apart: 1 - σ(β ratio) where desirable, σ(β ratio) where not, (B,)."""
-    return torch.sigmoid(-beta * torch.where(label > 0, ratio, -ratio))
+def apo_zero_unpaired(logratios: Tensor, label: Tensor, beta: float) -> Tensor:
+    """APO-zero without pairs, one of the two terms of arXiv 2408.06266 Eq. 7 an example.
 
-
-def bco(ratio: Tensor, label: Tensor, beta: float, delta: float) -> Tensor:
-    """BCO, arXiv 2404.04656 Eq. 15: -log σ(β ratio - δ) where desirable, -log σ(δ - β ratio) where not, (B,).
-
-    δ: midway between the running means of the desirable and the undesirable rewards.
+    1 - σ(β logratio) if desirable, else σ(β logratio).
     """
-    shifted = beta * ratio - delta
+    return torch.sigmoid(-beta * torch.where(label > 0, logratios, -logratios))
+
+
+def bco(logratios: Tensor, label: Tensor, beta: float, delta: float) -> Tensor:
+    """BCO, arXiv 2404.04656 Eq. 15.
+
+    -log σ(β logratio - δ) if desirable, else -log σ(δ - β logratio).
+    delta: δ, midway between the running means of desirable and undesirable rewards.
+    """
+    shifted = beta * logratios - delta
     return -F.logsigmoid(torch.where(label > 0, shifted, -shifted))
 
 
-# ---- SteerLM 2.0 -----------------------------------------------------------------------------------------------------
+# ---- SteerLM 2.0 ---------------------------------------------------------------------------------
 
 
 def group_log_softmax(values: Tensor, group: Tensor) -> Tensor:
-    """log softmax of (R,) values within groups; group (R,) int64 says which of 0 ... each belongs to."""
+    """Compute the log softmax of values (R,) within groups; group (R,) int64 counts from 0."""
     n = int(group.max()) + 1
     top = values.new_full((n,), float("-inf")).scatter_reduce(0, group, values.detach(), "amax")
     shifted = values - top[group]
     return shifted - values.new_zeros(n).index_add(0, group, shifted.exp()).log()[group]
 
 
-def steerlm2(pi_logps: Tensor, q_logps: Tensor, wanted: Tensor, group: Tensor) -> Tensor:
+def steerlm2(pi_logps: Tensor, q_logps: Tensor, target: Tensor, group: Tensor) -> Tensor:
     """SteerLM 2.0, arXiv 2406.08673: KL(w ‖ b) within each prompt's responses; its terms, (R,).
 
-    w = softmax(wanted), wanted = log P(a|x,y) + log P(y|x) - log Q(y|a,x); b = softmax(log π(y|a,x) - log Q(y|a,x));
-    all (R,), Q what the responses were drawn from. The gradient by log π is -(w - b), the paper's. Sum, divide by the
-    prompts of the whole step.
+    w = softmax(target), target = log P(a|x,y) + log P(y|x) - log Q(y|a,x), and
+    b = softmax(log π(y|a,x) - log Q(y|a,x)), where Q drew the responses; all (R,). The gradient by
+    log π is -(w - b), as in the paper. Divide the sum by the number of prompts of the whole step.
     """
-    log_w = group_log_softmax(wanted, group).detach()
+    log_w = group_log_softmax(target, group).detach()
     log_b = group_log_softmax(pi_logps - q_logps, group)
     return log_w.exp() * (log_w - log_b)
 
 
-# ---- online algorithms: what a sample is worth -----------------------------------------------------------------------
-# M sampled tokens, response by response and in order; R responses; lengths (R,) their tokens, response (M,) whose each
-# is; n prompts with G responses each, R = n G. Sampled quantities carry no gradient: these run under no_grad.
+# ---- online algorithms: rewards, KL, advantages -----------------------------------------------
+# A scored token is one that the policy sampled; tokens that it only read (tool output) do not occur.
+# M scored tokens, response by response and in order; R responses; n prompts with G responses each,
+# R = n G. lengths (R,): scored tokens of each response; response (M,): each token's response.
+# Nothing in this part carries a gradient.
 
 KL_ESTIMATORS = ("k1", "k2", "k3", "abs")
 ADVANTAGES = ("rloo", "grpo", "dr_grpo", "reinforce++")
 
 
 def kl_estimate(logps: Tensor, ref_logps: Tensor, kind: str = "k1") -> Tensor:
-    """KL(policy ‖ reference) at each token sampled from the policy, (M,); Schulman, joschu.net/blog/kl-approx.html.
+    """Estimate KL(policy ‖ reference) at each token sampled from the policy, (M,), in nats.
 
-    x = log π - log π_ref. k1 = x, unbiased and noisy; k2 = x²/2, biased, but its gradient is the KL's; k3 =
-    e^(-x) - 1 + x, unbiased and never negative; abs = |x|, NeMo-Aligner's penalty. As a term of the loss k1 pulls
-    nowhere: its expected gradient is zero. ValueError: unknown kind.
+    Schulman, joschu.net/blog/kl-approx.html, with x = log π - log π_ref:
+    k1   x; unbiased, noisy. As a loss term its expected gradient is zero.
+    k2   x²/2; biased, but its gradient is the gradient of the KL.
+    k3   e^(-x) - 1 + x; unbiased and never negative.
+    abs  |x|; NeMo-Aligner's penalty.
+    ValueError: unknown kind.
     """
     x = logps - ref_logps
     match kind:
@@ -433,54 +563,66 @@ def kl_estimate(logps: Tensor, ref_logps: Tensor, kind: str = "k1") -> Tensor:
             return torch.expm1(-x) + x
         case "abs":
             return x.abs()
-    raise ValueError(f"unknown KL estimator {kind!r}: take one of {', '.join(KL_ESTIMATORS)}")
+    raise ValueError(f"unknown KL estimator {kind!r}: choose one of {', '.join(KL_ESTIMATORS)}")
 
 
 def token_rewards(rewards: Tensor, kl: Tensor, lengths: Tensor, beta: float) -> Tensor:
-    """-β kl_t at every token, and the response's reward at its last, (M,): InstructGPT, arXiv 2203.02155 Eq. 2.
+    """Return -β kl_t per token plus the response's reward at its last scored token, (M,).
 
-    rewards (R,), kl (M,), lengths (R,).
+    InstructGPT, arXiv 2203.02155 Eq. 2. rewards (R,), kl (M,), lengths (R,), each at least 1.
+    Example: rewards [5.], kl [1., 2.], lengths [2], beta 0.1 -> [-0.1, 4.8].
     """
-    found = -beta * kl
-    found[lengths.long().cumsum(0) - 1] += rewards.to(found.dtype)
-    return found
+    per_token = -beta * kl
+    last = lengths.long().cumsum(0) - 1  # (R,) index of each response's last scored token
+    per_token[last] += rewards.to(per_token.dtype)
+    return per_token
 
 
 def gae(
     rewards: Tensor, values: Tensor, lengths: Tensor, gamma: float = 1.0, lam: float = 0.95
 ) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation, arXiv 1506.02438 Eq. 16, response by response: (advantages, returns), (M,).
+    """Compute generalised advantage estimates: (advantages, returns), (M,) each.
 
-    δ_t = r_t + γ V_{t+1} - V_t, A_t = δ_t + γ λ A_{t+1}, with V = A = 0 beyond the end; returns = A + V.
-    values (M,): V of the state that each token was chosen in. With V = 0 and λ = 1 it is the (discounted) reward to go.
+    arXiv 1506.02438 Eq. 16, for each response on its own:
+    δ_t = r_t + γ V_{t+1} - V_t,  A_t = δ_t + γ λ A_{t+1},  return_t = A_t + V_t,
+    where V and A are 0 after the last scored token and t + 1 is the next scored token.
+
+    rewards (M,); values (M,): V of the state in which each token was sampled. With V = 0 and λ = 1
+    the advantage is the discounted reward to go.
+    Example: one response, rewards [0, 0, 1], values [.5, .4, .8], γ = 1, λ = 0
+    -> advantages [-.1, .4, .2], returns [.4, .8, 1.].
     """
     lengths = lengths.long()
-    place = torch.arange(len(rewards), device=rewards.device)
-    starts = lengths.cumsum(0) - lengths  # (R,)
-    response = torch.repeat_interleave(
-        torch.arange(len(lengths), device=rewards.device), lengths
-    )  # (M,)
-    column = place - starts[response]  # (M,) of each token in its response
-    shape = (int(lengths.max()) + 1, len(lengths))  # one column more: beyond the end all is zero
-    r, v = rewards.new_zeros(shape), rewards.new_zeros(shape)
-    r[column, response], v[column, response] = rewards, values
-    advantages = torch.zeros_like(r)
-    for t in range(shape[0] - 2, -1, -1):
-        advantages[t] = r[t] + gamma * v[t + 1] - v[t] + gamma * lam * advantages[t + 1]
-    found = advantages[column, response]
-    return found, found + values
+    starts = lengths.cumsum(0) - lengths  # (R,) index of each response's first token
+    responses = torch.arange(len(lengths), device=rewards.device)
+    response = torch.repeat_interleave(responses, lengths)  # (M,)
+    t = torch.arange(len(rewards), device=rewards.device) - starts[response]  # (M,)
+    # One row per time step, one column per response; the extra last row is the end, all zero.
+    shape = (int(lengths.max()) + 1, len(lengths))
+    r = rewards.new_zeros(shape)
+    v = rewards.new_zeros(shape)
+    r[t, response] = rewards
+    v[t, response] = values
+    a = torch.zeros_like(r)
+    for i in range(shape[0] - 2, -1, -1):
+        a[i] = r[i] + gamma * v[i + 1] - v[i] + gamma * lam * a[i + 1]
+    advantages = a[t, response]
+    return advantages, advantages + values
 
 
 def moments(values: Tensor) -> Tensor:
-    """(count, sum, sum of squares) in fp64, (3,): add them up over micro-batches and ranks, then `whiten`."""
+    """Return (count, sum, sum of squares) in fp64, (3,).
+
+    Add those of several micro-batches or ranks, then pass the total to `whiten`.
+    """
     x = values.double()
     return torch.stack((torch.full_like(x.sum(), x.numel()), x.sum(), x.square().sum()))
 
 
 def whiten(values: Tensor, totals: Tensor) -> Tensor:
-    """(x - mean) / deviation, in x's shape, by the `moments` of ALL that is to be whitened.
+    """Return (x - mean) / deviation, in x's shape, given the `moments` of ALL values.
 
-    The deviation is that of a sample (n - 1), as NeMo-Aligner's, OpenRLHF's and TRL's are.
+    The deviation is the sample deviation (n - 1), as in NeMo-Aligner, OpenRLHF and TRL.
     """
     n, total, squares = totals
     mean = total / n
@@ -489,26 +631,37 @@ def whiten(values: Tensor, totals: Tensor) -> Tensor:
 
 
 def rloo(rewards: Tensor) -> Tensor:
-    """Leave-one-out, arXiv 2402.14740 Eq. 8: r_i minus the mean of the others' rewards; (n, G) -> (n, G). G >= 2."""
+    """Compute leave-one-out advantages, arXiv 2402.14740 Eq. 8: (n, G) -> (n, G), G >= 2.
+
+    Each reward minus the mean of the other rewards in its group.
+    Example: [1, 2, 6] -> [-3, -1.5, 4.5].
+    """
     others = (rewards.sum(1, keepdim=True) - rewards) / (rewards.shape[1] - 1)
     return rewards - others
 
 
 def dr_grpo(rewards: Tensor) -> Tensor:
-    """Dr. GRPO, arXiv 2503.20783 Sec. 3.2: r_i - mean of its group; (n, G) -> (n, G). It is rloo times (G - 1) / G."""
+    """Compute Dr. GRPO advantages, arXiv 2503.20783 Sec. 3.2: (n, G) -> (n, G).
+
+    Each reward minus the mean of its group: rloo times (G - 1) / G.
+    """
     return rewards - rewards.mean(1, keepdim=True)
 
 
 def grpo(rewards: Tensor, eps: float = 1e-4) -> Tensor:
-    """GRPO, arXiv 2402.03300 Sec. 4.1.2: (r_i - mean) / (deviation + ε) of its group; (n, G) -> (n, G). G >= 2.
+    """Compute GRPO advantages, arXiv 2402.03300 Sec. 4.1.2: (n, G) -> (n, G), G >= 2.
 
-    Deviation (n - 1) and ε as in TRL. A group whose rewards are all alike teaches nothing: 0.
+    (reward - mean of its group) / (deviation of its group + ε). The sample deviation (n - 1) and ε
+    are TRL's. A group of equal rewards gets 0 and teaches nothing.
     """
     return dr_grpo(rewards) / (rewards.std(1, keepdim=True) + eps)
 
 
 def reinforce_plus_plus(token_rewards: Tensor, lengths: Tensor) -> Tensor:
-    """REINFORCE++, arXiv 2501.03262 Eq. 7-8: every token's reward to go, whitened over ALL tokens; (M,) -> (M,)."""
+    """Compute REINFORCE++ advantages, arXiv 2501.03262 Eq. 7-8: (M,) -> (M,).
+
+    The reward to go of each token, whitened over ALL tokens of the step.
+    """
     to_go, _ = gae(token_rewards, torch.zeros_like(token_rewards), lengths, 1.0, 1.0)
     return whiten(to_go, moments(to_go))
 
@@ -516,60 +669,80 @@ def reinforce_plus_plus(token_rewards: Tensor, lengths: Tensor) -> Tensor:
 def advantages(
     name: str, rewards: Tensor, kl: Tensor, lengths: Tensor, group: int, beta: float = 0.0
 ) -> Tensor:
-    """What each token of a WHOLE step is worth, (M,), by the name of the baseline.
+    """Compute the advantage of every scored token of a WHOLE step, (M,), by the baseline's name.
 
-    rewards (R,), groups of `group` side by side; kl (M,) and β make a penalty inside the reward: of the response as a
-    whole (its sum), or with reinforce++ token by token. ValueError: unknown name, or a group of one with nothing to
-    compare it to.
+    rewards (R,), with the `group` responses of each prompt side by side; kl (M,). β kl is
+    subtracted from the rewards: summed over the response, or per token with reinforce++.
+    ValueError: unknown name, or a group of one where the baseline is the group's.
     """
     if name not in ADVANTAGES:
-        raise ValueError(f"unknown advantage {name!r}: take one of {', '.join(ADVANTAGES)}")
+        raise ValueError(f"unknown advantage {name!r}: choose one of {', '.join(ADVANTAGES)}")
     if name == "reinforce++":
         return reinforce_plus_plus(token_rewards(rewards, kl, lengths, beta), lengths)
     if group < 2:
         raise ValueError(
-            f"advantage {name} compares the answers to a prompt: it needs a group of 2 or more, not {group}"
+            f"advantage {name} compares the responses to a prompt: "
+            f"it needs a group of 2 or more, not {group}"
         )
-    response = torch.repeat_interleave(torch.arange(len(lengths), device=kl.device), lengths.long())
-    penalty = kl.new_zeros(len(lengths)).index_add(0, response, kl)
-    grouped = (rewards.to(kl.dtype) - beta * penalty).view(-1, group)
-    return {"rloo": rloo, "grpo": grpo, "dr_grpo": dr_grpo}[name](grouped).flatten()[response]
+    responses = torch.arange(len(lengths), device=kl.device)
+    response = torch.repeat_interleave(responses, lengths.long())  # (M,)
+    penalty = kl.new_zeros(len(lengths)).index_add(0, response, kl)  # (R,)
+    grouped = (rewards.to(kl.dtype) - beta * penalty).view(-1, group)  # (n, G)
+    baseline = {"rloo": rloo, "grpo": grpo, "dr_grpo": dr_grpo}[name]
+    return baseline(grouped).flatten()[response]
 
 
-# ---- online algorithms: what the policy learns -----------------------------------------------------------------------
+# ---- online algorithms: policy and value losses -----------------------------------------------
 
-POLICY_LOSSES = {  # name: clip_low, clip_high as the papers have them
-    "grpo": (0.2, 0.2), "dapo": (0.2, 0.28), "gspo": (3e-4, 4e-4), "cispo": (float("inf"), 4.0),
+POLICY_LOSSES = {  # name: (clip_low, clip_high), the papers' defaults
+    "grpo": (0.2, 0.2),
+    "dapo": (0.2, 0.28),
+    "gspo": (3e-4, 4e-4),
+    "cispo": (float("inf"), 4.0),
     "reinforce": (float("inf"), float("inf")),
-}  # fmt: skip
+}
 AGGREGATES = ("token", "sequence", "constant")
 
 
 def clipped_surrogate(
     ratio: Tensor, advantage: Tensor, clip_low: float, clip_high: float
 ) -> tuple[Tensor, Tensor]:
-    """PPO, arXiv 1707.06347 Eq. 7: -min(ρ A, clip(ρ, 1 - low, 1 + high) A), (M,); and where the clip held, (M,)."""
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    """Compute PPO's clipped surrogate, arXiv 1707.06347 Eq. 7: (losses, clipped), (M,) each.
+
+    losses = -min(ρ A, clip(ρ, 1 - low, 1 + high) A); clipped is 1 where the clip removed the
+    gradient, else 0.
+    """
+    bounded = ratio.clamp(1 - clip_low, 1 + clip_high)
     with torch.no_grad():
-        held = torch.where(
-            advantage > 0, ratio > 1 + clip_high, (ratio < 1 - clip_low) & (advantage < 0)
-        )
-    return -torch.minimum(ratio * advantage, clipped * advantage), held.to(ratio.dtype)
+        above = ratio > 1 + clip_high
+        below = (ratio < 1 - clip_low) & (advantage < 0)
+        clipped = torch.where(advantage > 0, above, below)
+    return -torch.minimum(ratio * advantage, bounded * advantage), clipped.to(ratio.dtype)
 
 
 def clipped_value(
     values: Tensor, old_values: Tensor, returns: Tensor, clip: float
 ) -> tuple[Tensor, Tensor]:
-    """½ max((V - R)², (V_old + clip(V - V_old, ±ε) - R)²), as PPO's own code has it, and where it held; (M,) each."""
+    """Compute PPO's clipped value loss, as in its reference code: (losses, clipped), (M,) each.
+
+    losses = ½ max((V - R)², (V_old + clip(V - V_old, ±ε) - R)²); clipped is 1 where the second
+    term is the larger one, else 0.
+    """
     moved = values - old_values
     near = old_values + moved.clamp(-clip, clip)
-    plain, clipped = (values - returns).square(), (near - returns).square()
-    held = (moved.abs() > clip) & (clipped > plain)  # within the clip the two differ by rounding
-    return 0.5 * torch.maximum(plain, clipped), held.to(values.dtype)
+    free_error = (values - returns).square()
+    near_error = (near - returns).square()
+    # Within the clip the two errors differ only by rounding.
+    clipped = (moved.abs() > clip) & (near_error > free_error)
+    return 0.5 * torch.maximum(free_error, near_error), clipped.to(values.dtype)
 
 
 def sequence_ratio(log_ratio: Tensor, response: Tensor, lengths: Tensor) -> Tensor:
-    """GSPO, arXiv 2507.18071 Eq. 7: s_i = exp(mean over the tokens of response i of log ratio), at its tokens, (M,)."""
+    """Compute GSPO's length-normalised ratio, arXiv 2507.18071 Eq. 7, (M,).
+
+    s_i = exp(mean of log ratio over the scored tokens of response i), repeated for each token.
+    log_ratio (M,), response (M,), lengths (R,).
+    """
     total = log_ratio.new_zeros(len(lengths)).index_add(0, response, log_ratio)
     return (total / lengths.to(total.dtype)).exp()[response]
 
@@ -584,39 +757,47 @@ def policy_gradient(
     clip_low: float | None = None,
     clip_high: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """One policy-gradient loss, by name: per-token losses (M,), to be weighted by `token_weights`; metrics (M,) each.
+    """Compute a policy-gradient loss by name: per-token losses (M,) and metrics, (M,) each.
 
-    grpo: PPO's clipped surrogate with ρ a token's ratio π / π_old. dapo: the same, clipped further up than down
-    (arXiv 2503.14476 Eq. 8). gspo: the same with ρ the whole response's, length-normalised (arXiv 2507.18071 Eq. 5).
-    cispo: -sg(min(ρ, 1 + high)) A log π, so that no token loses its gradient (MiniMax-M1, arXiv 2506.13585 Eq. 4; no
-    lower bound, as there). reinforce: -A log π, for one update a rollout. Clips: None takes the paper's.
+    Weight the losses with `token_weights`. ρ = π / π_old is the ratio of a token.
+    grpo       PPO's clipped surrogate.
+    dapo       grpo with a higher upper clip, arXiv 2503.14476 Eq. 8.
+    gspo       grpo with the ratio of the whole response, length-normalised, arXiv 2507.18071 Eq. 5.
+    cispo      -sg(min(ρ, 1 + high)) A log π: every token keeps a gradient. MiniMax-M1, arXiv
+               2506.13585 Eq. 4; without a lower bound, as in the paper.
+    reinforce  -A log π, for one update per rollout.
+    logps, old_logps, advantage, response (M,); lengths (R,). A clip of None is the paper's.
     ValueError: unknown loss.
     """
     if loss not in POLICY_LOSSES:
-        raise ValueError(f"unknown loss {loss!r}: take one of {', '.join(POLICY_LOSSES)}")
-    low, high = (
-        own if given is None else given
-        for own, given in zip(POLICY_LOSSES[loss], (clip_low, clip_high))
-    )
+        raise ValueError(f"unknown loss {loss!r}: choose one of {', '.join(POLICY_LOSSES)}")
+    default_low, default_high = POLICY_LOSSES[loss]
+    low = default_low if clip_low is None else clip_low
+    high = default_high if clip_high is None else clip_high
     log_ratio = logps - old_logps
     ratio = sequence_ratio(log_ratio, response, lengths) if loss == "gspo" else log_ratio.exp()
     if loss == "reinforce":
-        losses, held = -advantage * logps, torch.zeros_like(ratio)
+        losses = -advantage * logps
+        clipped = torch.zeros_like(ratio)
     elif loss == "cispo":
         losses = -ratio.detach().clamp(max=1 + high) * advantage * logps
-        held = (ratio > 1 + high).to(ratio.dtype)
+        clipped = (ratio > 1 + high).to(ratio.dtype)
     else:
-        losses, held = clipped_surrogate(ratio, advantage, low, high)
-    return losses, {"ratio": ratio.detach(), "clip_fraction": held.detach()}
+        losses, clipped = clipped_surrogate(ratio, advantage, low, high)
+    return losses, {"ratio": ratio.detach(), "clip_fraction": clipped.detach()}
 
 
 def token_weights(
     lengths: Tensor, step_lengths: Tensor, how: str = "token", constant: int = 1
 ) -> Tensor:
-    """What one token of each response counts in the sum that is the loss, (R,), by the lengths of the WHOLE step.
+    """Return the weight of one token of each response in the loss, (R,).
 
-    token: 1 / tokens of the step (DAPO). sequence: 1 / (responses · own length): the mean of the responses' means
-    (GRPO, GSPO). constant: 1 / (responses · constant), the longest answer allowed (Dr. GRPO). ValueError: unknown.
+    lengths (R,): scored tokens of the responses at hand; step_lengths: those of all responses of
+    the WHOLE update, so that the loss does not depend on how it is cut into micro-batches.
+    token     1 / tokens of the update (DAPO)
+    sequence  1 / (responses · own length): the mean of per-response means (GRPO, GSPO)
+    constant  1 / (responses · constant), constant the longest response allowed (Dr. GRPO)
+    ValueError: unknown how.
     """
     match how:
         case "token":
@@ -625,4 +806,4 @@ def token_weights(
             return 1 / (len(step_lengths) * lengths)
         case "constant":
             return torch.ones_like(lengths) / (len(step_lengths) * constant)
-    raise ValueError(f"unknown aggregate {how!r}: take one of {', '.join(AGGREGATES)}")
+    raise ValueError(f"unknown aggregate {how!r}: choose one of {', '.join(AGGREGATES)}")

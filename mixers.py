@@ -165,8 +165,8 @@ class Attention(nn.Module):
 class KVCache:
     """Keys and values of one layer: of the answers in progress, a row each, and of their prompts.
 
-    A row holds its prompt and its answer; or, with places, its answer alone, and each prompt lies in
-    a place that all its rows attend to. Nothing beyond a row's position is ever seen.
+    A row holds its prompt and its answer; or, with places, its answer alone, and each prompt lies
+    in a place that all its rows attend to. Nothing beyond a row's position is ever seen.
     """
 
     def __init__(

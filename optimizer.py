@@ -32,7 +32,7 @@ class Kind(NamedTuple):
 
 
 def plan_buckets(model: GPT, mesh: Mesh) -> list[tuple[Kind, list[str]]]:
-    """Group the names of the parameters that train into buckets: this rank's, in the order they fill.
+    """Group the names of this rank's trained parameters into buckets, in the order they fill.
 
     Gradients arrive about in reverse, and so do the buckets. `model` may lie on the meta device.
     """
@@ -50,7 +50,7 @@ def plan_buckets(model: GPT, mesh: Mesh) -> list[tuple[Kind, list[str]]]:
 
 
 class Bucket:
-    """Parameters of one kind in flat buffers; the model's weights and gradients are views into them.
+    """Parameters of one kind in flat buffers; the model's weights and gradients are views of them.
 
     weights  (m,) in the model's dtype, m a multiple of n; each rank owns one piece of it
     master   (m / n,) fp32 at least, updated by AdamW; the piece of `weights` itself where those are
@@ -184,7 +184,7 @@ class AdamW:
         ]
         if not any(mesh.everyone(bool(self.buckets))):
             raise ValueError("nothing to train: every weight of the model is frozen")
-        # A stage without anything to train still takes part in every step: one parameter of no size.
+        # A stage with nothing to train still takes part in every step: one parameter of no size.
         nothing = nn.Parameter(torch.zeros(0, device=model.device))
         groups = [
             {"params": [b.master], "weight_decay": weight_decay if b.decays else 0.0}
@@ -224,7 +224,7 @@ class AdamW:
             self.next += 1
 
     def collect(self) -> None:
-        """End a backward: start the sums over ranks that are still due, and wait for all of them."""
+        """End a backward: start the sums over ranks that are still due, and wait for all."""
         if self.early:
             for b in self.buckets[self.next :]:
                 b.start_reduce()
@@ -239,8 +239,8 @@ class AdamW:
         """Update once from the accumulated gradients, which are zero afterwards.
 
         stop: true where this rank wants to stop. Returns the gradient norm before clipping and
-        whether any rank wants to stop. Where the norm is not finite (on any rank) only the gradients
-        change: the caller sees it in the result.
+        whether any rank wants to stop. Where the norm is not finite (on any rank) only the
+        gradients change: the caller sees it in the result.
         """
         if not self.collected:
             self.early = True

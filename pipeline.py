@@ -4,8 +4,8 @@
         ...
         loss.backward()
 
-With stages the schedule is 1F1B (arXiv 2104.04473), here for 3 stages and 5 micro-batches (F forward,
-B backward; each column is one exchange with the neighbours):
+With stages the schedule is 1F1B (arXiv 2104.04473), here for 3 stages and 5 micro-batches (F
+forward, B backward; each column is one exchange with the neighbours):
 
     stage 0   F0 F1 F2 B0 F3 B1 F4 B2 B3 B4     2 forwards of warm-up
     stage 1      F0 F1 B0 F2 B1 F3 B2 F4 B3 B4  1
@@ -45,8 +45,8 @@ def pipeline(model, batches, optimizer=None):
     """Yield micro-batches one after another, each with its final hidden states (T, D).
 
     The caller's loop computes the loss and calls backward on it. Without an optimizer, under
-    torch.no_grad(), only forward. With several stages only the last one yields; the others run their
-    blocks in step with it.
+    torch.no_grad(), only forward. With several stages only the last one yields; the others run
+    their blocks in step with it.
     """
     device, stages = model.device, model.mesh.pp
     if stages > 1 and optimizer:

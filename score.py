@@ -1,14 +1,18 @@
-"""Scores of answers under a reward model: rows in, rows with their scores out.
+"""Score the responses of a file with a reward model, or compare their log-probs under two models.
 
     python score.py --model rm/final --data answers.jsonl --out scored.jsonl
+    python score.py --model predictor/final --data answers.jsonl --out annotated.jsonl --attributes
     python score.py --model dpo/final --ref sft/final --data answers.jsonl --out likely.jsonl
 
-{prompt, response} gains "score" (a model of attributes: "scores": {helpfulness: 3.1, ...}); {prompt, responses: [...]}
-a list of them; {prompt, chosen, rejected} gains "chosen_reward" and "rejected_reward", which train_dpo.py's rpo losses
-and train_rm.py's margins read. A score is read at the response's last token and does not depend on what else is in the
-batch. One prompt's answers share its computation.
+Each row gains its scores. {prompt, response}: "score", or "scores": {helpfulness: 3.1, ...} from a
+model of attributes. {prompt, responses: [...]}: a list of them. {prompt, chosen, rejected}:
+"chosen_reward" and "rejected_reward", for train_dpo.py's rpo losses and train_rm.py's margins.
 
-Letters: R responses, A outputs of the model.
+With --attributes the file holds rows {prompt, response, attributes: {helpfulness: 3, ...}} instead,
+rounded to whole numbers from 0 to 4: the data of train_sft.py --attributes (SteerLM).
+
+With --ref each row gains "logp" and "ref_logp", the log-probs of its response under both models.
+Their mean difference estimates the KL to --ref if --model sampled the responses.
 """
 
 import sys
@@ -22,7 +26,7 @@ from config import parse
 from data.rows import read_rows, write_rows
 from data.templates import Template
 from data.tokenizer import load_tokenizer
-from sampling.scoring import all_answers, load_scorer, score
+from sampling.scoring import Answers, all_answers, annotate, load_scorer, score
 from weights.folder import DTYPES, load_model
 
 
@@ -30,14 +34,15 @@ from weights.folder import DTYPES, load_model
 class Flags:
     """Flags of score.py."""
 
-    model: str = ""  # Hugging Face folder of a reward model; or, with --ref, of a language model
-    ref: str = ""  # another language model: rows gain "logp" and "ref_logp", whose mean difference is the KL to --ref
+    model: str = ""  # Hugging Face folder of a reward model; with --ref, of a language model
+    ref: str = ""  # another language model, to compare log-probs with
     data: str = ""  # JSONL file of prompts and responses
-    out: str = ""  # where the rows go, each with its score
+    out: str = ""  # JSONL file for the scored rows
+    attributes: bool = False  # write SteerLM's attributes, whole numbers from 0 to 4
     template: Literal["auto", "plain", "chatml", "zephyr", "llama2", "llama3"] = (
-        "auto"  # as in training
+        "auto"  # chat format, as in training
     )
-    max_tokens: int = 8192  # tokens of a micro-batch: lower it when memory runs out
+    max_tokens: int = 8192  # tokens per micro-batch: lower it when memory runs out
     dtype: Literal["auto", "bf16", "fp32", "fp64"] = "auto"  # auto: bf16 on GPUs, else fp32
 
 
@@ -45,50 +50,78 @@ def main(argv: list[str] | None = None) -> None:
     flags = parse(Flags, __doc__, argv)
     if not (flags.model and flags.data and flags.out):
         raise ValueError("score.py needs --model, --data and --out")
+    if flags.ref and flags.attributes:
+        raise ValueError("--ref compares language models, --attributes needs a reward model")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = DTYPES[flags.dtype if flags.dtype != "auto" else "bf16" if device == "cuda" else "fp32"]
+    best_dtype = "bf16" if device == "cuda" else "fp32"
+    dtype = DTYPES[best_dtype if flags.dtype == "auto" else flags.dtype]
     template = Template(flags.template, load_tokenizer(flags.model))
     rows, answers = all_answers(list(read_rows(flags.data)), template, flags.data)
     if flags.ref:
-        folders = {"logp": flags.model, "ref_logp": flags.ref}
-        found = [score(load_model(folder, dtype, device), template, answers, flags.max_tokens)
-                 for folder in folders.values()]  # fmt: skip
-        for row, *logps in zip(rows, *found):
-            row |= {
-                name: values.tolist() if len(values) > 1 else values.item()
-                for name, values in zip(folders, logps)
-            }
-        write_rows(flags.out, rows)
-        gap = np.concatenate(found[0]) - np.concatenate(found[1])
-        print(
-            f"{len(gap)} responses in {flags.out}; likelier than under {flags.ref} by {gap.mean():.3f} nats"
-        )
-        return
+        write_logps(rows, answers, template, dtype, device, flags)
+    elif flags.attributes:
+        rows = annotate(flags.model, answers, flags.template, flags.max_tokens, dtype, device)
+        print(f"{len(rows)} rows in {write_rows(flags.out, rows)}")
+    else:
+        write_scores(rows, answers, template, dtype, device, flags)
+
+
+def write_scores(
+    rows: list[dict],
+    answers: list[Answers],
+    template: Template,
+    dtype: torch.dtype,
+    device: str,
+    flags: Flags,
+) -> None:
+    """Write the rows with their scores under --model; print the mean of each output."""
     model, names = load_scorer(flags.model, dtype, device)
     scores = score(model, template, answers, flags.max_tokens)
-    write_rows(
-        flags.out,
-        ({**row, **as_keys(row, found.tolist(), names)} for row, found in zip(rows, scores)),
+    scored = [{**row, **as_keys(row, values.tolist(), names)} for row, values in zip(rows, scores)]
+    write_rows(flags.out, scored)
+    table = np.concatenate(scores)  # (responses, outputs)
+    columns = zip(names, table.mean(0), table.std(0))
+    summary = ", ".join(f"{name} {mean:.3f} ± {std:.3f}" for name, mean, std in columns)
+    print(f"{len(table)} responses scored in {flags.out}; {summary}")
+
+
+def write_logps(
+    rows: list[dict],
+    answers: list[Answers],
+    template: Template,
+    dtype: torch.dtype,
+    device: str,
+    flags: Flags,
+) -> None:
+    """Write the rows with their log-probs under --model and --ref; print the mean difference."""
+    logps = {}
+    for key, folder in (("logp", flags.model), ("ref_logp", flags.ref)):
+        model = load_model(folder, dtype, device)
+        logps[key] = score(model, template, answers, flags.max_tokens)
+        for row, values in zip(rows, logps[key]):
+            row[key] = values.tolist() if len(values) > 1 else values.item()
+    write_rows(flags.out, rows)
+    gap = np.concatenate(logps["logp"]) - np.concatenate(logps["ref_logp"])
+    print(
+        f"{len(gap)} responses in {flags.out}; log-prob under {flags.model} minus {flags.ref}: "
+        f"{gap.mean():.3f} nats on average"
     )
-    every = np.concatenate(scores)
-    print(f"{len(every)} responses scored in {flags.out}; " + ", ".join(
-        f"{name} {mean:.3f} ± {std:.3f}" for name, mean, std in zip(names, every.mean(0), every.std(0))))  # fmt: skip
 
 
 def as_keys(row: dict, scores: list[list[float]], names: tuple[str, ...]) -> dict:
-    """The scores of a row's responses as the keys it gains."""
-    one = len(names) == 1
-    values = [s[0] if one else dict(zip(names, s)) for s in scores]
+    """Return the keys that a row gains from the scores of its responses.
+
+    Example: a row {prompt, chosen, rejected}, scores [[1.5], [0.2]] of one output
+    -> {"chosen_reward": 1.5, "rejected_reward": 0.2}.
+    """
+    one_output = len(names) == 1
+    values = [s[0] if one_output else dict(zip(names, s)) for s in scores]
     if row.get("responses") is not None:
         return {"scores": values}
     if len(values) == 1:
-        return {"score" if one else "scores": values[0]}
-    return dict(
-        zip(
-            ("chosen_reward", "rejected_reward") if one else ("chosen_scores", "rejected_scores"),
-            values,
-        )
-    )
+        return {"score" if one_output else "scores": values[0]}
+    suffix = "reward" if one_output else "scores"
+    return {f"chosen_{suffix}": values[0], f"rejected_{suffix}": values[1]}
 
 
 if __name__ == "__main__":

@@ -2,14 +2,17 @@
 
     python train_sft.py --model base --data demos.jsonl --out sft --lr 2e-5
     torchrun --nproc_per_node 8 train_sft.py --model base --data demos.jsonl --eval-data test.jsonl
+    python train_sft.py --model base --data annotated.jsonl --attributes --out steerlm
 
 Rows: {prompt, response}, or {messages} of a conversation, of which every assistant turn is learned.
 The loss is the mean negative log-likelihood of the response tokens of the whole optimizer step;
 prompts carry no loss.
 
-Watch eval/loss: if it rises while loss keeps falling, the run overfits: fewer --epochs, lower --lr.
+With --attributes, the SFT of SteerLM, arXiv 2310.05344: rows {prompt, response, attributes:
+{helpfulness: 4, ...}} as score.py --attributes writes them, or HelpSteer's columns. Each prompt
+gets the attributes of its response as a line; generate.py --attributes then asks for others.
 
-Letters: M scored tokens.
+Watch eval/loss: if it rises while loss keeps falling, the run overfits: fewer --epochs, lower --lr.
 """
 
 from dataclasses import dataclass
@@ -20,6 +23,7 @@ import torch
 import runtime
 import training
 from config import RunConfig, parse
+from data import attributes
 from data.dataset import Dataset
 from model import GPT
 from passes import forward, make_batches
@@ -30,6 +34,9 @@ from reporting import add, means
 @dataclass
 class Config(RunConfig):
     lr: float = 2e-5  # peak learning rate; 1e-5 to 2e-5 for 7B models, from 1e-3 for tiny new ones
+    attributes: bool = False  # SteerLM: put the attributes of each row into its prompt
+    attribute_template: str = ""  # their place; default "{prompt}<extra_id_2>{attributes}\n"
+    attribute_dropout: float = 0.0  # share of values to leave out, so that subsets can be asked for
 
 
 # ---- the algorithm -----------------------------------------------------------------------------
@@ -37,7 +44,7 @@ class Config(RunConfig):
 
 @torch.no_grad()
 def evaluate(model: GPT, data: Dataset, config: Config) -> dict[str, float]:
-    """Return the mean loss of the response tokens of a data set, under eval/."""
+    """Return the metrics of a whole data set, under eval/."""
     totals: dict[str, torch.Tensor] = {}
     for batch, hidden in forward(model, data, np.arange(len(data)), config):
         add(totals, {"loss": -model.logps(hidden, batch)})
@@ -50,8 +57,9 @@ def main(argv: list[str] | None = None) -> None:
     run = runtime.start(config)
 
     # ---- data ----------------------------------------------------------------------------------
-    train = runtime.load_rows(run, config.data, "sft")
-    heldout = runtime.load_rows(run, config.eval_data, "sft")
+    files = attributes.condition_files(config, run.mesh)  # as given, unless --attributes
+    train = runtime.load_rows(run, files.data, "sft")
+    heldout = runtime.load_rows(run, files.eval_data, "sft")
     lengths = train.tree_lengths(config.share_prompts)
     steps = training.plan_steps(config, len(train))
 
@@ -70,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
 
         totals: dict[str, torch.Tensor] = {}
         for batch, hidden in pipeline(model, batches, optimizer):
-            nll = -model.logps(hidden, batch)  # (M,)
+            nll = -model.logps(hidden, batch)  # (M,) of scored tokens
             (nll.sum() / n_scored).backward()
             add(totals, {"loss": nll})
         lr = training.learning_rate(config, step, steps.total)
@@ -84,10 +92,10 @@ def main(argv: list[str] | None = None) -> None:
             training.report_evaluation(loop, result)
             training.print_samples(loop, model, heldout)
             if training.is_best(loop, result["eval/loss"]):
-                runtime.save_model(run, model, "best")
+                attributes.save(runtime.save_model(run, model, "best"), files, run.mesh)
         if training.save_or_stop(loop, stopping):
             return
-    training.finish(loop, model)
+    attributes.save(training.finish(loop, model), files, run.mesh)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ Nothing here calls back into a script.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -259,8 +260,9 @@ def save_or_stop(loop: Loop, stopping: bool) -> bool:
     return True
 
 
-def finish(loop: Loop, model: GPT) -> None:
-    """Close the log and write the trained model to OUT/final."""
+def finish(loop: Loop, model: GPT) -> Path:
+    """Close the log, write the trained model to OUT/final and return that folder."""
     loop.log.close()
     folder = runtime.save_model(loop.run, model, "final")
     print(f"{loop.steps.total} steps done, {loop.state.tokens:,} tokens; the model is in {folder}")
+    return folder

@@ -110,7 +110,6 @@ def parse_arguments() -> argparse.Namespace:
     flag("--runs", nargs="+", choices=RUNS, default=list(RUNS))
     flag("--max-tokens", type=int, default=8192, help="plumb's micro-batch")
     flag("--malloc", choices=("keep", "default"), default="keep", help="keep freed memory")
-    flag("--profile", action="store_true", help="also print where plumb's time goes")
     flag("--json", help="write every number to this file")
     flag("--tiny", action="store_true", help="test of this command: plumb alone, two steps")
     return parser.parse_args()

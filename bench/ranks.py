@@ -27,8 +27,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from model import parameter_count
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before the folder of this file
 
 import losses
@@ -37,7 +35,7 @@ import pipeline
 import plan
 from data.dataset import Dataset
 from data.trees import TreeBatch, make_batch, micro_batches
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, parameter_count
 from optimizer import AdamW
 from plan import Layout
 
@@ -263,9 +261,8 @@ def main() -> None:
         head_size=flags.width // flags.heads,
         ffn=flags.ffn,
     )
-    print(
-        f"{parameter_count(c) / 1e6:.1f}M parameters, {flags.batch_size} pairs a step, {flags.device}"
-    )
+    millions = parameter_count(c) / 1e6
+    print(f"{millions:.1f}M parameters, {flags.batch_size} pairs a step, {flags.device}")
     report(measure_all(c, flags))
 
 

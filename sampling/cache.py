@@ -27,8 +27,8 @@ NewPrompt = tuple[list[int], list[int]]  # token ids, and the rows or the [place
 class Cache:
     """Memory of the answers in progress, a row each, and of their prompts.
 
-    longest, new: tokens of the longest prompt and answer. places: prompts that are kept once, 0 where
-    rows hold their own; together: rows of one prompt at most.
+    longest, new: tokens of the longest prompt and answer. places: prompts that are kept once, 0
+    where rows hold their own; together: rows of one prompt at most.
     """
 
     def __init__(self, model: GPT, rows: int, longest: int, new: int, places: int, together: int):
@@ -84,7 +84,7 @@ class Cache:
     def forward(
         self, tokens: np.ndarray, positions: np.ndarray, prompts: list[NewPrompt]
     ) -> tuple[Tensor, Tensor | None]:
-        """Return logits of the next token: of R rows fed one token each (R, V), of P prompts (P, V).
+        """Return logits of the next token: (R, V) of rows fed one token each, (P, V) of prompts.
 
         tokens, positions: (R,), or empty.
         """

@@ -1,14 +1,14 @@
-"""What a sampled answer is worth: a reward model, a function of yours, or a rule.
+"""Rewards of sampled responses: a reward model, a Python function, or a rule.
 
-    --reward rm/final                   a reward-model folder, as train_rm.py writes it
-    --reward my_rewards.py:helpful      def helpful(prompt, response, row) -> float; the row is the data's, all of it
-    --reward "exact:####"               1 if what follows the last "####" is the row's answer, else 0 (GSM8K)
-    --reward "regex:^(yes|no)"          1 where the expression is found in the answer, else 0
-    --reward length:50                  0 for an answer of 50 words, falling to -1 for one of none or of 100
+    --reward rm/final                a reward-model folder, as train_rm.py writes it
+    --reward my_rewards.py:helpful   a function helpful(prompt, response, row) -> float
+    --reward "exact:####"            1 if what follows the last "####" is the row's answer, else 0
+    --reward "regex:^(yes|no)"       1 where the expression matches in the response, else 0
+    --reward length:50               0 for a response of 50 words, down to -1 for 0 or 100 words
 
-A reward model reads the sampled tokens themselves: nothing is decoded and tokenised again.
+A reward model reads the sampled token ids: nothing is decoded and tokenised again.
 
-Letters: n prompts, G samples each, R = n G.
+Letters: n prompts, G samples each, R = n G responses.
 """
 
 import importlib.util
@@ -27,19 +27,14 @@ from data.tokenizer import Tokenizer, load_tokenizer
 from parallel import Mesh
 from sampling.scoring import load_scorer, score_trees
 
-# (prompts, responses, rows, trees): R prompts as the rows have them, R texts, R rows, and the same as a data set of
-# token ids, n trees of G responses -> R numbers.
+# (prompts, responses, rows, trees) -> (R,) rewards: R prompts as in the rows, R texts, R rows, and
+# the same as n trees of G responses in token ids.
 Reward = Callable[[list, list[str], list[dict], Dataset], np.ndarray]
-TRUTH = (
-    "answer",
-    "solution",
-    "ground_truth",
-    "target",
-    "response",
-    "completion",
-    "output",
-)  # where a row has it
-BUILT_IN = ("exact", "regex", "length")
+# (prompt, response, row) -> the reward of one response.
+RewardFunction = Callable[[str | list, str, dict], float]
+# Keys of a row that may hold the true answer, in order of preference.
+ANSWER_KEYS = ("answer", "solution", "ground_truth", "target", "response", "completion", "output")
+RULES = ("exact", "regex", "length")
 
 
 def load_reward(
@@ -51,122 +46,128 @@ def load_reward(
     max_tokens: int = 8192,
     mesh: Mesh = Mesh(),  # noqa: B008 - a mesh of one never changes
 ) -> Reward:
-    """The reward that --reward names; template is the policy's. ValueError or OSError says what is wrong with it.
+    """Return the reward that --reward names.
 
-    Every rank that shares some examples calls it on them; only a `leader`'s numbers mean anything.
+    template: the policy's. Every rank that shares some examples calls the reward on them; only a
+    `leader`'s numbers count. ValueError or OSError: what is wrong with the name or the folder.
     """
-    kind, colon, rest = name.partition(":")
-    if kind in BUILT_IN:
-        return _each(name, {"exact": exact, "regex": regex, "length": length}[kind](rest), mesh)
+    kind, _, argument = name.partition(":")
+    if kind in RULES:
+        rule = {"exact": exact, "regex": regex, "length": length}[kind]
+        return _per_response(name, rule(argument), mesh)
     if name and Path(name).is_dir():
         return reward_model(name, template, template_name, dtype, device, max_tokens, mesh)
     file, colon, function = name.rpartition(":")
     if colon and file.endswith(".py"):
-        return _each(name, load_function(file, function), mesh)
+        return _per_response(name, load_function(file, function), mesh)
+    rules = ", ".join(f"{kind}:..." for kind in RULES)
     raise ValueError(
-        f"--reward {name or '(missing)'} is no folder of a reward model, no file.py:function, and none of "
-        + ", ".join(f"{kind}:..." for kind in BUILT_IN)
+        f"--reward {name or '(missing)'} is no folder of a reward model, no file.py:function, "
+        f"and none of {rules}"
     )
 
 
 def leader(mesh: Mesh) -> bool:
-    """Whether this rank speaks for those that share its examples: it sees final hidden states, and is the first to."""
+    """Return True on one rank of those that share examples: the one whose samples and scores count.
+
+    It is the first rank of the last pipeline stage, which has the final hidden states.
+    """
     return mesh.last_stage and mesh.tp_rank == mesh.cp_rank == 0
 
 
-def _each(name: str, function: Callable[[str | list, str, dict], float], mesh: Mesh) -> Reward:
-    """A reward from a function of one answer. ValueError names the answer whose reward is no finite number."""
+def _per_response(name: str, function: RewardFunction, mesh: Mesh) -> Reward:
+    """Return a reward that calls a function once per response, on the leaders only.
+
+    ValueError names the response whose reward is not a finite number.
+    """
 
     def reward(prompts: list, responses: list[str], rows: list[dict], trees: Dataset) -> np.ndarray:
-        found = np.zeros(len(responses))
-        if not leader(mesh):  # a judge that costs money, or has moods, is asked once
-            return found
-        for i, answer in enumerate(zip(prompts, responses, rows)):
-            value = function(*answer)
+        rewards = np.zeros(len(responses))
+        if not leader(mesh):  # a function may cost money or be random: one rank calls it
+            return rewards
+        for i, (prompt, response, row) in enumerate(zip(prompts, responses, rows)):
+            value = function(prompt, response, row)
             try:
-                found[i] = float(value)
+                rewards[i] = float(value)
             except (TypeError, ValueError):
                 raise ValueError(
-                    f"--reward {name} returned {value!r}, not a number, for {answer[1][:80]!r}"
+                    f"--reward {name} returned {value!r}, not a number, for {response[:80]!r}"
                 ) from None
-            if not math.isfinite(found[i]):
+            if not math.isfinite(rewards[i]):
                 raise ValueError(
-                    f"--reward {name} returned {value!r} for {answer[1][:80]!r}: it must be finite"
+                    f"--reward {name} returned {value!r} for {response[:80]!r}: it must be finite"
                 )
-        return found
+        return rewards
 
     return reward
 
 
-# ---- functions of a text ---------------------------------------------------------------------------------------------
+# ---- functions of a text ----------------------------------------------------------------------
 
 
-def load_function(file: str, name: str) -> Callable[[str | list, str, dict], float]:
-    """A function out of a Python file of the user's, who vouches for it: the file is run."""
+def load_function(file: str, name: str) -> RewardFunction:
+    """Load a function from a Python file. The file is executed, so it must be trusted."""
     path = Path(file)
     if not path.is_file():
-        raise FileNotFoundError(f"--reward {file}:{name}: there is no file {file}")
+        raise FileNotFoundError(f"--reward {file}:{name}: {file} does not exist")
     spec = importlib.util.spec_from_file_location(f"reward_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    if str(path.parent.resolve()) not in sys.path:
-        sys.path.append(
-            str(path.parent.resolve())
-        )  # for what it imports beside it; last, so that it hides nothing
+    sys.modules[spec.name] = module  # dataclasses look up their module
+    folder = str(path.parent.resolve())
+    if folder not in sys.path:
+        sys.path.append(folder)  # for imports from beside the file; last, so that it hides nothing
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever the file trips over is the file's
+    except Exception as error:  # anything may go wrong in the user's file
         raise ValueError(
             f"--reward {file}:{name}: {file} cannot be run: {type(error).__name__}: {error}"
         ) from error
     if not callable(getattr(module, name, None)):
-        own = [k for k, v in vars(module).items() if getattr(v, "__module__", "") == spec.name]
-        have = ", ".join(k for k in own if not isinstance(getattr(module, k), type))
-        raise ValueError(
-            f"--reward {file}:{name}: {file} has no function {name}"
-            + (f", only {have}" if have else "")
-        )
+        functions = [
+            key
+            for key, value in vars(module).items()
+            if getattr(value, "__module__", "") == spec.name and not isinstance(value, type)
+        ]
+        only = f", only {', '.join(functions)}" if functions else ""
+        raise ValueError(f"--reward {file}:{name}: {file} has no function {name}{only}")
     return getattr(module, name)
 
 
-def exact(marker: str) -> Callable[[str | list, str, dict], float]:
-    """1.0 where what follows the last marker of the response, to the end of its line, is the row's answer, else 0.0.
+def exact(marker: str) -> RewardFunction:
+    """Return a reward of 1.0 for the row's answer after the last marker (default ####), else 0.0.
 
-    The row's answer is what follows the marker in its `answer` (or another key of TRUTH), or all of it where there is
-    no marker. Commas in numbers, $, a final full stop and capitals do not count; 42 is 42.0.
+    The response's answer is what follows its last marker, to the end of the line. The row's answer
+    is what follows the marker in its `answer` (or another of ANSWER_KEYS), or the whole value if
+    there is no marker. Commas in numbers, $, a final full stop and case are ignored; 42 equals
+    42.0.
     """
     marker = marker or "####"
 
-    def value(text: str) -> str | float:
-        said = (
-            text.rpartition(marker)[2]
-            .strip()
-            .split("\n")[0]
-            .strip()
-            .rstrip(".")
-            .strip("$ ")
-            .casefold()
-        )
+    def answer_in(text: str) -> str | float:
+        line = text.rpartition(marker)[2].strip().split("\n")[0]
+        answer = line.strip().rstrip(".").strip("$ ").casefold()
         try:
-            return float(said.replace(",", ""))
+            return float(answer.replace(",", ""))
         except ValueError:
-            return said
+            return answer
 
     def reward(prompt: str | list, response: str, row: dict) -> float:
-        truth = next(
-            (row[key] for key in TRUTH if isinstance(row.get(key), (str, int, float))), None
-        )
-        if truth is None:
+        answers = [row[key] for key in ANSWER_KEYS if isinstance(row.get(key), (str, int, float))]
+        if not answers:
             raise ValueError(
-                f"--reward exact needs rows with an answer: one of {', '.join(TRUTH)}; have {', '.join(row)}"
+                f"--reward exact needs rows with an answer: one of {', '.join(ANSWER_KEYS)}; "
+                f"have {', '.join(row)}"
             )
-        return float(marker in response and value(response) == value(str(truth)))
+        return float(marker in response and answer_in(response) == answer_in(str(answers[0])))
 
     return reward
 
 
-def regex(pattern: str) -> Callable[[str | list, str, dict], float]:
-    """1.0 where the expression is found in the response, else 0.0; ^ and $ are its ends, a dot is any character."""
+def regex(pattern: str) -> RewardFunction:
+    """Return a reward of 1.0 where a regular expression matches in the response, else 0.0.
+
+    ^ and $ are the ends of the response; a dot matches any character, line breaks included.
+    """
     try:
         compiled = re.compile(pattern, re.S)
     except re.error as error:
@@ -176,35 +177,42 @@ def regex(pattern: str) -> Callable[[str | list, str, dict], float]:
     return lambda prompt, response, row: float(bool(compiled.search(response)))
 
 
-def length(words: str) -> Callable[[str | list, str, dict], float]:
-    """-|words of the response - wanted| / wanted, not below -1."""
+def length(words: str) -> RewardFunction:
+    """Return the reward -|words of the response - target| / target, at least -1."""
     if not words.isdecimal() or not int(words):
         raise ValueError(f"--reward length:{words} needs a number of words, as in length:50")
-    return lambda prompt, response, row: (
-        -min(1.0, abs(len(response.split()) - int(words)) / int(words))
-    )
+    target = int(words)
+    return lambda prompt, response, row: -min(1.0, abs(len(response.split()) - target) / target)
 
 
-# ---- a reward model --------------------------------------------------------------------------------------------------
+# ---- a reward model ---------------------------------------------------------------------------
 
 
 def reward_model(
-    folder: str, template: Template, template_name: str, dtype: torch.dtype, device: torch.device | str,
-    max_tokens: int, mesh: Mesh,
-) -> Reward:  # fmt: skip
-    """A reward-model folder, which stays in memory; each answer is scored at its last token.
+    folder: str,
+    template: Template,
+    template_name: str,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    max_tokens: int,
+    mesh: Mesh,
+) -> Reward:
+    """Load a reward model and return it as a reward; each response is scored at its last token.
 
-    ValueError: it has several outputs, or its tokenizer is not the policy's, so that it could not read the samples.
+    ValueError: it has several outputs, or its tokenizer differs from the policy's, so that it could
+    not read the sampled tokens.
     """
-    theirs = load_tokenizer(folder)
-    if not same_tokens(template.tokenizer, theirs):
+    tokenizer = load_tokenizer(folder)
+    if not same_tokens(template.tokenizer, tokenizer):
         raise ValueError(
-            f"the reward model {folder} has another tokenizer than the policy: it cannot read the sampled tokens. "
-            "Train one from the policy's family (train_rm.py), or call it from a function: --reward file.py:function"
+            f"the reward model {folder} has another tokenizer than the policy and cannot read its "
+            "samples: train one from the policy's family (train_rm.py), or call it from a "
+            "function: --reward file.py:function"
         )
-    if Template(template_name, theirs).source != template.source:
+    if Template(template_name, tokenizer).source != template.source:
         print(
-            f"warning: the reward model {folder} was made with another chat template than the policy",
+            f"warning: the reward model {folder} was trained with another chat template than the "
+            "policy",
             file=sys.stderr,
         )
     model, names = load_scorer(folder, dtype, device, mesh)
@@ -218,20 +226,24 @@ def reward_model(
         scores = score_trees(model, trees, max_tokens)
         if not mesh.last_stage:
             return np.zeros(len(responses))
-        found = np.concatenate(scores)[:, 0].astype(np.float64)
-        if not np.isfinite(found).all():
-            bad = responses[int(np.flatnonzero(~np.isfinite(found))[0])]
+        rewards = np.concatenate(scores)[:, 0].astype(np.float64)  # (R,)
+        bad = np.flatnonzero(~np.isfinite(rewards))
+        if len(bad):
+            response = responses[bad[0]]
             raise ValueError(
-                f"the reward model {folder} scores {bad[:80]!r} with a number that is not finite"
+                f"the reward model {folder} gives {response[:80]!r} a score that is not finite"
             )
-        return found
+        return rewards
 
     return reward
 
 
 def same_tokens(one: Tokenizer, other: Tokenizer) -> bool:
-    """Whether two tokenizers give every id the same meaning. Their padding tokens and chat templates may differ."""
+    """Return True if every token id means the same in both tokenizers, judging by a sample of ids.
+
+    Their padding tokens and chat templates may differ.
+    """
     if (one.size, one.bos, one.eos) != (other.size, other.bos, other.eos):
         return False
-    some = range(0, one.size, max(1, one.size // 4096))
-    return all(one.decode([i], False) == other.decode([i], False) for i in some)
+    some_ids = range(0, one.size, max(1, one.size // 4096))
+    return all(one.decode([i], False) == other.decode([i], False) for i in some_ids)

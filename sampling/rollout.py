@@ -1,15 +1,19 @@
-"""Rollouts: the prompts of a step -> samples, rewards and a data set of prompt trees to train on.
+"""Rollouts: sample responses to prompts, score them, lay them out as prompt trees to train on.
 
-    prompts = load_prompts(...)                                      data/dataset.py
-    sample = sampler(model, template, config, server)                the policy as it is now, here or on a server
-    found = collect(prompts.take(examples), sample, reward, template, config, mesh, seeds(config.seed, step, n, G))
-    found.data                                                       n trees of G responses, on every rank the same
+    prompts = load(config.data, template, config)
+    samples = draw(prompts.take(examples), step, model, reward, template, config, server)
+    samples.data                                     n trees of G responses, the same on every rank
 
-A rollout is a function of (weights, seed, step): a sample's random numbers are its own, by (seed, step, place in the
-step), whatever rank draws it and whatever else is in the batch. Every rank holds all of a step's samples (they are
-small); from there on training goes as over any data set: whole trees are packed into micro-batches and dealt to ranks.
+A rollout is a function of (weights, seed, step). Each sample has its own random numbers, seeded by
+step and position, so neither the rank that draws it nor the rest of the batch matters. Every rank
+holds all samples of a step (they are small). Training then works as on any data set: whole trees
+are packed into micro-batches and dealt out to the ranks.
 
-Letters: n prompts, G samples each, R = n G responses, M tokens of all of them.
+A sample is a sequence of tokens plus a mark on those that the policy chose: the scored ones. Other
+tokens, such as the output of a tool, are context for what follows them. Only scored tokens have
+log-probs, values, rewards, advantages and losses, and only they are counted.
+
+Letters: n prompts, G samples each, R = n G responses, M scored tokens of all of them.
 """
 
 import json
@@ -17,227 +21,342 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 
 from config import RolloutConfig
-from data.dataset import Dataset, Prompts, from_trees
+from data.dataset import Dataset, Prompts, from_trees, load_prompts
 from data.templates import Template
-from data.trees import make_batch
 from model import GPT
 from parallel import Mesh
-from pipeline import pipeline
 from sampling.rewards import Reward, leader
 from sampling.sampler import Sample, generate
 from sampling.server import Server
 from weights.folder import load_model, save_model
 
-# (prompts of token ids, a seed for each of their samples, samples a prompt, temperature) -> samples, prompt by prompt.
+# (prompts as token ids, a seed per sample, samples per prompt, temperature) -> samples by prompt.
 Sampler = Callable[[list[list[int]], list[int], int, float], list[Sample]]
-SHOWN = 4  # prompts of a step whose samples are logged
+LOGGED_PROMPTS = 4  # of a step: their samples go to OUT/samples.jsonl
 
 
 @dataclass
 class Rollout:
-    """Samples of a step with their rewards, in the order of the prompts; the same on every rank."""
+    """The samples of a step with their rewards, prompt by prompt; the same on every rank."""
 
     prompts: Prompts  # n
     samples: list[Sample]  # R
     texts: list[str]  # R
-    rewards: np.ndarray  # (R,) fp64, the penalty for not ending taken off
+    rewards: np.ndarray  # (R,) fp64, less --no-eos-penalty where a response did not end
     ended: np.ndarray  # (R,) bool
-    data: Dataset  # n trees; token column `place` counts the M sampled tokens
-    seconds: dict[str, float]  # rollout: drawing, scoring: rewards
+    data: Dataset  # n trees; token column `token_index` numbers the M scored tokens
+    seconds: dict[str, float]  # by phase: rollout, scoring, and what `lap` adds
+    lap_started: float = 0.0  # when the last phase ended
 
     @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each response, (R,)."""
-        return self.data.response_len
+    def scored_lengths(self) -> np.ndarray:
+        """Scored tokens of each response, (R,) int64."""
+        return self.data.scored_len
 
     @property
     def logps(self) -> np.ndarray:
-        """Log-probs that the sampler reports, (M,) fp64; NaN where a server does not."""
-        return np.concatenate([np.asarray(s.logps, np.float64) for s in self.samples])
+        """Log-probs of the scored tokens as the sampler reports them, (M,) fp64; NaN if unknown."""
+        logps = np.concatenate([np.asarray(s.logps, np.float64) for s in self.samples])
+        marks = np.concatenate([scored_marks(s) for s in self.samples])
+        return logps[marks == 1]
+
+    def tokens(self, config: RolloutConfig) -> int:
+        """Return the tokens of all trees, what one pass of training computes."""
+        return int(self.data.tree_lengths(config.share_prompts).sum())
 
     def metrics(self) -> dict[str, float]:
-        """Means over the samples."""
-        groups = self.rewards.reshape(len(self.prompts.ids), -1)
-        alike = {
-            "frac_reward_zero_std": float((np.ptp(groups, 1) == 0).mean())
-        }  # groups that teach nothing
-        return {
+        """Return means over the samples, under the names of metrics.jsonl."""
+        row = {
             "reward": self.rewards.mean().item(),
             "reward_std": self.rewards.std().item(),
-            **(alike if groups.shape[1] > 1 else {}),
-            "completions/mean_length": self.lengths.mean().item(),
-            "completions/ended": self.ended.mean().item(),
         }
+        groups = self.rewards.reshape(len(self.prompts.ids), -1)  # (n, G)
+        if groups.shape[1] > 1:  # a group of equal rewards teaches nothing
+            row["frac_reward_zero_std"] = float((np.ptp(groups, 1) == 0).mean())
+        row["completions/mean_length"] = self.data.response_len.mean().item()
+        row["completions/ended"] = self.ended.mean().item()
+        return row
+
+    def lap(self, phase: str) -> None:
+        """Add the time since the last phase ended to `phase`."""
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.lap_started
+        self.lap_started = now
+
+    def throughput(self, training_tokens: int, config: RolloutConfig) -> dict[str, float]:
+        """Return seconds and tokens per second of each phase, under the names of metrics.jsonl.
+
+        The rollout counts sampled tokens, scoring the tokens of all trees, training
+        `training_tokens`.
+        """
+        tokens = {
+            "rollout": int(self.scored_lengths.sum()),
+            "scoring": self.tokens(config),
+            "training": training_tokens,
+        }
+        row = {}
+        for phase, seconds in self.seconds.items():
+            row[f"{phase}_seconds"] = seconds
+            row[f"{phase}_tokens_per_second"] = tokens[phase] / seconds
+        return row
+
+
+def validate(config: RolloutConfig) -> None:
+    """Raise ValueError for flags that no training from samples can run with."""
+    if config.rollout_url and not config.rollout_reload:
+        raise ValueError(
+            "--rollout-url without --rollout-reload would sample from the initial weights forever: "
+            "give the command that loads new weights"
+        )
+    if config.temperature <= 0:
+        raise ValueError(
+            f"--temperature must be above 0, not {config.temperature}: the policy has to explore"
+        )
+
+
+# ---- prompts ---------------------------------------------------------------------------------
+
+
+def load(files: list[str], template: Template, config: RolloutConfig) -> Prompts | None:
+    """Load the prompts of JSONL files, leaving room for a response; None if there are no files."""
+    if not files:
+        return None
+    longest = config.max_length - config.max_new_tokens
+    return load_prompts(files, template, longest, config.overlong, config.max_bad_rows)
+
+
+def tree_limits(prompts: Prompts, config: RolloutConfig) -> np.ndarray:
+    """Return how many tokens each prompt and its samples may have, (n,)."""
+    group = config.group_size
+    copies = 1 if config.share_prompts else group
+    return np.array([copies * len(ids) + group * config.max_new_tokens for ids in prompts.ids])
+
+
+def check_fits(prompts: Prompts, config: RolloutConfig) -> None:
+    """Raise ValueError if a prompt with all samples at full length would exceed a micro-batch.
+
+    Otherwise the run would fail later, at the first step with such samples.
+    """
+    longest = int(tree_limits(prompts, config).max())
+    if longest > config.max_tokens:
+        raise ValueError(
+            f"a prompt and its {config.group_size} samples may have {longest} tokens, more than a "
+            f"micro-batch of {config.max_tokens}: raise --max-tokens to {longest}, or lower "
+            "--max-new-tokens or --group-size"
+        )
+
+
+# ---- sampling --------------------------------------------------------------------------------
 
 
 def seeds(seed: int, step: int, n: int, group: int) -> list[int]:
-    """A seed for each sample of step `step` (from 1; 0 is the evaluation), n prompts with `group` samples each."""
-    places = [(i, k) for i in range(n) for k in range(group)]
+    """Return a seed for each of `group` samples to each of n prompts, prompt by prompt.
+
+    step: from 1; 0 is the evaluation. A seed depends on (seed, step, prompt, sample) alone.
+    """
     return [
-        int(np.random.SeedSequence([seed, step, *at]).generate_state(1, np.uint64)[0] >> 1)
-        for at in places
+        int(np.random.SeedSequence([seed, step, i, k]).generate_state(1, np.uint64)[0] >> 1)
+        for i in range(n)
+        for k in range(group)
     ]
 
 
-def local(model: GPT, template: Template, config: RolloutConfig) -> Sampler:
-    """Samples from the model itself, as its weights are when it is called."""
+def local_sampler(model: GPT, template: Template, config: RolloutConfig) -> Sampler:
+    """Return a sampler that draws from a model in this process, with its current weights."""
 
     def sample(ids: list[list[int]], seeds: list[int], n: int, temperature: float) -> list[Sample]:
         return generate(
-            model, ids, config.max_new_tokens, temperature, stop_ids=template.stop_ids,
-            batch_size=config.rollout_batch, n=n, seeds=seeds,
-        )  # fmt: skip
+            model,
+            ids,
+            config.max_new_tokens,
+            temperature,
+            stop_ids=template.stop_ids,
+            batch_size=config.rollout_batch,
+            n=n,
+            seeds=seeds,
+        )
 
     return sample
 
 
-def sampler(
-    model: GPT, template: Template, config: RolloutConfig, server: "Server | None" = None
+def make_sampler(
+    model: GPT, template: Template, config: RolloutConfig, server: Server | None = None
 ) -> Sampler:
-    """What draws samples of the policy as it is now; collective. Only a `leader`'s samples mean anything.
+    """Return a sampler that draws from the policy with its current weights. Collective.
 
-    A server is given the new weights (with --rollout-reload). With pipeline stages no rank has a model to sample from:
-    the leaders load all of it, by way of OUT/rollout, for as long as they sample. Where it is too large, take a server.
+    Only a `leader`'s samples count. A server receives the weights first (with --rollout-reload).
+    With pipeline stages no rank has a whole model to sample from: the leaders load one, by way of
+    OUT/rollout, for as long as they sample. If that does not fit, use a server.
     """
     mesh = model.mesh
     if server is None and mesh.pp == 1:
-        return local(model, template, config)
+        return local_sampler(model, template, config)
+    folder = Path(config.out).resolve() / "rollout"
     if server is None or config.rollout_reload:
-        folder = Path(config.out).resolve() / "rollout"
         save_model(model, folder, config.model, template)
-        if server:
-            mesh.ask(lambda: server.reload(folder))
+    if server and config.rollout_reload:
+        mesh.ask(lambda: server.reload(folder))
     if not leader(mesh):
         return lambda ids, seeds, n, temperature: []
-    return (
-        server.sample
-        if server
-        else local(load_model(folder, model.dtype, model.device), template, config)
-    )
+    if server:
+        return server.sample
+    return local_sampler(load_model(folder, model.dtype, model.device), template, config)
 
 
 def collect(
-    prompts: Prompts, sample: Sampler, reward: Reward, template: Template, config: RolloutConfig, mesh: Mesh,
-    seeds: list[int], temperature: float,
-) -> Rollout:  # fmt: skip
-    """Draws and scores samples of some prompts, as many for each as there are seeds for it. Collective."""
-    started = time.perf_counter()
-    n, group = len(prompts.ids), len(seeds) // len(prompts.ids)
-    mine = list(range(mesh.dp_rank, n, mesh.dp))
-    drawn = []
-    if mine:
-        own = [seeds[i * group + k] for i in mine for k in range(group)]
-        drawn = sample([prompts.ids[i] for i in mine], own, group, temperature)
-    samples = _exchange(mesh, [i * group + k for i in mine for k in range(group)], drawn)
-    texts = [template.tokenizer.decode(s.tokens).strip() for s in samples]
-    drew = time.perf_counter()
-
-    found = []
-    if mine:
-        own = [i * group + k for i in mine for k in range(group)]
-        repeated = [i for i in mine for _ in range(group)]
-        found = reward(
-            [prompts.prompts[i] for i in repeated], [texts[i] for i in own], [prompts.rows[i] for i in repeated],
-            trees([prompts.ids[i] for i in mine], [samples[i] for i in own]),
-        ).tolist()  # fmt: skip
-    rewards = np.array(_exchange(mesh, [i * group + k for i in mine for k in range(group)], found))
-    ended = np.array([s.ended for s in samples])
-    data = trees(prompts.ids, samples)
-    data.add_tokens("place", np.arange(len(data.scored[data.scored == 1])))
-    seconds = {"rollout": drew - started, "scoring": time.perf_counter() - drew}
-    return Rollout(
-        prompts, samples, texts, rewards - config.no_eos_penalty * ~ended, ended, data, seconds
-    )
-
-
-def _exchange(mesh: Mesh, places: list[int], values: list) -> list:
-    """The values of all ranks, in the order of their places. Of ranks that share examples the leader's count."""
-    parts = mesh.everyone(dict(zip(places, values)) if leader(mesh) else {})
-    return [
-        value
-        for _, value in sorted(
-            (item for part in parts for item in part.items()), key=lambda item: item[0]
-        )
-    ]
-
-
-def trees(prompts: list[list[int]], samples: list[Sample]) -> Dataset:
-    """Prompts and their samples, side by side, as a data set in memory; every sampled token is scored."""
-    group = len(samples) // len(prompts)
-    return from_trees(
-        (ids, [(s.tokens, [1] * len(s.tokens)) for s in samples[i * group : (i + 1) * group]])
-        for i, ids in enumerate(prompts)
-    )
-
-
-@torch.no_grad()
-def token_logps(
-    model: GPT, data: Dataset, bins: list[list[int]], config: RolloutConfig
-) -> np.ndarray:
-    """Log-prob of every sampled token under a model, (M,) fp64, by the path that training takes; collective.
-
-    bins: this rank's micro-batches. Those of the first update give the very bits that its forward pass will.
-    """
-    found = torch.zeros(int(data.scored.sum()), dtype=torch.float64)
-    batches = (make_batch(data, items, config.share_prompts) for items in bins)
-    for batch, hidden in pipeline(model, batches):
-        logps = model.logps(hidden, batch, config.temperature)
-        found[batch.token_columns["place"].cpu()] = logps.double().cpu()
-    return model.mesh.sum(found).numpy()  # a token lies on one rank only, the others have 0 there
-
-
-def evaluate(
     prompts: Prompts,
     sample: Sampler,
     reward: Reward,
     template: Template,
     config: RolloutConfig,
     mesh: Mesh,
+    seeds: list[int],
+    temperature: float,
+) -> Rollout:
+    """Draw and score samples of some prompts, one per seed and equally many per prompt. Collective.
+
+    Each rank draws and scores those of its share of the prompts; every rank returns all of them.
+    """
+    started = time.perf_counter()
+    n = len(prompts.ids)
+    group = len(seeds) // n
+    mine = list(range(mesh.dp_rank, n, mesh.dp))  # this rank's prompts
+    places = [i * group + k for i in mine for k in range(group)]  # of their samples among all R
+    drawn = []
+    if mine:
+        own_seeds = [seeds[place] for place in places]
+        drawn = sample([prompts.ids[i] for i in mine], own_seeds, group, temperature)
+    samples = _exchange(mesh, places, drawn)
+    texts = [template.tokenizer.decode(s.tokens).strip() for s in samples]
+    sampled = time.perf_counter()
+
+    scores = []
+    if mine:
+        repeated = [place // group for place in places]
+        scores = reward(
+            [prompts.prompts[i] for i in repeated],
+            [texts[place] for place in places],
+            [prompts.rows[i] for i in repeated],
+            trees([prompts.ids[i] for i in mine], [samples[place] for place in places]),
+        ).tolist()
+    rewards = np.array(_exchange(mesh, places, scores))  # (R,)
+    ended = np.array([s.ended for s in samples])  # (R,)
+    data = trees(prompts.ids, samples)
+    data.add_tokens("token_index", np.arange(data.scored_len.sum()))
+    scored = time.perf_counter()
+    return Rollout(
+        prompts,
+        samples,
+        texts,
+        rewards - config.no_eos_penalty * ~ended,
+        ended,
+        data,
+        seconds={"rollout": sampled - started, "scoring": scored - sampled},
+        lap_started=scored,
+    )
+
+
+def _exchange(mesh: Mesh, places: list[int], values: list) -> list:
+    """Return the values of all ranks in the order of their places; only leaders' values count."""
+    parts = mesh.everyone(dict(zip(places, values)) if leader(mesh) else {})
+    by_place = {place: value for part in parts for place, value in part.items()}
+    return [by_place[place] for place in sorted(by_place)]
+
+
+def draw(
+    prompts: Prompts,
+    step: int,
+    model: GPT,
+    reward: Reward,
+    template: Template,
+    config: RolloutConfig,
+    server: Server | None,
+) -> Rollout:
+    """Draw and score the samples of training step `step` (from 1) from the policy. Collective."""
+    sample = make_sampler(model, template, config, server)
+    own_seeds = seeds(config.seed, step, len(prompts.ids), config.group_size)
+    return collect(
+        prompts, sample, reward, template, config, model.mesh, own_seeds, config.temperature
+    )
+
+
+def evaluate(
+    prompts: Prompts,
+    model: GPT,
+    reward: Reward,
+    template: Template,
+    config: RolloutConfig,
+    server: Server | None,
 ) -> tuple[dict[str, float], Rollout]:
-    """Mean reward of one sample to each prompt at --eval-temperature, under eval/; the same draws every time."""
-    own = seeds(config.seed, 0, len(prompts.ids), 1)
-    found = collect(prompts, sample, reward, template, config, mesh, own, config.eval_temperature)
-    return {f"eval/{name}": value for name, value in found.metrics().items()}, found
+    """Draw and score one sample per prompt at --eval-temperature, with the same seeds every time.
+
+    Returns the metrics, under eval/, and the samples. Collective.
+    """
+    sample = make_sampler(model, template, config, server)
+    own_seeds = seeds(config.seed, 0, len(prompts.ids), 1)
+    samples = collect(
+        prompts, sample, reward, template, config, model.mesh, own_seeds, config.eval_temperature
+    )
+    return {f"eval/{name}": value for name, value in samples.metrics().items()}, samples
 
 
-def check(prompts: Prompts, config: RolloutConfig) -> None:
-    """ValueError where a prompt with all its samples at their longest would fit no micro-batch: it would fail later."""
-    longest = max(map(len, prompts.ids)) + config.group_size * config.max_new_tokens
-    if not config.share_prompts:
-        longest += (config.group_size - 1) * max(map(len, prompts.ids))
-    if longest > config.max_tokens:
+def scored_marks(sample: Sample) -> list[int]:
+    """Return 1 for each token that the policy chose, else 0. ValueError if it chose none."""
+    marks = sample.scored if sample.scored is not None else [1] * len(sample.tokens)
+    if len(marks) != len(sample.tokens) or not any(marks):
         raise ValueError(
-            f"a prompt and its {config.group_size} samples may have {longest} tokens, more than a micro-batch of "
-            f"{config.max_tokens}: raise --max-tokens to {longest}, or lower --max-new-tokens or --group-size"
+            f"a sample of {len(sample.tokens)} tokens has {len(marks)} marks, {sum(marks)} of them "
+            "scored: mark every token, and at least one as the policy's"
         )
+    return marks
 
 
-def log_samples(out: str, step: int, found: Rollout) -> None:
-    """Appends the samples of the first prompts of a step to OUT/samples.jsonl."""
-    group = len(found.samples) // len(found.prompts.ids)
-    with open(Path(out) / "samples.jsonl", "a", encoding="utf-8") as file:
-        for i in range(min(len(found.samples), SHOWN * group)):
+def trees(prompts: list[list[int]], samples: list[Sample]) -> Dataset:
+    """Return prompts and their samples, side by side, as a data set in memory."""
+    group = len(samples) // len(prompts)
+    return from_trees(
+        (ids, [(s.tokens, scored_marks(s)) for s in samples[i * group : (i + 1) * group]])
+        for i, ids in enumerate(prompts)
+    )
+
+
+# ---- OUT/samples.jsonl -----------------------------------------------------------------------
+
+
+def log_samples(samples: Rollout, step: int, config: RolloutConfig, mesh: Mesh) -> None:
+    """Append the samples of a step's first prompts to OUT/samples.jsonl, if they are due."""
+    every = config.log_samples
+    if not mesh.main or not every or (step != 1 and step % every):
+        return
+    group = len(samples.samples) // len(samples.prompts.ids)
+    with open(Path(config.out) / "samples.jsonl", "a", encoding="utf-8") as file:
+        for i in range(min(len(samples.samples), LOGGED_PROMPTS * group)):
             row = {
                 "step": step,
-                "prompt": found.prompts.prompts[i // group],
-                "response": found.texts[i],
+                "prompt": samples.prompts.prompts[i // group],
+                "response": samples.texts[i],
+                "reward": samples.rewards[i].item(),
+                "ended": samples.samples[i].ended,
             }
-            row |= {"reward": found.rewards[i].item(), "ended": found.samples[i].ended}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def forget_samples(out: str, step: int) -> None:
-    """Drops logged samples of steps that a resumed run takes again."""
-    path = Path(out) / "samples.jsonl"
-    if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        path.write_text("".join(kept), encoding="utf-8")
+def drop_samples_after(step: int, config: RolloutConfig, mesh: Mesh) -> None:
+    """Drop logged samples of later steps, which a resumed run repeats, and a half-written row."""
+    path = Path(config.out) / "samples.jsonl"
+    if not mesh.main or not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    path.write_text("".join(kept), encoding="utf-8")
 
 
-# ---- a server --------------------------------------------------------------------------------------------------------
+def print_samples(samples: Rollout, n: int, say: Callable[[str], Any]) -> None:
+    """Print the first n prompts and responses of an evaluation."""
+    for prompt, text in list(zip(samples.prompts.prompts, samples.texts))[:n]:
+        say(f"  prompt  {str(prompt)[-300:]!r}\n  answer  {text!r}")

@@ -36,12 +36,14 @@ class Sample(NamedTuple):
     policy_logps  log-prob of each token under the policy itself: temperature 1, no filters
     ended         True if an end token or a stop text ended it, False if it was cut: by
                   max_new_tokens or for repeating itself
+    scored        1 for each token that the policy chose, 0 for others (tool output); None: all 1
     """
 
     tokens: list[int]
     logps: list[float]
     policy_logps: list[float]
     ended: bool
+    scored: list[int] | None = None
 
 
 # ---- rows and the samples in them ----------------------------------------------------------------
@@ -250,7 +252,7 @@ def generate(
     seed: int = 0,
     batch_size: int = 64,
     n: int = 1,
-    seeds: Sequence[int] | None = None,
+    seeds: Sequence[int | list[int]] | None = None,
     stop_texts: Collection[str] = (),
     decode: Callable[[list[int]], str] | None = None,
     no_repeat: int = 0,
@@ -321,7 +323,7 @@ def _validate(
     top_p: float,
     batch_size: int,
     n: int,
-    seeds: Sequence[int] | None,
+    seeds: Sequence[int | list[int]] | None,
     no_repeat: int,
 ) -> None:
     """Raise ValueError for the first argument of `generate` that is out of range."""

@@ -1,14 +1,9 @@
-"""Scores of answers under a reward model: rows in, rows with their scores out.
+"""Scores of responses under a model: the library of score.py, reward models and SteerLM.
 
-    python score.py --model rm/final --data answers.jsonl --out scored.jsonl
-    python score.py --model dpo/final --ref sft/final --data answers.jsonl --out likely.jsonl
+A reward model's score is read at the response's last token and does not depend on what else is in
+the batch. The responses to one prompt share its computation.
 
-{prompt, response} gains "score" (a model of attributes: "scores": {helpfulness: 3.1, ...}); {prompt, responses: [...]}
-a list of them; {prompt, chosen, rejected} gains "chosen_reward" and "rejected_reward", which train_dpo.py's rpo losses
-and train_rm.py's margins read. A score is read at the response's last token and does not depend on what else is in the
-batch. One prompt's answers share its computation.
-
-Letters: R responses, A outputs of the model.
+Letters: A outputs of the model.
 """
 
 import sys
@@ -37,10 +32,10 @@ Answers = tuple[str | list, list]  # a prompt and its responses, text or message
 def score(
     model: GPT, template: Template, answers: list[Answers], max_tokens: int = 8192
 ) -> list[np.ndarray]:
-    """Scores of every response to every prompt: a list of (responses, A) arrays, fp32 at least.
+    """Score every response to every prompt: one (responses, A) array per prompt, fp32 or fp64.
 
-    Of a language model, which scores nothing, it is log P(response | prompt): (responses,) arrays. Trees are packed
-    into flat rows of at most max_tokens tokens (more where a single tree has more).
+    A language model has no scores and gives log P(response | prompt): (responses,) arrays. Trees
+    are packed into flat rows of at most max_tokens tokens, or more where a single tree has more.
     """
     trees = from_trees(template.pair(prompt, responses)[:2] for prompt, responses in answers)
     return score_trees(model, trees, max_tokens)
@@ -48,20 +43,20 @@ def score(
 
 @torch.no_grad()
 def score_trees(model: GPT, data: Dataset, max_tokens: int = 8192) -> list[np.ndarray]:
-    """`score` of trees of token ids, as they are. With pipeline stages the last one has them, the others nothing."""
+    """Score trees of token ids as `score` does. Only the last pipeline stage has scores."""
     scores = [np.empty(0)] * len(data)
     lengths = data.tree_lengths()
     bins = pack(lengths, max(max_tokens, int(lengths.max())))
-    batches = (
-        make_batch(data, items) for items in tqdm(bins, "scoring", disable=None, leave=False)
-    )
+    shown = tqdm(bins, "scoring", disable=None, leave=False)
+    batches = (make_batch(data, items) for items in shown)
     for batch, hidden in pipeline(model, batches):
         if model.c.outputs:
-            found = model.score(hidden, batch, batch.last)
+            batch_scores = model.score(hidden, batch, batch.last)  # (R, A)
         else:
-            found = batch.sum_by_response(model.logps(hidden, batch))
-        sizes = [int(data.response_start[i + 1] - data.response_start[i]) for i in batch.examples]
-        for i, part in zip(batch.examples, np.split(found.cpu().numpy(), np.cumsum(sizes)[:-1])):
+            batch_scores = batch.sum_by_response(model.logps(hidden, batch))  # (R,)
+        sizes = np.diff(data.response_start)[batch.examples]  # responses of each tree
+        parts = np.split(batch_scores.cpu().numpy(), np.cumsum(sizes)[:-1])
+        for i, part in zip(batch.examples, parts):
             scores[i] = part
     return scores
 
@@ -72,36 +67,44 @@ def load_scorer(
     device: torch.device | str,
     mesh: Mesh = Mesh(),  # noqa: B008 - a mesh of one never changes
 ) -> tuple[GPT, tuple[str, ...]]:
-    """A reward model and the names of its outputs; warns where transformers would read its scores elsewhere."""
+    """Load a reward model and the names of its outputs.
+
+    Warns where transformers would read its scores at another token.
+    """
     model = load_model(folder, dtype, device, scores=(), mesh=mesh)
-    raw, tokenizer = model.hf_config, load_tokenizer(folder)
-    if raw.get("pad_token_id") is not None and raw["pad_token_id"] in tokenizer.stops:
-        print(f"warning: {folder} pads with its end token, so transformers reads scores one token before the end; here "
-              "they are read at the end token, as most reward models are trained", file=sys.stderr)  # fmt: skip
-    return model, score_names(raw)
+    config = model.hf_config
+    pad = config.get("pad_token_id")
+    if pad is not None and pad in load_tokenizer(folder).stops:
+        print(
+            f"warning: {folder} pads with its end token, so transformers reads scores one token "
+            "before the end; here they are read at the end token, as in training",
+            file=sys.stderr,
+        )
+    return model, score_names(config)
 
 
 def all_answers(
     rows: list[dict], template: Template, file: str
 ) -> tuple[list[dict], list[Answers]]:
-    """Rows of a file that can be scored, and their prompts and responses.
+    """Return the rows that can be scored, and their prompts and responses.
 
-    Rows that the template cannot take (a sampler may have said nothing) are counted, reported and left out.
-    ValueError names a row without prompt or response, or the file where nothing is left.
+    Rows that the template refuses (an empty response, for example) are counted and left out.
+    ValueError names a row without prompt or response, or the file if no row is left.
     """
-    kept, answers, reasons = [], [], Counter()
+    kept, answers = [], []
+    reasons: Counter[str] = Counter()
     for number, row in enumerate(rows, 1):
         try:
-            found = answers_of(row, template.plain)
+            answer = answers_of(row, template.plain)
         except ValueError as error:
             raise ValueError(f"row {number} of {file}: {error}") from None
         try:
-            template.pair(*found)
+            template.pair(*answer)
         except ValueError as error:
             reasons[str(error)] += 1
             continue
         kept.append(row)
-        answers.append(found)
+        answers.append(answer)
     for reason, n in reasons.items():
         print(f"{file}: {n} of {len(rows)} rows left out: {reason}")
     if not answers:
@@ -112,31 +115,24 @@ def all_answers(
 def annotate(
     folder: str,
     answers: list[Answers],
-    template: str,
+    template_name: str,
     max_tokens: int,
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> list[dict]:
-    """Rows {prompt, response, attributes} with an attribute model's predictions, whole numbers from 0 to 4.
+    """Predict attributes with an attribute model: rows {prompt, response, attributes}.
 
-    Several responses to a prompt make {prompt, responses: [...], attributes: [...]}.
+    Predictions are rounded to whole numbers from 0 to 4. Several responses to a prompt make one row
+    {prompt, responses: [...], attributes: [...]}.
     """
     model, names = load_scorer(folder, dtype, device)
     known_attributes(names)
+    template = Template(template_name, load_tokenizer(folder))
     rows = []
-    for (prompt, responses), found in zip(
-        answers, score(model, Template(template, load_tokenizer(folder)), answers, max_tokens)
-    ):
-        values = [dict(zip(names, map(attributes.whole, one))) for one in found.tolist()]
-        several = {"responses": responses, "attributes": values}
-        rows.append(
-            {
-                "prompt": prompt,
-                **(
-                    several
-                    if len(responses) > 1
-                    else {"response": responses[0], "attributes": values[0]}
-                ),
-            }
-        )
+    for (prompt, responses), scores in zip(answers, score(model, template, answers, max_tokens)):
+        values = [dict(zip(names, map(attributes.whole, one))) for one in scores.tolist()]
+        if len(responses) > 1:
+            rows.append({"prompt": prompt, "responses": responses, "attributes": values})
+        else:
+            rows.append({"prompt": prompt, "response": responses[0], "attributes": values[0]})
     return rows

@@ -2,7 +2,7 @@
 
 Every key must be known. A key that changes the arithmetic is either computed exactly or refused by
 name, because a model that is computed wrongly would train without a complaint. Keys that change
-nothing (IDLE_KEYS) are ignored. Where transformers has a default for a missing key, it is used here.
+nothing (IDLE_KEYS) are ignored. Optional keys have transformers' defaults.
 
     {"model_type": "llama", "hidden_size": 64, ...}   -> GPTConfig(family="llama", width=64, ...)
     {..., "logit_scale": 2.0}                          -> ValueError: unknown option logit_scale
@@ -28,8 +28,8 @@ ARCHITECTURES = {
 IDLE_KEYS = set(
     "_name_or_path architectures model_type torch_dtype dtype transformers_version use_cache "
     "bos_token_id eos_token_id pad_token_id initializer_range max_position_embeddings id2label "
-    "label2id problem_type return_dict output_attentions output_hidden_states chunk_size_feed_forward "
-    "classifier_dropout is_encoder_decoder is_decoder max_window_layers "
+    "label2id problem_type return_dict output_attentions output_hidden_states "
+    "chunk_size_feed_forward classifier_dropout is_encoder_decoder is_decoder max_window_layers "
     "_attn_implementation_autoset attn_implementation".split()
 )
 # Keys that change the arithmetic unless they have one of these values.
@@ -251,7 +251,7 @@ def _windows(options: _Options, family: str, layers: int) -> tuple[int, ...]:
 
 
 def _check_rest(options: _Options, raw: dict, family: str) -> None:
-    """Raise ValueError for the first key that nothing has read and that may change the arithmetic."""
+    """Raise ValueError for the first unread key that may change the arithmetic."""
     for key, values in SUPPORTED_VALUES.items():
         if options.take(key, values[0]) not in values:
             raise ValueError(

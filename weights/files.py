@@ -1,4 +1,4 @@
-"""The weight files of a Hugging Face folder: single or sharded safetensors, which cannot run code."""
+"""Weight files of a Hugging Face folder: single or sharded safetensors, which cannot run code."""
 
 import hashlib
 from pathlib import Path

@@ -1,8 +1,8 @@
 """Hugging Face folder <-> model: weights are read one at a time and written atomically.
 
-Every rank reads only its stage's weights, and of those only the slices it holds. An architecture, an
-option or a weight that plumb does not know is refused by name: what is not computed exactly must not
-be computed silently.
+Every rank reads only its stage's weights, and of those only the slices it holds. An architecture,
+an option or a weight that plumb does not know is refused by name: what is not computed exactly must
+not be computed silently.
 """
 
 import json
@@ -45,8 +45,8 @@ def load_model(
     scores: None loads a language model; () a reward model with the outputs it has; names a reward
     model with just these, whose score head starts at zero where the folder is a language model's
     (so that every first score is 0). The model keeps the raw config.json as `hf_config`.
-    ValueError names a weight that is missing, unknown or of the wrong shape, or says that the folder
-    holds another kind of model.
+    ValueError names a weight that is missing, unknown or of the wrong shape, or says that the
+    folder holds another kind of model.
     """
     c, raw = read_config(folder)
     _check_kind(folder, score_names(raw), scores)
@@ -175,9 +175,10 @@ def save_model(
 ) -> None:
     """Write a Hugging Face folder that transformers and vLLM load; whole, or not at all.
 
-    tokenizer_from: folder whose tokenizer files and generation_config.json are copied. template: the
-    chat template of the training, so that whoever serves the folder uses it and stops where it does.
-    Every rank calls it and writes its share of the files. OSError, the same on every rank: the fix.
+    tokenizer_from: folder whose tokenizer files and generation_config.json are copied. template:
+    the chat template of the training, so that whoever serves the folder uses it and stops where it
+    does. Every rank calls it and writes its share of the files. OSError, the same on every rank:
+    the fix.
     """
     folder = Path(folder)
     partial, mesh = folder.with_name(f".{folder.name}.partial"), model.mesh
@@ -283,7 +284,7 @@ def _stage_of(name: str, model: GPT) -> int:
 
 
 def _write_weights(model: GPT, folder: Path) -> str:
-    """Write this rank's share of the weight files. Returns an error message, "" where all went well."""
+    """Write this rank's share of the weight files. Return an error message, "" if all went well."""
     mesh, problem = model.mesh, ""
     for i, (stage, names, file) in enumerate(_weight_plan(model)):
         # A file is gathered by the tensor ranks of one replica, and written by one of them.

@@ -1,7 +1,7 @@
 """The weight table: one row a module, our path | its path in a Hugging Face folder, read both ways.
 
-A weight's name on disk is the row of the longest prefix of its own name, followed by the rest: under
-("blocks.{i}.mixer", "model.layers.{i}.self_attn") the weight blocks.3.mixer.scale is
+A weight's name on disk is the row of the longest prefix of its own name, followed by the rest:
+under ("blocks.{i}.mixer", "model.layers.{i}.self_attn") the weight blocks.3.mixer.scale is
 model.layers.3.self_attn.scale. So a weight that a layer newly declares needs no row of its own.
 """
 

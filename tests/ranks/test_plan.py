@@ -1,5 +1,6 @@
-"""plan.py: what it counts is what parallel.py allocates and sends, byte for byte; what it models is in order."""
+"""Planned bytes equal allocated and sent bytes exactly; estimates are ordered right."""
 
+import dataclasses
 import multiprocessing
 import shlex
 import traceback
@@ -11,53 +12,58 @@ import torch.distributed as dist
 from conftest import dataset_of
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+import footprint
 import parallel
 import pipeline
 import plan
 import train_dpo
 from config import parse
 from data.trees import make_batch
+from footprint import Layout
 from model import GPT, GPTConfig, parameter_count
 from optimizer import AdamW, Bucket
-from plan import Layout, Plan
+from plan import Plan
 
 GIB = 2**30
 # Nothing divides: 101 tokens, 3 key/value heads, 50 columns of MLP, 5 layers.
 ODD = GPTConfig("llama", vocab=101, width=24, layers=5, heads=6, kv_heads=3, head_size=4, ffn=50)
-TIED = GPTConfig("qwen2", vocab=60, width=16, layers=3, heads=4, kv_heads=2, head_size=4, ffn=30, tied=True,
-                 qkv_bias=True)  # fmt: skip
-NEOX = GPTConfig("gpt_neox", vocab=50, width=16, layers=2, heads=4, kv_heads=4, head_size=4, ffn=32, norm="layer",
-                 mlp="gelu", qkv_bias=True, out_bias=True, mlp_bias=True, parallel_residual=True)  # fmt: skip
-REWARD = GPTConfig("qwen3", vocab=50, width=16, layers=3, heads=4, kv_heads=2, head_size=6, ffn=30, outputs=2,
-                   qk_norm=True)  # fmt: skip
-
-
-def seven(layers: int = 32, **more) -> GPTConfig:
-    """Llama 2 7B."""
-    sizes = {
-        "vocab": 32000,
-        "width": 4096,
-        "heads": 32,
-        "kv_heads": 32,
-        "head_size": 128,
-        "ffn": 11008,
-    }
-    return GPTConfig("llama", layers=layers, **{**sizes, **more})
-
-
+SMALL = {"width": 16, "heads": 4}
+TIED = GPTConfig(
+    "qwen2", vocab=60, layers=3, kv_heads=2, head_size=4, ffn=30, tied=True, qkv_bias=True, **SMALL
+)
+BIASES = {"qkv_bias": True, "out_bias": True, "mlp_bias": True}
+NEOX = GPTConfig(
+    "gpt_neox",
+    vocab=50,
+    layers=2,
+    kv_heads=4,
+    head_size=4,
+    ffn=32,
+    norm="layer",
+    mlp="gelu",
+    parallel_residual=True,
+    **SMALL,
+    **BIASES,
+)
+REWARD = GPTConfig(
+    "qwen3", vocab=50, layers=3, kv_heads=2, head_size=6, ffn=30, outputs=2, qk_norm=True, **SMALL
+)
+SEVEN = GPTConfig(
+    "llama", vocab=32000, width=4096, layers=32, heads=32, kv_heads=32, head_size=128, ffn=11008
+)  # Llama 2 7B
 SEVENTY = GPTConfig(
     "llama", vocab=32000, width=8192, layers=80, heads=64, kv_heads=8, head_size=128, ffn=28672
-)
+)  # Llama 2 70B
 
 
 @pytest.fixture
 def small_buckets(monkeypatch):
-    """Buckets of 1152 elements, so that tiny models fill several, and out, v and k of ODD fill one to the brim."""
+    """Set buckets to 1152 elements: tiny models fill several, and out, v and k of ODD just one."""
     monkeypatch.setattr("optimizer.BUCKET", 1152)
 
 
 def pretend(layout: Layout, rank: int):
-    """The mesh of one rank of many, in a single process; c10d's fake backend answers for the others."""
+    """Return the mesh of one rank in a single process; a fake backend stands in for the others."""
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world)
     return parallel.grid(rank, layout.pp, layout.dp, layout.cp, layout.tp)
 
@@ -79,10 +85,10 @@ def pretend(layout: Layout, rank: int):
         (REWARD, Layout(pp=3, cp=2)),
     ],
 )
-def test_memory_is_that_of_the_real_buffers(
+def test_planned_memory_equals_the_optimizer_buffers(
     c: GPTConfig, layout: Layout, dtype: torch.dtype, small_buckets
 ):
-    """Weights, gradients and optimizer of every rank: the bytes that AdamW's flat buffers have after a step."""
+    """Weights, gradients and optimizer of every rank equal the bytes of AdamW's buffers."""
     for rank in range(layout.world):
         mesh = pretend(layout, rank)
         try:
@@ -107,16 +113,16 @@ def test_memory_is_that_of_the_real_buffers(
                     for x in kept
                     if x.numel()
                 }
-                for pointer, size in stored.items():  # what two views share counts once
+                for pointer, size in stored.items():  # storage that two views share counts once
                     seen[storage.get(pointer, "optimizer")] += size
         finally:
             dist.destroy_process_group()
-        expected = plan.memory(c, layout, rank, 64, 32, dtype=dtype)
+        expected = footprint.memory(c, layout, rank, 64, 32, dtype=dtype)
         assert seen == {kind: expected[kind] for kind in seen}, f"rank {rank}"
 
 
 def test_zero_2_never_holds_all_gradients(small_buckets, monkeypatch):
-    """However many buckets there are, two at most are being summed while a third fills, as plan.memory has it."""
+    """At most two buckets are being reduced while a third fills, as footprint.memory assumes."""
     mesh, held = pretend(Layout(dp=2, zero=2), 0), []
     try:
         model = GPT(ODD, mesh)
@@ -140,18 +146,18 @@ def test_zero_2_never_holds_all_gradients(small_buckets, monkeypatch):
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("c", [ODD, TIED, NEOX, REWARD, seven()])
-def test_every_parameter_is_somewhere_once(c: GPTConfig):
-    """Over all ranks, with copies taken out, the weights are the model's."""
+@pytest.mark.parametrize("c", [ODD, TIED, NEOX, REWARD, SEVEN])
+def test_ranks_together_hold_every_parameter_once(c: GPTConfig):
+    """The sum over all ranks, without replicas, is the model's number of parameters."""
     for tp, pp in ((1, 1), (2, 1), (1, 2), (2, 2)):
         total = 0.0
         for rank in range(tp * pp):
-            for (replicas, _), n in plan._bucket_elements(c, tp, rank % tp, pp, rank // tp):
+            for (replicas, _), n in footprint.bucket_elements(c, tp, rank % tp, pp, rank // tp):
                 total += n / (tp if "tp" in replicas else 1) / (2 if "ends" in replicas else 1)
         assert total == parameter_count(c)
 
 
-# ---- bytes sent ------------------------------------------------------------------------------------------------------
+# ---- bytes sent ----------------------------------------------------------------------------------
 
 TREES = [
     ([1, 2, 3], [[4, 5], [6, 7, 8]]),
@@ -165,7 +171,7 @@ TREES = [
 def one_step(
     c: GPTConfig, layout: Layout, checkpointing: bool, rank: int, store: str, answers
 ) -> None:
-    """In a process of its own: an optimizer step on real collectives, then what was sent and what was foretold."""
+    """Take a step on real collectives; put (rank, bytes sent, bytes planned) in `answers`."""
     try:
         torch.set_num_threads(1)
         dist.init_process_group(
@@ -195,7 +201,11 @@ def one_step(
             rows.append([len(share) for share in shares])
             scored.append([int(torch.isin(index, share).sum()) for share in shares])
         answers.put(
-            (rank, seen, plan.sent(c, layout, rank, rows, scored, torch.float32, checkpointing))
+            (
+                rank,
+                seen,
+                footprint.sent(c, layout, rank, rows, scored, torch.float32, checkpointing),
+            )
         )
         dist.destroy_process_group()
     except BaseException:
@@ -220,15 +230,14 @@ def one_step(
         (REWARD, Layout(cp=2, dp=2, zero=2), False),
     ],
 )
-def test_bytes_sent_are_those_foretold(
+def test_bytes_sent_equal_the_planned_bytes(
     c: GPTConfig, layout: Layout, checkpointing: bool, tmp_path, small_buckets
 ):
-    """Every collective of a step on real processes, by purpose and rank: equal, not about equal."""
+    """Every collective of a step on real processes, by purpose and rank: exactly equal."""
     warm = torch.nn.Parameter(torch.ones(2))
     warm.grad = torch.ones(2)
-    torch.optim.AdamW(
-        [warm], fused=True
-    ).step()  # what is set up at the first step is set up before the fork
+    # The first step initialises torch's optimizer: once here, not in every forked process.
+    torch.optim.AdamW([warm], fused=True).step()
     fork = multiprocessing.get_context("fork")
     answers = fork.Queue()
     processes = [
@@ -249,48 +258,49 @@ def test_bytes_sent_are_those_foretold(
         }, rank
 
 
-# ---- what is modelled ------------------------------------------------------------------------------------------------
+# ---- estimates -----------------------------------------------------------------------------------
 
 
-def test_known_sizes():
-    """ZeRO's arithmetic (arXiv 1910.02054, figure 1, with fp32 gradients); what is known to fit and not to fit."""
-    c = seven()
-    found = plan.memory(c, Layout(dp=64), 0, 8192, 4096)
-    resident = sum(found[kind] for kind in ("weights", "gradients", "optimizer"))
-    assert resident / parameter_count(c) == pytest.approx(2 + 4 + 12 / 64, rel=1e-3)
-    found = plan.memory(c, Layout(dp=64, zero=2), 0, 8192, 4096)
-    resident = sum(found[kind] for kind in ("weights", "gradients", "optimizer"))
-    assert resident / parameter_count(c) == pytest.approx(2 + (4 + 12) / 64, rel=1e-3)
-    fitting, _ = plan.plans(c, Plan(gpus=8, memory=80))
+def test_memory_matches_published_numbers():
+    """Bytes a parameter as in ZeRO (arXiv 1910.02054, figure 1, fp32 gradients); known fits."""
+
+    def bytes_a_parameter(layout: Layout) -> float:
+        kinds = footprint.memory(SEVEN, layout, 0, 8192, 4096)
+        resident = kinds["weights"] + kinds["gradients"] + kinds["optimizer"]
+        return resident / parameter_count(SEVEN)
+
+    assert bytes_a_parameter(Layout(dp=64)) == pytest.approx(2 + 4 + 12 / 64, rel=1e-3)
+    assert bytes_a_parameter(Layout(dp=64, zero=2)) == pytest.approx(2 + (4 + 12) / 64, rel=1e-3)
+    fitting, _ = plan.plans(SEVEN, Plan(gpus=8, memory=80))
     assert Layout(dp=8) in [row.layout for row in fitting]
-    assert not plan.plans(c, Plan(gpus=1, memory=80))[0]  # 18 bytes a parameter are 121 GB
+    assert not plan.plans(SEVEN, Plan(gpus=1, memory=80))[0]  # 18 bytes a parameter are 121 GB
     fitting, others = plan.plans(SEVENTY, Plan(gpus=8, memory=80))
     assert not fitting and others[0].total > 100 * GIB
     assert plan.plans(SEVENTY, Plan(gpus=32, nodes=4, memory=80))[0]
 
 
 def test_every_layout_is_considered_once():
-    """All ways to write 8 as tp x cp x pp x dp that the model can take, those with something to shard twice."""
-    found = plan.candidates(seven(), 8)
-    assert len(found) == len(set(found))
-    assert {(at.tp, at.cp, at.pp, at.dp) for at in found} == {
+    """All possible ways to write 8 as tp x cp x pp x dp; with both ZeRO stages if dp x cp > 1."""
+    layouts = plan.candidates(SEVEN, 8)
+    assert len(layouts) == len(set(layouts))
+    assert {(at.tp, at.cp, at.pp, at.dp) for at in layouts} == {
         (tp, cp, pp, 8 // (tp * cp * pp))
         for tp in (1, 2, 4, 8)
         for cp in (1, 2, 4, 8)
         for pp in (1, 2, 4, 8)
         if 8 % (tp * cp * pp) == 0
     }
-    assert all(at.world == 8 and (at.zero == 1 or at.dp * at.cp > 1) for at in found)
-    assert max(at.tp for at in plan.candidates(seven(kv_heads=2), 8)) == 2
-    assert max(at.pp for at in plan.candidates(seven(layers=3), 8)) == 2
+    assert all(at.world == 8 and (at.zero == 1 or at.dp * at.cp > 1) for at in layouts)
+    assert max(at.tp for at in plan.candidates(dataclasses.replace(SEVEN, kv_heads=2), 8)) == 2
+    assert max(at.pp for at in plan.candidates(dataclasses.replace(SEVEN, layers=3), 8)) == 2
 
 
 def test_more_ranks_hold_less():
-    """Each axis, ZeRO-2 and recomputing take memory off a rank; twice the tokens put some on."""
+    """Each axis, ZeRO-2 and checkpointing lower the memory of a rank; twice the tokens raise it."""
 
     def total(layout: Layout, tokens: int = 8192, checkpointing: bool = False) -> int:
-        found = plan.memory(seven(), layout, 0, tokens, tokens // 2, checkpointing=checkpointing)
-        return sum(found.values())
+        kinds = footprint.memory(SEVEN, layout, 0, tokens, tokens // 2, checkpointing=checkpointing)
+        return sum(kinds.values())
 
     alone = total(Layout())
     for layout in (Layout(tp=2), Layout(cp=2), Layout(pp=2), Layout(dp=2), Layout(tp=2, cp=2)):
@@ -300,30 +310,25 @@ def test_more_ranks_hold_less():
 
 
 def test_times_are_in_order():
-    """Recomputing takes longer, a bubble shrinks with more micro-batches, a slower network slows what crosses it."""
+    """Checkpointing is slower, more micro-batches shrink the bubble, slow networks slow traffic."""
     flags = Plan(gpus=16, nodes=2)
-    estimate = plan.estimate
-    one, two = (
-        estimate(seven(), flags, Layout(dp=16), 4096, again).seconds for again in (False, True)
-    )
-    assert one < two < 1.4 * one
-    staged = Layout(pp=4, dp=4)
-    bubbles = [estimate(seven(), flags, staged, tokens, False) for tokens in (8192, 2048)]
-    assert bubbles[1].times["bubble"] < bubbles[0].times["bubble"]
-    inside = estimate(seven(), Plan(gpus=16, nodes=1), Layout(dp=16), 4096, False)
-    assert (
-        inside.times["sending"]
-        < estimate(seven(), flags, Layout(dp=16), 4096, False).times["sending"] / 5
-    )
+
+    def estimate(layout: Layout, tokens: int, again: bool = False, flags: Plan = flags) -> plan.Row:
+        return plan.estimate(SEVEN, flags, layout, tokens, again)
+
+    once = estimate(Layout(dp=16), 4096)
+    twice = estimate(Layout(dp=16), 4096, again=True)
+    assert once.seconds < twice.seconds < 1.4 * once.seconds
+    few, many = (estimate(Layout(pp=4, dp=4), tokens) for tokens in (8192, 2048))
+    assert many.times["bubble"] < few.times["bubble"]
+    one_node = estimate(Layout(dp=16), 4096, flags=Plan(gpus=16, nodes=1))
+    assert one_node.times["sending"] < once.times["sending"] / 5
 
 
 def test_the_table_says_that_it_is_modelled_and_its_command_parses(capsys):
-    """Header, the twelve best lines in order, and a command whose flags train_dpo.py takes."""
-    plan.main(
-        shlex.split(
-            "--width 512 --layers 4 --heads 8 --kv-heads 4 --vocab 1000 --gpus 4 --memory 24"
-        )
-    )
+    """Header, the best layouts in order, and a command whose flags train_dpo.py takes."""
+    words = "--width 512 --layers 4 --heads 8 --kv-heads 4 --vocab 1000 --gpus 4 --memory 24"
+    plan.main(shlex.split(words))
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("MODELLED, NOT MEASURED")
     seconds = [
@@ -349,24 +354,21 @@ def test_the_table_says_that_it_is_modelled_and_its_command_parses(capsys):
         ),
         ("--width 64 --layers 2 --heads 4 --kv-heads 3 --vocab 100", "--kv-heads 3"),
         ("--width 64 --layers 2 --heads 4 --vocab 100 --gpus 0", "--gpus must be at least 1"),
-        (
-            "--width 64 --layers 2 --heads 4 --vocab 100 --gpus 8 --nodes 3",
-            "--gpus 8 is the number in all",
-        ),
+        ("--width 64 --layers 2 --heads 4 --vocab 100 --gpus 8 --nodes 3", "--gpus 8 counts all"),
         ("--width 64 --layers 2 --heads 4 --vocab 100 --efficiency 50", "--efficiency 50"),
         ("--model /nowhere", "/nowhere"),
         ("--width 8192 --layers 80 --heads 64 --vocab 32000 --gpus 2", "nothing fits, as modelled"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(words: str, complaint: str):
-    """Each names the flag to mend."""
+    """The message names the flag to change."""
     with pytest.raises(SystemExit) as stopped:
         plan.main(shlex.split(words))
     assert complaint in str(stopped.value) and "\n" not in str(stopped.value)
 
 
 def test_out_of_memory_gets_a_suggestion(toy: Path):
-    """A leaner layout as flags that the script takes, labelled; plain advice where there is none or no folder."""
+    """A leaner layout as flags that the script takes, labelled; plain advice if there is none."""
     config = train_dpo.Config(model=str(toy / "model"), max_tokens=1 << 20)
     line = plan.suggest(config, 2, 8.0)
     assert line.startswith("try ") and "modelled, not measured" in line and "\n" not in line

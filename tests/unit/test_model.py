@@ -1,4 +1,4 @@
-"""The model is the transformers model: same logits both ways, every family. A tree is its branches run alone."""
+"""Every family has the logits of transformers, both ways; a tree equals its branches run alone."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ from weights.folder import load_model, save_model
 
 
 def logits_of(model: GPT, ids: list[int]) -> torch.Tensor:
-    """Logits of one sequence, through a batch whose single tree is all prompt but for the last token."""
+    """Return the logits of one sequence: a batch of one tree, all prompt but for the last token."""
     batch = make_batch(dataset_of([(ids[:-1], [ids[-1:]])]), [0])
     return model.logits(model(batch), torch.arange(len(batch.tokens)))
 
@@ -26,7 +26,7 @@ def logits_of(model: GPT, ids: list[int]) -> torch.Tensor:
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_equal_transformers_both_ways(family: str, tied: bool, tmp_path: Path, monkeypatch):
-    """A folder of transformers gives the same logits here; saved from here, sharded or not, the same logits there."""
+    """A transformers folder gives the same logits here; saved here, sharded or not, also there."""
     from transformers import AutoModelForCausalLM
 
     theirs = tiny_transformers(family, tied)
@@ -36,7 +36,7 @@ def test_logits_equal_transformers_both_ways(family: str, tied: bool, tmp_path: 
     with torch.no_grad():
         wanted = theirs(torch.tensor([ids])).logits[0]
         assert (logits_of(ours, ids) - wanted).abs().max() < 1e-4
-        assert wanted.std() > 0.1  # the comparison means something
+        assert wanted.std() > 0.1  # or the comparison would prove nothing
 
         if not tied:
             monkeypatch.setattr("weights.folder.SHARD_BYTES", 20_000)
@@ -53,21 +53,13 @@ def test_logits_equal_transformers_both_ways(family: str, tied: bool, tmp_path: 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gpt_neox"])
 def test_new_folders_load_in_transformers(family: str, tmp_path: Path):
-    """`hf.py new` makes folders that transformers computes the same logits from, with nothing missing or unexpected."""
+    """transformers loads a folder of `hf.py new` without missing weights, to the same logits."""
     from transformers import AutoModelForCausalLM
 
-    sizes = {} if family == "gpt_neox" else {"kv_heads": 2}
-    flags = hf.New(
-        family=family,
-        vocab=100,
-        width=32,
-        layers=2,
-        heads=4,
-        std=0.2,
-        tied=family == "qwen2",
-        **sizes,
-    )
-    model = hf.new_model(flags)
+    sizes = {"vocab": 100, "width": 32, "layers": 2, "heads": 4}
+    if family != "gpt_neox":
+        sizes["kv_heads"] = 2
+    model = hf.new_model(hf.New(family=family, std=0.2, tied=family == "qwen2", **sizes))
     save_model(model, tmp_path / "new")
     theirs, report = AutoModelForCausalLM.from_pretrained(
         tmp_path / "new", output_loading_info=True
@@ -79,37 +71,73 @@ def test_new_folders_load_in_transformers(family: str, tmp_path: Path):
 
 
 LLAMA_31_ROPE = {
-    "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
     "rope_type": "llama3",
-}  # fmt: skip
+}
+QWEN2_WINDOW = {"sliding_window": 32768, "use_sliding_window": False, "max_window_layers": 24}
+QWEN3_WINDOW = {"sliding_window": None, "use_sliding_window": False, "max_window_layers": 28}
 
 
-@pytest.mark.parametrize(
-    ("published", "sizes", "parameters"),  # (width, MLP, layers, heads, key/value heads, vocabulary)
-    [
-        ({"model_type": "llama", "pretraining_tp": 1, "rope_scaling": None},
-         (4096, 11008, 32, 32, 32, 32000), 6738415616),
-        ({"model_type": "llama", "rope_theta": 5e5, "rope_scaling": LLAMA_31_ROPE, "mlp_bias": False},
-         (4096, 14336, 32, 32, 8, 128256), 8030261248),
-        ({"model_type": "mistral", "sliding_window": 4096, "rope_theta": 1e4},
-         (4096, 14336, 32, 32, 8, 32000), 7241732096),
-        ({"model_type": "qwen2", "sliding_window": 32768, "use_sliding_window": False, "max_window_layers": 24,
-          "use_mrope": False, "rope_theta": 1e6, "tie_word_embeddings": True},
-         (896, 4864, 24, 14, 2, 151936), 494032768),
-        ({"model_type": "qwen3", "head_dim": 128, "sliding_window": None, "use_sliding_window": False,
-          "max_window_layers": 28, "rope_theta": 1e6, "tie_word_embeddings": True, "attention_bias": False},
-         (1024, 3072, 28, 16, 8, 151936), 596049920),
-        ({"model_type": "gpt_neox", "hidden_act": "gelu", "rotary_pct": 0.25, "rotary_emb_base": 10000,
-          "use_parallel_residual": True, "layer_norm_eps": 1e-5}, (512, 2048, 6, 8, 8, 50304), 70426624),
-    ],
-    ids=["Llama-2-7B", "Llama-3.1-8B", "Mistral-7B-v0.1", "Qwen2.5-0.5B", "Qwen3-0.6B", "Pythia-70M"],
-)  # fmt: skip
-def test_published_configs_are_understood(
+# name: (keys, (width, MLP, layers, heads, key/value heads, vocabulary), parameters)
+PUBLISHED = {
+    "Llama-2-7B": (
+        {"model_type": "llama", "pretraining_tp": 1, "rope_scaling": None},
+        (4096, 11008, 32, 32, 32, 32000),
+        6738415616,
+    ),
+    "Llama-3.1-8B": (
+        {
+            "model_type": "llama",
+            "rope_theta": 5e5,
+            "rope_scaling": LLAMA_31_ROPE,
+            "mlp_bias": False,
+        },
+        (4096, 14336, 32, 32, 8, 128256),
+        8030261248,
+    ),
+    "Mistral-7B-v0.1": (
+        {"model_type": "mistral", "sliding_window": 4096, "rope_theta": 1e4},
+        (4096, 14336, 32, 32, 8, 32000),
+        7241732096,
+    ),
+    "Qwen2.5-0.5B": (
+        {"model_type": "qwen2", "use_mrope": False, "rope_theta": 1e6, "tie_word_embeddings": True}
+        | QWEN2_WINDOW,
+        (896, 4864, 24, 14, 2, 151936),
+        494032768,
+    ),
+    "Qwen3-0.6B": (
+        {"model_type": "qwen3", "head_dim": 128, "rope_theta": 1e6, "tie_word_embeddings": True}
+        | {"attention_bias": False}
+        | QWEN3_WINDOW,
+        (1024, 3072, 28, 16, 8, 151936),
+        596049920,
+    ),
+    "Pythia-70M": (
+        {"model_type": "gpt_neox", "hidden_act": "gelu", "layer_norm_eps": 1e-5}
+        | {"rotary_pct": 0.25, "rotary_emb_base": 10000, "use_parallel_residual": True},
+        (512, 2048, 6, 8, 8, 50304),
+        70426624,
+    ),
+}
+
+
+@pytest.mark.parametrize(("published", "sizes", "parameters"), PUBLISHED.values(), ids=PUBLISHED)
+def test_published_configs_give_the_published_parameter_count(
     published: dict, sizes: tuple, parameters: int, tmp_path: Path
 ):
-    """The keys of well-known folders, as published before transformers 5, give the published number of parameters."""
-    names = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-             "vocab_size"]  # fmt: skip
+    """The keys of well-known folders, as published before transformers 5, are all understood."""
+    names = [
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "vocab_size",
+    ]
     raw = {**dict(zip(names, sizes)), "torch_dtype": "bfloat16", "use_cache": True, **published}
     if raw["model_type"] == "gpt_neox":
         del raw["num_key_value_heads"]
@@ -141,7 +169,7 @@ def test_published_configs_are_understood(
     ],
 )
 def test_unknown_options_are_refused_by_name(change: dict, named: str, tmp_path: Path):
-    """What would change the arithmetic and is not computed is refused, and the message names it."""
+    """An option that would change the arithmetic and is not computed is refused by name."""
     tiny_transformers("llama", False).save_pretrained(tmp_path)
     raw = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**raw, **change}))
@@ -150,7 +178,7 @@ def test_unknown_options_are_refused_by_name(change: dict, named: str, tmp_path:
 
 
 def test_wrong_weights_are_refused_by_name(tmp_path: Path):
-    """Missing, spare, misshapen and damaged weights each get a message that names them."""
+    """Missing, unknown, misshapen and damaged weights each get a message that names them."""
     tiny_transformers("llama", False).save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     good = load_file(file)
@@ -176,8 +204,8 @@ def test_wrong_weights_are_refused_by_name(tmp_path: Path):
 
 
 @pytest.mark.parametrize("family", ["llama3", "mistral_window", "gpt_neox"])
-def test_a_tree_is_its_branches_run_alone(family: str, tmp_path: Path):
-    """Law 2: log-probs and gradients of trees equal those of each (prompt, response) alone, in float64."""
+def test_a_tree_equals_its_branches_run_alone(family: str, tmp_path: Path):
+    """Law 2: log-probs and gradients of trees equal those of each (prompt, response) in float64."""
     tiny_transformers(family, False).save_pretrained(tmp_path)
     model = load_model(tmp_path, torch.float64)
     trees = [(5, [3, 4]), (1, [1, 6, 2]), (9, [7])]
@@ -203,9 +231,8 @@ def test_a_tree_is_its_branches_run_alone(family: str, tmp_path: Path):
             alone.append(logp[at - 1, torch.tensor(response)].sum())
     alone = torch.stack(alone)
     assert (sums - alone).abs().max() < 1e-12
-    assert (
-        gradients((sums * weights).sum()) - gradients((alone * weights).sum())
-    ).abs().max() < 1e-12
+    difference = gradients((sums * weights).sum()) - gradients((alone * weights).sum())
+    assert difference.abs().max() < 1e-12
 
     unshared = make_batch(dataset_of(trees), [2, 0, 1], share_prompts=False)
     other = unshared.sum_by_response(model.logps(model(unshared), unshared))
@@ -214,7 +241,7 @@ def test_a_tree_is_its_branches_run_alone(family: str, tmp_path: Path):
 
 @pytest.mark.parametrize("window", [0, 1, 4])
 def test_attention_follows_the_definition_of_the_mask(window: int):
-    """Key j is visible to query i iff j <= i < kv_end[j] and, with a window, position[i] - position[j] < window."""
+    """Query i sees key j iff j <= i < kv_end[j] and position[i] - position[j] < window, if any."""
     torch.manual_seed(0)
     trees = [(3, [2, 1, 5]), (1, [4]), (6, [3, 3])]
     batch = make_batch(dataset_of([([0] * p, [[0] * n for n in ns]) for p, ns in trees]), [0, 1, 2])
@@ -230,8 +257,8 @@ def test_attention_follows_the_definition_of_the_mask(window: int):
     assert (tree_attention(q, k, v, batch.layout, window) - wanted).abs().max() < 1e-12
 
 
-def test_packing_keeps_every_item_once_and_the_budget():
-    """First-fit-decreasing: a partition of the items, no bin above the budget, as many bins for every rank."""
+def test_packing_places_every_item_once_within_the_budget():
+    """First-fit-decreasing: a partition, no bin above the budget, as many bins for every rank."""
     rng = np.random.default_rng(0)
     for ranks in (1, 2, 3):
         for _ in range(50):

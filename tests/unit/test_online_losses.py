@@ -1,4 +1,4 @@
-"""Advantages and policy losses of the online algorithms against plain Python loops and numbers worked out by hand."""
+"""Advantages and policy losses of the online algorithms, against plain Python and by hand."""
 
 import math
 import statistics
@@ -9,7 +9,7 @@ import torch
 
 import losses
 
-LENGTHS = [3, 1, 5, 2, 4, 1]  # of six responses, two prompts of three
+LENGTHS = [3, 1, 5, 2, 4, 1]  # scored tokens of six responses, three to each of two prompts
 RESPONSE = [i for i, n in enumerate(LENGTHS) for _ in range(n)]
 
 
@@ -26,18 +26,18 @@ def close(got: torch.Tensor, wanted: list, near: float = 1e-12) -> None:
 
 
 def parts(values: list) -> list[list]:
-    """Flat tokens -> a list a response."""
+    """Split values of flat tokens into a list per response."""
     starts = [sum(LENGTHS[:i]) for i in range(len(LENGTHS))]
     return [values[start : start + n] for start, n in zip(starts, LENGTHS)]
 
 
-# ---- what a sample is worth ------------------------------------------------------------------------------------------
+# ---- rewards, KL, advantages -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.95, 1.0])
 @pytest.mark.parametrize("lam", [0.0, 0.95, 1.0])
 def test_gae_is_the_sum_over_all_later_errors(gamma: float, lam: float):
-    """A_t = Σ_k (γλ)^k δ_{t+k} (Eq. 16, the definition, not the recursion), and nothing crosses into a neighbour."""
+    """A_t = Σ_k (γλ)^k δ_{t+k}: Eq. 16, the definition; nothing crosses into a neighbour."""
     rewards, values = draw(0, sum(LENGTHS)), draw(1, sum(LENGTHS))
     wanted = []
     for r, v in zip(parts(rewards), parts(values)):
@@ -53,12 +53,9 @@ def test_gae_is_the_sum_over_all_later_errors(gamma: float, lam: float):
 
 
 def test_gae_by_hand():
-    """Rewards 0, 0, 1 and values 0.5, 0.4, 0.8 (then one response of a single token), γ = 1, λ = 0.95 and 0, 1."""
-    rewards, values, lengths = (
-        tensor([0, 0, 1, 2]),
-        tensor([0.5, 0.4, 0.8, 0.5]),
-        tensor([3.0, 1.0]),
-    )
+    """Rewards 0, 0, 1 and values 0.5, 0.4, 0.8, then a response of one token; several γ and λ."""
+    rewards, values = tensor([0, 0, 1, 2]), tensor([0.5, 0.4, 0.8, 0.5])
+    lengths = tensor([3.0, 1.0])
     close(losses.gae(rewards, values, lengths, 1.0, 0.0)[0], [-0.1, 0.4, 0.2, 1.5])
     close(losses.gae(rewards, values, lengths, 1.0, 1.0)[0], [0.5, 0.6, 0.2, 1.5])
     # 0.2; 0.4 + 0.95 · 0.2 = 0.59; -0.1 + 0.95 · 0.59 = 0.4605
@@ -68,7 +65,7 @@ def test_gae_by_hand():
 
 
 def test_kl_estimators_by_hand_and_in_expectation():
-    """The formulas at a point; over a whole distribution k1 and k3 average to the KL, and k2's slope is the KL's."""
+    """Over a whole distribution k1 and k3 average to the KL, and k2 has its gradient."""
     at = {
         kind: losses.kl_estimate(tensor([-1.0]), tensor([-1.5]), kind).item()
         for kind in losses.KL_ESTIMATORS
@@ -76,11 +73,9 @@ def test_kl_estimators_by_hand_and_in_expectation():
     assert at == pytest.approx(
         {"k1": 0.5, "k2": 0.125, "k3": math.exp(-0.5) - 0.5, "abs": 0.5}, abs=1e-12
     )
-    below = losses.kl_estimate(tensor([-1.5]), tensor([-1.0]), "abs")
-    assert (
-        below.item() == 0.5
-        and losses.kl_estimate(tensor([-1.5]), tensor([-1.0]), "k1").item() == -0.5
-    )
+    below = tensor([-1.5]), tensor([-1.0])
+    assert losses.kl_estimate(*below, "abs").item() == 0.5
+    assert losses.kl_estimate(*below, "k1").item() == -0.5
     logits = tensor(draw(2, 7)).requires_grad_()
     ref = tensor(draw(3, 7)).log_softmax(0)
     logp = logits.log_softmax(0)
@@ -114,7 +109,7 @@ def test_token_rewards_put_the_reward_at_the_last_token():
 
 
 def test_whitening_over_parts_is_whitening_of_the_whole():
-    """Moments of three parts add up to those of the whole; mean 0 and sample deviation 1, or the mean kept."""
+    """Moments of three parts add up to those of the whole: mean 0 and sample deviation 1."""
     x = draw(6, 40, scale=3.0)
     mean, deviation = statistics.fmean(x), math.sqrt(statistics.variance(x) + 1e-8)
     totals = sum(losses.moments(tensor(x[a:b])) for a, b in ((0, 1), (1, 25), (25, 40)))
@@ -125,7 +120,7 @@ def test_whitening_over_parts_is_whitening_of_the_whole():
 
 
 def test_group_baselines():
-    """rloo, dr_grpo and grpo in plain numbers, and by hand; a group that agrees teaches nothing."""
+    """rloo, dr_grpo and grpo in plain numbers, and by hand; a group of equal rewards gets 0."""
     rewards = draw(7, 5, 4)
     mean = statistics.fmean
     wanted = {
@@ -134,11 +129,9 @@ def test_group_baselines():
         "grpo": [[(r - mean(g)) / (statistics.stdev(g) + 1e-4) for r in g] for g in rewards],
     }
     for name, values in wanted.items():
-        close(getattr(losses, name)(tensor(rewards)).flatten(), sum(values, []))
-        assert (
-            not getattr(losses, name)(torch.full((2, 3), 0.7, dtype=torch.float64)).abs().max()
-            > 1e-9
-        )
+        baseline = getattr(losses, name)
+        close(baseline(tensor(rewards)).flatten(), sum(values, []))
+        assert baseline(torch.full((2, 3), 0.7, dtype=torch.float64)).abs().max() <= 1e-9
     close(losses.rloo(tensor([[1.0, 2.0, 6.0]]))[0], [-3.0, -1.5, 4.5])
     close(losses.dr_grpo(tensor([[1.0, 2.0, 6.0]]))[0], [-2.0, -1.0, 3.0])
     close(
@@ -149,7 +142,7 @@ def test_group_baselines():
 
 @pytest.mark.parametrize("name", losses.ADVANTAGES)
 def test_advantages_of_a_step_with_a_penalty_in_the_reward(name: str):
-    """Per token, (M,): group baselines of reward - β Σ kl; reinforce++ whitens the reward to go over tokens."""
+    """Group baselines of reward - β Σ kl; reinforce++ whitens the reward to go over all tokens."""
     rewards, kl, beta = draw(8, len(LENGTHS)), draw(9, sum(LENGTHS)), 0.4
     whole = [r - beta * sum(part) for r, part in zip(rewards, parts(kl))]
     groups = [whole[:3], whole[3:]]
@@ -175,8 +168,8 @@ def test_advantages_of_a_step_with_a_penalty_in_the_reward(name: str):
     )
 
 
-def test_settings_that_cannot_be_are_refused():
-    """A group of one has nothing to be compared to, unless the baseline is that of the whole step."""
+def test_impossible_settings_are_refused():
+    """A group of one has nothing to compare with, unless the baseline is the whole step's."""
     flat, lengths = tensor(draw(0, sum(LENGTHS))), torch.tensor(LENGTHS)
     rewards = tensor(draw(1, len(LENGTHS)))
     for name in ("rloo", "grpo", "dr_grpo"):
@@ -191,14 +184,14 @@ def test_settings_that_cannot_be_are_refused():
         losses.token_weights(lengths, lengths, "batch")
 
 
-# ---- what the policy learns ------------------------------------------------------------------------------------------
+# ---- policy and value losses -----------------------------------------------------------------
 
 
 def plain_policy_loss(
     loss: str, logps, old, advantage, low, high
 ) -> tuple[list[float], list[float], list[float]]:
-    """(losses, d Σ losses / d logps, where the clip held), token by token, slopes written out by hand."""
-    found, slopes, held = [], [], []
+    """Return (losses, d Σ losses / d logps, clipped) of each token; derivatives by hand."""
+    values, slopes, clipped = [], [], []
     ratios = [math.exp(a - b) for a, b in zip(logps, old)]
     if loss == "gspo":
         means = [
@@ -207,39 +200,42 @@ def plain_policy_loss(
         ratios = [math.exp(means[i]) for i in RESPONSE]
     for rho, lp, a in zip(ratios, logps, advantage):
         if loss == "reinforce":
-            found, slopes, held = found + [-a * lp], slopes + [-a], held + [0.0]
+            values.append(-a * lp)
+            slopes.append(-a)
+            clipped.append(0.0)
         elif loss == "cispo":
             weight = min(rho, 1 + high)
-            found, slopes, held = (
-                found + [-weight * a * lp],
-                slopes + [-weight * a],
-                held + [float(rho > 1 + high)],
-            )
+            values.append(-weight * a * lp)
+            slopes.append(-weight * a)
+            clipped.append(float(rho > 1 + high))
         else:
             stopped = rho > 1 + high if a > 0 else rho < 1 - low
             bound = min(max(rho, 1 - low), 1 + high)
-            found, held = found + [-min(rho * a, bound * a)], held + [float(stopped)]
+            values.append(-min(rho * a, bound * a))
             slopes.append(0.0 if stopped else -rho * a)
+            clipped.append(float(stopped))
     if loss == "gspo":  # every token of a response moves the ratio that all of them share
         slopes = [statistics.fmean(part) for part in parts(slopes)]
         slopes = [slopes[i] for i in RESPONSE]
-    return found, slopes, held
+    return values, slopes, clipped
 
 
 @pytest.mark.parametrize("loss", losses.POLICY_LOSSES)
 @pytest.mark.parametrize("clips", [(None, None), (0.1, 0.3)])
 def test_policy_losses_and_slopes_in_plain_numbers(loss: str, clips: tuple):
-    """Values, slopes by the log-probs, ratios and clip fractions; the ratios spread to both sides of every bound."""
-    sized = 0.001 if loss == "gspo" and clips[0] is None else 0.5 if loss != "cispo" else 1.5
+    """Values, derivatives and clip fractions, with ratios on both sides of every bound."""
+    scale = {"cispo": 1.5}.get(loss, 0.5)  # of the log-ratios, to reach past the clips
+    if loss == "gspo" and clips[0] is None:
+        scale = 0.001
     logps, advantage = draw(10, sum(LENGTHS)), draw(11, sum(LENGTHS))
     if loss == "gspo":
         advantage = [advantage[i] for i in RESPONSE]
-    old = [a - b for a, b in zip(logps, draw(12, sum(LENGTHS), scale=sized))]
+    old = [a - b for a, b in zip(logps, draw(12, sum(LENGTHS), scale=scale))]
     low, high = (
         own if given is None else given for own, given in zip(losses.POLICY_LOSSES[loss], clips)
     )
-    wanted, slopes, held = plain_policy_loss(loss, logps, old, advantage, low, high)
-    assert loss == "reinforce" or 0 < sum(held) < len(held)
+    wanted, slopes, clipped = plain_policy_loss(loss, logps, old, advantage, low, high)
+    assert loss == "reinforce" or 0 < sum(clipped) < len(clipped)
     new = tensor(logps).requires_grad_()
     got, metrics = losses.policy_gradient(
         new,
@@ -251,14 +247,14 @@ def test_policy_losses_and_slopes_in_plain_numbers(loss: str, clips: tuple):
         *clips,
     )
     close(got, wanted)
-    close(metrics["clip_fraction"], held)
+    close(metrics["clip_fraction"], clipped)
     close(torch.autograd.grad(got.sum(), new)[0], slopes)
     assert not metrics["ratio"].requires_grad
 
 
 @pytest.mark.parametrize("loss", losses.POLICY_LOSSES)
 def test_before_the_first_update_every_loss_has_the_policy_gradient(loss: str):
-    """π = π_old: the ratio is 1, nothing is clipped, and the slope is -A (gspo: its mean over the response)."""
+    """π = π_old: the ratio is 1, nothing is clipped, and the derivative is -A."""
     new, advantage = tensor(draw(13, sum(LENGTHS))).requires_grad_(), draw(14, len(LENGTHS))
     at = tensor([advantage[i] for i in RESPONSE])
     got, metrics = losses.policy_gradient(
@@ -270,25 +266,23 @@ def test_before_the_first_update_every_loss_has_the_policy_gradient(loss: str):
 
 def test_the_surrogate_and_the_value_loss_by_hand():
     """PPO's four corners at ε = 0.2, and a value that moved further than its clip allows."""
-    ratio, advantage = (
-        tensor([1.5, 1.5, 0.5, 0.5, 1.1, 0.5]),
-        tensor([1.0, -1.0, 1.0, -1.0, 2.0, 0.0]),
-    )
-    found, held = losses.clipped_surrogate(ratio, advantage, 0.2, 0.2)
-    close(found, [-1.2, 1.5, -0.5, 0.8, -2.2, 0.0])
-    close(held, [1.0, 0.0, 0.0, 1.0, 0.0, 0.0])
-    # V = 1, V_old = 0, R = 0: clipped to 0.2 it would look better, so the worse ½ counts. V = 0, R = 1, V_old = -1:
-    # the clipped value -0.8 is the worse one: ½ · 1.8². Within the clip both are the same.
-    found, held = losses.clipped_value(
-        tensor([1.0, 0.0, 0.1]), tensor([0.0, -1.0, 0.0]), tensor([0.0, 1.0, 0.6]), 0.2
-    )
-    close(found, [0.5, 1.62, 0.125])
-    close(held, [0.0, 1.0, 0.0])
+    ratio = tensor([1.5, 1.5, 0.5, 0.5, 1.1, 0.5])
+    advantage = tensor([1.0, -1.0, 1.0, -1.0, 2.0, 0.0])
+    surrogate, clipped = losses.clipped_surrogate(ratio, advantage, 0.2, 0.2)
+    close(surrogate, [-1.2, 1.5, -0.5, 0.8, -2.2, 0.0])
+    close(clipped, [1.0, 0.0, 0.0, 1.0, 0.0, 0.0])
+    # V = 1, V_old = 0, R = 0: the clipped value 0.2 has the smaller error, so ½ · 1² counts.
+    # V = 0, V_old = -1, R = 1: the clipped value -0.8 has the larger error, ½ · 1.8².
+    # V = 0.1, V_old = 0, R = 0.6: within the clip both are ½ · 0.5².
+    values, old_values = tensor([1.0, 0.0, 0.1]), tensor([0.0, -1.0, 0.0])
+    loss, clipped = losses.clipped_value(values, old_values, tensor([0.0, 1.0, 0.6]), 0.2)
+    close(loss, [0.5, 1.62, 0.125])
+    close(clipped, [0.0, 1.0, 0.0])
 
 
 @pytest.mark.parametrize("how", losses.AGGREGATES)
 def test_aggregation_of_a_step_does_not_depend_on_its_parts(how: str):
-    """Mean over tokens, mean of means, sum over a constant: in plain numbers, whole or in two micro-batches."""
+    """Mean over tokens, mean of means, sum over a constant; whole or in two micro-batches."""
     values = draw(15, sum(LENGTHS))
     n, tokens = len(LENGTHS), sum(LENGTHS)
     wanted = {

@@ -1,4 +1,4 @@
-"""plot.py: curves of runs that are complete, broken off, or not there."""
+"""plot.py: curves of runs that are complete, interrupted or missing."""
 
 import builtins
 import json
@@ -13,7 +13,7 @@ import plot
 
 
 def write_run(folder: Path, steps: int = 60, **extra: float) -> Path:
-    """A folder as a train script leaves it: a row a step, an evaluation every 20."""
+    """Write a folder like a train script's: a row a step, an evaluation every 20."""
     folder.mkdir(parents=True)
     noise = random.Random(0)
     with open(folder / "metrics.jsonl", "w") as file:
@@ -26,21 +26,20 @@ def write_run(folder: Path, steps: int = 60, **extra: float) -> Path:
             }
             file.write(json.dumps(row) + "\n")
             if step % 20 == 0:
-                file.write(
-                    json.dumps({"step": step, "eval/loss": 0.7 * math.exp(-step / 50)}) + "\n"
-                )
+                row = {"step": step, "eval/loss": 0.7 * math.exp(-step / 50)}
+                file.write(json.dumps(row) + "\n")
     return folder
 
 
 def png_size(path: Path) -> tuple[int, int]:
-    """Width and height as the PNG's own header states them."""
+    """Return width and height from the header of a PNG."""
     head = path.read_bytes()[:24]
     assert head[:8] == b"\x89PNG\r\n\x1a\n"
     return struct.unpack(">II", head[16:24])
 
 
 def without_import(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
-    """As if `package` were not installed."""
+    """Make imports of `package` fail, as if it were not installed."""
     real = builtins.__import__
 
     def fail(name, *args, **kwargs):
@@ -61,7 +60,7 @@ def without_import(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
     ],
 )
 def test_size_follows_the_panels(tmp_path, keys, columns, rows):
-    """The picture is `columns` panels wide and `rows` panels and a short legend high."""
+    """The picture is `columns` panels wide, `rows` panels and a short legend high."""
     pytest.importorskip("matplotlib")
     runs = [str(write_run(tmp_path / name, kl=0.1, reward=1.0, grad_norm=2.0)) for name in "ab"]
     plot.main([*runs, "--keys", keys, "--out", str(tmp_path / "new" / "curves.png")])
@@ -72,7 +71,7 @@ def test_size_follows_the_panels(tmp_path, keys, columns, rows):
 
 
 def test_every_run_is_in_the_picture(tmp_path, monkeypatch):
-    """Each run has its raw line, its smoothed line and its evaluation, in its own colour and under its own name."""
+    """Each run has a raw line, a smoothed line and its evaluation, in one colour and one name."""
     figure = pytest.importorskip("matplotlib.figure")
     drawn = []
     monkeypatch.setattr(figure.Figure, "savefig", lambda self, *args, **kwargs: drawn.append(self))
@@ -83,18 +82,34 @@ def test_every_run_is_in_the_picture(tmp_path, monkeypatch):
     assert [len(line.get_xdata()) for line in loss.lines] == [60, 60, 3, 40, 40, 2]
     colors = [line.get_color() for line in loss.lines]
     assert len(set(colors[:3])) == len(set(colors[3:])) == 1 and colors[0] != colors[3]
-    assert [len(line.get_xdata()) for line in lr.lines] == [60, 40], (
-        "a learning rate has no noise to smooth"
-    )
-    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == [
-        "x/dpo",
-        "y/dpo",
-        "evaluation",
-    ]
+    assert [len(line.get_xdata()) for line in lr.lines] == [60, 40]  # no noise to smooth
+    labels = [text.get_text() for text in drawn[0].legends[0].get_texts()]
+    assert labels == ["x/dpo", "y/dpo", "evaluation"]
+
+
+def test_scores_of_a_demo_get_two_panels(tmp_path, monkeypatch):
+    """Bars are means over the seeds, a dot a seed; methods without KL are in the bars alone."""
+    figure = pytest.importorskip("matplotlib.figure")
+    drawn = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, *args, **kwargs: drawn.append(self))
+    run = write_run(tmp_path / "dpo")
+    scores = {
+        "0": {"dpo": {"good": 0.4, "kl": 2.0}, "steerlm best": {"good": 0.5, "kl": None}},
+        "1": {"dpo": {"good": 0.6, "kl": 3.0}, "steerlm best": {"good": 0.7, "kl": None}},
+    }
+    (tmp_path / "scores.json").write_text(json.dumps(scores))
+    flags = ["--keys", "loss", "--scores", str(tmp_path / "scores.json")]
+    plot.main([str(run), *flags, "--out", str(tmp_path / "c.png")])
+    loss, bars, scatter = drawn[0].axes
+    assert [bar.get_width() for bar in bars.patches] == pytest.approx([0.5, 0.6])
+    assert [list(line.get_xdata()) for line in bars.lines] == [[0.4, 0.6], [0.5, 0.7]]
+    assert [list(line.get_xydata()[0]) for line in scatter.lines] == [[2.0, 0.4]]
+    assert scatter.lines[0].get_color() == loss.lines[0].get_color()
+    assert [text.get_text() for text in scatter.texts] == ["dpo"]
 
 
 def test_broken_lines_and_values_are_left_out(tmp_path, capsys):
-    """A half-written last line, NaN, null and missing keys cost their own point and no other."""
+    """A half-written line, NaN, null or a missing key costs one point and no other."""
     file = tmp_path / "metrics.jsonl"
     file.write_text(
         '{"step": 1, "loss": 0.7, "kl": null}\n\n{"step": 2, "loss": NaN, "kl": 0.2}\n[]\n'
@@ -109,7 +124,7 @@ def test_broken_lines_and_values_are_left_out(tmp_path, capsys):
 
 
 def test_a_resumed_step_counts_as_logged_last(tmp_path):
-    """Steps that were logged, lost in a kill and trained again stand once in the curve, in order."""
+    """A step that was logged, lost in a kill and trained again is one point of the curve."""
     rows = [(1, 0.7), (2, 0.6), (3, 9.0), (3, 0.5), (4, 0.4)]
     (tmp_path / "metrics.jsonl").write_text(
         "".join(f'{{"step": {s}, "loss": {v}}}\n' for s, v in rows)
@@ -118,7 +133,7 @@ def test_a_resumed_step_counts_as_logged_last(tmp_path):
 
 
 def test_smoothing_is_a_weighted_mean():
-    """A smoothed value is the mean of what came so far, each step back counting `weight` times less."""
+    """A smoothed value is the mean so far, each step back weighted by another factor `weight`."""
     values = [3.0, -1.0, 4.0, 1.0]
     for n, got in enumerate(plot.smoothed(values, 0.8), 1):
         weights = [0.8 ** (n - 1 - i) for i in range(n)]
@@ -126,17 +141,17 @@ def test_smoothing_is_a_weighted_mean():
 
 
 def test_errors_say_what_was_looked_for(tmp_path, monkeypatch):
-    """No file, no such metric, a bad --smooth, no matplotlib: each error names the thing and what to do."""
+    """No file, no such metric, a bad --smooth, no matplotlib: the error names it and the fix."""
     run = str(write_run(tmp_path / "run"))
     with pytest.raises(FileNotFoundError, match=r"nowhere.*does not exist: give the --out folder"):
         plot.main([str(tmp_path / "nowhere")])
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"empty/metrics\.jsonl"):
         plot.main([str(tmp_path / "empty")])
-    with pytest.raises(ValueError, match=r"looked for bananas; found eval/loss, loss, lr"):
+    with pytest.raises(ValueError, match=r"asked for bananas; available: eval/loss, loss, lr"):
         plot.main([run, "--keys", "bananas"])
     (tmp_path / "empty" / "metrics.jsonl").write_text("")
-    with pytest.raises(ValueError, match=r"looked for loss, .*found none at all"):
+    with pytest.raises(ValueError, match=r"asked for loss, .*available: none"):
         plot.main([str(tmp_path / "empty")])
     with pytest.raises(ValueError, match=r"--smooth 1\.0 must be"):
         plot.main([run, "--smooth", "1"])

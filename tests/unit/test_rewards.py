@@ -1,4 +1,4 @@
-"""Rewards: rules by hand, functions of a file, reward models that read the sampled tokens; errors that name the fix."""
+"""Rewards: rules by hand, functions of a file, reward models that read tokens; helpful errors."""
 
 import json
 import math
@@ -20,23 +20,34 @@ from weights.folder import load_model, save_model
 
 
 def template_of(folder: Path) -> Template:
+    """Return the chat template of a folder."""
     return Template("auto", load_tokenizer(folder))
 
 
-def judge(name: str, template, *answers: tuple) -> list[float]:
-    """Rewards of (prompt, response, row) answers that no model reads."""
+def rewards_of(name: str, template, *answers: tuple) -> list[float]:
+    """Return the rewards of (prompt, response, row) answers under a rule or a function."""
     return rewards.load_reward(name, template)(*map(list, zip(*answers)), None).tolist()
 
 
 def test_exact_answers_by_hand():
-    """What follows the last marker is compared as a number or as a word; no marker, no reward."""
+    """The text after the last marker is compared as a number or a word; no marker, no reward."""
     reward = rewards.exact("")
     for response, answer, wanted in (
-        ("48 / 2 = 24\n#### 72", "72", 1), ("#### 72", "Natalia sold ...\n#### 72", 1), ("#### 71", "72", 0),
-        ("72", "72", 0), ("#### 1,234.0", "1234", 1), ("#### $5.", "5", 1), ("#### 5\nor 6", "5", 1),
-        ("#### 6 #### 5", "5", 1), ("#### 5 #### 6", "5", 0), ("#### Yes", "yes", 1), ("#### 72 clips", "72", 0),
-        ("####", "72", 0), ("#### nan", "nan", 0), ("#### 7", 7, 1),
-    ):  # fmt: skip
+        ("48 / 2 = 24\n#### 72", "72", 1),
+        ("#### 72", "Natalia sold ...\n#### 72", 1),
+        ("#### 71", "72", 0),
+        ("72", "72", 0),
+        ("#### 1,234.0", "1234", 1),
+        ("#### $5.", "5", 1),
+        ("#### 5\nor 6", "5", 1),
+        ("#### 6 #### 5", "5", 1),
+        ("#### 5 #### 6", "5", 0),
+        ("#### Yes", "yes", 1),
+        ("#### 72 clips", "72", 0),
+        ("####", "72", 0),
+        ("#### nan", "nan", 0),
+        ("#### 7", 7, 1),
+    ):
         assert reward("", response, {"answer": answer}) == wanted, (response, answer)
     assert rewards.exact("A:")("", "so\nA: 10", {"response": "text\nA: 10"}) == 1.0
     with pytest.raises(
@@ -46,37 +57,34 @@ def test_exact_answers_by_hand():
 
 
 def test_expressions_and_lengths_by_hand(toy: Path):
-    """Found or not; the distance from the length that is asked for."""
+    """A match or none; the distance from the target length."""
     template = template_of(toy / "model")
     answers = [("p", text, {}) for text in ("yes, it is", "I say yes", "no")]
-    assert judge("regex:^(yes|no)", template, *answers) == [1.0, 0.0, 1.0]
-    assert judge("regex:a:b", template, ("p", "xa:b", {})) == [1.0]
+    assert rewards_of("regex:^(yes|no)", template, *answers) == [1.0, 0.0, 1.0]
+    assert rewards_of("regex:a:b", template, ("p", "xa:b", {})) == [1.0]
     texts = ["", "one two", "one two three four", "a " * 30]
-    assert judge("length:4", template, *(("p", text, {}) for text in texts)) == [
-        -1.0,
-        -0.5,
-        0.0,
-        -1.0,
-    ]
+    answers = [("p", text, {}) for text in texts]
+    assert rewards_of("length:4", template, *answers) == [-1.0, -0.5, 0.0, -1.0]
 
 
 def test_a_function_of_a_file_sees_prompt_response_and_row(tmp_path: Path, toy: Path):
-    """The user's function is called once an answer with its own row; what lies beside the file can be imported."""
+    """A user's function is called once per response with its row; it can import its neighbours."""
     (tmp_path / "beside.py").write_text("SCALE = 10\n")
     (tmp_path / "mine.py").write_text(
         "from dataclasses import dataclass\nimport beside\n"
         "@dataclass\nclass Case:\n    n: int\n"
-        "def judge(prompt, response, row):\n    return beside.SCALE * len(response) + Case(row['n']).n + len(prompt)\n"
+        "def judge(prompt, response, row):\n"
+        "    return beside.SCALE * len(response) + Case(row['n']).n + len(prompt)\n"
         "def nothing(prompt, response, row):\n    return None\n"
         "def endless(prompt, response, row):\n    return float('inf')\n"
     )
     template = template_of(toy / "model")
     answers = ("ab", "xyz", {"n": 4}), ("", "q", {"n": 1})
-    assert judge(f"{tmp_path}/mine.py:judge", template, *answers) == [36.0, 11.0]
+    assert rewards_of(f"{tmp_path}/mine.py:judge", template, *answers) == [36.0, 11.0]
     with pytest.raises(ValueError, match="mine.py:nothing returned None, not a number, for 'xyz'"):
-        judge(f"{tmp_path}/mine.py:nothing", template, *answers)
+        rewards_of(f"{tmp_path}/mine.py:nothing", template, *answers)
     with pytest.raises(ValueError, match="returned inf for 'xyz': it must be finite"):
-        judge(f"{tmp_path}/mine.py:endless", template, *answers)
+        rewards_of(f"{tmp_path}/mine.py:endless", template, *answers)
     (tmp_path / "broken.py").write_text("import no_such_module\n")
     for name, error, words in (
         (
@@ -84,7 +92,7 @@ def test_a_function_of_a_file_sees_prompt_response_and_row(tmp_path: Path, toy: 
             ValueError,
             "has no function jugde, only judge, nothing, endless",
         ),
-        (f"{tmp_path}/none.py:f", FileNotFoundError, "there is no file .*none.py"),
+        (f"{tmp_path}/none.py:f", FileNotFoundError, ".*none.py does not exist"),
         (
             f"{tmp_path}/broken.py:f",
             ValueError,
@@ -102,15 +110,17 @@ def test_a_function_of_a_file_sees_prompt_response_and_row(tmp_path: Path, toy: 
 
 
 def test_the_toy_world_rewards_the_truth(toy: Path):
-    """--reward data/toyworld.py:reward is the scorer's utility; the prompt may be text or messages."""
+    """data/toyworld.py:reward is the scorer's utility; the prompt may be text or messages."""
     prompt, template = "Where does Ada live?", template_of(toy / "model")
     name = str(Path(toyworld.__file__)) + ":reward"
     answers = [
         (prompt, "Ada lives by the forest.", {}),
         (prompt, "Ada lives by the tower. Ugh, not again.", {}),
     ]
-    assert judge(name, template, *answers) == [4.0, 1.0]
-    assert judge(name, template, ([{"role": "user", "content": prompt}], "Forest.", {})) == [4.0]
+    assert rewards_of(name, template, *answers) == [4.0, 1.0]
+    assert rewards_of(name, template, ([{"role": "user", "content": prompt}], "Forest.", {})) == [
+        4.0
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +135,7 @@ def reward_folder(toy: Path, tmp_path_factory) -> Path:
 
 
 def test_a_reward_model_scores_the_very_tokens(toy: Path, reward_folder: Path):
-    """Trees of token ids get the scores that their texts get alone; for ids that no text has, those of the ids."""
+    """Trees get the scores of their texts alone; ids that no text has get their own score."""
     template = template_of(toy / "model")
     rows = [
         json.loads(line)
@@ -136,28 +146,26 @@ def test_a_reward_model_scores_the_very_tokens(toy: Path, reward_folder: Path):
     texts = [text for row in rows for text in (row["chosen"], row["rejected"])]
     reward = rewards.load_reward(str(reward_folder), template, dtype=torch.float64, max_tokens=90)
     double = [row for row in rows for _ in range(2)]
-    found = reward(
-        [row["prompt"] for row in double],
-        texts,
-        double,
-        rollout.trees([p for p, _, _ in pairs], samples),
-    )
+    prompts = [row["prompt"] for row in double]
+    trees = rollout.trees([p for p, _, _ in pairs], samples)
+    scores = reward(prompts, texts, double, trees)
     model = load_model(reward_folder, torch.float64, scores=())
     wanted = [
-        score(model, template, [(row["prompt"], [text])])[0][0, 0]
-        for row, text in zip(double, texts)
+        score(model, template, [(prompt, [text])])[0][0, 0] for prompt, text in zip(prompts, texts)
     ]
-    assert found.tolist() == pytest.approx(wanted, abs=1e-12) and found.dtype == np.float64
-    # An answer spelled in single letters decodes to the same text, but it is not the same sample.
+    assert scores.tolist() == pytest.approx(wanted, abs=1e-12)
+    assert scores.dtype == np.float64
+    # A response spelled in single letters decodes to the same text, but it is another sample.
     ids = template.tokenizer.encode("chess")
     apart = [template.tokenizer.encode(letter)[-1] for letter in "chess"]
-    assert template.tokenizer.decode(apart) == "chess" and len(apart) > len(ids)
+    assert template.tokenizer.decode(apart) == "chess"
+    assert len(apart) > len(ids)
     pair = rollout.trees([pairs[0][0]], [Sample(ids, [], [], False), Sample(apart, [], [], False)])
     one, other = reward(["p"] * 2, ["chess"] * 2, [{}] * 2, pair)
     assert abs(one - other) > 1e-3
 
 
-def test_reward_models_that_cannot_serve_are_refused(
+def test_unusable_reward_models_are_refused(
     toy: Path, reward_folder: Path, tmp_path: Path, real_model: Path
 ):
     """Another tokenizer, several outputs, scores that are not finite."""
@@ -177,50 +185,52 @@ def test_reward_models_that_cannot_serve_are_refused(
     save_model(broken, tmp_path / "broken", reward_folder)
     reward = rewards.load_reward(str(tmp_path / "broken"), template)
     data = rollout.trees([[5, 6]], [Sample([7, 8], [], [], False)])
-    with pytest.raises(ValueError, match="scores 'some text' with a number that is not finite"):
+    with pytest.raises(ValueError, match="gives 'some text' a score that is not finite"):
         reward(["p"], ["some text"], [{}], data)
 
 
 def test_prompts_of_every_kind_of_row(tmp_path: Path, toy: Path):
     """Text, messages, pairs, conversations; long ones are dropped or cut, bad ones named."""
-    said = []
+    logged = []
+    question = "Where does Ada live?"
+    user, assistant = {"role": "user", "content": question}, {"role": "assistant", "content": "x"}
+    transcript = f"\n\nHuman: {question}\n\nAssistant: "
     rows = [
-        {"prompt": "Where does Ada live?", "answer": "forest"},
-        {"prompt": [{"role": "user", "content": "Where does Ada live?"}]},
-        {"messages": [{"role": "user", "content": "Where does Ada live?"}]},
-        {"messages": [{"role": "user", "content": "Where does Ada live?"}, {"role": "assistant", "content": "x"}]},
-        {"chosen": "\n\nHuman: Where does Ada live?\n\nAssistant: a", "rejected": "\n\nHuman: Where does Ada live?"
-         "\n\nAssistant: b"},
-        {"prompt": "Where does Ada live? " * 9},
-    ]  # fmt: skip
+        {"prompt": question, "answer": "forest"},
+        {"prompt": [user]},
+        {"messages": [user]},
+        {"messages": [user, assistant]},
+        {"chosen": transcript + "a", "rejected": transcript + "b"},
+        {"prompt": f"{question} " * 9},
+    ]
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     template = template_of(toy / "model")
-    found = load_prompts([file], template, 20, log=said.append)
-    assert (
-        len({tuple(ids) for ids in found.ids}) == 1
-        and len(found.ids) == 5
-        and found.rows[0]["answer"] == "forest"
-    )
-    assert "6 rows, 5 prompts kept, 1 longer than 20 tokens (drop), 0 bad" in said[-1]
-    cut = load_prompts([file], template, 20, "truncate", log=said.append)
-    assert len(cut.ids[-1]) == 20 and cut.ids[-1][-1] == found.ids[0][-1] and len(cut.ids) == 6
+    prompts = load_prompts([file], template, 20, log=logged.append)
+    assert len({tuple(ids) for ids in prompts.ids}) == 1
+    assert len(prompts.ids) == 5
+    assert prompts.rows[0]["answer"] == "forest"
+    assert "6 rows, 5 prompts kept, 1 longer than 20 tokens (drop), 0 bad" in logged[-1]
+    cut = load_prompts([file], template, 20, "truncate", log=logged.append)
+    assert len(cut.ids) == 6
+    assert len(cut.ids[-1]) == 20
+    assert cut.ids[-1][-1] == prompts.ids[0][-1]
     with pytest.raises(ValueError, match="no prompt is left of 6 rows, 6 longer than 3 tokens"):
-        load_prompts([file], template, 3, log=said.append)
+        load_prompts([file], template, 3, log=logged.append)
     with open(file, "a") as more:
         more.write('{"text": "?"}\n')
     with pytest.raises(
         ValueError,
         match=r"rows.jsonl:7: no `prompt` \(nor `input` or `messages`\); this row has 'text'",
     ):
-        load_prompts([file], template, 20, log=said.append)
-    assert len(load_prompts([file], template, 20, max_bad_rows=1, log=said.append).ids) == 5
+        load_prompts([file], template, 20, log=logged.append)
+    assert len(load_prompts([file], template, 20, max_bad_rows=1, log=logged.append).ids) == 5
     with pytest.raises(FileNotFoundError, match="none.jsonl: no such file"):
-        load_prompts([tmp_path / "none.jsonl"], template, 20, log=said.append)
+        load_prompts([tmp_path / "none.jsonl"], template, 20, log=logged.append)
 
 
-def test_gsm8k_answers_are_found():
-    """The real rows' own solutions earn 1, their neighbours' nothing (but for the odd coincidence)."""
+def test_gsm8k_answers_are_recognised():
+    """A real row's own solution gets 1, its neighbour's 0 but for a rare coincidence."""
     file = REAL / "gsm8k" / "sft_train.jsonl"
     if not file.exists():
         pytest.skip("shared/data is absent")

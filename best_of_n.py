@@ -1,0 +1,162 @@
+"""Best of n: sample responses, keep the best. RAFT, arXiv 2304.06767; Llama 2, 2307.09288 Sec. 3.2.
+
+    python best_of_n.py --model sft/final --data prompts.jsonl --reward rm/final --out best
+    python train_sft.py --model sft/final --data best/kept.jsonl --out best/sft --lr 1e-5
+    torchrun --nproc_per_node 8 best_of_n.py --model sft/final --data x.jsonl --reward "exact:####"
+
+Rows: {prompt}, text or messages, with whatever else the reward reads. The model samples
+--group-size responses to each prompt, and the reward ranks those that ended. OUT/kept.jsonl gets
+the best --top of each prompt, for train_sft.py: rejection sampling. OUT/pairs.jsonl gets the best
+and the worst of each prompt, for train_dpo.py: with each new policy again, this is iterative DPO.
+
+--batch-size is the number of prompts sampled at a time. A run that finds kept.jsonl in OUT has
+nothing left to do.
+
+Look at kept/reward and reward: their difference is all there is to learn, and it grows with
+--group-size.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import runtime
+from config import RolloutConfig, parse
+from data.dataset import Prompts
+from data.rows import write_rows
+from data.trees import step_examples
+from runtime import Run
+from sampling import rollout
+from sampling.rewards import Reward, load_reward
+from sampling.rollout import Rollout, Sampler
+from sampling.server import Server
+
+
+@dataclass
+class Config(RolloutConfig):
+    group_size: int = 8  # samples per prompt; the best is √(2 ln n) deviations above the mean
+    top: int = 1  # how many of them to keep
+    min_reward: float = -1e30  # keep none with a lower reward; "exact" wants 1
+    prompts: int = 0  # sample for this many prompts, drawn with --seed; 0 = all
+
+
+def select(samples: Rollout, config: Config) -> tuple[list[dict], list[dict]]:
+    """Return (rows of the best responses, pairs of the best and the worst) of each prompt.
+
+    Only responses that ended and are not empty count, and each text counts once; of equal rewards
+    the one drawn first wins. A prompt whose responses all have the same reward makes no pair.
+    """
+    kept, pairs = [], []
+    for i, prompt in enumerate(samples.prompts.prompts):
+        rewards: dict[str, float] = {}  # of each text, from best to worst
+        group = range(i * config.group_size, (i + 1) * config.group_size)
+        for k in sorted(group, key=lambda k: -samples.rewards[k]):
+            if samples.ended[k] and samples.texts[k]:
+                rewards.setdefault(samples.texts[k], samples.rewards[k].item())
+        ranked = list(rewards.items())
+        for text, reward in ranked[: config.top]:
+            if reward >= config.min_reward:
+                kept.append({"prompt": prompt, "response": text, "reward": reward})
+        if ranked and ranked[0][1] > ranked[-1][1]:
+            (chosen, high), (rejected, low) = ranked[0], ranked[-1]
+            pair = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+            pairs.append({**pair, "chosen_reward": high, "rejected_reward": low})
+    return kept, pairs
+
+
+def sample_and_select(
+    prompts: Prompts, sample: Sampler, reward: Reward, run: Run, config: Config
+) -> dict[str, float]:
+    """Sample, score and select; write kept.jsonl and pairs.jsonl; return means. Collective."""
+    n = len(prompts.ids)
+    size = min(config.prompts or n, n)
+    chosen = step_examples(n, size, 0, config.seed, shuffle=config.prompts > 0)
+    kept, pairs, rewards, ended = [], [], [], []
+    rollout.drop_samples_after(0, config, run.mesh)
+    for number, start in enumerate(range(0, size, config.batch_size), 1):
+        part = prompts.take(chosen[start : start + config.batch_size])
+        seeds = rollout.seeds(config.seed, number, len(part.ids), config.group_size)
+        samples = rollout.collect(
+            part, sample, reward, run.template, config, run.mesh, seeds, config.temperature
+        )
+        best, extremes = select(samples, config)
+        kept += best
+        pairs += extremes
+        rewards.append(samples.rewards)
+        ended.append(samples.ended)
+        rollout.log_samples(samples, number, config, run.mesh)
+        done = start + len(part.ids)
+        print(f"{done} of {size} prompts sampled, {len(kept)} responses kept", flush=True)
+    all_rewards, all_ended = np.concatenate(rewards), np.concatenate(ended)
+    if not kept:
+        raise ValueError(
+            f"none of {len(all_rewards)} samples can be kept ({all_ended.mean():.0%} ended): "
+            "lower --min-reward or raise --max-new-tokens"
+        )
+    if run.mesh.main:
+        write_rows(Path(config.out) / "pairs.jsonl", pairs)
+        write_rows(Path(config.out) / "kept.jsonl", kept)  # last: it marks a finished run
+    return {
+        "reward": all_rewards.mean().item(),
+        "reward_std": all_rewards.std().item(),
+        "kept/reward": float(np.mean([row["reward"] for row in kept])),
+        "kept/rows": len(kept),
+        "kept/pairs": len(pairs),
+        "completions/ended": all_ended.mean().item(),
+    }
+
+
+def validate(config: Config) -> None:
+    """Raise ValueError for impossible flags, and for those of training, which have no effect."""
+    if config.group_size < 2 or not 1 <= config.top <= config.group_size:
+        raise ValueError(
+            "best of n needs --group-size of 2 or more, and --top between 1 and --group-size"
+        )
+    training = {
+        "eval_data": config.eval_data,
+        "shuffle": config.shuffle,
+        "epochs": config.epochs,
+        "max_steps": config.max_steps,
+        "lr": config.lr,
+        "schedule": config.schedule,
+        "clip": config.clip,
+        "eval_every": config.eval_every,
+        "save_every": config.save_every,
+        "keep": config.keep,
+        "log_every": config.log_every,
+    }
+    for name, value in training.items():
+        if value != getattr(Config(), name):
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} has no effect here: pass it to train_sft.py")
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse(Config, __doc__, argv)
+    validate(config)
+    run = runtime.start(config)
+    out = Path(config.out)
+    if run.mesh.ask((out / "kept.jsonl").exists):
+        print(f"{out}/kept.jsonl is there already: nothing to do")
+        return
+    prompts = rollout.load(config.data, run.template, config)
+    reward = load_reward(
+        config.reward,
+        run.template,
+        config.template,
+        run.dtype,
+        run.device,
+        config.max_tokens,
+        run.mesh,
+    )
+    model = runtime.load_model(run)
+    server = Server(run.template, config) if config.rollout_url else None
+    sample = rollout.make_sampler(model, run.template, config, server)
+    result = sample_and_select(prompts, sample, reward, run, config)
+    print(", ".join(f"{name} {value:.4g}" for name, value in result.items()))
+    print(f"the best are in {out}/kept.jsonl, pairs for train_dpo.py in {out}/pairs.jsonl")
+
+
+if __name__ == "__main__":
+    runtime.run(main)

@@ -1,0 +1,215 @@
+"""Bytes that each rank of a layout holds and sends, computed without running it.
+
+    layout = Layout(tp=2, dp=4)
+    memory(c, layout, rank, tokens=8192, scored=4096)  -> {"weights": ..., "activations": ..., ...}
+    sent(c, layout, rank, rows, scored)                -> {"tp": ..., "dp": ..., ...}
+
+Bytes of weights, gradients and optimizer, and bytes sent, are exact: tests hold them equal to what
+the optimizer allocates and parallel.py sends. Activations and logits are estimates for the GPU
+kernels. plan.py turns these bytes into times and compares layouts.
+
+Letters of the formulas: rows = tokens of a micro-batch on one rank, h query heads, g key/value
+heads, f MLP width and v vocabulary of one tensor rank.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+import optimizer
+from kernels.logprob import GPU_CHUNK, GPU_KEEP_BYTES
+from model import GPT, GPTConfig
+from optimizer import Kind, plan_buckets
+from parallel import Mesh, split
+
+# ---- a layout ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Ranks along each axis, and the ZeRO stage: 1 shards the optimizer, 2 gradients as well."""
+
+    tp: int = 1
+    cp: int = 1
+    pp: int = 1
+    dp: int = 1
+    zero: int = 1
+
+    @property
+    def world(self) -> int:
+        return self.tp * self.cp * self.pp * self.dp
+
+    def mesh(self, rank: int) -> Mesh:
+        """Return the mesh of a rank, without process groups."""
+        return Mesh(rank, self.pp, self.dp, self.cp, self.tp)
+
+    def rank(self, stage: int = 0, tp_rank: int = 0) -> int:
+        """Return the first rank with these coordinates."""
+        return stage * self.dp * self.cp * self.tp + tp_rank
+
+    def flags(self) -> str:
+        """Return the flags of a training script, without those that are 1."""
+        sizes = {"tp": self.tp, "cp": self.cp, "pp": self.pp, "zero": self.zero}
+        return " ".join(f"--{name} {n}" for name, n in sizes.items() if n > 1)
+
+
+# ---- exact: buckets and bytes sent ---------------------------------------------------------------
+
+
+@functools.cache
+def bucket_elements(
+    c: GPTConfig, tp: int, tp_rank: int, pp: int, stage: int
+) -> list[tuple[Kind, int]]:
+    """Return the kind and the number of elements of every bucket of a rank, without padding."""
+    mesh = Mesh(stage * tp + tp_rank, pp=pp, tp=tp)
+    with torch.device("meta"):
+        model = GPT(c, mesh)
+    parameters = dict(model.named_parameters())
+    return [
+        (kind, sum(parameters[name].numel() for name in names))
+        for kind, names in plan_buckets(model, mesh)
+    ]
+
+
+def buckets(c: GPTConfig, layout: Layout, rank: int) -> list[tuple[int, int]]:
+    """Return (elements with padding, ranks that share them) of every bucket of a rank.
+
+    ValueError: the layout is impossible for this model.
+    """
+    mesh = layout.mesh(rank)
+    sizes = []
+    for kind, used in bucket_elements(c, mesh.tp, mesh.tp_rank, mesh.pp, mesh.pp_rank):
+        ranks = mesh.size(kind.replicas)
+        sizes.append((-(-used // ranks) * ranks, ranks))
+    return sizes
+
+
+def sent(
+    c: GPTConfig,
+    layout: Layout,
+    rank: int,
+    rows: Sequence[Sequence[int]],
+    scored: Sequence[Sequence[int]],
+    dtype: torch.dtype = torch.bfloat16,
+    checkpointing: bool = False,
+) -> dict[str, int]:
+    """Return the bytes that a rank sends in one optimizer step, by purpose (the keys of SENT).
+
+    rows, scored: for every micro-batch the tokens, and the scored tokens, on each context rank; the
+    scored tokens of a reward model are the last ones of its responses.
+    Among n ranks an all-gather of O bytes of output sends (n-1)/n O, a reduce-scatter of I bytes of
+    input (n-1)/n I, an all-reduce of B bytes 2 (n-1)/n B, whatever the backend's algorithm.
+    """
+    mesh, tp, cp = layout.mesh(rank), layout.tp, layout.cp
+    layers = layers_of(c, mesh)
+    size = dtype.itemsize
+    exact = max(4, size)  # bytes of a number that is kept in fp32 at least
+    has_head = mesh.last_stage and not c.outputs
+    # A block has four collectives, forward and backward. Checkpointing repeats three of them: no
+    # backward needs the output of the last one.
+    crossings = (11 if checkpointing else 8) * layers + 2 * (mesh.pp_rank == 0) + 2 * has_head
+    gathers = (3 if checkpointing else 2) * layers * 2  # of k and v: forward, (repeated,) backward
+    key_size = _share(c.kv_heads, mesh) * c.head_size * size
+    total = dict.fromkeys(("tp", "cp", "pp", "dp", "logps", "control"), 0)
+    for tokens, marked in zip(rows, scored, strict=True):
+        stream = -(-tokens[mesh.cp_rank] // tp) * c.width * size  # this rank's residual stream
+        total["tp"] += (tp - 1) * crossings * stream
+        total["cp"] += (cp - 1) * gathers * max(tokens) * key_size
+        total["pp"] += ((not mesh.last_stage) + (mesh.pp_rank > 0)) * stream
+        if has_head:
+            total["logps"] += (tp - 1) * marked[mesh.cp_rank] * 2 * exact
+            total["logps"] += _all_reduced(sum(marked) * exact, cp)
+        elif mesh.last_stage:
+            total["logps"] += _all_reduced(sum(marked) * c.outputs * exact, cp * tp)
+    for elements, ranks in buckets(c, layout, rank):
+        reduced = exact * (len(rows) if layout.zero == 2 else 1)
+        total["dp"] += elements // ranks * (ranks - 1) * (reduced + size)
+    total["control"] = _all_reduced(16, layout.world)  # Σ gradient² and the stop flag, fp64
+    return total
+
+
+def _all_reduced(size: int, n: int) -> int:
+    return 2 * size * (n - 1) // n
+
+
+def _share(total: int, mesh: Mesh) -> int:
+    """Return this tensor rank's share of some heads or columns."""
+    low, high = split(total, mesh.tp, mesh.tp_rank)
+    return high - low
+
+
+def layers_of(c: GPTConfig, mesh: Mesh) -> int:
+    """Return the number of blocks of this pipeline stage."""
+    first, last = split(c.layers, mesh.pp, mesh.pp_rank)
+    return last - first
+
+
+# ---- memory --------------------------------------------------------------------------------------
+
+
+def memory(
+    c: GPTConfig,
+    layout: Layout,
+    rank: int,
+    tokens: int,
+    scored: int,
+    micro_batches: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+    checkpointing: bool = False,
+) -> dict[str, int]:
+    """Return the bytes of a rank whose micro-batches have `tokens` tokens, `scored` of them scored.
+
+    weights, gradients and optimizer are exact. activations (kept for the backward of all
+    micro-batches in flight, and the buffers of one backward) and logits are estimates for the GPU
+    kernels.
+    """
+    mesh, flat = layout.mesh(rank), buckets(c, layout, rank)
+    total = optimizer.memory(flat, 0, layout.zero, dtype)._asdict()
+    rows = -(-tokens // layout.cp)
+    total["activations"] = _activations(c, mesh, tokens, micro_batches, dtype, checkpointing)
+    if layout.zero == 2:  # one bucket that fills, and at most two that are being reduced
+        moving = sorted((n for n, ranks in flat if ranks > 1), reverse=True)
+        total["activations"] += max(4, dtype.itemsize) * (moving[0] + sum(moving[:2]))
+    total["logits"] = 0
+    if mesh.last_stage and not c.outputs:
+        total["logits"] = _logits(c, mesh, rows, -(-scored // layout.cp), dtype)
+    return total
+
+
+def _activations(
+    c: GPTConfig,
+    mesh: Mesh,
+    tokens: int,
+    micro_batches: int,
+    dtype: torch.dtype,
+    checkpointing: bool,
+) -> int:
+    """Estimate the bytes of activations, with the buffers of one block's backward."""
+    size = dtype.itemsize
+    rows = -(-tokens // mesh.cp)
+    stream = -(-rows // mesh.tp) * c.width  # elements of this rank's residual stream
+    g, f = _share(c.kv_heads, mesh), _share(c.ffn, mesh)
+    h = g * c.heads // c.kv_heads
+    # Elements kept of a block: the inputs of norms, q|k|v and gate|up; q, k, v and the output of
+    # attention, whose fp32 logsumexp comes on top; gate, up and their product.
+    inputs = (1 if c.parallel_residual else 2) * stream + 2 * rows * c.width
+    heads = 2 * rows * h + 2 * (tokens if mesh.cp > 1 else rows) * g + rows * (h + g) * c.qk_norm
+    mlp = (3 if c.mlp == "swiglu" else 2) * rows * f
+    block = (inputs + heads * c.head_size + mlp) * size + 4 * rows * h
+    in_flight = min(mesh.pp - mesh.pp_rank, micro_batches)
+    kept = layers_of(c, mesh) * in_flight * (stream * size if checkpointing else block)
+    backward = (3 * rows * f + 2 * rows * c.width) * size
+    return kept + backward + (block if checkpointing else 0)
+
+
+def _logits(c: GPTConfig, mesh: Mesh, rows: int, scored: int, dtype: torch.dtype) -> int:
+    """Estimate the bytes of the head: logits or chunks of them, its inputs, and dW."""
+    size, exact = dtype.itemsize, max(4, dtype.itemsize)
+    v = _share(c.vocab, mesh)
+    logits = scored * v * exact
+    if logits > GPU_KEEP_BYTES:
+        logits = scored * min(GPU_CHUNK, v) * (exact + size)
+    gathered = rows * c.width * size if mesh.tp > 1 else 0
+    return logits + gathered + scored * c.width * (2 * size + exact) + v * c.width * size
