@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import checkpoint
+import footprint
 import hf
 from checkpoint import State
 from data.trees import make_batch, micro_batches
@@ -73,8 +74,22 @@ def train(folder: Path, out: Path, layout: tuple, lora: Lora = RANK_3, first: in
         optimizer.step(1e-2, 1.0)
     save_adapter(model, out / "adapter", str(folder), lora)
     save_model(model, out / "final")
-    trains = [name for name, p in model.named_parameters() if p.requires_grad]
-    return {"trains": trains, "buffers": sum(len(b.weights) for b in optimizer.buckets)}
+    planned = footprint.Layout(tp, cp, pp, mesh.dp, zero)
+    held = footprint.memory(model.c, planned, mesh.rank, 9, 9, dtype=torch.float64, lora=lora)
+    return {
+        "trains": [name for name, p in model.named_parameters() if p.requires_grad],
+        "planned": (held["weights"], held["gradients"], held["optimizer"]),
+        "real": real_bytes(model, optimizer),
+    }
+
+
+def real_bytes(model: GPT, optimizer: AdamW) -> tuple[int, int, int]:
+    """Count the bytes that a rank really holds: weights, gradients, optimizer."""
+    weights = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
+    weights += sum(b.weights.nbytes for b in optimizer.buckets)
+    gradients = sum(b.grad.nbytes if b.keeps_grad else b.shard.nbytes for b in optimizer.buckets)
+    moments = [optimizer.adam.state[b.master] for b in optimizer.buckets]
+    return weights, gradients, sum(m["exp_avg"].nbytes + m["exp_avg_sq"].nbytes for m in moments)
 
 
 class PlainLora(PlainModel):
@@ -120,7 +135,8 @@ def test_five_steps_equal_a_plain_loop_on_every_layout(tmp_path: Path):
     for label, layout in {"one": (1, 1, 1, 1, 1), **LAYOUTS}.items():
         out = tmp_path / label
         if label != "one":
-            launch(layout[0], train, folder, out, layout)
+            ranks = launch(layout[0], train, folder, out, layout)
+            assert all(rank["planned"] == rank["real"] for rank in ranks), label
         trained = load_file(out / "adapter/adapter_model.safetensors")
         assert len(trained) == len(plain.adapter) == 2 * 7 * 3
         for name, tensor in trained.items():
