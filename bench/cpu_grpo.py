@@ -167,7 +167,8 @@ def compare_grpo(spec: dict, args: argparse.Namespace) -> Iterator[tuple[str, di
             f"TRL / plumb: {ratio['step_cpu']:.2f} times the CPU time (rollout"
             f" {ratio['rollout_cpu']:.2f}, update {ratio['update_cpu']:.2f}),"
             f" {ratio['peak_gb']:.2f} times the memory. On TRL's samples plumb agrees within"
-            f" {gaps['reward']:.1e} with its rewards, {gaps['grad_norm']:.1e} with its gradient norms"
+            f" {gaps['reward']:.1e} with its rewards,"
+            f" {gaps['grad_norm']:.1e} with its gradient norms"
         )
         typical["stock"] |= {"ratios": ratio, "gaps": gaps}
     for result in itertools.chain.from_iterable(results.values()):

@@ -1,6 +1,6 @@
 """Time an optimizer step in two gloo processes against one, and compare peak memory with plan.py.
 
-    python bench/ranks.py                            one process, then tp 2, dp 2, zero 2, cp 2, pp 2
+    python bench/ranks.py                       one process, then tp 2, dp 2, zero 2, cp 2, pp 2
     python bench/ranks.py --layouts tp2 dp2zero2 --steps 10
     python bench/ranks.py --device cuda --profile    one process on a GPU in bf16, kernels by time
 
@@ -109,7 +109,7 @@ def train(
     mesh: parallel.Mesh,
     device: torch.device,
 ) -> dict:
-    """Train some steps on one rank; return seconds a step, bytes at peak and as plan.py has them."""
+    """Train some steps on one rank; return seconds per step, peak bytes, and plan.py's bytes."""
     before = start_memory(device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with device:
