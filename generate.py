@@ -170,11 +170,10 @@ def main(argv: list[str] | None = None) -> None:
         print("\n\n".join(texts))
         return
     for i, row in enumerate(rows):
-        group = texts[i * flags.n : (i + 1) * flags.n]
         if flags.n == 1:
-            row["response"] = group[0]
+            row["response"] = texts[i]
         else:
-            row["responses"] = group
+            row["responses"] = texts[i * flags.n : (i + 1) * flags.n]
     write_rows(flags.out, rows)
     ended = sum(a.ended for a in answers)
     print(f"{len(texts)} answers in {flags.out}, {ended} of them ended by themselves")

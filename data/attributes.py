@@ -219,10 +219,10 @@ def write_files(
     out: str, template: str, train: ConditionedRows, heldout: ConditionedRows
 ) -> Conditioned:
     """Write OUT/conditioned_train.jsonl and, if there are any, OUT/conditioned_heldout.jsonl."""
-    files: dict[str, list[str]] = {}
+    files: dict[str, list[str]] = {"train": [], "heldout": []}
     for part, (rows, _) in (("train", train), ("heldout", heldout)):
-        path = Path(out) / f"conditioned_{part}.jsonl"
-        files[part] = [write_rows(path, rows)] if rows else []
+        if rows:
+            files[part] = [write_rows(Path(out) / f"conditioned_{part}.jsonl", rows)]
     return Conditioned(files["train"], files["heldout"], template, train[1])
 
 

@@ -1,10 +1,10 @@
-"""Law 8, second half: every kernel compiles for sm_80, sm_90 and sm_100, without a GPU.
+"""Law 8, second half: every kernel compiles well for sm_80, sm_90 and sm_100, without a GPU.
 
     python tests/unit/test_kernels_offline.py                print registers, spills, shared memory
     python tests/unit/test_kernels_offline.py 90 --window    other architectures; sliding windows
 
-Triton compiles for a named target, and its wheel brings ptxas, cuobjdump and nvdisasm to look at
-the result. This shows what no run would: registers spilled inside a loop, wgmma serialised by ptxas
+Triton compiles for a named target, and its wheel brings ptxas and nvdisasm to look at the result.
+This shows what no run would: registers spilled inside a loop, wgmma serialised by ptxas
 (warning C7515: correct, at half the speed), tensor-core instructions of an older architecture, more
 shared memory than there is.
 """
