@@ -534,7 +534,7 @@ def steerlm2(pi_logps: Tensor, q_logps: Tensor, target: Tensor, group: Tensor) -
 
 
 # ---- online algorithms: rewards, KL, advantages -----------------------------------------------
-# A scored token is one that the policy sampled; tokens that it only read (tool output) do not occur.
+# A scored token is one that the policy sampled; tokens that it only read (tool output) are absent.
 # M scored tokens, response by response and in order; R responses; n prompts with G responses each,
 # R = n G. lengths (R,): scored tokens of each response; response (M,): each token's response.
 # Nothing in this part carries a gradient.

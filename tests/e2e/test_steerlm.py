@@ -66,7 +66,7 @@ def new_model(toy: Path, folder: Path, **flags) -> Path:
 
 @pytest.fixture(scope="module")
 def predictor(toy: Path, tmp_path_factory) -> Path:
-    """An attribute model with large random weights, so that it tells responses apart untrained."""
+    """Return an attribute model whose large random weights tell responses apart, untrained."""
     folder = tmp_path_factory.mktemp("predictor")
     new_model(toy, folder / "new", std=0.7, dtype="fp32")
     model = load_model(folder / "new", torch.float32, scores=TOY_NAMES)
@@ -78,7 +78,7 @@ def predictor(toy: Path, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def steered(toy: Path, tmp_path_factory) -> Path:
-    """A model trained on attribute lines for a few steps; signal handlers are put back."""
+    """Train a model on attribute lines for a few steps; signal handlers are restored."""
     out = tmp_path_factory.mktemp("steered")
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     train_sft.main(
