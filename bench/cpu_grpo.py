@@ -37,13 +37,14 @@ def run_grpo(spec: dict) -> dict:
 
 def run_plumb(spec: dict) -> dict:
     """Run train_reinforce.py in this process, with samples that never stop early."""
+    import runtime
     import train_reinforce as script
     from sampling.sampler import Sample
 
     rollouts, prompts, samples = [], [], []
     collect = timed(script.rollout.collect, rollouts)
 
-    class EndlessTemplate(script.Template):
+    class EndlessTemplate(runtime.Template):
         def __init__(self, *args):
             super().__init__(*args)
             self.stop_ids = frozenset()
@@ -55,14 +56,14 @@ def run_plumb(spec: dict) -> dict:
         return rollout
 
     script.rollout.collect = collect_and_keep
-    script.Template = EndlessTemplate
+    runtime.Template = EndlessTemplate
     if "replay" in spec:
         given, zeros = iter(spec["replay"]), [0.0] * NEW_TOKENS
 
         def replay(*_):
             return [Sample(ids, zeros, zeros, False) for ids in next(given)]
 
-        script.rollout.sampler = lambda *_: replay
+        script.rollout.make_sampler = lambda *_: replay
     flags = f"--group-size {GROUP} --max-new-tokens {NEW_TOKENS} --reward length:{REWARD_WORDS}"
     flags += " --advantage grpo --loss grpo --aggregate token --kl 0 --log-samples 0"
     script.main(plumb_command(spec, *flags.split())[2:])
@@ -166,8 +167,8 @@ def compare_grpo(spec: dict, args: argparse.Namespace) -> Iterator[tuple[str, di
         print(
             f"TRL / plumb: {ratio['step_cpu']:.2f} times the CPU time (rollout"
             f" {ratio['rollout_cpu']:.2f}, update {ratio['update_cpu']:.2f}),"
-            f" {ratio['peak_gb']:.2f} times the memory. On TRL's samples plumb agrees within"
-            f" {gaps['reward']:.1e} with its rewards, {gaps['grad_norm']:.1e} with its gradient norms"
+            f" {ratio['peak_gb']:.2f} times the memory. On TRL's samples rewards agree within"
+            f" {gaps['reward']:.1e}, gradient norms within {gaps['grad_norm']:.1e}"
         )
         typical["stock"] |= {"ratios": ratio, "gaps": gaps}
     for result in itertools.chain.from_iterable(results.values()):

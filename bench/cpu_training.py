@@ -79,7 +79,7 @@ def trl_settings(spec: dict) -> dict:
 
 
 def run_trl(spec: dict) -> dict:
-    """Train with TRL in this process; return seconds of every step and of the reference pass, losses.
+    """Train with TRL in this process; return losses, seconds of steps and of the reference pass.
 
     A step's clock runs from on_step_begin to on_step_end, without collating and logging. The
     reference pass counts its batches alone, the first of them, which is the first to touch the

@@ -1,8 +1,8 @@
 """Time an optimizer step in two gloo processes against one, and compare peak memory with plan.py.
 
-    python bench/ranks.py                            one process, then tp 2, dp 2, zero 2, cp 2, pp 2
+    python bench/ranks.py                           one process, then every layout of two
     python bench/ranks.py --layouts tp2 dp2zero2 --steps 10
-    python bench/ranks.py --device cuda --profile    one process on a GPU in bf16, kernels by time
+    python bench/ranks.py --device cuda --profile   one process on a GPU in bf16, kernels by time
 
 Every layout takes the same DPO steps on the same random trees, in fp32, one thread a process. Two
 cores show overheads, not speed-ups: two processes share caches, the memory bus and whatever else
@@ -109,7 +109,7 @@ def train(
     mesh: parallel.Mesh,
     device: torch.device,
 ) -> dict:
-    """Train some steps on one rank; return seconds a step, bytes at peak and as plan.py has them."""
+    """Train some steps on one rank; return seconds a step, and bytes measured and modelled."""
     before = start_memory(device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with device:

@@ -1,4 +1,4 @@
-"""Context parallelism: a rank holds some queries and all keys; shares add up to the whole, and are fair."""
+"""Context parallelism: shares of the queries add up to the whole, and are fair."""
 
 import numpy as np
 import pytest
@@ -152,7 +152,7 @@ FAIR = {
 @pytest.mark.parametrize("name", FAIR)
 def test_shares_are_fair(name: str, ranks: int, window: int):
     """Every row once; numbers of rows differ by one at most; the heaviest rank sees at most 10 %
-    more pairs than the mean; in long rows blocks are as long as any query tile; repeats are equal."""
+    more pairs than the mean; long rows have blocks as long as any query tile; repeats are equal."""
     spans = FAIR[name]
     shares, seen = share_rows(spans, ranks, window), keys_seen(spans, window)
     assert np.array_equal(np.sort(np.concatenate(shares)), np.arange(len(seen)))
@@ -176,7 +176,7 @@ def blocks_of(rows: np.ndarray) -> list[int]:
 
 def test_zig_zag_and_rows_that_are_few():
     """A long sequence in four rounds goes there and back twice; with a window of 1 all blocks weigh
-    the same and are dealt in order; more ranks than rows leave some without; so does an empty row."""
+    the same and are dealt in order; with more ranks than rows some get none."""
     first, second = share_rows([(0, [1024])], 2)
     assert blocks_of(first) == [0, 3, 4, 7] and blocks_of(second) == [1, 2, 5, 6]
     first, second = share_rows([(0, [1024])], 2, window=1)

@@ -478,7 +478,7 @@ def fails_on_one(rank_of: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "said"), [("raises", "rank 1 has had enough"), ("dies", "died without a word")]
+    ("how", "said"), [("raises", "rank 1 has had enough"), ("dies", "died without a traceback")]
 )
 def test_launch_reports_the_rank_that_failed(how: str, said: str):
     """A rank that raises or dies is named, although the other one waits for it."""

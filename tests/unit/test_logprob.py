@@ -1,4 +1,4 @@
-"""The plain twin of linear_logprob equals torch's log_softmax of whole logits, kept or recomputed."""
+"""The plain twin of linear_logprob equals torch's log_softmax of whole logits."""
 
 import pytest
 import torch

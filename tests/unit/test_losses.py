@@ -1,4 +1,4 @@
-"""Law 9: every loss of the DPO family equals its paper's formula, written out again in plain numbers.
+"""Law 9: every loss of the DPO family equals its paper's formula, written out in plain numbers.
 
 Each reference below has the name of its twin in losses.py but takes the numbers of one pair (the
 two aot ones the whole step, as lists), under the letters of the formula: c and r are the log-ratios
@@ -36,13 +36,13 @@ def kl_bernoulli(a: float, b: float) -> float:
 
 
 def sigmoid(c, r, beta, label_smoothing=0.0):
-    """DPO, arXiv 2305.18290 Eq. 7; smoothed, cDPO: Mitchell 2023, "A note on DPO with noisy preferences"."""
+    """DPO, arXiv 2305.18290 Eq. 7; cDPO: Mitchell 2023, "A note on DPO with noisy preferences"."""
     x = beta * (c - r)
     return -(1 - label_smoothing) * log_sigma(x) - label_smoothing * log_sigma(-x)
 
 
 def robust(c, r, beta, label_smoothing):
-    """Robust DPO, arXiv 2403.00409: its mean over labels flipped at rate ε is the clean DPO loss."""
+    """Robust DPO, arXiv 2403.00409: its mean over labels flipped at rate ε is the clean loss."""
     clean, flipped = -log_sigma(beta * (c - r)), -log_sigma(beta * (r - c))
     return ((1 - label_smoothing) * clean - label_smoothing * flipped) / (1 - 2 * label_smoothing)
 
@@ -123,13 +123,13 @@ def rpo_fwd_kl(c, r, beta, gt_c, gt_r, scale):
 
 
 def aot(margin, ref_margin, beta, label_smoothing=0.0):
-    """AOT paired, arXiv 2406.05882: DPO's loss between the sorted margins of policy and reference."""
+    """AOT paired, arXiv 2406.05882: DPO's loss between sorted margins of policy and reference."""
     pairs = zip(sorted(margin), sorted(ref_margin), strict=True)
     return [sigmoid(m, ref, beta, label_smoothing) for m, ref in pairs]
 
 
 def aot_unpaired(c, r, beta, label_smoothing=0.0):
-    """AOT unpaired, arXiv 2406.05882: DPO's loss between sorted chosen and sorted rejected log-ratios."""
+    """AOT unpaired, arXiv 2406.05882: DPO's loss between sorted chosen and rejected log-ratios."""
     return aot(c, r, beta, label_smoothing)
 
 
