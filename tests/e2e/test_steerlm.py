@@ -392,6 +392,8 @@ def test_steerlm2_and_its_gradient_are_the_formula():
         assert slope[own].tolist() == pytest.approx([y - x for x, y in zip(w, b)], abs=1e-12)
     huge = [torch.tensor([-3e4, -100.0, 3e3]) for _ in range(3)]
     assert losses.steerlm2(*huge, torch.zeros(3, dtype=torch.int64)).isfinite().all()
+    none = torch.zeros(0)  # a data-parallel rank without a prompt in a step
+    assert losses.steerlm2(none, none, none, none.long()).shape == (0,)
 
 
 def test_steerlm2_equals_a_plain_loop_in_float64(toy: Path, predictor: Path, tmp_path: Path, train):
