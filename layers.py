@@ -203,6 +203,9 @@ class Adapter(Layer):
     A x; the frozen W keeps nothing, and no gradient of it is computed.
     """
 
+    a: nn.Parameter
+    b: nn.Parameter
+
     def __init__(self, linear: Linear, rank: int, scale: float, dropout: float):
         super().__init__(linear.mesh)
         self.scale, self.dropout = scale, dropout
