@@ -52,6 +52,18 @@ class RunConfig:
     # time, far less memory
     compile: bool = False  # torch.compile the layers: slow start, faster steps
 
+    # adapters: LoRA, of which alone is trained where --lora or --adapter is given
+    lora: int = 0  # rank of an adapter beside every target, 8 to 64; 0: train all weights
+    lora_alpha: float = 0.0  # an adapter counts alpha / rank; 0: twice the rank
+    lora_targets: list[str] = field(
+        default_factory=lambda: ["all"]
+    )  # all, attention, mlp, or names
+    # of linears: q k v out gate up down
+    lora_dropout: float = 0.0  # share of an adapter's inputs dropped in training; 0 to 0.1
+    rslora: bool = False  # scale alpha / √rank, for ranks of 64 and more
+    adapter: str = ""  # folder of an adapter in PEFT's format to go on from
+    merge: bool = True  # --no-merge writes OUT/adapter alone, without the merged OUT/final
+
     # optimisation: AdamW with fp32 master weights, no decay on norms and biases
     batch_size: int = 64  # examples an optimizer step, over all ranks
     epochs: int = 1  # passes over the data; preference losses overfit after 1 to 3
@@ -115,7 +127,7 @@ class RolloutConfig(RunConfig):
 
 
 # Groups in the order of --help. A script's own flags are "algorithm" if no comment names them.
-GROUPS = ("data", "model", "algorithm", "rollout", "optimisation", "layout", "output")
+GROUPS = ("data", "model", "adapters", "algorithm", "rollout", "optimisation", "layout", "output")
 MANY = 8  # more choices than this are listed below a flag, not beside it
 
 

@@ -156,7 +156,7 @@ def commands(home: Path, seed: int, quick: bool) -> dict[str, list[str]]:
         *answer_and_score("reinforce_truth"),
     ]
     stages["steerlm"] = [
-        f"train_steerlm.py --stage sft --model {base} --data {world}/attributes.jsonl "
+        f"train_sft.py --attributes --model {base} --data {world}/attributes.jsonl "
         f"--out {home}/steerlm --attribute-template {{prompt}}<|attr|>{{attributes}} "
         f"{SCRATCH} {end}"
     ]

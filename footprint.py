@@ -21,8 +21,9 @@ import torch
 import optimizer
 from kernels.logprob import GPU_CHUNK, GPU_KEEP_BYTES
 from model import GPT, GPTConfig
-from optimizer import Kind, plan_buckets
+from optimizer import Kind, frozen_elements, plan_buckets
 from parallel import Mesh, split
+from weights.adapters import Lora, attach
 
 # ---- a layout ------------------------------------------------------------------------------------
 
@@ -60,27 +61,33 @@ class Layout:
 
 @functools.cache
 def bucket_elements(
-    c: GPTConfig, tp: int, tp_rank: int, pp: int, stage: int
-) -> list[tuple[Kind, int]]:
-    """Return the kind and the number of elements of every bucket of a rank, without padding."""
+    c: GPTConfig, tp: int, tp_rank: int, pp: int, stage: int, lora: Lora | None = None
+) -> tuple[list[tuple[Kind, int]], int]:
+    """Return kind and elements of every bucket of a rank, without padding; and frozen elements."""
     mesh = Mesh(stage * tp + tp_rank, pp=pp, tp=tp)
     with torch.device("meta"):
         model = GPT(c, mesh)
+        if lora:
+            attach(model, lora)
     parameters = dict(model.named_parameters())
-    return [
+    sizes = [
         (kind, sum(parameters[name].numel() for name in names))
         for kind, names in plan_buckets(model, mesh)
     ]
+    return sizes, frozen_elements(model)
 
 
-def buckets(c: GPTConfig, layout: Layout, rank: int) -> list[tuple[int, int]]:
+def buckets(
+    c: GPTConfig, layout: Layout, rank: int, lora: Lora | None = None
+) -> list[tuple[int, int]]:
     """Return (elements with padding, ranks that share them) of every bucket of a rank.
 
     ValueError: the layout is impossible for this model.
     """
     mesh = layout.mesh(rank)
     sizes = []
-    for kind, used in bucket_elements(c, mesh.tp, mesh.tp_rank, mesh.pp, mesh.pp_rank):
+    elements, _ = bucket_elements(c, mesh.tp, mesh.tp_rank, mesh.pp, mesh.pp_rank, lora)
+    for kind, used in elements:
         ranks = mesh.size(kind.replicas)
         sizes.append((-(-used // ranks) * ranks, ranks))
     return sizes
@@ -94,6 +101,7 @@ def sent(
     scored: Sequence[Sequence[int]],
     dtype: torch.dtype = torch.bfloat16,
     checkpointing: bool = False,
+    lora: Lora | None = None,
 ) -> dict[str, int]:
     """Return the bytes that a rank sends in one optimizer step, by purpose (the keys of SENT).
 
@@ -123,7 +131,7 @@ def sent(
             total["logps"] += _all_reduced(sum(marked) * exact, cp)
         elif mesh.last_stage:
             total["logps"] += _all_reduced(sum(marked) * c.outputs * exact, cp * tp)
-    for elements, ranks in buckets(c, layout, rank):
+    for elements, ranks in buckets(c, layout, rank, lora):
         reduced = exact * (len(rows) if layout.zero == 2 else 1)
         total["dp"] += elements // ranks * (ranks - 1) * (reduced + size)
     total["control"] = _all_reduced(16, layout.world)  # Σ gradient² and the stop flag, fp64
@@ -158,6 +166,7 @@ def memory(
     micro_batches: int = 1,
     dtype: torch.dtype = torch.bfloat16,
     checkpointing: bool = False,
+    lora: Lora | None = None,
 ) -> dict[str, int]:
     """Return the bytes of a rank whose micro-batches have `tokens` tokens, `scored` of them scored.
 
@@ -165,8 +174,9 @@ def memory(
     micro-batches in flight, and the buffers of one backward) and logits are estimates for the GPU
     kernels.
     """
-    mesh, flat = layout.mesh(rank), buckets(c, layout, rank)
-    total = optimizer.memory(flat, 0, layout.zero, dtype)._asdict()
+    mesh, flat = layout.mesh(rank), buckets(c, layout, rank, lora)
+    _, frozen = bucket_elements(c, mesh.tp, mesh.tp_rank, mesh.pp, mesh.pp_rank, lora)
+    total = optimizer.memory(flat, frozen, layout.zero, dtype)._asdict()
     rows = -(-tokens // layout.cp)
     total["activations"] = _activations(c, mesh, tokens, micro_batches, dtype, checkpointing)
     if layout.zero == 2:  # one bucket that fills, and at most two that are being reduced

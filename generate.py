@@ -141,7 +141,7 @@ def main(argv: list[str] | None = None) -> None:
     dtype = DTYPES[best_dtype if flags.dtype == "auto" else flags.dtype]
     tokenizer = load_tokenizer(flags.model)
     template = Template(flags.template, tokenizer)
-    rows = [{"prompt": flags.prompt}] if flags.prompt else []
+    rows: list[dict] = [{"prompt": flags.prompt}] if flags.prompt else []
     if flags.data:
         rows = list(read_rows(flags.data))[: flags.limit or None]
     for number, row in enumerate(rows, 1):
@@ -170,8 +170,10 @@ def main(argv: list[str] | None = None) -> None:
         print("\n\n".join(texts))
         return
     for i, row in enumerate(rows):
-        group = texts[i * flags.n : (i + 1) * flags.n]
-        row |= {"response": group[0]} if flags.n == 1 else {"responses": group}
+        if flags.n == 1:
+            row["response"] = texts[i]
+        else:
+            row["responses"] = texts[i * flags.n : (i + 1) * flags.n]
     write_rows(flags.out, rows)
     ended = sum(a.ended for a in answers)
     print(f"{len(texts)} answers in {flags.out}, {ended} of them ended by themselves")

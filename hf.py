@@ -2,6 +2,8 @@
 
     python hf.py check DIR
         loads the folder as a training script would, and prints what it holds or what is wrong
+    python hf.py merge BASE ADAPTER --out DIR
+        adds an adapter (--lora, or of peft) to its base, for servers that load whole models
     python hf.py new --out DIR --family llama --width 96 --layers 2 --heads 4 --tokenizer DIR
         for tests, benchmarks and training from scratch
 
@@ -16,8 +18,10 @@ from typing import Literal
 import torch
 
 from config import parse
+from data.templates import Template
 from data.tokenizer import Tokenizer, load_tokenizer
 from model import GPT, parameter_count
+from weights.adapters import load_adapter
 from weights.config_json import ARCHITECTURES, model_config, read_config, score_names
 from weights.folder import DTYPES, load_model, save_model, weight_files
 
@@ -131,8 +135,22 @@ def describe(folder: str) -> str:
     return "\n".join(lines)
 
 
+def merge(base: str, adapter: str, out: str) -> None:
+    """Write a folder in which an adapter is merged into its base, in the base's own dtype."""
+    raw = read_config(base)[1]
+    names = score_names(raw)
+    dtype = getattr(torch, raw.get("dtype") or raw.get("torch_dtype") or "float32")
+    model = load_model(base, dtype, scores=() if names else None)
+    load_adapter(model, adapter)
+    template = Template("auto", load_tokenizer(base))
+    save_model(model, out, base, None if template.plain else template)
+
+
 def main(argv: list[str]) -> None:
     try:
+        if argv[:1] == ["merge"] and len(argv) == 5 and argv[3] == "--out":
+            merge(argv[1], argv[2], argv[4])
+            argv = ["check", argv[4]]
         if argv[:1] == ["new"]:
             flags = parse(New, __doc__, argv[1:])
             if not flags.out:

@@ -28,7 +28,7 @@ from kernels.logprob import linear_logprob, merge_partials
 from kernels.rmsnorm import add_rms_norm, rms_norm
 from parallel import Group, Mesh, enter, exit, split
 
-Start = Literal["normal", "residual", "ones", "zeros"]
+Start = Literal["normal", "residual", "ones", "zeros", "uniform"]
 
 # ---- the declaration of a weight -----------------------------------------------------------------
 
@@ -56,7 +56,8 @@ class Weight:
     cut: Cut | None = None  # None: every tensor rank holds all of it
     decays: bool = True  # whether AdamW's weight decay applies
     trains: bool = True  # False: frozen, unknown to the optimizer
-    start: Start = "normal"  # residual: normal, but smaller by √(2 layers), as in GPT-2
+    # residual: normal, but smaller by √(2 layers), as in GPT-2; uniform: within 1 / √inputs
+    start: Start = "normal"
     both_ends: bool = False  # held by the first and by the last pipeline stage (a tied embedding)
 
     def slice(self, mesh: Mesh) -> tuple[int, int, int] | None:
@@ -159,6 +160,7 @@ class Linear(Layer):
     ):
         super().__init__(mesh)
         self.tp: Group = mesh.group("tp")
+        self.adapter: Adapter | None = None
         self.declare("weight", Weight((outputs, inputs), cut, start=start))
         if bias:
             rows = cut if cut and cut.dim == 0 else None
@@ -167,11 +169,52 @@ class Linear(Layer):
             self.register_parameter("bias", None)
 
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Return x W_iᵀ + bias for this rank's slice W_i."""
-        return F.linear(x, self.weight, bias)
+        """Return x W_iᵀ + bias for this rank's slice W_i, and what the adapter adds."""
+        y = F.linear(x, self.weight, bias)
+        return y if self.adapter is None else y + self.adapter(x)
+
+    def merged_weight(self) -> Tensor:
+        """Return this rank's slice of W + s B A, the one matrix that does what both do."""
+        if self.adapter is None:
+            return self.weight
+        a, b = self.adapter.a, self.adapter.b
+        exact = torch.promote_types(a.dtype, torch.float32)
+        update = self.adapter.scale * (b.to(exact) @ a.to(exact))
+        return (self.weight.to(exact) + update).to(self.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.matmul(x, self.bias)
+
+
+class Adapter(Layer):
+    """A low-rank update of a linear, y = W x + s B A x (LoRA, arXiv 2106.09685 Sec. 4.1).
+
+    It is cut as its linear is, so that it needs no collective of its own:
+
+        ColumnLinear   Y_i = X W_iᵀ + s (X Aᵀ) B_iᵀ    A (r, inputs) whole, B (outputs, r) cut as W
+        RowLinear      Σ_i X_i (W_i + s B A_i)ᵀ        A cut as W, B whole: the partial products
+                                                       X_i A_iᵀ Bᵀ join the linear's own sum
+
+    The half that every tensor rank holds whole sees a part of its gradient on each, so its
+    gradients are summed over tp too, which its declaration says. For backward A keeps x and B keeps
+    A x; the frozen W keeps nothing, and no gradient of it is computed.
+    """
+
+    def __init__(self, linear: Linear, rank: int, scale: float, dropout: float):
+        super().__init__(linear.mesh)
+        self.scale, self.dropout = scale, dropout
+        outputs, inputs = linear.declared["weight"].shape
+        cut = linear.declared["weight"].cut
+        a_cut = cut if cut and cut.dim == 1 else None
+        b_cut = cut if cut and cut.dim == 0 else None
+        self.declare("a", Weight((rank, inputs), a_cut, start="uniform"))
+        self.declare("b", Weight((outputs, rank), b_cut, start="zeros"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(T, inputs) -> (T, outputs). Dropout acts in training passes only."""
+        if self.dropout and torch.is_grad_enabled():
+            x = F.dropout(x, self.dropout)
+        return self.scale * F.linear(F.linear(x, self.a), self.b)
 
 
 class ColumnLinear(Linear):

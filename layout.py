@@ -3,7 +3,9 @@
     tree = a prompt, then its responses side by side:   [ p p p p | a a a | b b b b b ]
     row  = trees one after another, without padding
 
-A response sees its prompt and itself, never a sibling. Key j is visible to query i iff j <= i < kv_end[j].
+A response sees its prompt and itself, never a sibling: key j is visible to query i iff
+j <= i < kv_end[j].
+
 Letters: T tokens of the flat row, n rows that one rank holds.
 """
 

@@ -1,10 +1,10 @@
-"""Every loss of the project, as pure functions: log-probs in, per-example losses and metrics out.
+"""Losses as pure functions: log-probs, values and rewards in, losses and metrics out.
 
-No model, no process group and no reduction: a script sums what it gets and divides by the count of the WHOLE optimizer
-step, so that packing, micro-batches and ranks cannot change a loss.
+There is no model, no process group and no reduction here. A script sums the losses and divides by
+the count of the whole optimizer step, so that packing, micro-batches and ranks cannot change them.
 
-Letters: B pairs; c, r = log(policy / reference) of the chosen and the rejected response, summed over its tokens, (B,);
-delta = c - r; len_c, len_r = scored tokens of each, (B,). Every function of the DPO family returns (B,).
+A log-ratio is log(policy / reference) of a response, summed over its scored tokens, in nats.
+Letters: B pairs or examples, R responses.
 """
 
 import math
@@ -14,159 +14,258 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# ---- preference pairs: DPO and its family --------------------------------------------------------
+# Arguments are (B,) tensors, one number a pair; every loss returns (B,).
+
 DPO_LOSSES = (
-    "sigmoid", "robust", "hinge", "ipo", "simpo", "sigmoid_norm", "exo_pair", "nca_pair", "bco_pair", "sppo_hard",
-    "aot", "aot_unpaired", "apo_zero", "apo_down", "discopop", "rpo_sq", "rpo_fwd_kl", "rpo_bwd_kl",
-)  # fmt: skip
-WHOLE_STEP_LOSSES = (
-    "aot",
-    "aot_unpaired",
-)  # they sort over the step: no micro-batch can compute them alone
-REWARD_LOSSES = (
-    "rpo_sq",
-    "rpo_fwd_kl",
-    "rpo_bwd_kl",
-)  # they need chosen_reward and rejected_reward in the data
+    "sigmoid", "robust", "hinge", "ipo", "simpo", "sigmoid_norm", "exo_pair", "nca_pair",
+    "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down", "discopop", "rpo_sq",
+    "rpo_fwd_kl", "rpo_bwd_kl",
+)  # fmt: skip  # a list of names
+WHOLE_STEP_LOSSES = ("aot", "aot_unpaired")  # sort over the step: no micro-batch can do it alone
+REWARD_LOSSES = ("rpo_sq", "rpo_fwd_kl", "rpo_bwd_kl")  # need the data's rewards of both responses
 
 
-def sigmoid(c: Tensor, r: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """DPO, arXiv 2305.18290 Eq. 7: -log σ(β Δ). With label_smoothing ε, cDPO: the label is wrong with probability ε."""
-    x = beta * (c - r)
+def sigmoid(
+    chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float, label_smoothing: float = 0.0
+) -> Tensor:
+    """DPO, arXiv 2305.18290 Eq. 7: -log σ(β (chosen - rejected)).
+
+    With label_smoothing ε it is cDPO, where a label is wrong with probability ε:
+    -(1 - ε) log σ(x) - ε log σ(-x), x = β (chosen - rejected).
+    """
+    x = beta * (chosen_logratios - rejected_logratios)
     return -(1 - label_smoothing) * F.logsigmoid(x) - label_smoothing * F.logsigmoid(-x)
 
 
-def robust(c: Tensor, r: Tensor, beta: float, label_smoothing: float) -> Tensor:
-    """Robust DPO, arXiv 2403.00409 Eq. 12: unbiased under labels flipped with probability ε < 1/2; may be negative."""
+def robust(
+    chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float, label_smoothing: float
+) -> Tensor:
+    """Robust DPO, arXiv 2403.00409 Eq. 12: DPO's loss, unbiased although labels are flipped.
+
+    (-(1 - ε) log σ(x) + ε log σ(-x)) / (1 - 2ε), x = β (chosen - rejected), ε = label_smoothing
+    < 1/2 the probability of a flip. It may be negative. ValueError: an impossible ε.
+    """
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(
-            f"robust needs 0 <= label_smoothing < 0.5, not {label_smoothing}: it is the share of flips"
+            f"robust needs 0 <= label_smoothing < 0.5, not {label_smoothing}: it is the share of"
+            " flipped labels"
         )
-    x = beta * (c - r)
+    x = beta * (chosen_logratios - rejected_logratios)
     kept, flipped = -F.logsigmoid(x), -F.logsigmoid(-x)
     return ((1 - label_smoothing) * kept - label_smoothing * flipped) / (1 - 2 * label_smoothing)
 
 
-def hinge(c: Tensor, r: Tensor, beta: float) -> Tensor:
-    """SLiC, arXiv 2305.10425, in the form of RSO, arXiv 2309.06657 Eq. 8: max(0, 1 - β Δ)."""
-    return F.relu(1 - beta * (c - r))
+def hinge(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float) -> Tensor:
+    """SLiC, arXiv 2305.10425, in the form of RSO, arXiv 2309.06657 Eq. 8.
+
+    max(0, 1 - β (chosen - rejected)).
+    """
+    return F.relu(1 - beta * (chosen_logratios - rejected_logratios))
 
 
-def ipo(c: Tensor, r: Tensor, beta: float) -> Tensor:
-    """IPO, arXiv 2310.12036 Eq. 17: (Δ - 1/(2β))². TRL divides c and r by their lengths first: --average-logps."""
-    return (c - r - 1 / (2 * beta)) ** 2
+def ipo(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float) -> Tensor:
+    """IPO, arXiv 2310.12036 Eq. 17: (chosen - rejected - 1 / (2β))².
+
+    TRL divides both log-ratios by their lengths first: --average-logps.
+    """
+    return (chosen_logratios - rejected_logratios - 1 / (2 * beta)) ** 2
 
 
 def simpo(
-    logps_c: Tensor, logps_r: Tensor, len_c: Tensor, len_r: Tensor, beta: float, gamma: float
+    chosen_logps: Tensor,
+    rejected_logps: Tensor,
+    chosen_lengths: Tensor,
+    rejected_lengths: Tensor,
+    beta: float,
+    gamma: float,
 ) -> Tensor:
-    """SimPO, arXiv 2405.14734 Eq. 6: -log σ(β (log π_c / |c| - log π_r / |r|) - γ). No reference model."""
-    return -F.logsigmoid(beta * (logps_c / len_c - logps_r / len_r) - gamma)
+    """SimPO, arXiv 2405.14734 Eq. 6: -log σ(β (chosen / length - rejected / length) - γ).
+
+    On log-probs, each divided by its own response's length; there is no reference.
+    """
+    means = chosen_logps / chosen_lengths - rejected_logps / rejected_lengths
+    return -F.logsigmoid(beta * means - gamma)
 
 
-def sigmoid_norm(c: Tensor, r: Tensor, len_c: Tensor, len_r: Tensor, beta: float) -> Tensor:
-    """Length-normalised DPO, arXiv 2411.15124 Eq. 6 (Tülu 3): -log σ(β (c / |c| - r / |r|))."""
-    return -F.logsigmoid(beta * (c / len_c - r / len_r))
+def sigmoid_norm(
+    chosen_logratios: Tensor,
+    rejected_logratios: Tensor,
+    chosen_lengths: Tensor,
+    rejected_lengths: Tensor,
+    beta: float,
+) -> Tensor:
+    """Length-normalised DPO (Tülu 3), arXiv 2411.15124 Eq. 6: -log σ(β (chosen - rejected)).
+
+    On log-ratios, each divided by its own response's length.
+    """
+    means = chosen_logratios / chosen_lengths - rejected_logratios / rejected_lengths
+    return -F.logsigmoid(beta * means)
 
 
-def exo_pair(c: Tensor, r: Tensor, beta: float, label_smoothing: float) -> Tensor:
-    """EXO, arXiv 2402.00856 Eq. 16: KL(p ‖ (1 - ε, ε)) with p = (σ(βΔ), σ(-βΔ)), the policy's own preference."""
+def exo_pair(
+    chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float, label_smoothing: float
+) -> Tensor:
+    """EXO, arXiv 2402.00856 Eq. 16: KL(p ‖ (1 - ε, ε)), ε = label_smoothing.
+
+    p = (σ(x), σ(-x)), x = β (chosen - rejected), is the policy's own preference. ValueError: an
+    impossible ε.
+    """
     if not 0 < label_smoothing < 1:
         raise ValueError(
             f"exo_pair needs 0 < label_smoothing < 1, not {label_smoothing}: try 0.001"
         )
-    x = beta * (c - r)
+    x = beta * (chosen_logratios - rejected_logratios)
     smooth = torch.as_tensor(label_smoothing, dtype=x.dtype, device=x.device)
     win = torch.sigmoid(x) * (F.logsigmoid(x) - torch.log1p(-smooth))
     lose = torch.sigmoid(-x) * (F.logsigmoid(-x) - torch.log(smooth))
     return win + lose
 
 
-def nca_pair(c: Tensor, r: Tensor, beta: float) -> Tensor:
-    """NCA, arXiv 2402.05369 (pair form): -log σ(βc) - ½ log σ(-βc) - ½ log σ(-βr)."""
-    return -F.logsigmoid(beta * c) - 0.5 * F.logsigmoid(-beta * c) - 0.5 * F.logsigmoid(-beta * r)
+def nca_pair(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float) -> Tensor:
+    """NCA for pairs, arXiv 2402.05369.
 
-
-def bco_pair(c: Tensor, r: Tensor, beta: float, delta: float) -> Tensor:
-    """BCO, arXiv 2404.04656 Eq. 15: -log σ(βc - δ) - log σ(δ - βr), δ the running mean of all rewards."""
-    return -F.logsigmoid(beta * c - delta) - F.logsigmoid(delta - beta * r)
-
-
-def sppo_hard(c: Tensor, r: Tensor, beta: float) -> Tensor:
-    """SPPO, arXiv 2405.00675 Eq. 4.7 with win probability 1 and 0: (c - 1/(2β))² + (r + 1/(2β))²."""
-    return (c - 0.5 / beta) ** 2 + (r + 0.5 / beta) ** 2
-
-
-def aot(margin: Tensor, ref_margin: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """AOT (paired), arXiv 2406.05882: the sorted policy margins must dominate the sorted reference margins.
-
-    margin = log π(chosen) - log π(rejected), ref_margin the reference's, both (B,) over the WHOLE optimizer step.
-    The k-th value returned belongs to the k-th quantile, not to the k-th pair: only the sum has a meaning.
+    -log σ(β chosen) - ½ log σ(-β chosen) - ½ log σ(-β rejected).
     """
-    return sigmoid(margin.sort().values, ref_margin.sort().values, beta, label_smoothing)
+    up = -F.logsigmoid(beta * chosen_logratios)
+    chosen_down = -0.5 * F.logsigmoid(-beta * chosen_logratios)
+    rejected_down = -0.5 * F.logsigmoid(-beta * rejected_logratios)
+    return up + chosen_down + rejected_down
 
 
-def aot_unpaired(c: Tensor, r: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """AOT (unpaired), arXiv 2406.05882: the sorted c must dominate the sorted r, over the WHOLE optimizer step."""
-    return sigmoid(c.sort().values, r.sort().values, beta, label_smoothing)
+def bco_pair(
+    chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float, delta: float
+) -> Tensor:
+    """BCO, arXiv 2404.04656 Eq. 15: -log σ(β chosen - δ) - log σ(δ - β rejected).
 
-
-def apo_zero(c: Tensor, r: Tensor, beta: float) -> Tensor:
-    """APO-zero, arXiv 2408.06266 Eq. 7: 1 - σ(βc) + σ(βr); for chosen answers better than the model's own."""
-    return torch.sigmoid(-beta * c) + torch.sigmoid(beta * r)
-
-
-def apo_down(c: Tensor, r: Tensor, beta: float) -> Tensor:
-    """APO-down, arXiv 2408.06266 Eq. 8: σ(βc) + 1 - σ(βΔ); for chosen answers worse than the model's own."""
-    return torch.sigmoid(beta * c) + torch.sigmoid(-beta * (c - r))
-
-
-def discopop(c: Tensor, r: Tensor, beta: float, tau: float = 0.05) -> Tensor:
-    """DiscoPOP, arXiv 2406.08414 Eq. 5: (1 - m) · -log σ(x) + m · e^(-x), x = βΔ, m = σ(x/τ)."""
-    x = beta * (c - r)
-    # m · e^-x as e^(log m - x): for very negative x the product is 0 · inf, its logarithm is a plain number.
-    return torch.sigmoid(-x / tau) * -F.logsigmoid(x) + torch.exp(F.logsigmoid(x / tau) - x)
-
-
-def _reward_logits(c, r, beta, gt_c, gt_r, scale):
-    """(log-odds the rewards ask for, log-odds of the policy), each (B,)."""
-    return scale * (gt_c - gt_r), beta * (c - r)
-
-
-def _bernoulli_kl(x: Tensor, y: Tensor) -> Tensor:
-    """KL(Bernoulli(σ(x)) ‖ Bernoulli(σ(y)))."""
-    return torch.sigmoid(x) * (F.logsigmoid(x) - F.logsigmoid(y)) + torch.sigmoid(-x) * (
-        F.logsigmoid(-x) - F.logsigmoid(-y)
+    delta: δ, the running mean of all rewards.
+    """
+    return -F.logsigmoid(beta * chosen_logratios - delta) - F.logsigmoid(
+        delta - beta * rejected_logratios
     )
 
 
-def rpo_sq(c: Tensor, r: Tensor, beta: float, gt_c: Tensor, gt_r: Tensor, scale: float) -> Tensor:
-    """Reward-aware preference optimisation, arXiv 2406.11704 Sec. 3.3.2, squared distance: (βΔ - s (gt_c - gt_r))²."""
-    wanted, policy = _reward_logits(c, r, beta, gt_c, gt_r, scale)
-    return (policy - wanted) ** 2
+def sppo_hard(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float) -> Tensor:
+    """SPPO, arXiv 2405.00675 Eq. 4.7 with win probabilities 1 and 0.
+
+    (chosen - 1 / (2β))² + (rejected + 1 / (2β))².
+    """
+    return (chosen_logratios - 0.5 / beta) ** 2 + (rejected_logratios + 0.5 / beta) ** 2
+
+
+def aot(
+    pi_logratios: Tensor, ref_logratios: Tensor, beta: float, label_smoothing: float = 0.0
+) -> Tensor:
+    """AOT (paired), arXiv 2406.05882: DPO's loss between sorted margins of policy and reference.
+
+    pi_logratios: log π(chosen) - log π(rejected), ref_logratios the reference's, both (B,) over the
+    WHOLE optimizer step. The k-th loss belongs to the k-th quantile, not to the k-th pair: only the
+    sum has a meaning.
+    """
+    return sigmoid(pi_logratios.sort().values, ref_logratios.sort().values, beta, label_smoothing)
+
+
+def aot_unpaired(
+    chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float, label_smoothing: float = 0.0
+) -> Tensor:
+    """AOT (unpaired), arXiv 2406.05882: DPO's loss between sorted chosen and sorted rejected.
+
+    Both are log-ratios (B,) over the WHOLE optimizer step; only the sum of losses has a meaning.
+    """
+    chosen, rejected = chosen_logratios.sort().values, rejected_logratios.sort().values
+    return sigmoid(chosen, rejected, beta, label_smoothing)
+
+
+def apo_zero(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float) -> Tensor:
+    """APO-zero, arXiv 2408.06266 Eq. 7: 1 - σ(β chosen) + σ(β rejected).
+
+    For chosen responses that are better than the model's own.
+    """
+    return torch.sigmoid(-beta * chosen_logratios) + torch.sigmoid(beta * rejected_logratios)
+
+
+def apo_down(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float) -> Tensor:
+    """APO-down, arXiv 2408.06266 Eq. 8: σ(β chosen) + 1 - σ(β (chosen - rejected)).
+
+    For chosen responses that are worse than the model's own.
+    """
+    margin = chosen_logratios - rejected_logratios
+    return torch.sigmoid(beta * chosen_logratios) + torch.sigmoid(-beta * margin)
+
+
+def discopop(
+    chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float, tau: float = 0.05
+) -> Tensor:
+    """DiscoPOP, arXiv 2406.08414 Eq. 5: (1 - m) · -log σ(x) + m · e^(-x).
+
+    x = β (chosen - rejected), m = σ(x / τ).
+    """
+    x = beta * (chosen_logratios - rejected_logratios)
+    # m · e^-x as e^(log m - x): for very negative x the product is 0 · inf, its logarithm a number.
+    return torch.sigmoid(-x / tau) * -F.logsigmoid(x) + torch.exp(F.logsigmoid(x / tau) - x)
+
+
+def rpo_sq(
+    chosen_logratios: Tensor,
+    rejected_logratios: Tensor,
+    beta: float,
+    chosen_rewards: Tensor,
+    rejected_rewards: Tensor,
+    scale: float,
+) -> Tensor:
+    """Reward-aware preference optimisation, arXiv 2406.11704 Sec. 3.3.2, squared distance.
+
+    (β (chosen - rejected log-ratio) - scale (chosen - rejected reward))².
+    """
+    policy = beta * (chosen_logratios - rejected_logratios)
+    return (policy - scale * (chosen_rewards - rejected_rewards)) ** 2
 
 
 def rpo_bwd_kl(
-    c: Tensor, r: Tensor, beta: float, gt_c: Tensor, gt_r: Tensor, scale: float
+    chosen_logratios: Tensor,
+    rejected_logratios: Tensor,
+    beta: float,
+    chosen_rewards: Tensor,
+    rejected_rewards: Tensor,
+    scale: float,
 ) -> Tensor:
-    """RPO, arXiv 2406.11704, as NeMo-Aligner's rpo_bwd_kl: KL(σ(s (gt_c - gt_r)) ‖ σ(βΔ))."""
-    wanted, policy = _reward_logits(c, r, beta, gt_c, gt_r, scale)
-    return _bernoulli_kl(wanted, policy)
+    """Reward-aware preference optimisation, arXiv 2406.11704; NeMo-Aligner's rpo_bwd_kl.
+
+    KL(σ(scale (chosen - rejected reward)) ‖ σ(β (chosen - rejected log-ratio))).
+    """
+    policy = beta * (chosen_logratios - rejected_logratios)
+    return _bernoulli_kl(scale * (chosen_rewards - rejected_rewards), policy)
 
 
 def rpo_fwd_kl(
-    c: Tensor, r: Tensor, beta: float, gt_c: Tensor, gt_r: Tensor, scale: float
+    chosen_logratios: Tensor,
+    rejected_logratios: Tensor,
+    beta: float,
+    chosen_rewards: Tensor,
+    rejected_rewards: Tensor,
+    scale: float,
 ) -> Tensor:
-    """RPO, arXiv 2406.11704, as NeMo-Aligner's rpo_fwd_kl: KL(σ(βΔ) ‖ σ(s (gt_c - gt_r)))."""
-    wanted, policy = _reward_logits(c, r, beta, gt_c, gt_r, scale)
-    return _bernoulli_kl(policy, wanted)
+    """Reward-aware preference optimisation, arXiv 2406.11704; NeMo-Aligner's rpo_fwd_kl.
+
+    KL(σ(β (chosen - rejected log-ratio)) ‖ σ(scale (chosen - rejected reward))).
+    """
+    policy = beta * (chosen_logratios - rejected_logratios)
+    return _bernoulli_kl(policy, scale * (chosen_rewards - rejected_rewards))
+
+
+def _bernoulli_kl(x: Tensor, y: Tensor) -> Tensor:
+    """Compute KL(Bernoulli(σ(x)) ‖ Bernoulli(σ(y)))."""
+    win = torch.sigmoid(x) * (F.logsigmoid(x) - F.logsigmoid(y))
+    lose = torch.sigmoid(-x) * (F.logsigmoid(-x) - F.logsigmoid(-y))
+    return win + lose
 
 
 class Pairs(NamedTuple):
-    """Preference pairs as the losses see them, every field (B,): sums of log-probs over the scored tokens, in nats."""
+    """Preference pairs as the losses read them: summed log-probs of scored tokens, (B,) each."""
 
     chosen: Tensor
     rejected: Tensor
-    ref_chosen: Tensor  # zeros when there is no reference
+    ref_chosen: Tensor  # zeros without a reference
     ref_rejected: Tensor
     len_chosen: Tensor  # scored tokens
     len_rejected: Tensor
@@ -184,70 +283,78 @@ def dpo(
     running_mean: float = 0.0,
     average_logps: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """One loss of the DPO family, chosen by name.
+    """Compute one loss of the DPO family, chosen by name.
 
-    Returns per-pair losses (B,) and metrics, each detached (B,), under TRL's names. `average_logps` divides every
-    log-prob by its length first. `running_mean` is bco_pair's δ. ValueError: unknown loss, or one that cannot be.
+    Return the losses (B,) and metrics under TRL's names, each detached (B,). `average_logps`
+    divides every log-prob by its length first; `running_mean` is bco_pair's δ. ValueError: unknown
+    loss, or a setting that it cannot take.
     """
     if not beta > 0:
         raise ValueError(
-            f"--beta {beta} must be above 0: 0.1 is common, smaller strays further from the reference"
+            f"--beta {beta} must be above 0: 0.1 is common, smaller strays further from the"
+            " reference"
         )
-    pi_c, pi_r, ref_c, ref_r, len_c, len_r, gt_c, gt_r = pairs
+    pi_chosen, pi_rejected, ref_chosen, ref_rejected, len_chosen, len_rejected = pairs[:6]
     if average_logps:
-        pi_c, ref_c, pi_r, ref_r = pi_c / len_c, ref_c / len_c, pi_r / len_r, ref_r / len_r
-    c, r = pi_c - ref_c, pi_r - ref_r  # (B,) log-ratios
+        pi_chosen, ref_chosen = pi_chosen / len_chosen, ref_chosen / len_chosen
+        pi_rejected, ref_rejected = pi_rejected / len_rejected, ref_rejected / len_rejected
+    chosen_logratios = pi_chosen - ref_chosen  # (B,)
+    rejected_logratios = pi_rejected - ref_rejected  # (B,)
+    logratios = (chosen_logratios, rejected_logratios)
+    rewards = (pairs.gt_chosen, pairs.gt_rejected)
 
     match loss:
         case "sigmoid":
-            losses = sigmoid(c, r, beta, label_smoothing)
+            losses = sigmoid(*logratios, beta, label_smoothing)
         case "robust":
-            losses = robust(c, r, beta, label_smoothing)
+            losses = robust(*logratios, beta, label_smoothing)
         case "hinge":
-            losses = hinge(c, r, beta)
+            losses = hinge(*logratios, beta)
         case "ipo":
-            losses = ipo(c, r, beta)
+            losses = ipo(*logratios, beta)
         case "simpo":
-            losses = simpo(pairs.chosen, pairs.rejected, len_c, len_r, beta, gamma)
-        case "sigmoid_norm":
-            whole_c, whole_r = pairs.chosen - pairs.ref_chosen, pairs.rejected - pairs.ref_rejected
-            losses = sigmoid_norm(whole_c, whole_r, len_c, len_r, beta)
+            losses = simpo(pairs.chosen, pairs.rejected, len_chosen, len_rejected, beta, gamma)
+        case "sigmoid_norm":  # divides by the lengths itself
+            sums = (pairs.chosen - pairs.ref_chosen, pairs.rejected - pairs.ref_rejected)
+            losses = sigmoid_norm(*sums, len_chosen, len_rejected, beta)
         case "exo_pair":
-            losses = exo_pair(c, r, beta, label_smoothing)
+            losses = exo_pair(*logratios, beta, label_smoothing)
         case "nca_pair":
-            losses = nca_pair(c, r, beta)
+            losses = nca_pair(*logratios, beta)
         case "bco_pair":
-            losses = bco_pair(c, r, beta, running_mean)
+            losses = bco_pair(*logratios, beta, running_mean)
         case "sppo_hard":
-            losses = sppo_hard(c, r, beta)
+            losses = sppo_hard(*logratios, beta)
         case "aot":
-            losses = aot(pi_c - pi_r, ref_c - ref_r, beta, label_smoothing)
+            margins = (pi_chosen - pi_rejected, ref_chosen - ref_rejected)
+            losses = aot(*margins, beta, label_smoothing)
         case "aot_unpaired":
-            losses = aot_unpaired(c, r, beta, label_smoothing)
+            losses = aot_unpaired(*logratios, beta, label_smoothing)
         case "apo_zero":
-            losses = apo_zero(c, r, beta)
+            losses = apo_zero(*logratios, beta)
         case "apo_down":
-            losses = apo_down(c, r, beta)
+            losses = apo_down(*logratios, beta)
         case "discopop":
-            losses = discopop(c, r, beta)
+            losses = discopop(*logratios, beta)
         case "rpo_sq":
-            losses = rpo_sq(c, r, beta, gt_c, gt_r, reward_scale)
+            losses = rpo_sq(*logratios, beta, *rewards, reward_scale)
         case "rpo_fwd_kl":
-            losses = rpo_fwd_kl(c, r, beta, gt_c, gt_r, reward_scale)
+            losses = rpo_fwd_kl(*logratios, beta, *rewards, reward_scale)
         case "rpo_bwd_kl":
-            losses = rpo_bwd_kl(c, r, beta, gt_c, gt_r, reward_scale)
+            losses = rpo_bwd_kl(*logratios, beta, *rewards, reward_scale)
         case _:
             raise ValueError(f"unknown loss {loss!r}: take one of {', '.join(DPO_LOSSES)}")
 
-    if loss == "simpo":  # its implicit reward has no reference and is per token
-        c, r = pairs.chosen / len_c, pairs.rejected / len_r
+    if loss == "simpo":  # its implicit reward has no reference and is a mean over tokens
+        chosen_logratios = pairs.chosen / len_chosen
+        rejected_logratios = pairs.rejected / len_rejected
     with torch.no_grad():
-        rewards_c, rewards_r = beta * c.detach(), beta * r.detach()
+        chosen_rewards, rejected_rewards = beta * chosen_logratios, beta * rejected_logratios
         metrics = {
-            "rewards/chosen": rewards_c,
-            "rewards/rejected": rewards_r,
-            "rewards/margins": rewards_c - rewards_r,
-            "rewards/accuracies": (rewards_c > rewards_r).to(c.dtype),
+            "rewards/chosen": chosen_rewards,
+            "rewards/rejected": rejected_rewards,
+            "rewards/margins": chosen_rewards - rejected_rewards,
+            "rewards/accuracies": (chosen_rewards > rejected_rewards).to(chosen_rewards.dtype),
             "logps/chosen": pairs.chosen.detach(),
             "logps/rejected": pairs.rejected.detach(),
         }
@@ -269,52 +376,64 @@ class _WithGradient(torch.autograd.Function):
 
 
 class StepLosses:
-    """Losses of all pairs of an optimizer step, for those that sort the pairs (WHOLE_STEP_LOSSES).
+    """Losses of all n pairs of an optimizer step, for those that sort them (WHOLE_STEP_LOSSES).
 
     No micro-batch can compute such a loss alone, so a first pass without gradients collects the
-    log-probs of the whole step. Here they become losses and derivatives by both log-probs, (n,) each,
-    in the order of `examples`. `of` picks those of a micro-batch, so that a second pass can backpropagate.
+    log-probs of the whole step. Here they become losses and derivatives by both log-probs, (n,)
+    each, in the order of `examples`. `of` picks those of a micro-batch, so that a second pass can
+    backpropagate.
     """
 
     def __init__(self, examples: list[int], chosen: Tensor, rejected: Tensor, losses: Tensor):
-        """chosen, rejected: log-probs (n,) that require gradients, from which `losses` (n,) was made."""
+        """Differentiate `losses` (n,) by the log-probs that they were computed from, (n,) each."""
         slopes = torch.autograd.grad(losses.sum(), (chosen, rejected))
         self.losses, self.slopes = losses.detach(), torch.stack(slopes, 1)  # (n,), (n, 2)
         self.row = {example: i for i, example in enumerate(examples)}
 
     def of(self, examples: list[int], chosen: Tensor, rejected: Tensor) -> Tensor:
-        """Return the losses of some pairs, (B,), with gradients to their log-probs of this pass, (B,)."""
+        """Return the losses of some pairs, (B,), with gradients to this pass's log-probs, (B,)."""
         rows = [self.row[example] for example in examples]
         return _WithGradient.apply(self.losses[rows], self.slopes[rows], chosen, rejected)
 
 
-# ---- reward models ---------------------------------------------------------------------------------------------------
+# ---- reward models -------------------------------------------------------------------------------
+# chosen and rejected: the model's scores, (B,) each; every loss of a pair returns (B,).
 
 REWARD_MODEL_LOSSES = ("bradley_terry", "margin_bt", "scaled_bt", "regression")
 
 
 def bradley_terry(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0) -> Tensor:
-    """-log σ(r_c - r_r - m), (B,); m = 0: InstructGPT, arXiv 2203.02155 Eq. 1; margins: Llama 2, 2307.09288 Eq. 2."""
+    """Bradley-Terry: -log σ(chosen - rejected - margin).
+
+    Without margin InstructGPT, arXiv 2203.02155 Eq. 1; with it Llama 2, arXiv 2307.09288 Eq. 2.
+    """
     return -F.logsigmoid(chosen - rejected - margin)
 
 
 def margin_bt(chosen: Tensor, rejected: Tensor, margin: Tensor) -> Tensor:
-    """-log σ(Δ - |m|), (B,): HelpSteer2-Preference, arXiv 2410.01257; m: how much better it was judged."""
+    """Margin Bradley-Terry, HelpSteer2-Preference, arXiv 2410.01257.
+
+    -log σ(chosen - rejected - |margin|), margin: how much better the chosen response was rated.
+    """
     return bradley_terry(chosen, rejected, margin.abs())
 
 
 def scaled_bt(chosen: Tensor, rejected: Tensor, margin: Tensor) -> Tensor:
-    """|m| · -log σ(Δ), (B,): HelpSteer2-Preference, arXiv 2410.01257; clear preferences count more."""
+    """Scaled Bradley-Terry, HelpSteer2-Preference, arXiv 2410.01257.
+
+    -|margin| log σ(chosen - rejected): clear preferences count more.
+    """
     return margin.abs() * bradley_terry(chosen, rejected)
 
 
 def pairwise_reward(
     scores: Tensor, margin: Tensor, loss: str = "bradley_terry", centering: float = 0.0
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """A reward model's loss on pairs, chosen by name: scores (B, 2) of chosen and rejected, margins (B,).
+    """Compute a reward model's loss on pairs, chosen by name.
 
-    `centering` λ adds λ (r_c² + r_r²), GPT-NeoX's z-loss: scores are only defined up to a constant, this holds it at 0.
-    Returns per-pair losses (B,) and metrics, each detached (B,). ValueError: unknown loss.
+    scores (B, 2) of chosen and rejected, margin (B,) -> losses (B,) and metrics, each detached
+    (B,). Scores are defined only up to a constant: `centering` λ adds GPT-NeoX's z-loss,
+    λ (chosen² + rejected²), which holds them around 0. ValueError: unknown loss.
     """
     chosen, rejected = scores.unbind(1)
     match loss:
@@ -329,82 +448,88 @@ def pairwise_reward(
     if centering:
         losses = losses + centering * (chosen.square() + rejected.square())
     with torch.no_grad():
-        c, r = chosen.detach(), rejected.detach()
         metrics = {
-            "rewards/chosen": c,
-            "rewards/rejected": r,
-            "rewards/margins": c - r,
-            "rewards/accuracies": (c > r).to(c.dtype),
-            "rewards/mean": (c + r) / 2,
-            "rewards/square": (c.square() + r.square()) / 2,  # with the mean, the deviation
+            "rewards/chosen": chosen.detach(),
+            "rewards/rejected": rejected.detach(),
+            "rewards/margins": chosen - rejected,
+            "rewards/accuracies": (chosen > rejected).to(chosen.dtype),
+            "rewards/mean": (chosen + rejected) / 2,
+            "rewards/square": (chosen.square() + rejected.square()) / 2,  # for the deviation
         }
     return losses, metrics
 
 
-def regression(scores: Tensor, wanted: Tensor) -> Tensor:
-    """(score - wanted)², (R, attributes), exactly 0 without gradient where `wanted` is NaN (missing).
+def regression(scores: Tensor, target: Tensor) -> Tensor:
+    """Squared error (score - target)², (R, attributes) -> (R, attributes).
 
-    Divide the sum by the number of labels of the whole step, not by R times attributes.
+    0 without gradient where the target is NaN (missing). Divide the sum by the number of labels of
+    the whole step, not by R times attributes.
     """
-    known = ~wanted.isnan()
-    return torch.where(known, scores - torch.where(known, wanted, 0.0), 0.0).square()
+    known = ~target.isnan()
+    return torch.where(known, scores - torch.where(known, target, 0.0), 0.0).square()
 
 
-# ---- KTO and others that need no pairs -------------------------------------------------------------------------------
-# ratio = log(policy / reference) of a response, summed over its tokens, (B,); label 1 desirable, 0 undesirable, (B,).
+# ---- unpaired labels: KTO and others -------------------------------------------------------------
+# logratios (B,); label (B,): 1 desirable, 0 undesirable; every loss returns (B,).
 
 KTO_LOSSES = ("kto", "apo_zero_unpaired", "bco")
 
 
-def kto(ratio: Tensor, label: Tensor, z: Tensor | float, beta: float) -> Tensor:
-    """KTO, arXiv 2402.01306 Eq. 8: 1 - σ(β (ratio - z)) where desirable, 1 - σ(β (z - ratio)) where not, (B,).
+def kto(logratios: Tensor, label: Tensor, z: Tensor | float, beta: float) -> Tensor:
+    """KTO, arXiv 2402.01306 Eq. 8.
 
-    z: reference point of the whole step (`reference_point`), no gradient. Weights λ are the caller's.
+    1 - σ(β (logratio - z)) if desirable, else 1 - σ(β (z - logratio)). z: reference point of the
+    whole step (`reference_point`), without gradient. The caller multiplies by the weights λ.
     """
-    return torch.sigmoid(-beta * torch.where(label > 0, ratio - z, z - ratio))
+    return torch.sigmoid(-beta * torch.where(label > 0, logratios - z, z - logratios))
 
 
-def reference_point(ratio_sum: Tensor, n: int | Tensor) -> Tensor:
-    """KTO's z: the mean log-ratio of n mismatched pairs, at least 0; sum over ALL micro-batches and ranks, THEN this.
+def reference_point(logratio_sum: Tensor, n: int | Tensor) -> Tensor:
+    """KTO's reference point z: the mean log-ratio of n mismatched pairs, at least 0.
 
-    The clamp comes last: a mean of clamped means would be another number for every way to cut the step.
+    Sum over ALL micro-batches and ranks first: a mean of clamped means would change with every way
+    to cut the step.
     """
-    return (ratio_sum / n).clamp(min=0)
+    return (logratio_sum / n).clamp(min=0)
 
 
-def apo_zero_unpaired(ratio: Tensor, label: Tensor, beta: float) -> Tensor:
-    """APO-zero, arXiv 2408.06266 Eq. 7, taken apart: 1 - σ(β ratio) where desirable, σ(β ratio) where not, (B,)."""
-    return torch.sigmoid(-beta * torch.where(label > 0, ratio, -ratio))
+def apo_zero_unpaired(logratios: Tensor, label: Tensor, beta: float) -> Tensor:
+    """APO-zero without pairs, one of the two terms of arXiv 2408.06266 Eq. 7 an example.
 
-
-def bco(ratio: Tensor, label: Tensor, beta: float, delta: float) -> Tensor:
-    """BCO, arXiv 2404.04656 Eq. 15: -log σ(β ratio - δ) where desirable, -log σ(δ - β ratio) where not, (B,).
-
-    δ: midway between the running means of the desirable and the undesirable rewards.
+    1 - σ(β logratio) if desirable, else σ(β logratio).
     """
-    shifted = beta * ratio - delta
+    return torch.sigmoid(-beta * torch.where(label > 0, logratios, -logratios))
+
+
+def bco(logratios: Tensor, label: Tensor, beta: float, delta: float) -> Tensor:
+    """BCO, arXiv 2404.04656 Eq. 15.
+
+    -log σ(β logratio - δ) if desirable, else -log σ(δ - β logratio).
+    delta: δ, midway between the running means of desirable and undesirable rewards.
+    """
+    shifted = beta * logratios - delta
     return -F.logsigmoid(torch.where(label > 0, shifted, -shifted))
 
 
-# ---- SteerLM 2.0 -----------------------------------------------------------------------------------------------------
+# ---- SteerLM 2.0 ---------------------------------------------------------------------------------
 
 
 def group_log_softmax(values: Tensor, group: Tensor) -> Tensor:
-    """log softmax of (R,) values within groups; group (R,) int64 says which of 0 ... each belongs to."""
+    """Compute the log softmax of values (R,) within groups; group (R,) int64 counts from 0."""
     n = int(group.max()) + 1
     top = values.new_full((n,), float("-inf")).scatter_reduce(0, group, values.detach(), "amax")
     shifted = values - top[group]
     return shifted - values.new_zeros(n).index_add(0, group, shifted.exp()).log()[group]
 
 
-def steerlm2(pi_logps: Tensor, q_logps: Tensor, wanted: Tensor, group: Tensor) -> Tensor:
+def steerlm2(pi_logps: Tensor, q_logps: Tensor, target: Tensor, group: Tensor) -> Tensor:
     """SteerLM 2.0, arXiv 2406.08673: KL(w ‖ b) within each prompt's responses; its terms, (R,).
 
-    w = softmax(wanted), wanted = log P(a|x,y) + log P(y|x) - log Q(y|a,x); b = softmax(log π(y|a,x) - log Q(y|a,x));
-    all (R,), Q what the responses were drawn from. The gradient by log π is -(w - b), the paper's. Sum, divide by the
-    prompts of the whole step.
+    w = softmax(target), target = log P(a|x,y) + log P(y|x) - log Q(y|a,x), and
+    b = softmax(log π(y|a,x) - log Q(y|a,x)), where Q drew the responses; all (R,). The gradient by
+    log π is -(w - b), as in the paper. Divide the sum by the number of prompts of the whole step.
     """
-    log_w = group_log_softmax(wanted, group).detach()
+    log_w = group_log_softmax(target, group).detach()
     log_b = group_log_softmax(pi_logps - q_logps, group)
     return log_w.exp() * (log_w - log_b)
 

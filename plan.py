@@ -14,9 +14,12 @@ import sys
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import torch
+
 from config import RunConfig, parse
 from footprint import Layout, layers_of, memory, sent
 from model import GPTConfig, parameter_count
+from weights.adapters import Lora
 from weights.config_json import read_config
 
 GIB = 2**30
@@ -59,6 +62,7 @@ class Plan:
     memory: float = 0.0  # GiB a GPU; 0 = that of --gpu
     efficiency: float = 0.5  # share of the GPU's peak FLOPs that is reached
     algorithm: Literal["sft", "rm", "dpo", "kto", "ppo"] = "dpo"  # ppo adds critic and reference
+    lora: int = 0  # rank of adapters on all linears (training scripts' --lora); 0 = all weights
     batch_size: int = 64  # examples an optimizer step
     max_length: int = 2048  # tokens of a prompt with one response
     example_tokens: int = 0  # mean of an example with all its responses; 0 = half of --max-length
@@ -110,6 +114,7 @@ def estimate(
     tokens = -(-per_step // count)  # of each
     rows = [[-(-tokens // layout.cp)] * layout.cp]
     scored = [[-(-(tokens // 2) // layout.cp)] * layout.cp]
+    lora = Lora(flags.lora, 2.0 * flags.lora) if flags.lora else None
     links = {kind: trained / rate for kind, rate in _link_rates(c, flags, layout).items()}
     peak = layout.tp * layout.cp * GPUS[flags.gpu].flops * flags.efficiency
     fullest: dict[str, int] = {}
@@ -118,14 +123,16 @@ def estimate(
     for stage in range(layout.pp):
         rank = layout.rank(stage, layout.tp - 1)  # the last tensor rank has the largest shares
         scored_most = max_tokens // 2
-        kinds = memory(c, layout, rank, max_tokens, scored_most, count, checkpointing=checkpointing)
+        kinds = memory(
+            c, layout, rank, max_tokens, scored_most, count, torch.bfloat16, checkpointing, lora
+        )
         for kind in ("weights", "gradients", "optimizer"):
             kinds[kind] *= trained
         if flags.algorithm == "ppo":
             kinds["weights"] += kinds["weights"] // 2  # the reference
         fullest = max(fullest, kinds, key=lambda kinds: sum(kinds.values()))
         busy = _flops(c, flags, layout, stage, tokens, checkpointing) * trained / peak
-        moved = sent(c, layout, rank, rows, scored, checkpointing=checkpointing)
+        moved = sent(c, layout, rank, rows, scored, checkpointing=checkpointing, lora=lora)
         micro_batch = busy + sum(moved[kind] * links[kind] for kind in ("tp", "cp", "logps", "pp"))
         if micro_batch > slowest:
             slowest, arithmetic = micro_batch, busy

@@ -95,7 +95,8 @@ def _cache_path(
     policy: GPT, folder: str, dataset: Dataset, examples: np.ndarray, config: RunConfig
 ) -> Path:
     """Return the cache file of these weights, tokens, dtype and examples."""
-    weights_hash = policy.mesh.ask(lambda: fingerprint(folder or config.model))
+    start = [folder] if folder else [config.model, config.adapter]
+    weights_hash = policy.mesh.ask(lambda: " ".join(fingerprint(f) for f in start if f))
     inputs = hashlib.sha256(f"{weights_hash} {dataset.key} {policy.dtype}".encode())
     ordered = np.sort(examples).astype(np.int64)
     key = hashlib.sha256(inputs.digest() + ordered.tobytes()).hexdigest()[:24]

@@ -39,6 +39,16 @@ from model import GPT
 from optimizer import AdamW
 from parallel import Mesh, init_mesh
 from reporting import import_wandb
+from weights.adapters import (
+    Lora,
+    adapters_of,
+    attach,
+    load_adapter,
+    read_adapter_config,
+    save_adapter,
+    target_names,
+    without_adapters,
+)
 
 _config: RunConfig | None = None  # of this process, for advice when GPU memory runs out
 ECHO_SECONDS = 3.0  # a signal repeated within this time counts once
@@ -185,6 +195,13 @@ def validate(config: RunConfig) -> None:
             "--device cuda, but torch finds no GPU: "
             "install a CUDA build of torch or use --device cpu"
         )
+    if config.lora < 0 or config.lora_alpha < 0 or not 0 <= config.lora_dropout < 1:
+        raise ValueError("--lora and --lora-alpha must be at least 0, --lora-dropout from 0 to 1")
+    if config.lora and config.adapter:
+        raise ValueError("--adapter goes on with an adapter and its rank: drop --lora")
+    if not config.merge and not (config.lora or config.adapter):
+        raise ValueError("--no-merge is for --lora or --adapter: drop it")
+    target_names(config.lora_targets)
     if config.samples and config.pp > 1:
         raise ValueError("--samples is not supported with --pp > 1: drop one of them")
 
@@ -273,12 +290,45 @@ def check_fit(data: Dataset, config: RunConfig) -> None:
 
 
 def load_model(run: Run, folder: str = "", scores: tuple[str, ...] | None = None) -> GPT:
-    """Load a Hugging Face folder, --model by default, in the run's dtype, layout and options.
+    """Load a model to train: a Hugging Face folder, --model by default, with adapters for --lora.
 
     scores: names of the outputs of a score head, as in weights.folder.load_model. ValueError:
     another kind of model, or a vocabulary smaller than the tokenizer's.
     """
-    config, folder = run.config, folder or run.config.model
+    config = run.config
+    model = _load(run, folder or config.model, scores)
+    if config.adapter and folder in ("", config.model):
+        load_adapter(model, config.adapter)
+    elif config.lora:
+        attach(model, lora_of(config), config.seed)
+    return model
+
+
+def load_reference(run: Run, policy: GPT, folder: str = "") -> GPT:
+    """Return a frozen model: that of a folder, or by default the policy as it was at step 0.
+
+    With --lora that is the policy's own base without its adapters, which costs no memory.
+    """
+    if folder or not adapters_of(policy) or run.config.adapter:
+        model = _load(run, folder or run.config.model)
+        if run.config.adapter and not folder:
+            load_adapter(model, run.config.adapter)
+        return model.requires_grad_(False)
+    return without_adapters(policy)
+
+
+def lora_of(config: RunConfig) -> Lora:
+    """Return the size and place of adapters that the flags, or the folder of --adapter, say."""
+    if config.adapter:
+        return read_adapter_config(config.adapter)[0]
+    alpha = config.lora_alpha or 2.0 * config.lora
+    targets = target_names(config.lora_targets)
+    return Lora(config.lora, alpha, targets, config.lora_dropout, config.rslora)
+
+
+def _load(run: Run, folder: str, scores: tuple[str, ...] | None = None) -> GPT:
+    """Load a Hugging Face folder in the run's dtype, layout and options."""
+    config = run.config
     model = weights.folder.load_model(folder, run.dtype, run.device, scores, run.mesh)
     ids = run.template.tokenizer.size
     if ids > model.c.vocab:
@@ -300,7 +350,17 @@ def make_optimizer(model: GPT, config: RunConfig) -> AdamW:
 
 
 def save_model(run: Run, model: GPT, name: str) -> Path:
-    """Write OUT/`name`, a Hugging Face folder with tokenizer and chat template; return its path."""
-    folder = Path(run.config.out) / name
-    weights.folder.save_model(model, folder, run.config.model, run.template)
+    """Write OUT/`name`, a Hugging Face folder with tokenizer and chat template; return its path.
+
+    Adapters are merged into it (not with --no-merge), and written besides: OUT/adapter for "final",
+    OUT/`name`_adapter for others.
+    """
+    config = run.config
+    folder = Path(config.out) / name
+    if config.lora or config.adapter:
+        adapter = folder.with_name("adapter" if name == "final" else f"{name}_adapter")
+        save_adapter(model, adapter, config.model, lora_of(config))
+        if not config.merge:
+            return adapter
+    weights.folder.save_model(model, folder, config.model, run.template)
     return folder

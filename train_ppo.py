@@ -178,7 +178,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"the critic starts from {folder}")
     ref = None
     if config.kl or config.ref:  # the folder: a resumed run must not use its half-trained policy
-        ref = runtime.load_model(run, config.ref).requires_grad_(False)
+        ref = runtime.load_reference(run, model, config.ref)
     server = Server(template, config) if config.rollout_url else None
     check_server = ServerCheck(config, run.dtype)
     optimizer = runtime.make_optimizer(model, config)

@@ -13,8 +13,6 @@ With --attributes, the SFT of SteerLM, arXiv 2310.05344: rows {prompt, response,
 gets the attributes of its response as a line; generate.py --attributes then asks for others.
 
 Watch eval/loss: if it rises while loss keeps falling, the run overfits: fewer --epochs, lower --lr.
-
-Letters: M scored tokens.
 """
 
 from dataclasses import dataclass
@@ -46,7 +44,7 @@ class Config(RunConfig):
 
 @torch.no_grad()
 def evaluate(model: GPT, data: Dataset, config: Config) -> dict[str, float]:
-    """Return the mean loss of the response tokens of a data set, under eval/."""
+    """Return the metrics of a whole data set, under eval/."""
     totals: dict[str, torch.Tensor] = {}
     for batch, hidden in forward(model, data, np.arange(len(data)), config):
         add(totals, {"loss": -model.logps(hidden, batch)})
@@ -80,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
 
         totals: dict[str, torch.Tensor] = {}
         for batch, hidden in pipeline(model, batches, optimizer):
-            nll = -model.logps(hidden, batch)  # (M,)
+            nll = -model.logps(hidden, batch)  # (M,) of scored tokens
             (nll.sum() / n_scored).backward()
             add(totals, {"loss": nll})
         lr = training.learning_rate(config, step, steps.total)

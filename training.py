@@ -32,7 +32,7 @@ from config import RunConfig
 from data.dataset import Dataset
 from data.trees import TreeBatch, step_examples, steps_per_epoch, visited
 from model import GPT, parameter_count
-from optimizer import AdamW
+from optimizer import AdamW, bucket_sizes, frozen_elements, memory
 from reporting import Log, Meter, due
 from runtime import Run
 from sampling.sampler import generate
@@ -93,18 +93,15 @@ def describe(model: GPT, lengths: np.ndarray, steps: Steps, config: RunConfig) -
 
     lengths: tokens of every example, (n,). The memory is that of weights, gradients and optimizer.
     """
-    own = sum(p.numel() for p in model.parameters())
-    size, ranks = model.dtype.itemsize, model.mesh.dp * model.mesh.cp
-    # Bytes of a parameter: weights and gradient | AdamW's means and master weight, shared by ranks.
-    whole = size + max(4, size)
-    pieces = 2 * max(4, size) + (4 if size < 4 else 0)
-    if config.zero == 2 and ranks > 1:
-        whole, pieces = size, pieces + max(4, size)
-    memory = own * (whole + pieces / ranks) / 2**30
+    sizes, frozen = bucket_sizes(model, model.mesh), frozen_elements(model)
+    used = memory(sizes, frozen, config.zero, model.dtype)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     tokens = lengths.mean() * min(config.batch_size, len(lengths))
     lines = [
-        f"{parameter_count(model.c) / 1e6:,.2f}M parameters; weights, gradients and AdamW take "
-        f"{memory:.2f} GB" + (" on this rank" if model.mesh.world > 1 else ""),
+        f"{parameter_count(model.c) / 1e6:,.2f}M parameters"
+        + (f", {trained / 1e6:,.2f}M trained and {frozen / 1e6:,.2f}M frozen" if frozen else "")
+        + f"; weights, gradients and AdamW take {sum(used) / 2**30:.2f} GB"
+        + (" on this rank" if model.mesh.world > 1 else ""),
         f"{steps.total} steps of {config.batch_size} examples, about {tokens:,.0f} tokens each, "
         f"in micro-batches of at most {config.max_tokens:,}",
     ]

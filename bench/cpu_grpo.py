@@ -37,13 +37,14 @@ def run_grpo(spec: dict) -> dict:
 
 def run_plumb(spec: dict) -> dict:
     """Run train_reinforce.py in this process, with samples that never stop early."""
+    import runtime
     import train_reinforce as script
     from sampling.sampler import Sample
 
     rollouts, prompts, samples = [], [], []
     collect = timed(script.rollout.collect, rollouts)
 
-    class EndlessTemplate(script.Template):
+    class EndlessTemplate(runtime.Template):
         def __init__(self, *args):
             super().__init__(*args)
             self.stop_ids = frozenset()
@@ -55,25 +56,17 @@ def run_plumb(spec: dict) -> dict:
         return rollout
 
     script.rollout.collect = collect_and_keep
-    script.Template = EndlessTemplate
+    runtime.Template = EndlessTemplate
     if "replay" in spec:
         given, zeros = iter(spec["replay"]), [0.0] * NEW_TOKENS
 
         def replay(*_):
             return [Sample(ids, zeros, zeros, False) for ids in next(given)]
 
-        script.rollout.sampler = lambda *_: replay
-    flags = {
-        "advantage": "grpo",
-        "loss": "grpo",
-        "aggregate": "token",
-        "kl": 0,
-        "group-size": GROUP,
-        "max-new-tokens": NEW_TOKENS,
-        "reward": f"length:{REWARD_WORDS}",
-        "log-samples": 0,
-    }
-    script.main(plumb_command(spec, **flags)[2:])
+        script.rollout.make_sampler = lambda *_: replay
+    flags = f"--group-size {GROUP} --max-new-tokens {NEW_TOKENS} --reward length:{REWARD_WORDS}"
+    flags += " --advantage grpo --loss grpo --aggregate token --kl 0 --log-samples 0"
+    script.main(plumb_command(spec, *flags.split())[2:])
     result = read_plumb(Path(spec["out"]))
     return {**result, "rollouts": rollouts, "prompts": prompts, "samples": samples}
 
@@ -94,21 +87,11 @@ def run_trl(spec: dict) -> dict:
     def reward(prompts, completions, **_):
         return [score(prompt, text, {}) for prompt, text in zip(prompts, completions, strict=True)]
 
-    settings = GRPOConfig(
-        per_device_train_batch_size=BATCH * GROUP,
-        num_generations=GROUP,
-        max_completion_length=NEW_TOKENS,
-        beta=0.0,
-        num_iterations=1,
-        loss_type="dapo",
-        scale_rewards="group",
-        temperature=1.0,
-        top_p=1.0,
-        top_k=0,
-        shuffle_dataset=False,
-        generation_kwargs={"eos_token_id": never},
-        **trl_settings(spec),
-    )
+    loss = dict(beta=0.0, num_iterations=1, loss_type="dapo", scale_rewards="group")
+    sampling = dict(temperature=1.0, top_p=1.0, top_k=0, generation_kwargs={"eos_token_id": never})
+    sampling |= dict(num_generations=GROUP, max_completion_length=NEW_TOKENS)
+    data = dict(per_device_train_batch_size=BATCH * GROUP, shuffle_dataset=False)
+    settings = GRPOConfig(**trl_settings(spec), **loss, **sampling, **data)
     rows = Dataset.from_list(read_rows(spec["data"]))
     trainer = GRPOTrainer(spec["model"], reward, settings, rows, callbacks=[trl_clock(steps)])
     trainer.remove_callback(PrinterCallback)
@@ -184,12 +167,13 @@ def compare_grpo(spec: dict, args: argparse.Namespace) -> Iterator[tuple[str, di
         print(
             f"TRL / plumb: {ratio['step_cpu']:.2f} times the CPU time (rollout"
             f" {ratio['rollout_cpu']:.2f}, update {ratio['update_cpu']:.2f}),"
-            f" {ratio['peak_gb']:.2f} times the memory. On TRL's samples plumb agrees within"
-            f" {gaps['reward']:.1e} with its rewards, {gaps['grad_norm']:.1e} with its gradient norms"
+            f" {ratio['peak_gb']:.2f} times the memory. On TRL's samples rewards agree within"
+            f" {gaps['reward']:.1e}, gradient norms within {gaps['grad_norm']:.1e}"
         )
         typical["stock"] |= {"ratios": ratio, "gaps": gaps}
-    runs = {run: [{**r, "samples": None} for r in repeats] for run, repeats in results.items()}
-    yield name, {"medians": typical, "runs": runs}
+    for result in itertools.chain.from_iterable(results.values()):
+        del result["samples"], result["prompts"]  # long, and of no use to a reader
+    yield name, {"medians": typical, "runs": results}
 
 
 def relative_gap(ours: list[float], theirs: list[float]) -> float:

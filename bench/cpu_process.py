@@ -57,7 +57,7 @@ def start(command: list, log: Path, malloc: str = "default") -> dict:
 
 
 def call(function: Callable[[dict], dict], spec: dict, log: Path) -> tuple[dict, dict]:
-    """Call a function of one of these files in a process of its own; return its result and usage."""
+    """Call a function of a bench file in a process of its own; return its result and usage."""
     asked, answer = log.with_suffix(".in.json"), log.with_suffix(".out.json")
     asked.write_text(json.dumps(spec))
     words = [sys.executable, __file__, function.__module__, function.__name__, asked, answer]

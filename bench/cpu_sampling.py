@@ -13,7 +13,7 @@ SAMPLES, NEW_TOKENS = 32, 64
 
 
 def run_sampling(spec: dict) -> dict:
-    """Time one sampling of SAMPLES answers, after a short one; return seconds and greedy answers."""
+    """Time one sampling of SAMPLES answers, after a short one; sample greedily too."""
     import torch
 
     torch.set_num_threads(1)

@@ -2,7 +2,6 @@
 
 import argparse
 import itertools
-import runpy
 import statistics
 import sys
 import time
@@ -14,41 +13,26 @@ from cpu_rows import BATCH, MAX_LENGTH, choose_pairs, digest, read_rows, steps_r
 
 BETA = 0.1  # of DPO and KTO
 LR = {"dpo": 5e-7, "rm": 1e-5, "kto": 5e-7, "grpo": 1e-6}
+SCRIPTS = {"grpo": "reinforce"}  # named otherwise than the algorithm
 RUNS = {"plumb": "plumb", "stock": "TRL stock", "precompute": "TRL precompute"}
 
 
 # ---- plumb's side --------------------------------------------------------------------------------
 
 
-def plumb_command(spec: dict, **flags) -> list:
+def plumb_command(spec: dict, *flags: str) -> list[str]:
     """Return the command of plumb's script with TRL's settings and more flags."""
     algorithm = spec["algorithm"]
-    flags |= {
-        "model": spec["model"],
-        "data": spec["data"],
-        "out": spec["out"],
-        "template": "plain",
-        "max-length": MAX_LENGTH,
-        "batch-size": BATCH,
-        "max-tokens": spec["max_tokens"],
-        "max-steps": spec["steps"],
-        "lr": LR[algorithm],
-        "schedule": "constant",
-        "warmup": 0,
-        "weight-decay": 0,
-        "beta1": 0.9,
-        "beta2": 0.95,
-        "eps": 1e-8,
-        "clip": 1.0,
-        "dtype": "fp32",
-        "device": "cpu",
-        "seed": 0,
-    }
+    words = [f"train_{SCRIPTS.get(algorithm, algorithm)}.py", "--no-shuffle"]
+    words += f"--template plain --max-length {MAX_LENGTH} --batch-size {BATCH}".split()
+    words += "--schedule constant --warmup 0 --weight-decay 0 --beta1 0.9 --beta2 0.95".split()
+    words += "--eps 1e-8 --clip 1.0 --dtype fp32 --device cpu --seed 0".split()
+    words += f"--lr {LR[algorithm]} --max-steps {spec['steps']}".split()
+    words += ["--max-tokens", str(spec["max_tokens"]), "--model", spec["model"]]
+    words += ["--data", spec["data"], "--out", spec["out"], *flags]
     if algorithm in ("dpo", "kto"):
-        flags["beta"] = BETA
-    script = "reinforce" if algorithm == "grpo" else algorithm
-    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    return [sys.executable, str(ROOT / f"train_{script}.py"), "--no-shuffle", *words]
+        words += ["--beta", str(BETA)]
+    return [sys.executable, str(ROOT / words[0]), *words[1:]]
 
 
 def read_plumb(out: Path) -> dict:
@@ -57,16 +41,11 @@ def read_plumb(out: Path) -> dict:
     # A reward model has no reference.
     reference = next((row for row in rows if "reference_cpu_seconds" in row), {})
     rows = [row for row in rows if "loss" in row]
-    return {
-        "steps": [{clock: row[key] for clock, key in CLOCKS.items()} for row in rows],
-        "losses": [row["loss"] for row in rows],
-        "reference": {
-            clock: reference.get(f"reference_{key}", 0.0) for clock, key in CLOCKS.items()
-        },
-        "tokens": [row["tokens"] for row in rows],
-        "reward": [row.get("reward") for row in rows],
-        "grad_norm": [row["grad_norm"] for row in rows],
-    }
+    result = {name: [row.get(name) for row in rows] for name in ("tokens", "reward", "grad_norm")}
+    result["losses"] = [row["loss"] for row in rows]
+    result["steps"] = [{clock: row[key] for clock, key in CLOCKS.items()} for row in rows]
+    means = {clock: reference.get(f"reference_{key}", 0.0) for clock, key in CLOCKS.items()}
+    return {**result, "reference": means}
 
 
 # ---- TRL's side ----------------------------------------------------------------------------------
@@ -89,33 +68,18 @@ def trl_clock(steps: list[dict]):
 
 def trl_settings(spec: dict) -> dict:
     """Return what every TRL config is given."""
-    return dict(
-        output_dir=spec["out"],
-        max_steps=spec["steps"],
-        learning_rate=LR[spec["algorithm"]],
-        lr_scheduler_type="constant",
-        warmup_steps=0,
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        adam_beta1=0.9,
-        adam_beta2=0.95,
-        adam_epsilon=1e-8,
-        seed=0,
-        gradient_checkpointing=False,
-        bf16=False,
-        use_cpu=True,
-        model_init_kwargs={"dtype": "float32"},
-        dataloader_pin_memory=False,
-        disable_tqdm=True,
-        report_to="none",
-        logging_steps=1,
-        save_strategy="no",
-    )
+    adam = dict(adam_beta1=0.9, adam_beta2=0.95, adam_epsilon=1e-8, weight_decay=0.0)
+    schedule = dict(learning_rate=LR[spec["algorithm"]], lr_scheduler_type="constant")
+    schedule |= dict(warmup_steps=0, max_steps=spec["steps"], max_grad_norm=1.0, seed=0)
+    device = dict(use_cpu=True, bf16=False, model_init_kwargs={"dtype": "float32"})
+    device |= dict(gradient_checkpointing=False, dataloader_pin_memory=False)
+    output = dict(output_dir=spec["out"], save_strategy="no", report_to="none")
+    output |= dict(logging_steps=1, disable_tqdm=True)
+    return adam | schedule | device | output
 
 
 def run_trl(spec: dict) -> dict:
-    """Train with TRL in this process; return CPU and wall seconds of every step and of the
-    reference pass, and the losses.
+    """Train with TRL in this process; return losses, seconds of steps and of the reference pass.
 
     A step's clock runs from on_step_begin to on_step_end, without collating and logging. The
     reference pass counts its batches alone, the first of them, which is the first to touch the
@@ -144,12 +108,9 @@ def run_trl(spec: dict) -> dict:
             losses.append(loss.item())
             return loss
 
+    own |= dict(max_length=MAX_LENGTH, train_sampling_strategy="sequential")
     config = getattr(trl, f"{name}Config")(
-        per_device_train_batch_size=BATCH,
-        max_length=MAX_LENGTH,
-        train_sampling_strategy="sequential",
-        **trl_settings(spec),
-        **own,
+        per_device_train_batch_size=BATCH, **trl_settings(spec), **own
     )
     in_order = steps_reversed if algorithm == "kto" else list
     rows = Dataset.from_list(in_order(read_rows(spec["data"])))
@@ -184,8 +145,8 @@ def trl_sequences(table, algorithm: str) -> list[list[list[int]]]:
 
 
 def measure(run: str, spec: dict, log: Path) -> dict:
-    """Do one run of one kind. Its first step, which is the first to touch most of the memory, is
-    not counted."""
+    """Do one run of one kind, and take means over all steps but the first, which touches most of
+    the memory for the first time."""
     spec = {**spec, "run": run, "out": str(log.with_suffix(""))}
     if run == "plumb":
         usage = start(plumb_command(spec), log, spec["malloc"])
@@ -223,11 +184,6 @@ def compare_training(spec: dict, args: argparse.Namespace) -> Iterator[tuple[str
             print(line, file=sys.stderr, flush=True)
         numbers = {**workload, "runs": results}
         numbers["medians"] = report(name, workload, results, args.steps)
-        if args.profile:
-            log = work / f"{stem}.profile.log"
-            out = str(log.with_suffix(""))
-            numbers["profile"], _ = call(profile, {**spec, **workload, "out": out}, log)
-            report_profile(numbers["profile"])
         yield name, numbers
 
 
@@ -258,48 +214,3 @@ def report(name: str, workload: dict, results: dict[str, list[dict]], steps: int
         )
         typical[run]["ratios"] = ratio
     return typical
-
-
-# ---- where plumb's time goes ---------------------------------------------------------------------
-
-KINDS = {  # words in the name of an operator, or of a scope around it
-    "log-probs": ("logp", "log_prob", "logprob"),
-    "optimizer": ("optimizer", "adam"),
-    "attention": ("scaled_dot_product", "attention"),
-    "matmuls": ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear", "aten::matmul"),
-}
-
-
-def profile(spec: dict) -> dict[str, float]:
-    """Run plumb's script under torch's profiler; return seconds of operators by kind."""
-    import torch
-
-    torch.set_num_threads(1)
-    sys.argv = plumb_command(spec)[1:]
-    sys.path.insert(0, str(ROOT))
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-        try:
-            runpy.run_path(sys.argv[0], run_name="__main__")
-        except SystemExit as stop:
-            if stop.code:
-                raise
-    seconds = dict.fromkeys((*KINDS, "rest"), 0.0)
-    for event in profiler.events():
-        seconds[kind_of(event)] += event.self_cpu_time_total / 1e6
-    return seconds
-
-
-def kind_of(event) -> str:
-    """Return the kind of an operator by its name and the names of the scopes around it."""
-    names = ""
-    while event is not None:
-        names += event.name.lower() + " "
-        event = event.cpu_parent
-    return next((kind for kind, words in KINDS.items() if any(w in names for w in words)), "rest")
-
-
-def report_profile(seconds: dict[str, float]) -> None:
-    """Print the share of every kind of operator."""
-    total = sum(seconds.values())
-    shares = ", ".join(f"{kind} {part / total:.0%}" for kind, part in seconds.items())
-    print(f"plumb's operators, in the steps and the reference pass: {shares}")

@@ -1,9 +1,9 @@
 """Compare CPU-seconds a step and peak memory with TRL's trainers, on one thread.
 
-    python bench/cpu_vs_trl.py --data gsm8k.jsonl chat.jsonl --tokenizer tokenizer.model --json out.json
-    python bench/cpu_vs_trl.py --data pairs.jsonl --tokenizer tokenizer.model --algorithm rm kto
-    python bench/cpu_vs_trl.py --data pairs.jsonl --tokenizer tokenizer.model --algorithm grpo --steps 4
-    python bench/cpu_vs_trl.py --data pairs.jsonl --tokenizer tokenizer.model --tiny    plumb alone
+    python bench/cpu_vs_trl.py --data gsm8k.jsonl chat.jsonl --tokenizer t.model --json out.json
+    python bench/cpu_vs_trl.py --data pairs.jsonl --tokenizer t.model --algorithm rm kto
+    python bench/cpu_vs_trl.py --data pairs.jsonl --tokenizer t.model --algorithm grpo --steps 4
+    python bench/cpu_vs_trl.py --data pairs.jsonl --tokenizer t.model --tiny     plumb alone
 
 --algorithm dpo, rm, kto  train_dpo.py, train_rm.py and train_kto.py against TRL's DPOTrainer,
     RewardTrainer and KTOTrainer (for KTO the pairs are taken apart into {prompt, completion,
@@ -11,10 +11,10 @@
     precompute_ref_log_probs, where it scores once, up front, as in plumb. Two workloads:
       long prompts   pairs with short answers, solved examples of the same file put before them
       long answers   pairs with a short prompt and answers of some hundred tokens
---algorithm generate      plumb's sampler against transformers' generate: 64 new tokens, temperature
-    1, no early stop, for 32 prompts and for 8 samples of each of 4. Both also answer greedily, which
+--algorithm generate  plumb's sampler against transformers' generate: 64 new tokens, temperature 1,
+    no early stop, for 32 prompts and for 8 samples of each of 4. Both also answer greedily, which
     shows that they do the same work.
---algorithm grpo          train_reinforce.py --advantage grpo --kl 0 against GRPOTrainer with beta=0
+--algorithm grpo  train_reinforce.py --advantage grpo --kl 0 against GRPOTrainer with beta=0
     and loss_type="dapo", one update a rollout: 8 samples of 64 tokens, no early stop, to each of 4
     prompts a step, rewarded by length:50. The two draw different samples, so plumb also trains on
     TRL's (untimed): rewards and gradient norms must agree.
@@ -97,6 +97,7 @@ def print_legend(args: argparse.Namespace) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -110,7 +111,6 @@ def parse_arguments() -> argparse.Namespace:
     flag("--runs", nargs="+", choices=RUNS, default=list(RUNS))
     flag("--max-tokens", type=int, default=8192, help="plumb's micro-batch")
     flag("--malloc", choices=("keep", "default"), default="keep", help="keep freed memory")
-    flag("--profile", action="store_true", help="also print where plumb's time goes")
     flag("--json", help="write every number to this file")
     flag("--tiny", action="store_true", help="test of this command: plumb alone, two steps")
     return parser.parse_args()

@@ -1,13 +1,13 @@
 """Check and time the kernels on this machine's GPU: first correct, then fast, then whole steps.
 
-    python bench/gpu.py                              all parts within 8 minutes; bench/results/GPU.json
-    python bench/gpu.py --parts check attention      some parts
-    python bench/gpu.py --device cpu --tiny          test of this command: seconds, in the interpreter
+    python bench/gpu.py                           all parts, 8 minutes; bench/results/GPU.json
+    python bench/gpu.py --parts check attention   some parts
+    python bench/gpu.py --device cpu --tiny       test of this command, in Triton's interpreter
 
-    ceilings     rates of a plain matmul and a plain copy, the yardstick of all shares
-    check        every kernel against its plain twin in float64                     gpu_check.py
-    attention, logprob, small     kernels against alternatives                      gpu_kernels.py
-    steps, trl   whole training steps of plumb and of TRL; shares are of real tokens only  gpu_steps.py
+    ceilings   rates of a plain matmul and a plain copy, of which all shares are   gpu_kernels.py
+    check      every kernel against its plain twin in float64                      gpu_check.py
+    attention, logprob, small   kernels against alternatives                       gpu_kernels.py
+    steps, trl   whole training steps of plumb and of TRL, real tokens only        gpu_steps.py
 
 Needs torch and triton. Liger and TRL are compared with where they are installed. Every part runs in
 a process of its own, so that a crash or a hang costs that part alone; results are written as they

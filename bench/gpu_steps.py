@@ -43,6 +43,11 @@ def examples(bench: Bench, responses: int) -> tuple[np.ndarray, np.ndarray]:
     return lengths(count, 160), lengths(count * responses, 280).reshape(count, responses)
 
 
+def llama(sizes: dict) -> GPTConfig:
+    """Return the config of a Llama."""
+    return GPTConfig(family="llama", **sizes)
+
+
 def shapes(bench: Bench) -> Iterator[tuple[str, GPTConfig, bool]]:
     """Yield the models to train: label, config, whether activations are recomputed.
 
@@ -53,12 +58,12 @@ def shapes(bench: Bench) -> Iterator[tuple[str, GPTConfig, bool]]:
         whole = sizes["layers"]
         if bench.cuda:
             room = torch.cuda.mem_get_info()[1] - 14e9  # left for activations
-            while sizes["layers"] > 1 and 18 * GPTConfig(family="llama", **sizes).parameters > room:
+            while sizes["layers"] > 1 and 18 * parameter_count(llama(sizes)) > room:
                 sizes["layers"] -= 1
         name = label
         if sizes["layers"] < whole:
             name += f" shape with {sizes['layers']} of {whole} layers"
-        yield name, GPTConfig(family="llama", **sizes), label == "7B"
+        yield name, llama(sizes), label == "7B"
 
 
 # ---- plumb ---------------------------------------------------------------------------------------
@@ -181,30 +186,19 @@ def trl_steps(bench: Bench, task: str, label: str, c: GPTConfig, recomputed: boo
     micro = 1 if bench.tiny else 16 // answers.shape[1]  # 16 sequences of at most 1024 tokens
     times = []
     clock = trl_clock(bench, times)
-    warm = clock.warm
     with tempfile.TemporaryDirectory() as folder:
-        settings = dict(
-            output_dir=folder,
-            max_steps=100,
-            max_length=None,
-            per_device_train_batch_size=micro,
-            gradient_accumulation_steps=len(rows) // micro,
-            train_sampling_strategy="sequential",
-            gradient_checkpointing=recomputed,
-            learning_rate=1e-7,
-            bf16=bench.cuda,
-            use_cpu=not bench.cuda,
-            dataloader_pin_memory=bench.cuda,
-            logging_strategy="no",
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-        )
+        settings = dict(output_dir=folder, max_steps=100, max_length=None, learning_rate=1e-7)
+        settings |= dict(train_sampling_strategy="sequential", gradient_checkpointing=recomputed)
+        settings |= dict(per_device_train_batch_size=micro)
+        settings |= dict(gradient_accumulation_steps=len(rows) // micro)
+        settings |= dict(bf16=bench.cuda, use_cpu=not bench.cuda, dataloader_pin_memory=bench.cuda)
+        settings |= dict(logging_strategy="no", save_strategy="no", report_to="none")
+        settings |= dict(disable_tqdm=True)
         trainer = trl_trainer(bench, task, c, attention, settings, rows, clock)
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
 
-    seconds = statistics.median(times[warm:])
+    seconds = statistics.median(times[clock.warm :])
     tokens = int(prompts.sum()) * answers.shape[1] + int(answers.sum())
     how = [attention, f"{micro} rows x {len(rows) // micro}"]
     how.append("checkpointing" if recomputed else "no checkpointing")
@@ -280,17 +274,10 @@ def trl_trainer(bench: Bench, task: str, c: GPTConfig, attention: str, settings,
         def _prepare_dataset(self, dataset, *_):
             return dataset  # SFTTrainer sees by itself that rows hold token ids
 
-    shape = dict(
-        vocab_size=c.vocab,
-        hidden_size=c.width,
-        num_hidden_layers=c.layers,
-        num_attention_heads=c.heads,
-        num_key_value_heads=c.kv_heads,
-        head_dim=c.head_size,
-        intermediate_size=c.ffn,
-        tie_word_embeddings=c.tied,
-        attn_implementation=attention,
-    )
+    shape = dict(vocab_size=c.vocab, tie_word_embeddings=c.tied, attn_implementation=attention)
+    shape |= dict(hidden_size=c.width, num_hidden_layers=c.layers, intermediate_size=c.ffn)
+    shape |= dict(num_attention_heads=c.heads, num_key_value_heads=c.kv_heads)
+    shape |= dict(head_dim=c.head_size)
     # TRL hashes all weights of the reference on the CPU. It scores outside the step, so a small
     # reference will do.
     small = {"num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
@@ -298,10 +285,9 @@ def trl_trainer(bench: Bench, task: str, c: GPTConfig, attention: str, settings,
     with torch.device(bench.device):
         model = LlamaForCausalLM(LlamaConfig(**shape)).to(bench.dtype)
         reference = LlamaForCausalLM(LlamaConfig(**shape | small)).to(bench.dtype)
-    if model.num_parameters() != parameter_count(c):
-        raise ValueError(
-            f"transformers' model has {model.num_parameters()} weights, plumb's has {parameter_count(c)}"
-        )
+    theirs, ours = model.num_parameters(), parameter_count(c)
+    if theirs != ours:
+        raise ValueError(f"transformers' model has {theirs} weights, plumb's has {ours}")
     words = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1}, unk_token="</s>"))
     words = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>")
     more = {"train_dataset": rows, "processing_class": words, "callbacks": [clock]}

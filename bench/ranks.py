@@ -1,8 +1,8 @@
 """Time an optimizer step in two gloo processes against one, and compare peak memory with plan.py.
 
-    python bench/ranks.py                            one process, then tp 2, dp 2, zero 2, cp 2, pp 2
+    python bench/ranks.py                           one process, then every layout of two
     python bench/ranks.py --layouts tp2 dp2zero2 --steps 10
-    python bench/ranks.py --device cuda --profile    one process on a GPU in bf16, kernels by time
+    python bench/ranks.py --device cuda --profile   one process on a GPU in bf16, kernels by time
 
 Every layout takes the same DPO steps on the same random trees, in fp32, one thread a process. Two
 cores show overheads, not speed-ups: two processes share caches, the memory bus and whatever else
@@ -27,8 +27,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from model import parameter_count
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before the folder of this file
 
 import losses
@@ -37,7 +35,7 @@ import pipeline
 import plan
 from data.dataset import Dataset
 from data.trees import TreeBatch, make_batch, micro_batches
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, parameter_count
 from optimizer import AdamW
 from plan import Layout
 
@@ -111,7 +109,7 @@ def train(
     mesh: parallel.Mesh,
     device: torch.device,
 ) -> dict:
-    """Train some steps on one rank; return seconds a step, bytes at peak and as plan.py has them."""
+    """Train some steps on one rank; return seconds a step, and bytes measured and modelled."""
     before = start_memory(device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with device:
@@ -263,7 +261,8 @@ def main() -> None:
         head_size=flags.width // flags.heads,
         ffn=flags.ffn,
     )
-    print(f"{parameter_count(c) / 1e6:.1f}M parameters, {flags.batch_size} pairs a step, {flags.device}")
+    millions = parameter_count(c) / 1e6
+    print(f"{millions:.1f}M parameters, {flags.batch_size} pairs a step, {flags.device}")
     report(measure_all(c, flags))
 
 

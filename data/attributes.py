@@ -219,11 +219,11 @@ def write_files(
     out: str, template: str, train: ConditionedRows, heldout: ConditionedRows
 ) -> Conditioned:
     """Write OUT/conditioned_train.jsonl and, if there are any, OUT/conditioned_heldout.jsonl."""
-    files = []
+    files: dict[str, list[str]] = {"train": [], "heldout": []}
     for part, (rows, _) in (("train", train), ("heldout", heldout)):
-        path = Path(out) / f"conditioned_{part}.jsonl"
-        files.append([write_rows(path, rows)] if rows else [])
-    return Conditioned(*files, template, train[1])
+        if rows:
+            files[part] = [write_rows(Path(out) / f"conditioned_{part}.jsonl", rows)]
+    return Conditioned(files["train"], files["heldout"], template, train[1])
 
 
 def all_rows(files: list[str]) -> list[dict]:

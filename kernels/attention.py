@@ -177,8 +177,6 @@ def causal_mask(
 
 
 # ---- kernels -------------------------------------------------------------------------------------
-# Their signatures and launches are not wrapped one argument a line: arguments stand in groups
-# (tensors, work lists, sizes and scales; strides; constants), the same in all of them.
 
 
 @triton.jit
@@ -208,7 +206,7 @@ def forward_kernel(
     q_t, q_h, k_t, k_h, v_t, v_h, H,
     GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
     WINDOW: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+):  # fmt: skip  # in groups: tensors and sizes, strides, constants
     """Compute OUT (T, H, E) and LSE (H, T) of one tile of queries and one head.
 
     LSE = log2 Σ 2^(q k scale), scale = log2(e) / √E.
@@ -255,7 +253,7 @@ def d_q_kernel(
     q_t, q_h, k_t, k_h, v_t, v_h, H,
     GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
     WINDOW: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+):  # fmt: skip  # in groups: tensors and sizes, strides, constants
     """Compute D_Q (T, H, E) of one tile of queries and one head, and DELTA for dK and dV.
 
     DELTA (H, T) = Σ out · d_out over the head; root = 1 / √E.
@@ -297,7 +295,7 @@ def d_kv_kernel(
     q_t, q_h, k_t, k_h, v_t, v_h, G,
     GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
     WINDOW: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+):  # fmt: skip  # in groups: tensors and sizes, strides, constants
     """Compute D_K and D_V (T, G, E) of one tile of keys and one head, summed over its query heads.
 
     Of a split tile this program sums its steps only, into PARTIAL (slots, G, 2, N, EP).
@@ -397,7 +395,7 @@ def _attention(q, k, v, work_lists, window):
         q, k, v, out, lse, kv_end, positions, items, lists, tokens, LOG2E * size**-0.5,
         *strides, heads,
         **constants, M=m, N=n, num_warps=warps, num_stages=stages,
-    )  # fmt: skip
+    )  # fmt: skip  # in the kernel's groups
     return out, lse
 
 
@@ -427,7 +425,7 @@ def _attention_backward(d_out, q, k, v, out, lse, work_lists, window):
         q, k, v, out, d_out, lse, delta, d_q, kv_end, positions, items, lists, tokens, scale, root,
         *strides, heads,
         **constants, M=m, N=n, num_warps=warps, num_stages=stages,
-    )  # fmt: skip
+    )  # fmt: skip  # in the kernel's groups
 
     m, n, warps, stages = key_tiles
     padded = constants["EP"]
@@ -439,7 +437,7 @@ def _attention_backward(d_out, q, k, v, out, lse, work_lists, window):
         tokens, scale, root,
         *strides, kv_heads,
         **constants, M=m, N=n, num_warps=warps, num_stages=stages,
-    )  # fmt: skip
+    )  # fmt: skip  # in the kernel's groups
     if len(slots):
         merge_kernel[(len(slots), kv_heads, 2)](
             partial, slots, d_k, d_v, tokens, kv_heads, N=n, E=size, EP=padded, num_warps=4

@@ -142,7 +142,7 @@ def work_items(
 
     seen, full: for each tile (row) the tiles that its program walks (columns).
     Items are sorted heaviest first, so that no long one starts last. An item is
-        (tile, first entry in lists, full tiles, all tiles, first step, last step + 1, slot or -1, 0)
+        (tile, first entry in lists, full tiles, all tiles, first step, end step, slot or -1, 0)
     and its list holds the full tiles first. A list is walked for `group` heads. One that takes more
     than `limit` steps is cut into several items, each summing into a slot of its own. A slot is
     (tile, number of the tile's slots if this is the first of them, else 0).

@@ -137,7 +137,7 @@ def annotate(
     model, names = load_scorer(folder, dtype, device)
     known_attributes(names)
     template = Template(template_name, load_tokenizer(folder))
-    rows = []
+    rows: list[dict] = []
     for (prompt, responses), scores in zip(answers, score(model, template, answers, max_tokens)):
         values = [dict(zip(names, map(attributes.whole, one))) for one in scores.tolist()]
         if len(responses) > 1:

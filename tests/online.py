@@ -1,4 +1,4 @@
-"""Helpers for tests of the online algorithms: samples drawn apart from a script, unscored tokens."""
+"""Helpers for tests of online algorithms: samples drawn apart from a script, unscored tokens."""
 
 import json
 import math

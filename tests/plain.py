@@ -1,7 +1,7 @@
-"""Training the slow way, for comparison: one padded sequence at a time, whole logits, torch's own AdamW and clipping.
+"""A plain reference for training: one padded sequence at a time, whole logits, torch's AdamW.
 
-Reads a Hugging Face folder's weights under their own names and shares no code with plumb. transformers itself cannot
-serve in float64: its RMSNorm rounds to fp32.
+Reads the weights of a Hugging Face folder under their names there, and shares no code with plumb.
+transformers cannot be the reference in float64: its RMSNorm rounds to fp32.
 """
 
 import json
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class PlainModel:
-    """Llama, Mistral, Qwen2, Qwen3 or GPT-NeoX in a few lines; weights are leaves that gradients flow to."""
+    """Llama, Mistral, Qwen2, Qwen3 or GPT-NeoX in a few lines; its weights take gradients."""
 
     def __init__(self, folder: Path, dtype: torch.dtype):
         self.config = json.loads((folder / "config.json").read_text())
@@ -28,20 +28,23 @@ class PlainModel:
 
     def norm(self, x: Tensor, name: str) -> Tensor:
         if self.neox:
-            return F.layer_norm(
-                x, x.shape[-1:], self.weights[name + ".weight"], self.weights[name + ".bias"], 1e-5
-            )
-        return (
-            x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * self.weights[name + ".weight"]
-        )
+            bias = self.weights[name + ".bias"]
+            return F.layer_norm(x, x.shape[-1:], self.weights[name + ".weight"], bias, 1e-5)
+        rms = (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        return x / rms * self.weights[name + ".weight"]
 
     def turn(self, x: Tensor, size: int) -> Tensor:
-        """Rotary embedding of (heads, tokens, head size): complex numbers from halves; angles in fp32 as usual."""
+        """Apply the rotary embedding to (heads, tokens, head size), in its first `size` features.
+
+        Complex numbers are made of the two halves; angles are in fp32, as is usual.
+        """
         half = size // 2
         frequency = 1.0 / (10000.0 ** (torch.arange(0, size, 2, dtype=torch.float32) / size))
         angle = torch.arange(x.shape[1], dtype=torch.float32)[:, None] * frequency
-        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-        a, b = x[..., :half], x[..., half:size]
+        cos = angle.cos().to(x.dtype)
+        sin = angle.sin().to(x.dtype)
+        a = x[..., :half]
+        b = x[..., half:size]
         return torch.cat((a * cos - b * sin, a * sin + b * cos, x[..., size:]), -1)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -53,59 +56,57 @@ class PlainModel:
         return (scores.softmax(-1) @ v).transpose(0, 1).flatten(1)
 
     def logits(self, ids: Tensor) -> Tensor:
-        c, n = self.config, len(ids)
-        heads = c["num_attention_heads"]
-        if self.neox:
-            x = self.weights["gpt_neox.embed_in.weight"][ids]
-            for i in range(c["num_hidden_layers"]):
-                at = f"gpt_neox.layers.{i}"
-                fused = self.linear(
-                    self.norm(x, f"{at}.input_layernorm"), f"{at}.attention.query_key_value"
-                )
-                q, k, v = fused.view(n, heads, -1).transpose(0, 1).chunk(3, -1)
-                size = q.shape[-1] // 4
-                y = self.attention(self.turn(q, size), self.turn(k, size), v)
-                up = self.linear(
-                    self.norm(x, f"{at}.post_attention_layernorm"), f"{at}.mlp.dense_h_to_4h"
-                )
-                x = (
-                    x
-                    + self.linear(y, f"{at}.attention.dense")
-                    + self.linear(F.gelu(up), f"{at}.mlp.dense_4h_to_h")
-                )
-            return self.linear(self.norm(x, "gpt_neox.final_layer_norm"), "embed_out")
+        """Return the logits of one sequence, (tokens, vocabulary)."""
+        return self.neox_logits(ids) if self.neox else self.llama_logits(ids)
+
+    def neox_logits(self, ids: Tensor) -> Tensor:
+        heads = self.config["num_attention_heads"]
+        x = self.weights["gpt_neox.embed_in.weight"][ids]
+        for i in range(self.config["num_hidden_layers"]):
+            at = f"gpt_neox.layers.{i}"
+            y = self.norm(x, f"{at}.input_layernorm")
+            fused = self.linear(y, f"{at}.attention.query_key_value")
+            q, k, v = fused.view(len(ids), heads, -1).transpose(0, 1).chunk(3, -1)
+            size = q.shape[-1] // 4
+            y = self.attention(self.turn(q, size), self.turn(k, size), v)
+            attended = self.linear(y, f"{at}.attention.dense")
+            y = self.norm(x, f"{at}.post_attention_layernorm")
+            y = F.gelu(self.linear(y, f"{at}.mlp.dense_h_to_4h"))
+            x = x + attended + self.linear(y, f"{at}.mlp.dense_4h_to_h")
+        return self.linear(self.norm(x, "gpt_neox.final_layer_norm"), "embed_out")
+
+    def llama_logits(self, ids: Tensor) -> Tensor:
+        heads = self.config["num_attention_heads"]
+        size = self.config["head_dim"]
         x = self.weights["model.embed_tokens.weight"][ids]
-        for i in range(c["num_hidden_layers"]):
+        for i in range(self.config["num_hidden_layers"]):
             at = f"model.layers.{i}"
             y = self.norm(x, f"{at}.input_layernorm")
             q, k, v = (
-                self.linear(y, f"{at}.self_attn.{p}_proj").view(n, -1, c["head_dim"]) for p in "qkv"
+                self.linear(y, f"{at}.self_attn.{p}_proj").view(len(ids), -1, size) for p in "qkv"
             )
             if f"{at}.self_attn.q_norm.weight" in self.weights:
-                q, k = (
-                    self.norm(q, f"{at}.self_attn.q_norm"),
-                    self.norm(k, f"{at}.self_attn.k_norm"),
-                )
+                q = self.norm(q, f"{at}.self_attn.q_norm")
+                k = self.norm(k, f"{at}.self_attn.k_norm")
             q, k, v = (p.transpose(0, 1) for p in (q, k, v))
             k, v = (p.repeat_interleave(heads // len(p), 0) for p in (k, v))
-            y = self.attention(self.turn(q, c["head_dim"]), self.turn(k, c["head_dim"]), v)
+            y = self.attention(self.turn(q, size), self.turn(k, size), v)
             x = x + self.linear(y, f"{at}.self_attn.o_proj")
             y = self.norm(x, f"{at}.post_attention_layernorm")
             y = F.silu(self.linear(y, f"{at}.mlp.gate_proj")) * self.linear(y, f"{at}.mlp.up_proj")
             x = x + self.linear(y, f"{at}.mlp.down_proj")
-        head = "model.embed_tokens" if c["tie_word_embeddings"] else "lm_head"
+        head = "model.embed_tokens" if self.config["tie_word_embeddings"] else "lm_head"
         return self.linear(self.norm(x, "model.norm"), head)
 
     def logps(self, prompt: list[int], response: list[int]) -> Tensor:
-        """Log-prob of each response token, (len(response),): one row padded on the right, whole logits."""
+        """Return the log-prob of each response token, (len(response),) fp64, from a padded row."""
         logp = self.logits(torch.tensor(prompt + response + [0] * 7)).log_softmax(-1)
-        return torch.stack(
-            [logp[len(prompt) + i - 1, token] for i, token in enumerate(response)]
-        ).double()
+        first = len(prompt) - 1  # predicts the first response token
+        return torch.stack([logp[first + i, token] for i, token in enumerate(response)]).double()
 
 
 class PlainTrainer:
-    """AdamW with decay 0.1 on matrices, clipping at 1, linear warm-up over a quarter of the steps, cosine to 0."""
+    """AdamW with decay 0.1 on matrices, clipping at 1, warm-up over a quarter, cosine to 0."""
 
     def __init__(self, model: PlainModel, total: int, lr: float):
         self.weights = list(model.weights.values())
@@ -114,10 +115,12 @@ class PlainTrainer:
             {"params": [w for w in self.weights if w.dim() <= 1], "weight_decay": 0.0},
         ]
         self.adam = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
-        self.total, self.lr, self.done = total, lr, 0
+        self.total = total
+        self.lr = lr
+        self.done = 0
 
     def step(self, loss: Tensor) -> tuple[float, float]:
-        """(loss, gradient norm before clipping)."""
+        """Make a step and return (loss, gradient norm before clipping)."""
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.weights, 1.0).item()
         warm = int(0.25 * self.total)
@@ -134,15 +137,18 @@ class PlainTrainer:
 def encode(
     tokenizer: Path, rows: list[dict], keys: list[str]
 ) -> list[tuple[list[int], list[list[int]]]]:
-    """bos, prompt, response, eos with sentencepiece; split at the longest common prefix of all of them."""
+    """Encode rows as bos, prompt, response, eos, split at the longest common prefix.
+
+    keys: of the responses. Returns one (prompt ids, [response ids, ...]) a row.
+    """
     import sentencepiece
 
     sp = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
     trees = []
     for row in rows:
-        prompt = [sp.bos_id()] + sp.encode(row["prompt"])
+        prompt = [sp.bos_id(), *sp.encode(row["prompt"])]
         texts = [row[k] if isinstance(row[k], str) else row[k][-1]["content"] for k in keys]
-        wholes = [[sp.bos_id()] + sp.encode(row["prompt"] + text) + [sp.eos_id()] for text in texts]
+        wholes = [[sp.bos_id(), *sp.encode(row["prompt"] + text), sp.eos_id()] for text in texts]
         border = 0
         while border < len(prompt) and all(whole[border] == prompt[border] for whole in wholes):
             border += 1
@@ -153,7 +159,10 @@ def encode(
 def five_steps(
     folder: Path, trees: list, batch: int, dpo: bool
 ) -> tuple[list[tuple[float, float]], dict[str, Tensor]]:
-    """Five steps of DPO (β = 0.1) or SFT at rate 1e-2 on `batch` trees each, in float64: [(loss, norm)], weights."""
+    """Make five steps of DPO (β = 0.1) or SFT at rate 1e-2 on `batch` trees each, in float64.
+
+    Returns [(loss, norm), ...] and the weights.
+    """
     plain = PlainModel(folder, torch.float64)
     trainer = PlainTrainer(plain, total=5, lr=1e-2)
     with torch.no_grad():

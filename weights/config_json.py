@@ -273,6 +273,11 @@ def read_config(folder: str | Path) -> tuple[GPTConfig, dict]:
     FileNotFoundError: there is none. ValueError names what plumb does not know.
     """
     path = Path(folder) / "config.json"
+    if (Path(folder) / "adapter_config.json").is_file() and not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} holds only an adapter: give its base as --model and this folder as --adapter, "
+            "or merge the two: hf.py merge BASE ADAPTER --out DIR"
+        )
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} does not exist: --model takes a Hugging Face folder (hf.py new makes one)"

@@ -71,9 +71,16 @@ def open_weights(path: Path) -> Any:
 
 
 def fingerprint(folder: str | Path) -> str:
-    """Return a SHA-256 over config.json and every weight file: the same one, the same model."""
-    digest = hashlib.sha256()
-    for path in (Path(folder) / "config.json", *sorted(set(weight_files(folder).values()))):
+    """Return a SHA-256 over config.json and every weight file: the same one, the same model.
+
+    Of an adapter's folder: over its own two files.
+    """
+    folder, digest = Path(folder), hashlib.sha256()
+    if (folder / "adapter_config.json").is_file():
+        paths = [folder / "adapter_config.json", folder / "adapter_model.safetensors"]
+    else:
+        paths = [folder / "config.json", *sorted(set(weight_files(folder).values()))]
+    for path in paths:
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

@@ -20,7 +20,7 @@ from torch import Tensor
 from architecture import GPTConfig
 from data.templates import Template
 from data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
-from layers import gather_slices
+from layers import Linear, gather_slices
 from model import ALONE, GPT
 from parallel import Mesh, split
 from weights.config_json import model_config, read_config, score_names, with_scores
@@ -136,7 +136,7 @@ def to_theirs(model: GPT, names: list[str] | None = None, keep: bool = True) -> 
     """Return whole weights under their names on disk, on the CPU: all of this stage, or `names`.
 
     Every tensor rank calls it, slices are gathered one weight at a time; ranks with keep=False
-    return nothing.
+    return nothing. Adapters are merged into the weights that they change.
     """
     model.wait()
     tensors: dict[str, Tensor] = {}
@@ -145,7 +145,7 @@ def to_theirs(model: GPT, names: list[str] | None = None, keep: bool = True) -> 
     for name, stored in weight_table(model.c).items():
         if name not in here or names is not None and stored.name not in names:
             continue
-        tensor, cut = here[name].detach(), stored.weight.cut
+        tensor, cut = _merged(model, name, here[name]).detach(), stored.weight.cut
         if cut:
             unit = stored.weight.shape[cut.dim] // cut.units
             tensor = gather_slices(tensor, cut.dim, cut.units, model.tp, unit)
@@ -158,6 +158,13 @@ def to_theirs(model: GPT, names: list[str] | None = None, keep: bool = True) -> 
             tensors[stored.name] = tensor
     tensors |= {name: fuse(parts, model.c.head_size) for name, parts in fused.items()}
     return tensors
+
+
+def _merged(model: GPT, name: str, p: Tensor) -> Tensor:
+    """Return a parameter with what its linear's adapter adds to it."""
+    path, _, last = name.rpartition(".")
+    owner = model.get_submodule(path)
+    return owner.merged_weight() if isinstance(owner, Linear) and last == "weight" else p
 
 
 def save_model(

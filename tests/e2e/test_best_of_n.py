@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from launch import launch
 
 import best_of_n
 import train_dpo
@@ -128,6 +129,17 @@ def test_a_second_run_draws_the_same_or_nothing(toy: Path, tmp_path: Path, capsy
     best_of_n.main(words_of(toy, tmp_path / "a"))
     assert "kept.jsonl is there already" in capsys.readouterr().out
     assert (tmp_path / "a" / "kept.jsonl").stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize("layout", ["dp", "tp", "pp"])
+def test_two_ranks_keep_what_one_keeps(layout: str, toy: Path, tmp_path: Path):
+    """Whatever the layout, in float64, the files are the same."""
+    flags = {"dtype": "fp64", "prompts": 9}
+    layout_flags = {} if layout == "dp" else {layout: 2}
+    launch(1, best_of_n.main, words_of(toy, tmp_path / "one", **flags))
+    launch(2, best_of_n.main, words_of(toy, tmp_path / "two", **flags, **layout_flags))
+    for name in ("kept.jsonl", "pairs.jsonl", "samples.jsonl"):
+        assert (tmp_path / "one" / name).read_text() == (tmp_path / "two" / name).read_text()
 
 
 def test_a_killed_run_starts_over(toy: Path, tmp_path: Path):

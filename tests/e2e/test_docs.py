@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = ["sft", "dpo", "kto", "rm", "reinforce", "ppo", "steerlm"]  # one an algorithm
 # Flags of other commands that the pages of algorithms name.
-OTHER_FLAGS = {"attributes", "prompt", "model", "help"}
+OTHER_FLAGS = {"attributes", "attribute-dropout", "prompt", "model", "help"}
 
 
 def source_of(path: Path, name: str) -> str:
@@ -67,7 +67,8 @@ def test_metrics_and_flags_of_a_page_exist(page: str):
     text = (ROOT / "docs" / f"{page}.md").read_text()
     script = ROOT / f"train_{page}.py"
     assert quotes(text) and script.name in text
-    libraries = ["losses.py", "runtime.py", "reporting.py", "sampling/rollout.py"]
+    libraries = ["losses.py", "runtime.py", "reporting.py"]
+    libraries += ["sampling/rollout.py", "sampling/updates.py"]
     code = "".join(path.read_text() for path in (script, *(ROOT / name for name in libraries)))
     table = text.split("## What each metric should do")[1].split("##")[0]
     metrics = re.findall(r"^\| `([^`]+)`", table, re.M)
@@ -118,14 +119,16 @@ def test_the_file_tree_is_the_tree():
     """docs/architecture.md lists every Python file outside tests/ and no other."""
     page = (ROOT / "docs" / "architecture.md").read_text()
     tree = re.search(r"```text\n(.*?)```", page, re.S)[1]
-    listed = set()
+    listed, folders = set(), {""}
     folder = ""
     for line in tree.splitlines():
-        if opened := re.match(r"(\S+)/ ", line + " "):
-            folder = opened[1] + "/"
-        elif name := re.match(r"( *)(\S+\.py)\b", line):
-            listed.add((folder if name[1] else "") + name[2])
-    folders = ["", "data/", "kernels/", "sampling/", "weights/", "bench/"]
+        indent, name = re.match(r"( *)(\S*)", line).groups()
+        if name.endswith("/"):
+            folder = name
+            folders.add(folder)
+        elif name:
+            listed.add((folder if indent else "") + name)
+    folders -= {"tests/"}
     files = {f"{folder}{path.name}" for folder in folders for path in (ROOT / folder).glob("*.py")}
     assert listed == {name for name in files if not name.endswith("__init__.py")}
 

@@ -100,7 +100,7 @@ def test_a_killed_run_resumes_as_if_nothing_had_been(
         # A run killed while writing leaves half a row; it must not disturb the resumed one.
         with open(out / "metrics.jsonl", "a") as file:
             file.write('{"step": 15, "lo')
-        # Without its cache the reference is scored again, by the policy of step 0, not the saved one.
+        # Without its cache the reference is scored again: the policy of step 0, not the saved one.
         shutil.rmtree(out / "cache")
     resumed = subprocess.run(
         command(toy, out, "--resume", "auto"), check=True, capture_output=True, text=True

@@ -62,7 +62,7 @@ def test_pairwise_losses_and_gradients_are_the_formulas(name: str):
 
 
 def test_missing_attributes_contribute_exactly_nothing():
-    """Where an attribute is missing, loss and gradient are exactly 0, never NaN."""
+    """A missing attribute has a loss and a gradient of exactly 0, never NaN."""
     scores = torch.randn(
         6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
     ).requires_grad_()

@@ -1,7 +1,7 @@
-"""Law 4 with several ranks: whatever happens to one of them, all end together, say why, and lose nothing.
+"""Law 4 on several ranks: when one of them fails, all end together, say why, and lose nothing.
 
-Real processes and real signals. A fault is put into one rank after the fork, at a given step, so that it always hits
-the same place; everything else is what a user would run.
+Real processes and real signals. A fault is patched into one rank after the fork, at a given step,
+so that it always strikes at the same place; everything else is what a user would run.
 """
 
 import json
@@ -35,12 +35,11 @@ STEPS = 6  # of the toy world's 48 pairs
 
 
 def flags(toy: Path, out: Path, *more: str) -> list[str]:
-    """DPO in float64, six steps, a checkpoint every other one."""
-    return [
-        "--model", str(toy / "model"), "--data", str(toy / "world" / "preferences.jsonl"), "--out", str(out),
-        "--dtype", "fp64", "--device", "cpu", "--batch-size", "8", "--lr", "1e-2", "--max-tokens", "256",
-        "--save-every", "2", "--keep", "9", *more,
-    ]  # fmt: skip
+    """Return flags of DPO in float64: six steps, a checkpoint every other one."""
+    files = ["--model", toy / "model", "--data", toy / "world" / "preferences.jsonl", "--out", out]
+    settings = "--dtype fp64 --device cpu --batch-size 8 --lr 1e-2 --max-tokens 256"
+    saving = "--save-every 2 --keep 9"
+    return [*map(str, files), *settings.split(), *saving.split(), *more]
 
 
 def start(
@@ -51,7 +50,7 @@ def start(
     fault: Callable[[int], None] | None = None,
     timeout: float = 2.0,
 ) -> Ranks:
-    """DPO on some ranks; `fault` is called on each of them before it starts. timeout: --timeout-minutes."""
+    """Start DPO on `world` ranks, each after fault(rank). timeout: --timeout-minutes."""
 
     def body(rank: int) -> None:
         runtime.PATIENCE = 3.0
@@ -64,14 +63,14 @@ def start(
 
 
 def finish(world: int, toy: Path, out: Path, *more: str) -> str:
-    """Runs to the end, all well; what rank 0 printed."""
+    """Run to the end without errors; return what rank 0 printed."""
     ranks = start(world, toy, out, *more)
     assert ranks.wait() == [0] * world, "\n".join(ranks.text(r) for r in range(world))
     return ranks.text(0)
 
 
 def before_step(n: int, do: Callable[[AdamW], None]) -> None:
-    """In this process: calls do(optimizer) when the gradients of the n-th step from now are there."""
+    """In this process, call do(optimizer) right before the n-th optimizer step from now."""
     step, calls = AdamW.step, iter(range(1, 99))
 
     def patched(self: AdamW, *values):
@@ -83,7 +82,7 @@ def before_step(n: int, do: Callable[[AdamW], None]) -> None:
 
 
 def signals(number: int, on: int, step: int) -> Callable[[int], None]:
-    """A fault: rank `on` gets a signal in step `step`."""
+    """Return a fault: rank `on` gets a signal in step `step`."""
     return lambda rank: (
         before_step(step, lambda _: os.kill(os.getpid(), number)) if rank == on else None
     )
@@ -98,12 +97,12 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def losses(out: Path) -> list[dict]:
-    """The steps' rows, without those that tell of a reference scored again."""
+    """Return the metrics of the steps, without rows about the reference."""
     return [row for row in read_metrics(out) if "loss" in row]
 
 
 def same(one: Path, other: Path) -> None:
-    """Metrics and final weights of two runs are equal bit for bit."""
+    """Assert that metrics and final weights of two runs are equal bit for bit."""
     assert losses(one) == losses(other) and len(losses(one)) == STEPS
     a, b = weights(one / "final"), weights(other / "final")
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
@@ -111,7 +110,7 @@ def same(one: Path, other: Path) -> None:
 
 @pytest.fixture(autouse=True)
 def nobody_stays():
-    """Ranks that a failed test has left behind are killed."""
+    """Kill ranks that a failed test has left behind."""
     yield
     kill_all()
 
@@ -121,7 +120,7 @@ LAYOUTS = {"dp2": [], "zero2": ["--zero", "2"], "tp2": ["--tp", "2"], "pp2": ["-
 
 @pytest.fixture(scope="module")
 def unbroken(toy: Path, tmp_path_factory) -> Callable[[str], Path]:
-    """The folder of a run of two ranks under a layout that nobody stops."""
+    """Return a function: layout -> folder of an undisturbed run of two ranks."""
     outs: dict[str, Path] = {}
 
     def run(layout: str) -> Path:
@@ -134,22 +133,19 @@ def unbroken(toy: Path, tmp_path_factory) -> Callable[[str], Path]:
     return run
 
 
-# ---- signals and deaths ----------------------------------------------------------------------------------------------
+# ---- signals and deaths --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("layout", "rank"), [("dp2", 1), ("tp2", 0)])
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(
     layout: str, rank: int, toy, unbroken, tmp_path: Path
 ):
-    """SIGTERM: every rank exits with 0 after that step, its checkpoint is there, and resumed = never stopped."""
+    """After SIGTERM every rank saves and exits with 0, and resumed = never stopped."""
     out, more = tmp_path / "out", LAYOUTS[layout]
     ranks = start(2, toy, out, *more, fault=signals(signal.SIGTERM, rank, step=3))
     assert ranks.wait() == [0, 0], ranks.text(0) + ranks.text(1)
     who = "SIGTERM" if rank == 0 else "another rank"
-    assert (
-        f"stopped by {who} after step 3 of {STEPS}; continue with --resume auto"
-        in ranks.text(0)
-    )
+    assert f"stopped by {who} after step 3 of {STEPS}; continue with --resume auto" in ranks.text(0)
     assert (
         checkpoint.newest(out).name == "step_3"
         and len(losses(out)) == 3
@@ -161,9 +157,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(
 
 @pytest.mark.parametrize(("layout", "rank"), [("zero2", 1), ("pp2", 0)])
 def test_a_dead_rank_is_named_within_seconds(layout: str, rank: int, toy, unbroken, tmp_path: Path):
-    """SIGKILL in the middle of a step: the other rank does not wait for a time-out, and a restart ends as if nothing
-    had been.
-    """
+    """After SIGKILL the other rank does not wait for a timeout, and a restart loses nothing."""
     out, more = tmp_path / "out", LAYOUTS[layout]
     began = time.monotonic()
     ranks = start(2, toy, out, *more, fault=signals(signal.SIGKILL, rank, step=4))
@@ -176,7 +170,7 @@ def test_a_dead_rank_is_named_within_seconds(layout: str, rank: int, toy, unbrok
 
 
 def stops_in_forward(rank: int) -> Callable[[int], None]:
-    """A fault: SIGSTOP in the middle of a forward, where the others wait in another group than the world."""
+    """Return a fault: SIGSTOP in a forward, where the other rank waits in the tensor group."""
 
     def fault(here: int) -> None:
         forward = GPT.run
@@ -192,7 +186,7 @@ def stops_in_forward(rank: int) -> Callable[[int], None]:
 
 
 def test_a_hung_rank_is_named(toy: Path, tmp_path: Path):
-    """SIGSTOP: the other rank of a tensor group waits for --timeout-minutes, not for c10d's 30, and says for whom."""
+    """After SIGSTOP the other rank waits for --timeout-minutes, not c10d's 30, and names it."""
     runs = [
         start(2, toy, tmp_path / f"{rank}", "--tp", "2", fault=stops_in_forward(rank), timeout=0.05)
         for rank in (0, 1)
@@ -219,7 +213,7 @@ def fails(rank: int, step: int, error: Exception) -> Callable[[int], None]:
 def test_the_others_say_which_rank_failed_first(
     rank: int, error: Exception, toy: Path, tmp_path: Path
 ):
-    """And why; the one that failed says it too, without a word on the others."""
+    """Both ranks give the reason; the one that failed does not blame the other."""
     ranks = start(2, toy, tmp_path / "out", fault=fails(rank, 2, error))
     assert ranks.wait(60) == [1, 1]
     why = "bad luck" if isinstance(error, ValueError) else "RuntimeError: bad luck"
@@ -230,7 +224,7 @@ def test_the_others_say_which_rank_failed_first(
 
 
 def test_without_torchrun_the_store_may_go_first(toy: Path, tmp_path: Path):
-    """Where rank 0 holds the store (srun, no torchrun) and dies, or hangs, nobody waits for ever to say so."""
+    """Without torchrun rank 0 holds the store; if it dies or hangs, the others still report it."""
     for number in (signal.SIGKILL, signal.SIGSTOP):
         out = tmp_path / signal.Signals(number).name
         with socket.socket() as s:
@@ -248,7 +242,7 @@ def test_without_torchrun_the_store_may_go_first(toy: Path, tmp_path: Path):
 
 
 def test_max_minutes_stops_every_rank(toy: Path, tmp_path: Path):
-    """The time limit of one rank ends them all, after the same step and with a checkpoint."""
+    """The time limit of one rank stops all of them after the same step, with a checkpoint."""
     ranks = start(2, toy, tmp_path / "out", "--max-minutes", "1e-6")
     assert ranks.wait() == [0, 0]
     assert f"stopped by --max-minutes after step 1 of {STEPS}" in ranks.text(0)
@@ -256,7 +250,7 @@ def test_max_minutes_stops_every_rank(toy: Path, tmp_path: Path):
 
 
 def test_a_nan_on_one_rank_skips_the_step_on_all(toy: Path, tmp_path: Path):
-    """Weights and both means stay what they were, bit for bit, on every rank; the step is counted, the run goes on."""
+    """Weights and moments stay the same bits on every rank; the step is counted as skipped."""
 
     def poison(optimizer: AdamW) -> None:
         optimizer.buckets[0].shard[0] = float("nan")
@@ -280,11 +274,11 @@ def test_a_nan_on_one_rank_skips_the_step_on_all(toy: Path, tmp_path: Path):
     assert state["skipped"] == 1 and state["updates"] == [2]
 
 
-# ---- the disk --------------------------------------------------------------------------------------------------------
+# ---- the disk ------------------------------------------------------------------------------------
 
 
 def full_disk(rank: int, step: int) -> Callable[[int], None]:
-    """A fault: from a step on, no file of a rank may grow beyond 20 kB, as a full disk would stop it in mid-file."""
+    """Return a fault: from a step on, no file can grow beyond 20 kB, as on a full disk."""
 
     def fill(_: AdamW) -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -295,8 +289,8 @@ def full_disk(rank: int, step: int) -> Callable[[int], None]:
     return lambda here: before_step(step, fill) if here == rank else None
 
 
-def test_a_full_disk_of_one_rank_stops_all_and_costs_nothing(toy: Path, unbroken, tmp_path: Path):
-    """The old checkpoint stays, nothing half is left, every rank names the same rank; so with the final folder."""
+def test_a_full_disk_of_one_rank_stops_all_and_loses_nothing(toy: Path, unbroken, tmp_path: Path):
+    """The old checkpoint stays, no partial one is left, and every rank names the same rank."""
     runs = [
         start(2, toy, tmp_path / what, "--pp", "2", *more, fault=full_disk(1, step))
         for what, step, more in (("step_4", 4, []), ("final", STEPS, ["--save-every", "5"]))
@@ -318,7 +312,7 @@ def test_a_full_disk_of_one_rank_stops_all_and_costs_nothing(toy: Path, unbroken
 
 
 def test_a_crash_between_write_and_rename_costs_one_checkpoint(toy: Path, unbroken, tmp_path: Path):
-    """Everything is written, nothing has its name yet: a restart takes the checkpoint before and clears the rest."""
+    """A restart takes the checkpoint before it and removes the partial one."""
 
     def fault(rank: int) -> None:
         if rank == 0:
@@ -338,7 +332,7 @@ def test_a_crash_between_write_and_rename_costs_one_checkpoint(toy: Path, unbrok
 
 
 def test_a_damaged_checkpoint_is_passed_over_by_all_ranks(toy: Path, unbroken, tmp_path: Path):
-    """One flipped bit in the file of one rank, whoever checks it: all ranks take the checkpoint before."""
+    """One flipped bit in the file of one rank: all ranks take the checkpoint before."""
     out = tmp_path / "out"
     assert start(2, toy, out, fault=signals(signal.SIGTERM, 1, step=4)).wait() == [0, 0]
     file = out / "step_4" / "state-00002-of-00002.safetensors"
@@ -352,7 +346,7 @@ def test_a_damaged_checkpoint_is_passed_over_by_all_ranks(toy: Path, unbroken, t
 
 
 def test_an_out_that_is_not_shared_is_refused(toy: Path, tmp_path: Path):
-    """Two nodes with a disk each, one of them with the leftovers of another run."""
+    """Two nodes have a local --out each, one with files of another run: both refuse it."""
 
     def body(rank: int) -> None:
         out = tmp_path / f"disk_{rank}"
@@ -369,11 +363,11 @@ def test_an_out_that_is_not_shared_is_refused(toy: Path, tmp_path: Path):
         )
 
 
-# ---- another layout --------------------------------------------------------------------------------------------------
+# ---- another layout ------------------------------------------------------------------------------
 
 
 def test_a_run_goes_on_under_one_layout_after_another(toy: Path, tmp_path: Path):
-    """tp2 dp2 -> dp4 -> pp2 -> cp2 -> one process, two steps or so each: as one process alone within 1e-12."""
+    """tp2 dp2 -> dp4 -> pp2 -> cp2 -> one process, a step each: as one process within 1e-12."""
     out, alone = tmp_path / "out", tmp_path / "alone"
     one = Ranks(
         1, lambda rank: runtime.run(lambda: train_dpo.main(flags(toy, alone))), tmp_path / "one"
@@ -402,25 +396,25 @@ def test_a_run_goes_on_under_one_layout_after_another(toy: Path, tmp_path: Path)
 
 
 def whole_state(folder: Path) -> dict[str, torch.Tensor]:
-    """Every weight and mean of a checkpoint, put together from the pieces of all files; NaN where one is missing."""
-    found: dict[str, torch.Tensor] = {}
+    """Return weights and moments from all files of a checkpoint; NaN where a piece is missing."""
+    state: dict[str, torch.Tensor] = {}
     slices: dict[tuple, torch.Tensor] = {}
     for path in folder.glob("state-*"):
         file = safe_open(path, framework="pt")
         for key, (first, shape, cut) in json.loads(file.metadata()["places"]).items():
-            whole = found.setdefault(key, torch.full(shape, torch.nan, dtype=torch.float64))
+            whole = state.setdefault(key, torch.full(shape, torch.nan, dtype=torch.float64))
             view = whole.narrow(cut[0], cut[1], cut[2] - cut[1]) if cut else whole
             held = slices.setdefault((key, str(cut)), torch.full_like(view, torch.nan).flatten())
             piece = file.get_tensor(key)
             held[first : first + len(piece)] = piece
             view.copy_(held.view(view.shape))
-    return found
+    return state
 
 
 def test_a_checkpoint_loaded_elsewhere_and_saved_again_is_the_same(
     toy: Path, unbroken, tmp_path: Path
 ):
-    """Weights and both means, through every other layout and back, bit for bit."""
+    """Weights and both moments survive three other layouts bit for bit."""
     folder = unbroken("tp2") / "step_6"
     wanted = whole_state(folder)
     assert {key.partition("/")[0] for key in wanted} == {"master", "exp_avg", "exp_avg_sq"}
@@ -447,16 +441,15 @@ def test_a_checkpoint_loaded_elsewhere_and_saved_again_is_the_same(
         )
 
 
-# ---- torchrun itself -------------------------------------------------------------------------------------------------
+# ---- torchrun itself -----------------------------------------------------------------------------
 
 
 def test_torchrun_passes_a_signal_on_and_the_run_resumes(toy: Path, unbroken, tmp_path: Path):
-    """SIGTERM to torchrun, as a scheduler sends it: its ranks save and leave before torchrun loses patience."""
+    """On SIGTERM to torchrun, as schedulers send it, ranks save and exit before it kills them."""
     out, said = tmp_path / "out", tmp_path / "said"
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-        str(ROOT / "train_dpo.py"), *flags(toy, out, *LAYOUTS["tp2"], "--save-every", "1"),
-    ]  # fmt: skip
+    torchrun = [*"-m torch.distributed.run --standalone --nproc_per_node 2".split()]
+    words = flags(toy, out, *LAYOUTS["tp2"], "--save-every", "1")
+    command = [sys.executable, *torchrun, str(ROOT / "train_dpo.py"), *words]
     with open(said, "w") as file:
         process = subprocess.Popen(
             command,

@@ -1,20 +1,23 @@
-"""Law 3 on many ranks: every layout trains exactly what one process trains, in float64 on gloo.
+"""Law 3: every layout trains exactly what one process trains, in float64 on gloo.
 
-Seeded one by one and seen to fail here:
-  tensor    gradients of norms (and of Qwen3's q and k norms) not summed over tp; the embedding's range off by one;
-            that of the log-probs; tokens of another rank's range not masked; a bias added on every rank; `enter`
-            without its reduce-scatter backward; the score head's gradient counted tp times; one rank's logits for all
-  norm      of the whole local gradient and not of the shard; replicated weights counted tp times; clipping left out
-  loss      a mean over a micro-batch (SFT, DPO); aot sorted within a rank; KTO's z of one rank; sums over dp that leave
-            out the stages, or over nobody
-  sharding  ZeRO-2: accumulation lost, a bucket not waited for, sums in bf16; ZeRO-1 reduced after every micro-batch;
-            buckets that did not fill left behind; new weights not gathered, bf16 ones not copied from their masters;
-            gradients left over after a step; decay on norms; slices cut in wrong units
-  pipeline  the two stages of a tied embedding not summed; a collect that locks them up; backward of the newest
-            micro-batch first; metrics that stay on the last stage
+Faults that were put in one by one and made a test here fail:
+  tensor    gradients of norms, or of Qwen3's q and k norms, not summed over tp; the embedding's or
+            the log-probs' vocabulary range off by one; tokens of another rank's range not masked; a
+            bias added on every rank; `enter` without its reduce-scatter in backward; the score
+            head's gradient counted tp times; one rank's logits taken for all
+  norm      norm of the whole local gradient instead of the shard; replicated weights counted tp
+            times; no clipping
+  loss      mean over a micro-batch (SFT, DPO); aot sorted within a rank; KTO's z of one rank; sums
+            over dp that leave out the stages, or sum over no rank
+  sharding  ZeRO-2: accumulation lost, a bucket not waited for, sums in bf16; ZeRO-1 reduced after
+            every micro-batch; buckets that did not fill left out; new weights not gathered, bf16
+            ones not copied from their masters; gradients kept after a step; decay on norms; slices
+            cut in wrong units
+  pipeline  the two stages of a tied embedding not summed; a collect that deadlocks them; backward
+            of the newest micro-batch first; metrics that stay on the last stage
   context   wrong rows in the gather, forward and backward; angles of the wrong rows
-Not seen here: ZeRO-2 that reduces once a step is as exact and only larger; test_plan.py counts its bytes.
-Found by it: a rank without examples (more ranks than trees in a step) broke on reshaping zero tokens.
+Not seen here: ZeRO-2 that reduces once a step is as exact, only larger; test_plan.py counts bytes.
+A bug that these tests found: a rank without examples broke on reshaping zero tokens.
 """
 
 import json
@@ -39,7 +42,6 @@ import train_dpo
 import train_kto
 import train_rm
 import train_sft
-import train_steerlm
 from data.dataset import load_dataset
 from data.rows import read_rows
 from data.templates import Template
@@ -52,43 +54,30 @@ from sampling import sampler
 from weights.folder import load_model, save_model
 
 NEAR = 1e-10
+SMALL = {"width": 16, "layers": 2, "heads": 4, "kv_heads": 2}
 MODELS = {
     # Nothing divides by 2: layers, key/value heads, MLP, vocabulary.
     "uneven": {"width": 24, "layers": 3, "heads": 6, "kv_heads": 3, "ffn": 37},
     "llama": {"width": 16, "layers": 4, "heads": 4, "kv_heads": 2},
-    "mistral": {
-        "family": "mistral",
-        "width": 16,
-        "layers": 2,
-        "heads": 4,
-        "kv_heads": 2,
-        "sliding_window": 9,
-    },
-    "qwen2": {"family": "qwen2", "width": 16, "layers": 2, "heads": 4, "kv_heads": 2, "tied": True},
-    "qwen3": {
-        "family": "qwen3",
-        "width": 16,
-        "layers": 2,
-        "heads": 4,
-        "kv_heads": 2,
-        "head_size": 6,
-    },
+    "mistral": {"family": "mistral", **SMALL, "sliding_window": 9},
+    "qwen2": {"family": "qwen2", **SMALL, "tied": True},
+    "qwen3": {"family": "qwen3", **SMALL, "head_size": 6},
     "gpt_neox": {"family": "gpt_neox", "width": 32, "layers": 2, "heads": 4, "ffn": 33},
 }
 
 
 class Bench:
-    """Models and data of this file, and what a single process makes of them: each computed once."""
+    """Models and data of these tests, and the results of one process, each computed once."""
 
     def __init__(self, toy: Path, folder: Path):
         self.world, self.folder, self.tokenizer = toy / "world", folder, toy / "world" / "tokenizer"
         self.known: dict[tuple, tuple] = {}
 
     def model(self, name: str) -> Path:
-        """A Hugging Face folder of random float64 weights; norms and biases are random as well."""
+        """Return a Hugging Face folder of random float64 weights, norms and biases included."""
         path = self.folder / name
         if not path.exists():
-            # The second of two ranks begins with a token that is everywhere: a range that is off by one is seen.
+            # The second of two ranks begins with a frequent token, so a range off by one is seen.
             vocab = 2 * self.common_token() + 1
             flags = hf.New(
                 **MODELS[name], std=0.3, dtype="fp64", tokenizer=str(self.tokenizer), vocab=vocab
@@ -102,7 +91,7 @@ class Bench:
         return path
 
     def common_token(self) -> int:
-        """The most frequent token of the second half of the vocabulary."""
+        """Return the most frequent token of the second half of the vocabulary."""
         trees = chain.from_iterable(self.trees(script, 15) for script in (train_sft, train_dpo))
         seen = Counter(
             token for _, responses in trees for response in responses for token in response
@@ -115,14 +104,14 @@ class Bench:
         return self.world / ("preferences.jsonl" if script is train_dpo else "sft.jsonl")
 
     def trees(self, script, n: int = 10**9) -> list[tuple]:
-        """(prompt, responses) of the first n rows."""
+        """Return (prompt, responses) of the first n rows."""
         keys = ["chosen", "rejected"] if script is train_dpo else ["response"]
         return encode(
             self.tokenizer / "tokenizer.model", list(read_rows(self.data(script)))[:n], keys
         )
 
     def plain(self, script, name: str, batch: int) -> tuple:
-        """[(loss, norm)] and weights after five steps of the independent loop."""
+        """Return [(loss, norm)] and weights after five steps of the independent loop."""
         key = (script.__name__, name, batch)
         if key not in self.known:
             self.known[key] = five_steps(
@@ -131,7 +120,7 @@ class Bench:
         return self.known[key]
 
     def alone(self, case: str, script, words: list[str]) -> tuple:
-        """Metrics and final weights of one process, the same script."""
+        """Return metrics and final weights of the same script in one process."""
         if case not in self.known:
             out = self.folder / f"alone {case}"
             launch(1, script.main, [*words, "--out", str(out)])
@@ -145,14 +134,14 @@ def bench(toy: Path, tmp_path_factory) -> Bench:
 
 
 def sizes_of(layout: str) -> dict[str, int]:
-    """ "tp2 dp2" -> {"tp": 2, "dp": 2}."""
+    """Parse a layout: "tp2 dp2" -> {"tp": 2, "dp": 2}."""
     return {word.rstrip("0123456789"): int(re.search(r"\d+", word)[0]) for word in layout.split()}
 
 
 def run(
     script, words: list[str], layout: str, out: Path
 ) -> tuple[list[dict], dict[str, torch.Tensor]]:
-    """Metrics and final weights of a script under a layout."""
+    """Run a script under a layout; return its metrics and final weights."""
     sizes = sizes_of(layout)
     world = math.prod(n for axis, n in sizes.items() if axis != "zero")
     flags = [word for axis, n in sizes.items() if axis != "dp" for word in (f"--{axis}", str(n))]
@@ -161,15 +150,16 @@ def run(
 
 
 def furthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    """The largest difference of two sets of weights, which have the same names."""
+    """Return the largest difference between two sets of weights with the same names."""
     assert a.keys() == b.keys()
     return max((a[name] - b[name]).abs().max().item() for name in a)
 
 
-# ---- law 3 -----------------------------------------------------------------------------------------------------------
+# ---- law 3 ---------------------------------------------------------------------------------------
 
 FIVE_STEPS = [
-    # layout, model; then: 1 or 3 examples a step, small micro-batches, prompts unshared, recomputing, many buckets
+    # layout, model, variation: 1 or 3 examples a step, small micro-batches, unshared prompts,
+    # activation checkpointing (recompute), many buckets
     ("dp2", "uneven", ""),
     ("dp2 zero2", "llama", "small buckets"),
     ("dp4", "qwen2", "three"),  # a step of three trees leaves one rank an empty micro-batch
@@ -201,7 +191,7 @@ FIVE_STEPS = [
 def test_five_steps_equal_a_plain_loop(
     script, layout: str, model: str, how: str, bench: Bench, tmp_path: Path, monkeypatch
 ):
-    """Loss, gradient norm and every weight after five AdamW steps within 1e-10 of the independent loop of plain.py."""
+    """Loss, gradient norm and weights after five AdamW steps are within 1e-10 of plain.py."""
     if "buckets" in how:
         monkeypatch.setattr("optimizer.BUCKET", 700)
     batch = {"one": 1, "three": 3, "small": 6}.get(how.partition(" ")[0], 4)
@@ -215,22 +205,13 @@ def test_five_steps_equal_a_plain_loop(
             > 1
         )
     losses, weights = bench.plain(script, model, batch)
-    words = [
-        "--model",
-        str(bench.model(model)),
-        "--data",
-        str(bench.data(script)),
-        "--batch-size",
-        str(batch),
-    ]
-    words += (
-        "--max-steps 5 --lr 1e-2 --warmup 0.25 --weight-decay 0.1 --no-shuffle --dtype fp64".split()
-    )
-    words += "--template plain --device cpu".split()
-    words += ["--max-tokens", str(budget)]
-    words += ["--no-share-prompts"] * ("unshared" in how) + ["--checkpoint-activations"] * (
-        "recompute" in how
-    )
+    words = f"--model {bench.model(model)} --data {bench.data(script)} --batch-size {batch}".split()
+    words += f"--max-tokens {budget} --max-steps 5 --lr 1e-2 --warmup 0.25".split()
+    words += "--weight-decay 0.1 --no-shuffle --dtype fp64 --template plain --device cpu".split()
+    if "unshared" in how:
+        words.append("--no-share-prompts")
+    if "recompute" in how:
+        words.append("--checkpoint-activations")
     rows, mine = run(script, words, layout, tmp_path / "out")
     for row, (loss, norm) in zip([row for row in rows if row["step"]], losses, strict=True):
         assert row["loss"] == pytest.approx(loss, abs=NEAR)
@@ -238,39 +219,22 @@ def test_five_steps_equal_a_plain_loop(
     assert furthest(mine, weights) < NEAR
 
 
-# ---- the other scripts -----------------------------------------------------------------------------------------------
+# ---- the other scripts ---------------------------------------------------------------------------
 
+PAIRS = ("preferences", "preferences_test")
 SCRIPTS = {  # script, model, training rows, held-out rows, flags
     "sft": (train_sft, "uneven", "sft", "sft", ""),
     "sft samples": (train_sft, "uneven", "sft", "sft", "--samples 2"),
-    "dpo aot": (
-        train_dpo,
-        "uneven",
-        "preferences",
-        "preferences_test",
-        "--loss aot --sft-weight 0.1",
-    ),
-    "dpo aot_unpaired": (
-        train_dpo,
-        "gpt_neox",
-        "preferences",
-        "preferences_test",
-        "--loss aot_unpaired",
-    ),
-    "dpo bco_pair": (
-        train_dpo,
-        "uneven",
-        "preferences",
-        "preferences_test",
-        "--loss bco_pair --ref {llama}",
-    ),
-    "rm pairs": (train_rm, "uneven", "preferences", "preferences_test", "--centering 0.01"),
-    "rm samples": (train_rm, "qwen3", "preferences", "preferences_test", "--samples 2"),
-    "rm tied": (train_rm, "qwen2", "preferences", "preferences_test", ""),
+    "dpo aot": (train_dpo, "uneven", *PAIRS, "--loss aot --sft-weight 0.1"),
+    "dpo aot_unpaired": (train_dpo, "gpt_neox", *PAIRS, "--loss aot_unpaired"),
+    "dpo bco_pair": (train_dpo, "uneven", *PAIRS, "--loss bco_pair --ref {llama}"),
+    "rm pairs": (train_rm, "uneven", *PAIRS, "--centering 0.01"),
+    "rm samples": (train_rm, "qwen3", *PAIRS, "--samples 2"),
+    "rm tied": (train_rm, "qwen2", *PAIRS, ""),
     "rm regression": (train_rm, "uneven", "attributes", "attributes_test", "--loss regression"),
     "kto": (train_kto, "uneven", "labels", "preferences_test", ""),
     "kto bco": (train_kto, "qwen2", "labels", "preferences_test", "--loss bco --zero 2"),
-    "steerlm": (train_steerlm, "uneven", "attributes", "attributes_test", "--stage attributes"),
+    "sft attributes": (train_sft, "uneven", "attributes", "attributes_test", "--attributes"),
 }
 TOGETHER = [
     ("sft", "dp2 pp2"),
@@ -284,7 +248,7 @@ TOGETHER = [
     ("rm regression", "dp2 pp2", "tp2 cp2"),
     ("kto", "dp2", "tp2", "pp2", "cp2"),
     ("kto bco", "dp2 pp2"),
-    ("steerlm", "dp2 pp2", "tp2"),
+    ("sft attributes", "dp2 pp2", "tp2"),
 ]
 
 
@@ -292,23 +256,12 @@ TOGETHER = [
     ("case", "layout"), [(case, layout) for case, *layouts in TOGETHER for layout in layouts]
 )
 def test_scripts_do_not_depend_on_the_layout(case: str, layout: str, bench: Bench, tmp_path: Path):
-    """Every number of every row, evaluations among them, and the final weights are those of one process."""
+    """All metrics, evaluations included, and the final weights are those of one process."""
     script, model, data, heldout, flags = SCRIPTS[case]
-    words = [
-        "--model",
-        str(bench.model(model)),
-        "--data",
-        str(bench.world / f"{data}.jsonl"),
-        "--max-tokens",
-        "300",
-    ]
-    words += [
-        "--eval-data",
-        str(bench.world / f"{heldout}.jsonl"),
-        *flags.format(llama=bench.model("llama")).split(),
-    ]
-    words += "--max-steps 3 --batch-size 9 --lr 1e-2 --eval-every 2 --dtype fp64 --template plain".split()
-    words += ["--device", "cpu"]
+    words = f"--model {bench.model(model)} --data {bench.world / data}.jsonl".split()
+    words += f"--eval-data {bench.world / heldout}.jsonl --eval-every 2 --max-tokens 300".split()
+    words += "--max-steps 3 --batch-size 9 --lr 1e-2 --dtype fp64 --template plain".split()
+    words += ["--device", "cpu", *flags.format(llama=bench.model("llama")).split()]
     wanted, weights = bench.alone(case, script, words)
     rows, mine = run(script, words, layout, tmp_path / "out")
     assert sum(any(key.startswith("eval/") for key in row) for row in wanted) == 2
@@ -323,8 +276,10 @@ def test_scripts_do_not_depend_on_the_layout(case: str, layout: str, bench: Benc
 
 @pytest.mark.parametrize("zero", [1, 2])
 def test_bf16_shares_of_the_optimizer_are_bit_for_bit(zero: int, bench: Bench, tmp_path: Path):
-    """Two ranks with a micro-batch each, fp32 masters sharded between them: the weights of one process with the same
-    two micro-batches, to the last bit, for a + b = b + a."""
+    """Two ranks with a micro-batch each have the weights of one process with both, bit for bit.
+
+    The fp32 masters are sharded; the sums are the same because a + b = b + a.
+    """
     rows = list(read_rows(bench.data(train_sft)))[:8]
     lengths = [len(prompt) + len(response) for prompt, (response,) in bench.trees(train_sft, 8)]
     longest = max(lengths)
@@ -332,15 +287,9 @@ def test_bf16_shares_of_the_optimizer_are_bit_for_bit(zero: int, bench: Bench, t
         a + b > longest for a, b in zip(lengths[::2], lengths[1::2])
     )  # so that one process takes two as well
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = [
-        "--model",
-        str(bench.model("llama")),
-        "--data",
-        str(tmp_path / "rows.jsonl"),
-        "--batch-size",
-        "2",
-    ]
-    words += f"--max-tokens {longest} --lr 1e-2 --no-shuffle --dtype bf16 --template plain --device cpu".split()
+    words = f"--model {bench.model('llama')} --data {tmp_path / 'rows.jsonl'}".split()
+    words += f"--batch-size 2 --max-tokens {longest} --lr 1e-2 --no-shuffle".split()
+    words += "--dtype bf16 --template plain --device cpu".split()
     rows, mine = run(train_sft, words, f"dp2 zero{zero}", tmp_path / "two")
     wanted, weights = bench.alone("bf16", train_sft, words)
     assert [row["loss"] for row in rows] == pytest.approx(
@@ -351,44 +300,37 @@ def test_bf16_shares_of_the_optimizer_are_bit_for_bit(zero: int, bench: Bench, t
     )
 
 
-# ---- what is read off a model ----------------------------------------------------------------------------------------
+# ---- samples, scores, entropies, logits ----------------------------------------------------------
 
 
 def sampled(folder: Path, tp: int) -> list[tuple]:
-    """On one rank: answers to a few prompts, some of which end early; prompts are kept once or copied."""
+    """Sample on one rank, with prompts stored once and copied; some samples end early."""
     model = load_model(folder, torch.float64, mesh=init_mesh(tp, device="cpu"))
     prompts = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15, 16, 17], [20, 21, 22, 23, 24]]
-    found = []
+    samples = []
     for share_from in (1, 64):
         sampler.SHARE_FROM = share_from
-        found += sampler.generate(
-            model,
-            prompts,
-            10,
-            temperature=0.9,
-            top_p=0.95,
-            stop_ids=set(range(0, 1200, 5)),
-            seed=1,
-            batch_size=3,
-            n=2,
-        )
-    return [tuple(answer) for answer in found]
+        settings = {"temperature": 0.9, "top_p": 0.95, "stop_ids": set(range(0, 1200, 5))}
+        samples += sampler.generate(model, prompts, 10, seed=1, batch_size=3, n=2, **settings)
+    return [tuple(answer) for answer in samples]
 
 
 @pytest.mark.parametrize("name", ["uneven", "gpt_neox", "mistral"])
 def test_samples_do_not_depend_on_tensor_ranks(name: str, bench: Bench):
-    """generate() draws the same tokens on every rank of tp2 as on one process, with the same log-probs."""
+    """Every rank of tp2 draws the tokens of one process, with the same log-probs."""
     (alone,) = launch(1, sampled, bench.model(name), 1)
     assert len({len(answer[0]) for answer in alone}) > 2
-    for found in launch(2, sampled, bench.model(name), 2):
-        assert [answer[0] for answer in found] == [answer[0] for answer in alone]
-        for answer, one in zip(found, alone):
+    for samples in launch(2, sampled, bench.model(name), 2):
+        assert [answer[0] for answer in samples] == [answer[0] for answer in alone]
+        for answer, one in zip(samples, alone):
             assert np.allclose(answer[1:3], one[1:3], rtol=0, atol=NEAR) and answer[3] == one[3]
 
 
 def read_off(folder: Path, layout: str) -> tuple[list, ...]:
-    """On one rank: scores of two outputs; log-probs and entropies at another temperature; logits of a few places; and
-    the norm of a gradient through log-probs and entropies."""
+    """Return scores, log-probs, entropies, a gradient norm and logits of a model on one rank.
+
+    Log-probs and entropies are at temperature 0.7, and the gradient goes through both.
+    """
     sizes = sizes_of(layout)
     mesh = init_mesh(sizes.get("tp", 1), sizes.get("cp", 1), device="cpu")
     scorer = load_model(folder, torch.float64, scores=("a", "b"), mesh=mesh)
@@ -415,17 +357,16 @@ def read_off(folder: Path, layout: str) -> tuple[list, ...]:
 
 
 @pytest.mark.parametrize("layout", ["tp2", "cp2", "cp2 tp2"])
-def test_what_a_model_says_does_not_depend_on_the_layout(layout: str, bench: Bench):
-    """Scores, log-probs, entropies, logits and gradients: on every rank those of one process."""
+def test_model_outputs_do_not_depend_on_the_layout(layout: str, bench: Bench):
+    """Scores, log-probs, entropies, logits and gradients of every rank are those of one process."""
     (alone,) = launch(1, read_off, bench.model("uneven"), "")
-    for found in launch(
-        math.prod(sizes_of(layout).values()), read_off, bench.model("uneven"), layout
-    ):
-        for mine, one in zip(found, alone):
+    world = math.prod(sizes_of(layout).values())
+    for outputs in launch(world, read_off, bench.model("uneven"), layout):
+        for mine, one in zip(outputs, alone):
             assert mine == [] or np.allclose(mine, one, rtol=0, atol=NEAR)
 
 
-# ---- oracles ---------------------------------------------------------------------------------------------------------
+# ---- oracles -------------------------------------------------------------------------------------
 
 
 class Whole(nn.Module):
@@ -440,7 +381,7 @@ class Whole(nn.Module):
 
 
 def by_torch(kind: str, folder: Path, files: list[Path], cache: Path) -> tuple[list, dict]:
-    """On one rank: three steps of SFT, sharded by torch. [(loss, norm)] and the weights under our names."""
+    """Take three steps of SFT sharded by torch; return [(loss, norm)] and weights on one rank."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -483,25 +424,15 @@ def by_torch(kind: str, folder: Path, files: list[Path], cache: Path) -> tuple[l
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_torch_agrees(kind: str, bench: Bench, tmp_path: Path):
-    """DistributedDataParallel and fully_shard around the same model take the same three steps as dp2, within 1e-10."""
+    """DistributedDataParallel and fully_shard take the same three steps as dp2, within 1e-10."""
     folder, file = bench.model("llama"), bench.data(train_sft)
-    found = launch(2, by_torch, kind, folder, [file], tmp_path / "cache")
-    words = [
-        "--model",
-        str(folder),
-        "--data",
-        str(file),
-        "--batch-size",
-        "6",
-        "--max-steps",
-        "3",
-        "--lr",
-        "1e-2",
-    ]
-    words += "--warmup 0 --schedule constant --weight-decay 0.1 --no-shuffle --dtype fp64 --template plain".split()
+    by_rank = launch(2, by_torch, kind, folder, [file], tmp_path / "cache")
+    words = f"--model {folder} --data {file} --batch-size 6 --max-steps 3 --lr 1e-2".split()
+    words += "--warmup 0 --schedule constant --weight-decay 0.1 --no-shuffle".split()
+    words += "--dtype fp64 --template plain".split()
     rows, _ = run(train_sft, [*words, "--device", "cpu"], "dp2", tmp_path / "out")
     ours = load_model(tmp_path / "out" / "final", torch.float64)
-    for seen, weights in found:
+    for seen, weights in by_rank:
         for row, (loss, norm) in zip(rows, seen, strict=True):
             assert row["loss"] == pytest.approx(loss, abs=NEAR)
             assert row["grad_norm"] == pytest.approx(norm, rel=NEAR)
@@ -509,7 +440,7 @@ def test_torch_agrees(kind: str, bench: Bench, tmp_path: Path):
         assert furthest(theirs, {name: p.detach() for name, p in ours.named_parameters()}) < NEAR
 
 
-# ---- what is refused -------------------------------------------------------------------------------------------------
+# ---- refusals ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -524,18 +455,12 @@ def test_torch_agrees(kind: str, bench: Bench, tmp_path: Path):
         (2, "--pp 2 --samples 1", "--samples is not supported with --pp > 1"),
     ],
 )
-def test_layouts_that_cannot_be_are_refused(
+def test_impossible_layouts_are_refused(
     world: int, words: str, complaint: str, bench: Bench, tmp_path: Path
 ):
-    """Every rank says the same, with the numbers that would work."""
-    flags = [
-        "--model",
-        str(bench.model("uneven")),
-        "--data",
-        str(bench.data(train_sft)),
-        "--out",
-        str(tmp_path / "o"),
-    ]
+    """Every rank gives the same message, with the numbers that would work."""
+    flags = ["--model", str(bench.model("uneven")), "--data", str(bench.data(train_sft))]
+    flags += ["--out", str(tmp_path / "out")]
     with pytest.raises(RankFailed) as failed:
         launch(world, train_sft.main, [*flags, "--device", "cpu", *words.split()])
     assert len(failed.value.ranks) == world
@@ -553,10 +478,10 @@ def fails_on_one(rank_of: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "said"), [("raises", "rank 1 has had enough"), ("dies", "died without a word")]
+    ("how", "said"), [("raises", "rank 1 has had enough"), ("dies", "died without a traceback")]
 )
-def test_launch_tells_what_went_wrong(how: str, said: str):
-    """A rank that raises or dies fails the test by name, though the others wait for it."""
+def test_launch_reports_the_rank_that_failed(how: str, said: str):
+    """A rank that raises or dies is named, although the other one waits for it."""
     with pytest.raises(RankFailed) as failed:
         launch(2, fails_on_one, how)
     assert said in failed.value.ranks[1]

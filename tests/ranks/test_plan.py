@@ -152,7 +152,8 @@ def test_ranks_together_hold_every_parameter_once(c: GPTConfig):
     for tp, pp in ((1, 1), (2, 1), (1, 2), (2, 2)):
         total = 0.0
         for rank in range(tp * pp):
-            for (replicas, _), n in footprint.bucket_elements(c, tp, rank % tp, pp, rank // tp):
+            sizes, _ = footprint.bucket_elements(c, tp, rank % tp, pp, rank // tp)
+            for (replicas, _), n in sizes:
                 total += n / (tp if "tp" in replicas else 1) / (2 if "ends" in replicas else 1)
         assert total == parameter_count(c)
 

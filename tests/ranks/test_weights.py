@@ -16,9 +16,9 @@ from launch import launch, weights_in
 from torch import Tensor
 
 import checkpoint
+import footprint
 import hf
 import mixers
-import plan
 from checkpoint import State
 from data.trees import make_batch, micro_batches
 from layers import ColumnLinear, Cut, Linear, Weight
@@ -130,10 +130,10 @@ def scaled(monkeypatch, tmp_path: Path) -> Path:
 
     monkeypatch.setattr(mixers, "ColumnLinear", query_or_other)
     declared_weights.cache_clear()
-    plan._bucket_elements.cache_clear()
+    footprint.bucket_elements.cache_clear()
     yield new_folder(tmp_path / "start")
     declared_weights.cache_clear()
-    plan._bucket_elements.cache_clear()
+    footprint.bucket_elements.cache_clear()
 
 
 def test_a_new_kind_of_weight_needs_one_declaration(scaled: Path, tmp_path: Path):
@@ -153,9 +153,9 @@ def test_a_new_kind_of_weight_needs_one_declaration(scaled: Path, tmp_path: Path
         if layout[1] == 2:
             assert [len(scale) for scale in ranks[0]["scale"]] == [1] * len(ranks[0]["scale"])
         world, tp, cp, pp, zero = layout
-        planned = plan.Layout(tp, cp, pp, world // (tp * cp * pp), zero)
+        planned = footprint.Layout(tp, cp, pp, world // (tp * cp * pp), zero)
         for rank, seen in enumerate(ranks):
-            sizes = plan.buckets(c, planned, rank)
+            sizes = footprint.buckets(c, planned, rank)
             assert sum(n for n, _ in sizes) == seen["elements"], label
             assert memory(sizes, 0, zero, torch.float64) == seen["bytes"], label
     for label, layout in LAYOUTS.items():  # three steps in one layout, two more in the next

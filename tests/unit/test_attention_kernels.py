@@ -1,6 +1,6 @@
 """Law 8, first half, attention: the kernels against dense float64, in Triton's interpreter.
 
-    TRITON_INTERPRET=1 PLUMB_KERNELS=on python -m pytest tests/unit/test_attention_kernels.py
+TRITON_INTERPRET=1 PLUMB_KERNELS=on python -m pytest tests/unit/test_attention_kernels.py
 """
 
 import numpy as np

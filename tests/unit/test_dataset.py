@@ -1,10 +1,11 @@
-"""Rows to trees: every format, every kind of bad row, the length rule, the cache and the worker pool."""
+"""Rows to trees: every format, every kind of bad row, the length limit, the cache, the workers."""
 
+import doctest
 import gzip
-import hashlib
 import json
 import math
 import os
+import re
 import signal
 from functools import partial
 from pathlib import Path
@@ -15,8 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import data.encode
-from data.dataset import load_dataset
+import data.trees
+from data.dataset import from_trees, load_dataset
 from data.formats import preference_row, sft_row
+from data.trees import make_batch
 
 BOS, EOS = 1, 2
 FIELDS = ("tokens", "scored", "tree_start", "prompt_len", "response_start", "response_len")
@@ -30,38 +33,43 @@ USER, ASSISTANT, SYSTEM = (partial(message, role) for role in ("user", "assistan
 
 
 class Bytes:
-    """A tokenizer of bytes: id = byte + 3."""
+    """Byte tokenizer: id = byte + 3."""
 
-    bos, eos, hash = BOS, EOS, "bytes"
+    bos = BOS
+    eos = EOS
+    hash = "bytes"
 
     def encode(self, text):
         return [byte + 3 for byte in text.encode()]
 
 
 class Plain:
-    """bos, prompt, response, eos; messages as their contents, one tag a turn."""
+    """Template bos, prompt, response, eos; of messages, the contents with | between."""
 
-    plain, hash = True, "plain"
+    plain = True
+    hash = "plain"
 
     def __init__(self):
-        self.tokenizer, self.calls = Bytes(), 0
+        self.tokenizer = Bytes()
+        self.calls = 0
 
     def pair(self, prompt, responses):
         self.calls += 1
         if "explode" in str(prompt):
             raise ValueError("the template cannot render this")
-        ids = self.tokenizer.encode
-        head = [BOS, *ids(flat(prompt))]
-        return (
-            head,
-            [([*ids(flat(r)), EOS], [1] * (len(ids(flat(r))) + 1)) for r in responses],
-            "moved" in str(prompt),
-        )
+        head = [BOS, *self.tokenizer.encode(flat(prompt))]
+        answers = []
+        for response in responses:
+            ids = [*self.tokenizer.encode(flat(response)), EOS]
+            answers.append((ids, [1] * len(ids)))
+        return head, answers, "moved" in str(prompt)
 
     def conversation(self, messages):
         self.calls += 1
         first = next(k for k, m in enumerate(messages) if m["role"] == "assistant")
-        head, ids, scored = [BOS, *self.tokenizer.encode(flat(messages[:first]))], [], []
+        head = [BOS, *self.tokenizer.encode(flat(messages[:first]))]
+        ids = []
+        scored = []
         for m in messages[first:]:
             turn = [*self.tokenizer.encode(m["content"]), EOS]
             ids += turn
@@ -70,7 +78,10 @@ class Plain:
 
 
 class Chat(Plain):
-    plain, hash = False, "chat"
+    """The same, but not plain: transcripts become messages."""
+
+    plain = False
+    hash = "chat"
 
 
 def flat(body):
@@ -78,27 +89,29 @@ def flat(body):
 
 
 def write(path, rows):
-    """A JSONL file; a row of type str or bytes goes in as it is."""
+    """Write a JSONL file and return its path; a row of type str or bytes is written as it is."""
     path = Path(path)
-    lines = [
-        r if isinstance(r, bytes) else (r if isinstance(r, str) else json.dumps(r)).encode()
-        for r in rows
-    ]
-    with gzip.open(path, "wb") if path.suffix == ".gz" else open(path, "wb") as stream:
-        stream.write(b"".join(line + b"\n" for line in lines))
+    content = b""
+    for row in rows:
+        if not isinstance(row, (str, bytes)):
+            row = json.dumps(row)
+        content += (row.encode() if isinstance(row, str) else row) + b"\n"
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
     return path
 
 
 def load(path, rows, kind="sft", template=None, **options):
-    """Rows -> dataset, quietly, with the cache beside the file."""
+    """Return the data set of some rows, quietly, its cache beside the file."""
     options = {"log": lambda line: None, "cache": Path(path) / "cache", **options}
-    return load_dataset(
-        [write(Path(path) / "rows.jsonl", rows)], kind, template or Plain(), **options
-    )
+    file = write(Path(path) / "rows.jsonl", rows)
+    return load_dataset([file], kind, template or Plain(), **options)
 
 
 def trees(ds):
-    """The trees as plain lists: [(prompt ids, [(response ids, scored), ...]), ...], read by the definition alone."""
+    """Return the trees as lists, [(prompt ids, [(response ids, scored), ...]), ...].
+
+    Reads the arrays by their definition, without code of the library.
+    """
     out = []
     for i in range(len(ds)):
         at = int(ds.tree_start[i])
@@ -130,13 +143,13 @@ def texts(ds):
     "keys", [("prompt", "response"), ("prompt", "completion"), ("input", "output")]
 )
 def test_sft_pairs(keys):
-    """The three spellings of a demonstration mean the same; null cells are absent."""
+    """Three spellings of a demonstration mean the same; a null counts as an absent key."""
     row = dict(zip(keys, ("Q", "A"))) | {"messages": None, "extra": 3}
     assert sft_row(row) == ("Q", ["A"], {})
 
 
 def test_sft_conversations():
-    """Both spellings of a conversation come out alike, and what follows the last assistant turn is cut off."""
+    """Two spellings of a conversation mean the same; turns after the last assistant's are cut."""
     messages = [SYSTEM("s"), USER("q"), ASSISTANT("a"), USER("q2"), ASSISTANT("a2")]
     assert sft_row({"messages": messages}) == (None, [messages], {})
     names = {"user": "human", "assistant": "gpt", "system": "system"}
@@ -145,11 +158,8 @@ def test_sft_conversations():
     assert sft_row({"conversations": turns[1:], "system": "s"}) == (None, [messages], {})
     assert sft_row({"messages": [*messages, USER("thanks")]}) == (None, [messages], {})
     assert sft_row({"prompt": "informative", "messages": messages}) == (None, [messages], {})
-    assert sft_row({"prompt": messages[:2], "completion": messages[2:]}) == (
-        messages[:2],
-        [messages[2:]],
-        {},
-    )
+    row = {"prompt": messages[:2], "completion": messages[2:]}
+    assert sft_row(row) == (messages[:2], [messages[2:]], {})
 
 
 @pytest.mark.parametrize(
@@ -157,51 +167,46 @@ def test_sft_conversations():
 )
 def test_preference_text(names):
     """Text pairs keep their characters, white space included."""
-    prompt, responses, columns = preference_row(
-        {"prompt": "Q ", names[0]: " good", names[1]: "bad\n"}
-    )
+    row = {"prompt": "Q ", names[0]: " good", names[1]: "bad\n"}
+    prompt, responses, columns = preference_row(row)
     assert (prompt, responses) == ("Q ", [" good", "bad\n"])
     assert all(math.isnan(x) for x in columns["reward"] + columns["margin"])
 
 
 def test_preference_columns():
-    """Rewards go to their own response under either name, a margin to both."""
+    """Each response has its reward, under either name; both have the margin."""
     pair = {"prompt": "Q", "chosen": "a", "rejected": "b"}
-    expected = {"reward": [2.0, -1.5], "margin": [3.5, 3.5]}
-    assert (
-        preference_row(pair | {"chosen_reward": 2, "rejected_reward": -1.5, "margin": 3.5}).columns
-        == expected
-    )
-    assert (
-        preference_row(pair | {"score_chosen": 2, "score_rejected": -1.5, "margin": 3.5}).columns
-        == expected
-    )
+    for chosen, rejected in (
+        ("chosen_reward", "rejected_reward"),
+        ("score_chosen", "score_rejected"),
+    ):
+        row = pair | {chosen: 2, rejected: -1.5, "margin": 3.5}
+        assert preference_row(row).columns == {"reward": [2.0, -1.5], "margin": [3.5, 3.5]}
 
 
 def test_preference_messages():
-    """The prompt is what the lists share, up to an assistant turn; the answer alone may stand in them as well."""
-    q, a, b = USER("q"), ASSISTANT("a"), ASSISTANT("b")
-    split = lambda **row: preference_row(row)[:2]  # noqa: E731
-    assert split(prompt="about q", chosen=[q, a], rejected=[q, b]) == (
-        [q],
-        [[a], [b]],
-    )  # UltraFeedback
-    assert split(chosen=[SYSTEM("s"), q, a], rejected=[SYSTEM("s"), q, b]) == (
-        [SYSTEM("s"), q],
-        [[a], [b]],
-    )
-    assert split(prompt=[q], chosen=[a], rejected=[b]) == ([q], [[a], [b]])  # TRL conversational
+    """The prompt is what both lists share, up to an assistant turn; or they are answers alone."""
+    q = USER("q")
+    a = ASSISTANT("a")
+    b = ASSISTANT("b")
+    s = SYSTEM("s")
+
+    def split(**row):
+        return preference_row(row)[:2]
+
+    # UltraFeedback, TRL conversational, and others
+    assert split(prompt="about q", chosen=[q, a], rejected=[q, b]) == ([q], [[a], [b]])
+    assert split(prompt=[q], chosen=[a], rejected=[b]) == ([q], [[a], [b]])
+    assert split(chosen=[s, q, a], rejected=[s, q, b]) == ([s, q], [[a], [b]])
     assert split(prompt=[q], chosen=[q, a], rejected=[q, b]) == ([q], [[a], [b]])
     assert split(prompt="q", chosen=[a], rejected=[b]) == ("q", [[a], [b]])
-    assert split(chosen=[q, a], rejected=[q, a]) == (
-        [q],
-        [[a], [a]],
-    )  # identical: still split before the answer
+    # Identical lists are split before the answer all the same.
+    assert split(chosen=[q, a], rejected=[q, a]) == ([q], [[a], [a]])
     long = [q, a, USER("more")]
     assert split(chosen=[*long, a], rejected=[*long, b]) == (long, [[a], [b]])
     other = [b, USER("more"), b]
     assert split(chosen=[*long, a], rejected=[q, *other]) == ([q], [[a, USER("more"), a], other])
-    # They part at a user turn: the border is before the last assistant turn that both have.
+    # They differ at a user turn: the border is before the last assistant turn that both have.
     assert split(chosen=[*long, a], rejected=[q, a, USER("x"), b]) == (
         [q],
         [[a, USER("more"), a], [a, USER("x"), b]],
@@ -215,21 +220,19 @@ def hh(*turns):
 
 
 def test_transcripts():
-    """HH: split after the last "Assistant:" that both share, never inside a word, wherever the transcripts part."""
+    """HH transcripts are split after the last shared "Assistant:", never inside a word."""
     row = {
         "chosen": hh("hi", "hello", "why?", "because of it"),
         "rejected": hh("hi", "hello", "why?", "because I say"),
     }
     prompt, responses, _ = preference_row(row, plain=True)
     assert prompt == hh("hi", "hello", "why?") + "\n\nAssistant:"
-    assert responses == [
-        " because of it",
-        " because I say",
-    ]  # "because " is the answer's, though both begin with it
+    # "because " belongs to the answers although they share it.
+    assert responses == [" because of it", " because I say"]
     prompt, responses, _ = preference_row(row)
     assert prompt == [USER("hi"), ASSISTANT("hello"), USER("why?")]
     assert responses == [[ASSISTANT("because of it")], [ASSISTANT("because I say")]]
-    # An earlier turn differs: everything from there on belongs to the responses.
+    # An earlier turn differs: all from there on belongs to the responses.
     row = {"chosen": hh("hi", "hello", "why?", "a"), "rejected": hh("hi", "hell", "why?", "b")}
     prompt, responses, _ = preference_row(row, plain=True)
     assert (prompt, responses[1]) == (
@@ -249,7 +252,7 @@ def test_transcripts():
     )
     same = hh("hi", "hello", "why?", "a")
     assert preference_row({"chosen": same, "rejected": same}, plain=True)[1] == [" a", " a"]
-    same = same[2:]  # some copies have no line ends in front
+    same = same[2:]  # some copies of the data lack the leading line feeds
     assert preference_row({"chosen": same, "rejected": same})[0] == [
         USER("hi"),
         ASSISTANT("hello"),
@@ -260,10 +263,11 @@ def test_transcripts():
 @settings(max_examples=200)
 @given(st.lists(st.sampled_from(["a b", "a c", "", "ab"]), min_size=2, max_size=6), st.data())
 def test_transcript_split_loses_nothing(turns, draw):
-    """Prompt + response is each transcript, and the border is the last shared assistant turn found by brute force."""
+    """Prompt + response is the transcript; the border is the last shared turn, by brute force."""
     turns = turns[: len(turns) // 2 * 2]
     other = [draw.draw(st.sampled_from([turn, "a b"])) for turn in turns]
-    chosen, rejected = hh(*turns), hh(*other)
+    chosen = hh(*turns)
+    rejected = hh(*other)
     if turns[0] != other[0]:
         with pytest.raises(ValueError, match="share no"):
             preference_row({"chosen": chosen, "rejected": rejected}, plain=True)
@@ -275,7 +279,7 @@ def test_transcript_split_loses_nothing(turns, draw):
 
 
 def test_kinds_reach_the_arrays(tmp_path):
-    """Prompt, responses, scores and columns lie in the arrays where the definition says."""
+    """Prompts, responses, scored flags and columns are in the arrays as defined."""
     rows = [
         {
             "prompt": "Q",
@@ -382,9 +386,10 @@ BAD = [("sft", *case) for case in BAD_SFT] + [("preference", *case) for case in 
 
 @pytest.mark.parametrize("kind, bad, reason", BAD)
 def test_bad_rows(tmp_path, kind, bad, reason):
-    """A bad row stops the run with file:line, reason and flag; allowed, it is printed, counted and left out."""
+    """A bad row stops the run with file:line, reason and flag; if allowed, it is left out."""
     good = GOOD if kind == "sft" else PAIR
-    rows, lines = [good, "", bad, good], []
+    rows = [good, "", bad, good]
+    lines = []
     with pytest.raises(ValueError, match=rf"rows\.jsonl:3: .*{reason}.*--max-bad-rows") as error:
         load(tmp_path, rows, kind)
     assert len(str(error.value)) < 500
@@ -394,7 +399,7 @@ def test_bad_rows(tmp_path, kind, bad, reason):
 
 
 def test_no_tokens(tmp_path):
-    """A response without a scored token, and a prompt without tokens, are bad rows."""
+    """A prompt without tokens, or a response without a scored token, is a bad row."""
 
     class Odd(Plain):
         def pair(self, prompt, responses):
@@ -409,22 +414,20 @@ def test_no_tokens(tmp_path):
 
 
 def test_bad_row_limit(tmp_path):
-    """Ten reports and a count; refused past the limit, from the cache just as while reading."""
+    """Ten bad rows are reported, then a count; the limit also holds for cached data."""
     rows = [GOOD] + ["{"] * 12
     for again in range(2):
         lines = []
         ds = load(tmp_path, rows, max_bad_rows=12, log=lines.append)
-        assert (
-            sum(line.startswith("bad row ") for line in lines) == 10
-            and lines[10] == "... and 2 more bad rows"
-        )
+        assert sum(line.startswith("bad row ") for line in lines) == 10
+        assert lines[10] == "... and 2 more bad rows"
         assert ("from cache" in lines[11]) == bool(again) and ds.counts["bad"] == 12
     with pytest.raises(ValueError, match=r"rows\.jsonl:2: .*12 bad.*--max-bad-rows 11"):
         load(tmp_path, rows, max_bad_rows=11)
 
 
 def test_missing_and_empty(tmp_path):
-    """A missing file and an empty result say what to do, and leave no cache behind."""
+    """A missing file or an empty result says what to do and leaves no cache."""
     with pytest.raises(FileNotFoundError, match="nowhere.jsonl"):
         load_dataset([tmp_path / "nowhere.jsonl"], "sft", Plain(), cache=tmp_path / "cache")
     with pytest.raises(ValueError, match="no rows"):
@@ -455,13 +458,16 @@ pairs = st.lists(
 )
 @given(pairs, st.integers(3, 20), st.booleans())
 def test_lengths(tmp_path, rows, limit, truncate):
-    """No response with its prompt is longer than the limit; responses are never cut; what fits is untouched; a cut
-    prompt fills the room, keeps its bos first and its last tokens; a tree goes only when it cannot be made to fit."""
-    rows.append({"prompt": "", "chosen": "", "rejected": ""})  # something is always left
-    ds = load(
-        tmp_path, rows, "preference", max_length=limit, overlong="truncate" if truncate else "drop"
-    )
-    expected, cut = [], 0
+    """Prompt and response fit into the limit.
+
+    Responses are never cut; rows that fit are untouched; a cut prompt keeps bos and as many last
+    tokens as fit; a tree is dropped only if no prompt would be left.
+    """
+    rows.append({"prompt": "", "chosen": "", "rejected": ""})  # a row that always fits
+    overlong = "truncate" if truncate else "drop"
+    ds = load(tmp_path, rows, "preference", max_length=limit, overlong=overlong)
+    expected = []
+    cut = 0
     for row in rows:
         longest = max(len(row["chosen"]), len(row["rejected"])) + 1
         prompt = row["prompt"]
@@ -469,27 +475,22 @@ def test_lengths(tmp_path, rows, limit, truncate):
             room = limit - longest - 1
             if not truncate or room < 1 or not prompt:
                 continue
-            prompt, cut = prompt[-room:], cut + 1
+            prompt = prompt[-room:]
+            cut += 1
         expected.append((prompt, row["chosen"], row["rejected"]))
     assert texts(ds) == expected
     for prompt, answers in trees(ds):
-        assert prompt[0] == BOS and all(
-            len(prompt) + len(ids) <= limit and ids[-1] == EOS for ids, _ in answers
-        )
+        assert prompt[0] == BOS
+        assert all(len(prompt) + len(ids) <= limit and ids[-1] == EOS for ids, _ in answers)
     c = ds.counts
-    assert (c["rows"], c["trees"], c["too_long"], c["truncated"]) == (
-        len(rows),
-        len(ds),
-        len(rows) - len(ds),
-        cut,
-    )
-    assert (
-        c["tokens"] == len(ds.tokens) == ds.tree_lengths().sum() and c["scored"] == ds.scored.sum()
-    )
+    assert (c["rows"], c["trees"]) == (len(rows), len(ds))
+    assert (c["too_long"], c["truncated"]) == (len(rows) - len(ds), cut)
+    assert c["tokens"] == len(ds.tokens) == ds.tree_lengths().sum()
+    assert c["scored"] == ds.scored.sum()
 
 
 def test_truncate_without_bos(tmp_path):
-    """A prompt that does not begin with bos is cut to its last tokens, down to one."""
+    """A prompt without bos is cut to its last tokens, one at least."""
 
     class NoBos(Plain):
         def pair(self, prompt, responses):
@@ -498,14 +499,12 @@ def test_truncate_without_bos(tmp_path):
 
     rows = [{"prompt": "abcdef", "response": "xyz"}, {"prompt": "abcdef", "response": "wxyz"}]
     for limit, expected in ((6, [("ef", "xyz"), ("f", "wxyz")]), (5, [("f", "xyz")])):
-        assert (
-            texts(load(tmp_path, rows, template=NoBos(), max_length=limit, overlong="truncate"))
-            == expected
-        )
+        ds = load(tmp_path, rows, template=NoBos(), max_length=limit, overlong="truncate")
+        assert texts(ds) == expected
 
 
 def test_moved_borders_are_counted(tmp_path):
-    """The template's word that a border moved is counted, over the rows that are kept."""
+    """Moved borders are counted over the rows that are kept."""
     rows = [
         GOOD,
         {"prompt": "moved", "response": "A"},
@@ -518,39 +517,37 @@ def test_moved_borders_are_counted(tmp_path):
 
 
 def equal(a, b):
-    same = (
-        all(np.array_equal(getattr(a, f), getattr(b, f)) for f in FIELDS) and a.counts == b.counts
-    )
-    return same and a.columns.keys() == b.columns.keys() and all(
-        np.array_equal(a.columns[k], b.columns[k], equal_nan=True) for k in a.columns)  # fmt: skip
+    """Return True if two data sets have the same arrays, columns and counts."""
+    if a.counts != b.counts or a.columns.keys() != b.columns.keys():
+        return False
+    if not all(np.array_equal(getattr(a, f), getattr(b, f)) for f in FIELDS):
+        return False
+    return all(np.array_equal(a.columns[k], b.columns[k], equal_nan=True) for k in a.columns)
 
 
 def test_cache_hit(tmp_path):
-    """The same request again: equal arrays, nothing tokenised; a copy of the file elsewhere hits as well."""
+    """The same request again tokenises nothing and gives equal arrays; so does a copied file."""
     rows = [PAIR | {"score_chosen": k} for k in range(20)]
     first = load(tmp_path, rows, "preference")
-    template, lines = Plain(), []
+    template = Plain()
+    lines = []
     again = load(tmp_path, rows, "preference", template=template, log=lines.append)
-    assert (
-        template.calls == 0
-        and equal(first, again)
-        and first.key == again.key
-        and "from cache" in lines[-1]
-    )
+    assert template.calls == 0 and "from cache" in lines[-1]
+    assert equal(first, again) and first.key == again.key
     copy = write(tmp_path / "copy.jsonl", rows)
     load_dataset(copy, "preference", template, cache=tmp_path / "cache", log=lines.append)
     assert template.calls == 0 and len(list((tmp_path / "cache").iterdir())) == 1
 
 
 def test_cache_miss(tmp_path):
-    """Whatever decides the arrays is in the key: contents, order of files, kind, template, tokenizer, length, rule."""
+    """The key holds contents and order of files, kind, template, tokenizer, length, overlong."""
     rows = [PAIR | GOOD]
-    a, b = (
-        write(tmp_path / "a.jsonl", rows),
-        write(tmp_path / "b.jsonl", [PAIR | {"response": "other"}]),
-    )
-    odd, other = Plain(), Plain()
-    odd.hash, other.tokenizer.hash = "odd", "other"
+    a = write(tmp_path / "a.jsonl", rows)
+    b = write(tmp_path / "b.jsonl", [PAIR | {"response": "other"}])
+    odd = Plain()
+    odd.hash = "odd"
+    other = Plain()
+    other.tokenizer.hash = "other"
     requests = [
         ([a], "sft", Plain(), {}),
         ([b], "sft", Plain(), {}),
@@ -563,21 +560,19 @@ def test_cache_miss(tmp_path):
         ([a], "sft", Plain(), {"overlong": "truncate"}),
     ]
     keys = set()
+    quiet = {"log": lambda line: None, "cache": tmp_path / "cache"}
     for files, kind, template, options in requests:
-        keys.add(
-            load_dataset(
-                files, kind, template, cache=tmp_path / "cache", log=lambda line: None, **options
-            ).key
-        )
+        keys.add(load_dataset(files, kind, template, **quiet, **options).key)
         assert template.calls > 0
     assert len(keys) == len(requests)
 
 
 @pytest.mark.parametrize("damage", ["missing", "short", "meta", "no meta"])
 def test_damaged_cache(tmp_path, damage):
-    """A cache with a file missing or cut short is rebuilt, with a warning."""
-    first, lines, template = load(tmp_path, [GOOD] * 5), [], Plain()
-    expected = first.tokens.tolist()
+    """A cache with a missing or short file is rebuilt, with a warning."""
+    expected = load(tmp_path, [GOOD] * 5).tokens.tolist()
+    template = Plain()
+    lines = []
     (folder,) = (tmp_path / "cache").iterdir()
     if damage == "missing":
         (folder / "prompt_len.npy").unlink()
@@ -593,19 +588,16 @@ def test_damaged_cache(tmp_path, damage):
 
 
 def test_race(tmp_path):
-    """Processes that build the same key at once all get the same arrays and leave one folder."""
-    file, children = (
-        write(tmp_path / "rows.jsonl", [GOOD | {"prompt": f"Q{k}"} for k in range(600)]),
-        [],
-    )
+    """Processes that build the same key at once get the same arrays and leave one folder."""
+    file = write(tmp_path / "rows.jsonl", [GOOD | {"prompt": f"Q{k}"} for k in range(600)])
+    quiet = {"log": lambda line: None, "cache": tmp_path / "cache"}
+    children = []
     for _ in range(4):
         child = os.fork()
         if child == 0:
             code = 1
             try:
-                ds = load_dataset(
-                    file, "sft", Plain(), cache=tmp_path / "cache", workers=1, log=lambda line: None
-                )
+                ds = load_dataset(file, "sft", Plain(), workers=1, **quiet)
                 code = 0 if texts(ds) == [(f"Q{k}", "A") for k in range(600)] else 2
             finally:
                 os._exit(code)
@@ -618,8 +610,10 @@ def test_race(tmp_path):
 
 
 def test_files(tmp_path):
-    """gz equals plain; several files are read in order; a byte order mark, CRLF, blank lines and a last line without
-    its end are no matter; bad rows name their own file and line."""
+    """Files are read in order, .gz like plain ones; bad rows are reported with their file and line.
+
+    A byte order mark, CRLF, blank lines and a missing last line feed change nothing.
+    """
     rows = [{"prompt": f"Q{k}é\u2028", "response": "A"} for k in range(10)]
     marked = b"\xef\xbb\xbf" + json.dumps(rows[0], ensure_ascii=False).encode() + b"\r"
     a = write(tmp_path / "a.jsonl", [marked, *rows[1:4]])
@@ -645,25 +639,19 @@ def test_workers(tmp_path, monkeypatch):
         "{" if k % 29 == 5 else PAIR | {"prompt": f"{'long' * (k % 9)} moved {k}", "margin": k}
         for k in range(150)
     ]
-    rows[66:80] = [
-        PAIR | {"prompt": "far too long" * 9}
-    ] * 14  # whole chunks of which nothing is left
+    rows[66:80] = [PAIR | {"prompt": "far too long" * 9}] * 14  # whole chunks without a tree
     results = []
     for workers in (1, 3):
         lines = []
-        ds = load(tmp_path, rows, "preference", workers=workers, max_length=40, max_bad_rows=9, log=lines.append,
-                  cache=tmp_path / str(workers))  # fmt: skip
-        files = sorted(f for f in (tmp_path / str(workers)).glob("*/*.npy"))
-        results.append(
-            (ds, lines[:-1], [(f.name, hashlib.sha256(f.read_bytes()).hexdigest()) for f in files])
-        )
+        cache = tmp_path / str(workers)
+        options = {"max_length": 40, "max_bad_rows": 9, "log": lines.append, "cache": cache}
+        ds = load(tmp_path, rows, "preference", workers=workers, **options)
+        files = {file.name: file.read_bytes() for file in cache.glob("*/*.npy")}
+        results.append((ds, lines[:-1], files))
     (one, lines_one, files_one), (three, lines_three, files_three) = results
-    assert (
-        equal(one, three)
-        and lines_one == lines_three
-        and files_one == files_three
-        and len(files_one) == 8
-    )
+    assert equal(one, three)
+    assert lines_one == lines_three
+    assert files_one == files_three and len(files_one) == 8
     kept = [row for row in rows if isinstance(row, dict) and 1 + len(row["prompt"]) + 2 <= 40]
     assert texts(one) == [(row["prompt"], "a", "b") for row in kept] and len(kept) < 145
     assert one.columns["margin"][::2].tolist() == [row["margin"] for row in kept]
@@ -674,7 +662,7 @@ def test_workers(tmp_path, monkeypatch):
 
 
 def test_dead_worker(tmp_path, monkeypatch):
-    """A worker that is killed ends the run with an error; it does not hang, and nothing half-made stays."""
+    """A killed worker ends the run with an error, not a hang, and leaves no partial folder."""
     monkeypatch.setattr(data.encode, "CHUNK_ROWS", 2)
     parent = os.getpid()
 
@@ -691,7 +679,7 @@ def test_dead_worker(tmp_path, monkeypatch):
 
 
 def test_interrupt(tmp_path, monkeypatch):
-    """Ctrl-C in mid-run reaches the caller and leaves neither workers nor half-made folders."""
+    """Ctrl-C reaches the caller and leaves neither workers nor partial folders."""
     monkeypatch.setattr(data.encode, "CHUNK_ROWS", 2)
     parent = os.getpid()
 
@@ -701,13 +689,9 @@ def test_interrupt(tmp_path, monkeypatch):
                 os.kill(parent, signal.SIGINT)
             return super().pair(prompt, responses)
 
+    rows = [{"prompt": f"Q{k}", "response": "A"} for k in range(4000)]
     with pytest.raises(KeyboardInterrupt):
-        load(
-            tmp_path,
-            [{"prompt": f"Q{k}", "response": "A"} for k in range(4000)],
-            template=Interrupting(),
-            workers=2,
-        )
+        load(tmp_path, rows, template=Interrupting(), workers=2)
     assert not list((tmp_path / "cache").iterdir())
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)
@@ -743,20 +727,54 @@ odd_lines = st.lists(
 @settings(max_examples=120, suppress_health_check=list(HealthCheck), deadline=None)
 @given(odd_lines, st.sampled_from(["sft", "preference"]), st.booleans())
 def test_any_line(tmp_path, lines, kind, plain):
-    """Whatever a line holds, it is a kept row or a counted bad one."""
-    good = PAIR | GOOD
-    ds = load(
-        tmp_path,
-        [good, *lines],
-        kind,
-        Plain() if plain else Chat(),
-        max_bad_rows=99,
-        max_length=10**6,
-    )
+    """Any line is a kept row or a counted bad one."""
+    rows = [PAIR | GOOD, *lines]
+    template = Plain() if plain else Chat()
+    ds = load(tmp_path, rows, kind, template, max_bad_rows=99, max_length=10**6)
     c = ds.counts
-    assert c["trees"] + c["bad"] == c["rows"] <= 1 + len(lines) and c["trees"] == len(ds) == len(
-        trees(ds)
+    assert c["trees"] + c["bad"] == c["rows"] <= len(rows)
+    assert c["trees"] == len(ds) == len(trees(ds))
+    for prompt, answers in trees(ds):
+        assert prompt and all(any(scored) for _, scored in answers)
+
+
+# Batches: the worked examples of data/trees.py.
+
+
+def test_examples_in_docstrings():
+    """Examples in the docstrings of data/trees.py give the results that they show."""
+    results = doctest.testmod(data.trees)
+    assert results.attempted >= 5 and not results.failed
+
+
+def test_worked_example_of_a_batch():
+    """One tree, [5 6] with [7 8] and [9], is the table in the docstring of make_batch."""
+    ds = from_trees([([5, 6], [([7, 8], [1, 1]), ([9], [1])])])
+    batch = make_batch(ds, [0])
+    table = {}
+    for line in make_batch.__doc__.splitlines():
+        name, _, numbers = line.strip().partition(" ")
+        digits = re.match(r"[\d |]+", numbers.strip())
+        if digits and name.isidentifier():
+            table[name] = [int(n) for n in digits[0].replace("|", " ").split()]
+    names = ["tokens", "positions", "kv_end", "logit_index", "target", "response"]
+    assert {name: getattr(batch, name).tolist() for name in names} == {n: table[n] for n in names}
+    assert (batch.lengths.tolist(), batch.tree.tolist(), batch.last.tolist()) == (
+        [2, 1],
+        [0, 0],
+        [3, 4],
     )
-    assert all(
-        prompt and all(any(scored) for _, scored in answers) for prompt, answers in trees(ds)
+    assert batch.spans == [(2, [2, 1])]
+    repeated = make_batch(ds, [0], share_prompts=False)
+    assert repeated.tokens.tolist() == [5, 6, 7, 8, 5, 6, 9]
+    assert repeated.spans == [(2, [2]), (2, [1])]
+
+
+def test_scored_lengths_and_responses_of():
+    """Scored tokens are counted by response, empty responses included; trees list theirs."""
+    ds = from_trees(
+        [([1, 2], [([], []), ([3, 4], [0, 1]), ([], [])]), ([5], [([6, 7, 8], [1, 0, 1])])]
     )
+    assert ds.scored_len.tolist() == [0, 1, 0, 2]
+    assert ds.responses_of([1, 0]).tolist() == [3, 0, 1, 2]
+    assert ds.responses_of([]).tolist() == []

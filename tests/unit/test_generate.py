@@ -1,4 +1,4 @@
-"""Law 6: cached generation equals naive generation; a sample does not depend on its batch nor on how it is cached."""
+"""Law 6: cached generation equals naive generation; samples do not depend on batch or cache."""
 
 import json
 from pathlib import Path
@@ -24,12 +24,13 @@ def model_of(family: str, folder: Path):
 
 
 def next_logp(model, ids: list[int]) -> torch.Tensor:
-    """Log-probs of the next token, without a cache."""
+    """Return log-probs of the next token, computed without a cache, (V,)."""
     batch = make_batch(dataset_of([(ids, [[0]])]), [0])
     return model.logits(model(batch), torch.tensor([len(ids) - 1]))[0].log_softmax(-1)
 
 
-# How the cache is kept: prompts copied to every row, or kept once for their samples; every shape fixed, or not.
+# Prompts copied to every row, or stored once for their samples; shapes fixed, or not.
+# name: (SHARE_FROM, PLUMB_DECODE)
 WAYS = {
     "copied": (10**9, ""),
     "shared": (0, ""),
@@ -40,7 +41,7 @@ WAYS = {
 
 @pytest.fixture
 def way(request, monkeypatch) -> str:
-    """Makes generate keep its cache in one of WAYS."""
+    """Make generate store its prompts in one of WAYS."""
     share_from, mode = WAYS[request.param]
     monkeypatch.setattr(sampler, "SHARE_FROM", share_from)
     monkeypatch.setattr(cache, "BUCKET", 8)
@@ -51,7 +52,7 @@ def way(request, monkeypatch) -> str:
 @pytest.mark.parametrize("way", WAYS, indirect=True)
 @pytest.mark.parametrize("family", ["llama3", "mistral_window", "qwen3", "gpt_neox"])
 def test_greedy_equals_the_naive_loop_and_transformers(family: str, way: str, tmp_path: Path):
-    """Token for token the argmax of a fresh forward over the whole text, and of transformers' generate."""
+    """Each token is the argmax of a fresh forward over the whole text, and transformers' choice."""
     model = model_of(family, tmp_path)
     theirs = tiny_transformers(family, False)
     answers = sampler.generate(model, PROMPTS, 12, temperature=0, stop_ids={99}, batch_size=3, n=2)
@@ -76,8 +77,10 @@ def test_greedy_equals_the_naive_loop_and_transformers(family: str, way: str, tm
 @pytest.mark.parametrize("way", WAYS, indirect=True)
 @pytest.mark.parametrize("family", ["llama3", "mistral_window"])
 def test_samples_and_their_logps_do_not_depend_on_the_batch(family: str, way: str, tmp_path: Path):
-    """Batch size 1 or 8, several samples a prompt, rows refilled as answers end: the same tokens; both log-probs are
-    those of a fresh forward, with the same temperature and with none."""
+    """Batch sizes 1 and 8, with rows refilled, give the same tokens.
+
+    Both log-probs are those of a fresh forward, with and without the temperature.
+    """
     model = model_of(family, tmp_path)
     prompts = PROMPTS + [[30 + i] * (1 + i % 4) for i in range(4)]
     settings = {"temperature": 0.7, "stop_ids": set(range(0, 90, 7)), "n": 3}
@@ -108,7 +111,7 @@ def test_samples_and_their_logps_do_not_depend_on_the_batch(family: str, way: st
 
 
 def test_logps_in_fp32(tmp_path: Path):
-    """Within 1e-5 of a fresh forward, kept within top_k and top_p."""
+    """fp32 log-probs are within 1e-5 of a fresh forward with top_k and top_p applied."""
     model = model_of("llama3", tmp_path).float()
     for answer, prompt in zip(sampler.generate(model, PROMPTS, 8, 0.8, 20, 0.9), PROMPTS):
         for j, token in enumerate(answer.tokens):
@@ -119,8 +122,8 @@ def test_logps_in_fp32(tmp_path: Path):
             assert answer.logps[j] == pytest.approx(float(np.log(kept[token])), abs=1e-5)
 
 
-def test_a_seed_of_its_own_makes_a_sample(tmp_path: Path):
-    """seeds go with samples, whatever list they are in: a rank's share gives what the whole list would."""
+def test_a_sample_depends_on_its_seed_alone(tmp_path: Path):
+    """A rank that samples a part of the list draws what it would draw in the whole list."""
     model = model_of("llama", tmp_path)
     whole = sampler.generate(model, PROMPTS, 6, n=2, seeds=list(range(100, 110)))
     part = sampler.generate(model, PROMPTS[2:4], 6, n=2, seeds=[104, 105, 106, 107])
@@ -133,11 +136,14 @@ def test_a_seed_of_its_own_makes_a_sample(tmp_path: Path):
 
 @pytest.mark.parametrize("way", ["copied", "shared"], indirect=True)
 @pytest.mark.parametrize("size", [1, 4, 64])
-def test_prompts_are_computed_once_and_no_row_waits_or_is_wasted(
+def test_prompts_are_computed_once_and_rows_are_refilled_at_once(
     way: str, size: int, tmp_path: Path, monkeypatch
 ):
-    """Every prompt token goes through the model once for all n samples. A sample of k tokens takes k - 1 rows more, and
-    at most one besides, when it enters. There are as few steps as a list scheduler with `size` workers makes."""
+    """Prompts cost their tokens once for n samples, and no row is idle while samples wait.
+
+    A sample of k tokens costs k - 1 more tokens, and at most one when it starts. The number of
+    steps is that of a list scheduler with `size` workers.
+    """
     model = model_of("llama", tmp_path)
     runs, run = [], model.run
     monkeypatch.setattr(
@@ -161,7 +167,7 @@ def test_prompts_are_computed_once_and_no_row_waits_or_is_wasted(
 
 @pytest.mark.parametrize("way", ["copied", "shared"], indirect=True)
 def test_the_cache_is_bounded(way: str, tmp_path: Path, monkeypatch):
-    """At most batch_size × (longest prompt + max_new_tokens) positions, however many samples there are."""
+    """It has at most batch_size * (longest prompt + max_new_tokens) positions for any n."""
     model, made = model_of("llama", tmp_path), []
     cache = Cache
     monkeypatch.setattr(sampler, "Cache", lambda *args: (made.append(cache(*args)), made[-1])[1])
@@ -172,7 +178,7 @@ def test_the_cache_is_bounded(way: str, tmp_path: Path, monkeypatch):
 
 
 def distribution(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -> np.ndarray:
-    """The softmax after temperature, top-k and top-p, one after the other, in numpy."""
+    """Apply temperature, top-k and top-p in this order, in numpy; return probabilities (V,)."""
     p = np.exp((logits - logits.max()) / temperature)
     order = np.argsort(-p, kind="stable")
     p[order[top_k or len(p) :]] = 0
@@ -202,7 +208,7 @@ def distribution(logits: np.ndarray, temperature: float, top_k: int, top_p: floa
 def test_draws_follow_the_distribution(
     vocabulary: int, temperature: float, top_k: int, top_p: float
 ):
-    """Chi-square of 40,000 draws against the distribution computed in numpy; 600 tokens are three blocks of a draw."""
+    """Chi-square of 40,000 draws against numpy; 600 tokens are three blocks of `_draw`."""
     logits = (
         np.random.default_rng(3).normal(0, 1, vocabulary)
         if vocabulary > 6
@@ -227,8 +233,8 @@ def test_draws_follow_the_distribution(
     assert np.allclose(policy_logps, np.log(distribution(logits, 1, 0, 1)[tokens]), atol=1e-12)
 
 
-def test_top_p_looks_as_far_as_it_must():
-    """A flat distribution over many tokens: the set is larger than what is looked at first."""
+def test_top_p_of_a_flat_distribution_keeps_enough_tokens():
+    """The kept set is larger than the number of tokens that are sorted first."""
     logits = torch.zeros(3, 3000, dtype=torch.float64) - torch.arange(3000) * 1e-9
     uniform = torch.tensor([0.0, 0.5001, 1 - 1e-12], dtype=torch.float64)
     tokens, logps, _ = sampler.sample(logits, uniform, 1.0, 0, 0.9)
@@ -237,8 +243,8 @@ def test_top_p_looks_as_far_as_it_must():
     )
 
 
-def test_stop_texts_end_an_answer(tmp_path: Path):
-    """At the first token with which the text holds one of them, be it spread over tokens."""
+def test_stop_texts_end_a_response(tmp_path: Path):
+    """A response ends at the first token that completes a stop text, even one of several tokens."""
     model = model_of("llama", tmp_path)
 
     def decode(tokens: list[int]) -> str:
@@ -247,18 +253,18 @@ def test_stop_texts_end_an_answer(tmp_path: Path):
     free = sampler.generate(model, PROMPTS, 30, seed=3)
     texts = [decode(a.tokens) for a in free]
     stops = [texts[0][13:17], texts[1][24:26], texts[2][41:44]]
-    found = sampler.generate(
+    cut = sampler.generate(
         model, PROMPTS, 30, seed=3, stop_texts=stops, decode=decode, batch_size=2
     )
-    for answer, text in zip(found, texts):
+    for answer, text in zip(cut, texts):
         ends = [text.index(stop) + len(stop) for stop in stops if stop in text]
         assert decode(answer.tokens) == text[: -(-min(ends, default=60) // 2) * 2]
         assert answer.ended == bool(ends)
-    assert sum(a.ended for a in found) >= 3
+    assert sum(a.ended for a in cut) >= 3
 
 
-def test_an_answer_that_goes_round_in_circles_is_cut(tmp_path: Path):
-    """A model that sees its last token alone falls into a cycle: answers are cut there, and have not ended."""
+def test_a_response_that_repeats_itself_is_cut(tmp_path: Path):
+    """A model without attention falls into a cycle: its responses are cut there, not ended."""
     model = model_of("llama", tmp_path)
     for block in model.blocks.values():
         torch.nn.init.zeros_(block.mixer.out.weight)
@@ -276,28 +282,37 @@ def test_an_answer_that_goes_round_in_circles_is_cut(tmp_path: Path):
     assert len({len(b.tokens) for b in cut}) > 1
 
 
-def test_tokens_are_told_as_they_come(tmp_path: Path):
-    """on_token hears every token of every sample, in order."""
+def test_on_token_gets_every_token_in_order(tmp_path: Path):
+    """on_token is called with (sample, token) for every token."""
     heard = {}
-    answers = sampler.generate(
-        model_of("llama", tmp_path), PROMPTS, 5, n=2, batch_size=3,
-        on_token=lambda i, token: heard.setdefault(i, []).append(token),
-    )  # fmt: skip
+
+    def listen(i: int, token: int) -> None:
+        heard.setdefault(i, []).append(token)
+
+    model = model_of("llama", tmp_path)
+    answers = sampler.generate(model, PROMPTS, 5, n=2, batch_size=3, on_token=listen)
     assert [heard[i] for i in range(10)] == [a.tokens for a in answers]
 
 
-def test_impossible_requests_are_refused(tmp_path: Path, monkeypatch):
-    """Empty prompts and settings that cannot be."""
+def test_bad_arguments_are_refused(tmp_path: Path, monkeypatch):
+    """Empty prompts and settings out of range raise ValueErrors that name them."""
     model = model_of("llama", tmp_path)
     with pytest.raises(ValueError, match="no token to go on from"):
         sampler.generate(model, [[1], []], 3)
     assert sampler.generate(model, [], 3) == []
     for settings, match in [
-        ({"temperature": -1}, "temperature >= 0"), ({"top_p": 0}, "top_p"), ({"top_p": 1.1}, "top_p"),
-        ({"top_k": -1}, "top_k"), ({"max_new_tokens": 0}, "max_new_tokens"), ({"n": 0}, "n >= 1"),
-        ({"batch_size": 0}, "batch_size"), ({"no_repeat": 1}, "no_repeat"), ({"seeds": [1, 2]}, "2 seeds for 1"),
-        ({"stop_texts": ["."]}, "give a decode"), ({"stop_texts": [""], "decode": str}, "no empty text"),
-    ]:  # fmt: skip
+        ({"temperature": -1}, "temperature >= 0"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_p": 1.1}, "top_p"),
+        ({"top_k": -1}, "top_k"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"n": 0}, "n >= 1"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"no_repeat": 1}, "no_repeat"),
+        ({"seeds": [1, 2]}, "2 seeds for 1"),
+        ({"stop_texts": ["."]}, "give a decode"),
+        ({"stop_texts": [""], "decode": str}, "no empty text"),
+    ]:
         with pytest.raises(ValueError, match=match):
             sampler.generate(model, [[1]], **{"max_new_tokens": 3, **settings})
     monkeypatch.setenv("PLUMB_DECODE", "fast")
@@ -305,8 +320,8 @@ def test_impossible_requests_are_refused(tmp_path: Path, monkeypatch):
         sampler.generate(model, [[1]], 3)
 
 
-def test_the_command_writes_a_row_for_every_row(toy: Path, tmp_path: Path, capsys):
-    """Rows keep their keys and gain a response; one prompt is answered on the screen; bad calls are refused."""
+def test_the_command_answers_files_and_single_prompts(toy: Path, tmp_path: Path, capsys):
+    """Rows keep their keys and gain a response; --prompt prints one; bad calls are refused."""
     out = tmp_path / "answers.jsonl"
     prompts = toy / "world" / "prompts_test.jsonl"
     call = ["--model", str(toy / "model"), "--max-new-tokens", "5"]
@@ -325,8 +340,8 @@ def test_the_command_writes_a_row_for_every_row(toy: Path, tmp_path: Path, capsy
         generate.main([*call, "--data", str(tmp_path / "bad.jsonl"), "--out", str(out)])
 
 
-def test_the_command_samples_several_and_stops(toy: Path, tmp_path: Path, capsys):
-    """--n gives rows "responses", --stop cuts the text where it is found."""
+def test_the_command_samples_n_responses_and_applies_stop_texts(toy: Path, tmp_path: Path, capsys):
+    """--n gives rows "responses", --stop cuts the text before the stop text."""
     prompts, out = toy / "world" / "prompts_test.jsonl", tmp_path / "answers.jsonl"
     call = [
         "--model",
@@ -351,7 +366,7 @@ def test_the_command_samples_several_and_stops(toy: Path, tmp_path: Path, capsys
 
 
 def test_chat_keeps_the_conversation_and_streams(toy: Path, capsys, monkeypatch):
-    """Each turn's prompt holds the turns before; what is printed is what was sampled; an empty line ends it."""
+    """Each prompt holds the earlier turns; the samples are printed; an empty line ends the chat."""
     asked, questions = [], iter(["Where does Ada live?", "And Bo?", ""])
     monkeypatch.setattr("builtins.input", lambda _: next(questions))
     real = sampler.generate

@@ -79,7 +79,7 @@ def test_help_shows_every_flag_in_its_group(script: str, capsys):
 
 
 def test_no_unfinished_marks():
-    """What is committed is finished."""
+    """Committed files carry no marks of unfinished work."""
     marks = ["TO" + "DO", "FIX" + "ME", "X" * 3, "NotImplemented" + "Error"]
     listed = subprocess.run(
         ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True

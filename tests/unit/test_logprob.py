@@ -1,4 +1,4 @@
-"""Linear and log-prob in one pass is the same as torch's log_softmax over whole logits, kept or recomputed."""
+"""The plain twin of linear_logprob equals torch's log_softmax of whole logits."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from kernels import logprob
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("scale", [1.0, 300.0])
 def test_values_and_gradients_equal_log_softmax(keep: bool, scale: float, monkeypatch):
-    """Any vocabulary and chunk size, targets at chunk borders, logits of any size; float64 within 1e-12."""
+    """For targets at chunk borders and logits of any size, in float64 within 1e-12."""
     monkeypatch.setattr(logprob, "KEEP_BYTES", 1 << 40 if keep else 0)
     monkeypatch.setattr(logprob, "CHUNK", 7)
     generator = torch.Generator().manual_seed(0)
@@ -20,15 +20,15 @@ def test_values_and_gradients_equal_log_softmax(keep: bool, scale: float, monkey
     wanted = (hidden @ weight.t()).log_softmax(-1).gather(1, target[:, None])[:, 0]
     got = logprob.linear_logprob(hidden, weight, target)
     assert (got - wanted).abs().max() < 1e-12 * scale
-    for a, b in zip(
-        *(torch.autograd.grad((x * upstream).sum(), (hidden, weight)) for x in (got, wanted))
-    ):
+    leaves = (hidden, weight)
+    ours, theirs = (torch.autograd.grad((x * upstream).sum(), leaves) for x in (got, wanted))
+    for a, b in zip(ours, theirs, strict=True):
         assert (a - b).abs().max() < 1e-12 * scale
 
 
 @pytest.mark.parametrize("keep", [True, False])
 def test_bf16_keeps_logits_in_fp32(keep: bool, monkeypatch):
-    """With bf16 weights the log-probs are those of fp32 logits of the same numbers, within fp32's rounding."""
+    """Log-probs of bf16 weights are those of fp32 logits of the same numbers, to fp32 rounding."""
     monkeypatch.setattr(logprob, "KEEP_BYTES", 1 << 40 if keep else 0)
     hidden = torch.randn(20, 64).bfloat16().requires_grad_()
     weight = torch.randn(5000, 64).bfloat16().requires_grad_()
@@ -39,12 +39,12 @@ def test_bf16_keeps_logits_in_fp32(keep: bool, monkeypatch):
     assert got.dtype == torch.float32 and (got - wanted).abs().max() < 1e-4
     got.sum().backward()
     wanted.sum().backward()
-    for mine, theirs in zip((hidden, weight), exact):
+    for mine, theirs in zip((hidden, weight), exact, strict=True):
         assert (mine.grad - theirs.grad).norm() < 1e-2 * theirs.grad.norm()
 
 
 def test_gradients_that_are_not_asked_for_are_not_computed():
-    """A frozen weight gets none, and without gradients nothing is kept."""
+    """A frozen weight gets no gradient, and under no_grad nothing is kept."""
     hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(10, 4)
     logprob.linear_logprob(hidden, weight, torch.tensor([1, 2, 3])).sum().backward()
     assert hidden.grad is not None and weight.grad is None
@@ -54,42 +54,44 @@ def test_gradients_that_are_not_asked_for_are_not_computed():
 
 @pytest.mark.parametrize("keep", [True, False])
 def test_temperature_entropy_and_shards(keep: bool, monkeypatch):
-    """Scaled logits, entropies and a vocabulary in two shards, merged, are those of the dense softmax; within 1e-12."""
+    """Scaled logits, entropies and a vocabulary in two shards, merged, are those of the dense
+    softmax; within 1e-12."""
     monkeypatch.setattr(logprob, "KEEP_BYTES", 1 << 40 if keep else 0)
     monkeypatch.setattr(logprob, "CHUNK", 7)
     torch.manual_seed(0)
     hidden, weight = torch.randn(9, 5, dtype=torch.float64), torch.randn(31, 5, dtype=torch.float64)
-    target, slopes = (
-        torch.tensor([0, 6, 7, 13, 14, 30, 29, 28, 12]),
-        torch.randn(2, 9, dtype=torch.float64),
-    )
+    target = torch.tensor([0, 6, 7, 13, 14, 30, 29, 28, 12])
+    slopes = torch.randn(2, 9, dtype=torch.float64)
 
     def run(function, *leaves):
         leaves = [x.detach().requires_grad_() for x in leaves]
         logps, entropies = function(*leaves)
-        return [
-            logps,
-            entropies,
-            *torch.autograd.grad((logps * slopes[0] + entropies * slopes[1]).sum(), leaves),
-        ]
+        total = (logps * slopes[0] + entropies * slopes[1]).sum()
+        return [logps, entropies, *torch.autograd.grad(total, leaves)]
 
     def dense(h, w):
         logp = (h @ w.t() / 0.7).log_softmax(-1)
         return logp.gather(1, target[:, None])[:, 0], -(logp.exp() * logp).sum(1)
 
+    def chunked(h, w, start=0, combine=None):
+        return logprob.linear_logprob(h, w, target, 0.7, True, start, combine)
+
     wanted = run(dense, hidden, weight)
-    got = run(lambda h, w: logprob.linear_logprob(h, w, target, 0.7, True), hidden, weight)
-    assert all((a - b).abs().max() < 1e-12 for a, b in zip(got, wanted))
-    cuts, parts = (slice(0, 13), slice(13, 31)), []
-    for cut in cuts:
-        logprob.linear_logprob(
-            hidden, weight[cut], target, 0.7, True, cut.start, lambda x: parts.append(x) or x
-        )
+    got = run(chunked, hidden, weight)
+    assert all((a - b).abs().max() < 1e-12 for a, b in zip(got, wanted, strict=True))
+    shards, parts = (slice(0, 13), slice(13, 31)), []
+    for shard in shards:
+        chunked(hidden, weight[shard], shard.start, lambda x: parts.append(x) or x)
     whole = logprob.merge_partials(torch.stack(parts))
-    for cut in cuts:
-        got = run(
-            lambda h, w, cut=cut: logprob.linear_logprob(h, w, target, 0.7, True, cut.start, lambda x: whole),
-            hidden, weight[cut],
-        )  # fmt: skip
-        assert all((a - b).abs().max() < 1e-12 for a, b in zip(got[:2], wanted[:2]))
-        assert (got[3] - wanted[3][cut]).abs().max() < 1e-12
+    d_hidden = 0
+    for shard in shards:
+
+        def on_one_rank(h, w, start=shard.start):
+            return chunked(h, w, start, lambda x: whole)
+
+        logps, entropies, d_h, d_w = run(on_one_rank, hidden, weight[shard])
+        assert (logps - wanted[0]).abs().max() < 1e-12
+        assert (entropies - wanted[1]).abs().max() < 1e-12
+        assert (d_w - wanted[3][shard]).abs().max() < 1e-12
+        d_hidden = d_hidden + d_h
+    assert (d_hidden - wanted[2]).abs().max() < 1e-12

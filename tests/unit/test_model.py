@@ -258,7 +258,7 @@ def test_attention_follows_the_definition_of_the_mask(window: int):
 
 
 def test_packing_places_every_item_once_within_the_budget():
-    """First-fit-decreasing: a partition, no bin above the budget, equally many bins for every rank."""
+    """First-fit-decreasing: a partition, no bin above the budget, as many bins for every rank."""
     rng = np.random.default_rng(0)
     for ranks in (1, 2, 3):
         for _ in range(50):

@@ -1,4 +1,4 @@
-"""Laws of data/tokenizer.py and data/templates.py, against sentencepiece, tokenizers and transformers themselves."""
+"""data/tokenizer.py and data/templates.py against sentencepiece, tokenizers and transformers."""
 
 import functools
 import json
@@ -60,7 +60,7 @@ def sentences(n: int) -> list[str]:
 
 
 def folder_with(path: Path, **files) -> Path:
-    """A folder of JSON files, name__json=content, and of others as bytes or text."""
+    """Write a folder of files, name__json=content; text and bytes are written unchanged."""
     path.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         name = name.replace("__", ".")
@@ -75,7 +75,7 @@ def folder_with(path: Path, **files) -> Path:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> bytes:
-    """A small sentencepiece model with a control and a user-defined piece."""
+    """Return a small sentencepiece model with a control and a user-defined piece."""
     prefix = tmp_path_factory.mktemp("sentencepiece") / "small"
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(sentences(400)),
@@ -94,7 +94,7 @@ def model(tmp_path_factory) -> bytes:
 
 @pytest.fixture(scope="module")
 def bpe(tmp_path_factory) -> Path:
-    """A folder with a small byte-level BPE tokenizer.json, its markers special, and a chat template."""
+    """Return a folder with a small byte-level BPE tokenizer.json, its markers special."""
     tok = tokenizers.Tokenizer(tokenizers.models.BPE())
     tok.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tok.decoder = tokenizers.decoders.ByteLevel()
@@ -120,7 +120,7 @@ def bpe(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def several(bpe, model, tmp_path_factory) -> list:
-    """The byte-level tokenizer, and sentencepiece with either habit about its dummy space."""
+    """Return the byte-level tokenizer, and sentencepiece ones with legacy true and false."""
     folders = [
         folder_with(
             tmp_path_factory.mktemp("legacy"),
@@ -138,7 +138,10 @@ def processor(model: bytes) -> sentencepiece.SentencePieceProcessor:
 
 
 def pieces(model: bytes, text: str, dummy: bool) -> list[int]:
-    """sentencepiece's ids of a text, with its dummy space or, cut off after a line feed that joins nothing, without."""
+    """Return sentencepiece's ids of a text, with its dummy space or without.
+
+    Without: the ids after a line feed, which merges with nothing.
+    """
     sp = processor(model)
     return sp.encode(text) if dummy else sp.encode("\n" + text)[len(sp.encode("\n")) :]
 
@@ -146,7 +149,7 @@ def pieces(model: bytes, text: str, dummy: bool) -> list[int]:
 @pytest.mark.parametrize("legacy", [True, False, None])
 @pytest.mark.parametrize("name", ["small", "llama2"])
 def test_sentencepiece_ids_between_special_tokens(tmp_path, model, name, legacy):
-    """Stretches between special tokens have sentencepiece's ids; the dummy space opens each, or only the text."""
+    """Text between special tokens has sentencepiece's ids; legacy decides on the dummy space."""
     if name == "llama2":
         if not SHARED.exists():
             pytest.skip("no shared data")
@@ -158,14 +161,8 @@ def test_sentencepiece_ids_between_special_tokens(tmp_path, model, name, legacy)
     legacy = legacy is not False
     rng = random.Random(1)
     for _ in range(200):
-        parts = [
-            "".join(
-                rng.choices(
-                    ["the", " ", "  ", " cat", "\n", "é", "<s", "s>", "🦙"], k=rng.randrange(6)
-                )
-            )
-            for _ in range(3)
-        ]
+        words = ["the", " ", "  ", " cat", "\n", "é", "<s", "s>", "🦙"]
+        parts = ["".join(rng.choices(words, k=rng.randrange(6))) for _ in range(3)]
         text = "{}<s>{}</s>{}".format(*parts)
         expected = pieces(model, parts[0], True) + [1] + pieces(model, parts[1], legacy) + [2]
         assert tok.encode(text) == expected + pieces(model, parts[2], legacy), text
@@ -175,13 +172,12 @@ def test_sentencepiece_ids_between_special_tokens(tmp_path, model, name, legacy)
         ids = {"<unk>": 0, "<s>": 1, "</s>": 2, "<|c|>": 3, "<|u|>": 4}
         assert tok.special == ids and tok.size == 340
         assert tok.encode("<|u|><|c|><unk>") == [4, 3, 0]
-        assert (
-            tok.decode([4, 3, 0]) == "<|u|>"
-        )  # what is control is silent, what the user defined is text
+        # Control tokens are skipped, user-defined ones are text.
+        assert tok.decode([4, 3, 0]) == "<|u|>"
 
 
 def test_added_tokens_are_split_as_tokenizers_does(tmp_path, model):
-    """Longest match first, lstrip, rstrip and single_word cut a text where Hugging Face's own tokenizers cuts it."""
+    """Longest match, lstrip, rstrip and single_word cut a text where tokenizers cuts it."""
     flags = {
         "<x>": {},
         "<x>y": {},
@@ -194,35 +190,30 @@ def test_added_tokens_are_split_as_tokenizers_does(tmp_path, model):
         i: {"content": text, "special": True} | flag
         for i, (text, flag) in enumerate(flags.items(), 340)
     }
-    tok = load_tokenizer(
-        folder_with(
-            tmp_path,
-            tokenizer__model=model,
-            tokenizer_config__json={"added_tokens_decoder": decoder, "legacy": False},
-        )
-    )
-    judge = tokenizers.Tokenizer(tokenizers.models.WordLevel({"?": 0}, unk_token="?"))
-    judge.add_tokens(
+    config = {"added_tokens_decoder": decoder, "legacy": False}
+    folder = folder_with(tmp_path, tokenizer__model=model, tokenizer_config__json=config)
+    tok = load_tokenizer(folder)
+    theirs = tokenizers.Tokenizer(tokenizers.models.WordLevel({"?": 0}, unk_token="?"))
+    theirs.add_tokens(
         [tokenizers.AddedToken(text, normalized=False, **flag) for text, flag in flags.items()]
     )
     rng = random.Random(2)
     for _ in range(500):
         text = "".join(rng.choices(["the", " ", "\n", "y", *flags], k=rng.randrange(8)))
         expected = []
-        cut = judge.encode(text)
+        cut = theirs.encode(text)
         for i, (start, end) in zip(cut.ids, cut.offsets):
-            expected += (
-                pieces(model, text[start:end], start == 0)
-                if i == 0
-                else [tok.special[judge.id_to_token(i)]]
-            )
+            if i == 0:  # text between added tokens
+                expected += pieces(model, text[start:end], start == 0)
+            else:
+                expected.append(tok.special[theirs.id_to_token(i)])
         assert tok.encode(text) == expected, text
     assert tok.size == 346 and tok.decode([340, 345]) == "<b>"
 
 
 @pytest.mark.parametrize("legacy", [True, False])
 def test_llama2_ids_equal_transformers(tmp_path, legacy):
-    """On text without runs of spaces the real Llama-2 model gives transformers' ids, special tokens included."""
+    """The real Llama-2 model gives transformers' ids on text without runs of spaces."""
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("google.protobuf")  # transformers reads tokenizer.model through it
     if not SHARED.exists():
@@ -239,23 +230,19 @@ def test_llama2_ids_equal_transformers(tmp_path, legacy):
         tokenizer_config__json=config,
         config__json={"model_type": "llama"},
     )
-    tok, theirs = load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
-    rows = [
-        json.loads(line)
-        for line in (SHARED / "gsm8k" / "pref_test.jsonl").read_text().splitlines()[:100]
-    ]
-    for row in rows:
-        text = re.sub(
-            " +", " ", f"{row['prompt'].strip()}</s><s>[INST] {row['chosen'].strip()} [/INST]"
-        )
-        assert tok.encode(text) == theirs.encode(text, add_special_tokens=False)
-        assert tok.decode(tok.encode(text)[:200]) == theirs.decode(
-            tok.encode(text)[:200], skip_special_tokens=True
-        )
+    tok = load_tokenizer(folder)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    lines = (SHARED / "gsm8k" / "pref_test.jsonl").read_text().splitlines()[:100]
+    for row in map(json.loads, lines):
+        text = f"{row['prompt'].strip()}</s><s>[INST] {row['chosen'].strip()} [/INST]"
+        text = re.sub(" +", " ", text)
+        ids = tok.encode(text)
+        assert ids == theirs.encode(text, add_special_tokens=False)
+        assert tok.decode(ids[:200]) == theirs.decode(ids[:200], skip_special_tokens=True)
 
 
 def test_json_ids_equal_transformers(tmp_path, bpe):
-    """tokenizer.json gives transformers' ids and texts, tokens that only tokenizer_config.json adds included."""
+    """tokenizer.json gives transformers' ids and texts, with tokens that only the config adds."""
     transformers = pytest.importorskip("transformers")
     shutil.copytree(bpe, tmp_path, dirs_exist_ok=True)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
@@ -264,7 +251,8 @@ def test_json_ids_equal_transformers(tmp_path, bpe):
         "401": {"content": "<word>", "special": False, "rstrip": True},
     }
     folder_with(tmp_path, tokenizer_config__json=config)
-    tok, theirs = load_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    tok = load_tokenizer(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert (tok.bos, tok.eos, tok.pad, tok.size) == (0, 1, None, 402)
     for text in ["the cat<new> sat", "<s>a  é🦙</s><word>  on<|im_end|>", "", "<|eot_id|>\n<word>"]:
         ids = theirs.encode(text, add_special_tokens=False)
@@ -274,20 +262,14 @@ def test_json_ids_equal_transformers(tmp_path, bpe):
 
 
 def test_where_bos_eos_and_pad_come_from(tmp_path, model, bpe):
-    """tokenizer_config.json, then special_tokens_map.json, then the model's own, then config.json; null is none."""
+    """tokenizer_config.json, special_tokens_map.json, the model, config.json; null means none."""
 
     def load(**files):
         return load_tokenizer(folder_with(tmp_path / str(len(list(tmp_path.iterdir()))), **files))
 
     tok = load(tokenizer__model=model)
-    assert (tok.bos, tok.eos, tok.pad, tok.bos_token, tok.eos_token, tok.stops) == (
-        1,
-        2,
-        None,
-        "<s>",
-        "</s>",
-        {2},
-    )
+    assert (tok.bos, tok.eos, tok.pad) == (1, 2, None)
+    assert (tok.bos_token, tok.eos_token, tok.stops) == ("<s>", "</s>", {2})
     tok = load(
         tokenizer__model=model,
         tokenizer_config__json={"eos_token": {"content": "<|u|>"}, "bos_token": None},
@@ -300,13 +282,8 @@ def test_where_bos_eos_and_pad_come_from(tmp_path, model, bpe):
         special_tokens_map__json={"eos_token": "<end>", "pad_token": "<pad>"},
         generation_config__json={"eos_token_id": [2, 341]},
     )
-    assert (tok.eos, tok.pad, tok.size, tok.stops, tok.encode("<end>")) == (
-        341,
-        340,
-        342,
-        {2, 341},
-        [341],
-    )
+    assert (tok.eos, tok.pad, tok.size) == (341, 340, 342)
+    assert (tok.stops, tok.encode("<end>")) == ({2, 341}, [341])
     source = (bpe / "tokenizer.json").read_bytes()
     ids = {"bos_token_id": 0, "eos_token_id": [1, 6]}
     tok = load(tokenizer__json=source, config__json=ids)
@@ -320,7 +297,7 @@ def test_where_bos_eos_and_pad_come_from(tmp_path, model, bpe):
 
 
 def test_missing_and_broken_files_are_named(tmp_path, model, monkeypatch):
-    """A folder without a tokenizer, a broken file and a missing package are refused by name."""
+    """A folder without a tokenizer, a broken file, a missing package: the error names it."""
     with pytest.raises(FileNotFoundError, match=r"tokenizer\.model.*tokenizer\.json"):
         load_tokenizer(folder_with(tmp_path / "none"))
     with pytest.raises(ValueError, match=r"json[/\\]tokenizer\.json"):
@@ -337,7 +314,7 @@ def test_missing_and_broken_files_are_named(tmp_path, model, monkeypatch):
 
 
 def test_pickled_tokenizers_and_templates_agree_and_hashes_tell_differences(tmp_path, model, bpe):
-    """A pickled copy gives the same ids; the hash changes with whatever decides ids or text, and with nothing else."""
+    """A pickled copy gives the same ids; the hash changes with what decides ids or text alone."""
     named = [{"name": "tools", "template": "t"}, {"name": "default", "template": "d"}]
     config = {"legacy": False, "chat_template": named}
     plain = load_tokenizer(folder_with(tmp_path / "a", tokenizer__model=model))
@@ -366,10 +343,12 @@ def test_pickled_tokenizers_and_templates_agree_and_hashes_tell_differences(tmp_
 
 
 def expected_text(name: str, messages: list[dict], generation: bool) -> str:
-    """The published chat formats, written out again."""
-    out, system = "", ""
+    """Return the text of a conversation in a published chat format, written a second time."""
+    out = ""
+    system = ""
     for i, m in enumerate(messages):
-        role, content = m["role"], m["content"]
+        role = m["role"]
+        content = m["content"]
         if name == "chatml":
             out += f"<|im_start|>{role}\n{content}<|im_end|>\n"
         elif name == "zephyr":
@@ -380,7 +359,8 @@ def expected_text(name: str, messages: list[dict], generation: bool) -> str:
         elif role == "system":
             system = f"<<SYS>>\n{content}\n<</SYS>>\n\n"
         elif role == "user":
-            out, system = out + f"<s>[INST] {(system + content).strip()} [/INST]", ""
+            out += f"<s>[INST] {(system + content).strip()} [/INST]"
+            system = ""
         else:
             out += f" {content.strip()} </s>"
     last = {
@@ -394,12 +374,10 @@ def expected_text(name: str, messages: list[dict], generation: bool) -> str:
 
 @pytest.mark.parametrize("name", ["chatml", "zephyr", "llama2", "llama3"])
 def test_built_in_templates_render_the_published_formats(bpe, name):
-    """A built-in is its published format, here and as a chat_template in transformers, with and without a system."""
+    """A built-in template is the published format, here and as chat_template in transformers."""
     transformers = pytest.importorskip("transformers")
-    template, theirs = (
-        Template(name, load_tokenizer(bpe)),
-        transformers.AutoTokenizer.from_pretrained(bpe),
-    )
+    template = Template(name, load_tokenizer(bpe))
+    theirs = transformers.AutoTokenizer.from_pretrained(bpe)
     for messages in (CHAT, CHAT[1:], CHAT[:2], CHAT[1:4]):
         for generation in (True, False):
             text = template.render(messages, generation)
@@ -435,14 +413,12 @@ FOLDER_TEMPLATE = """{%- if tools is not none %}
 
 
 def test_the_folders_template_renders_as_in_transformers(tmp_path, bpe):
-    """White space control, loop controls, generation marks, tojson, dates and exceptions as in transformers."""
+    """White space, loop controls, generation marks, tojson, dates, exceptions: as transformers."""
     transformers = pytest.importorskip("transformers")
     shutil.copytree(bpe, tmp_path, dirs_exist_ok=True)
     folder_with(tmp_path, chat_template__jinja=FOLDER_TEMPLATE)
-    template, theirs = (
-        Template("auto", load_tokenizer(tmp_path)),
-        transformers.AutoTokenizer.from_pretrained(tmp_path),
-    )
+    template = Template("auto", load_tokenizer(tmp_path))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     for generation in (True, False):
         assert template.render(CHAT, generation) == theirs.apply_chat_template(
             CHAT, tokenize=False, add_generation_prompt=generation
@@ -464,7 +440,7 @@ def test_the_folders_template_renders_as_in_transformers(tmp_path, bpe):
     ],
 )
 def test_a_malicious_template_reaches_nothing(tmp_path, model, attack):
-    """Attributes of Python objects and changes to the caller's messages are out of a template's reach."""
+    """A template cannot reach attributes of Python objects nor change the caller's messages."""
     folder = folder_with(tmp_path, tokenizer__model=model, chat_template__jinja=attack)
     with pytest.raises(ValueError, match="refuses this row"):
         Template("auto", load_tokenizer(folder)).render(CHAT, True)
@@ -474,7 +450,7 @@ def test_a_malicious_template_reaches_nothing(tmp_path, model, attack):
 @given(prompt=texts, responses=st.lists(texts.filter(str.strip), min_size=1, max_size=3))
 @pytest.mark.parametrize("name", ["plain", "chatml"])
 def test_border_law(several, name, prompt, responses):
-    """Prompt ids + response ids are the ids of the whole text, whose border is the longest common prefix of all."""
+    """Prompt ids + response ids are those of the text; the border is the longest common prefix."""
     for tok in several:
         template = Template(name, tok)
         if name == "plain":
@@ -483,12 +459,8 @@ def test_border_law(several, name, prompt, responses):
         else:
             user = [{"role": "user", "content": prompt}]
             head = tok.encode(template.render(user, True))
-            wholes = [
-                tok.encode(
-                    template.render([*user, {"role": "assistant", "content": r}], False).rstrip()
-                )
-                for r in responses
-            ]
+            chats = [[*user, {"role": "assistant", "content": r}] for r in responses]
+            wholes = [tok.encode(template.render(chat, False).rstrip()) for chat in chats]
         prompt_ids, answers, moved = template.pair(prompt, responses)
         assert [prompt_ids + ids for ids, _ in answers] == wholes
         assert head[: len(prompt_ids)] == prompt_ids and moved == (len(prompt_ids) < len(head))
@@ -502,20 +474,17 @@ def test_border_law(several, name, prompt, responses):
 
 @pytest.mark.parametrize("kind", ["bpe", "sentencepiece"])
 def test_a_merge_across_the_border_moves_it(tmp_path, bpe, model, kind):
-    """Where the tokenizer merges prompt and response, the border moves back, for all responses, and is reported."""
+    """A merge of prompt and response moves the border back for all responses; it is reported."""
     tok = load_tokenizer(bpe if kind == "bpe" else folder_with(tmp_path, tokenizer__model=model))
     template = Template("plain", tok)
     prompt_ids, [(first, scored), (second, _)], moved = template.pair("the hap", ["py.", " cat"])
     assert moved and scored == [1] * len(first)
     head = [tok.bos, *tok.encode("the hap")]
     assert prompt_ids == head[: len(prompt_ids)] and head[len(prompt_ids)] != first[0]
-    assert (
-        tok.decode(prompt_ids + first) == "the happy."
-        and tok.decode(prompt_ids + second) == "the hap cat"
-    )
-    assert (
-        template.pair("the cat\n", ["sat", "ran"])[2] is False
-    )  # no merge crosses a line feed here
+    assert tok.decode(prompt_ids + first) == "the happy."
+    assert tok.decode(prompt_ids + second) == "the hap cat"
+    moved = template.pair("the cat\n", ["sat", "ran"])[2]
+    assert moved is False  # no merge crosses a line feed here
 
 
 @pytest.mark.parametrize(
@@ -523,7 +492,7 @@ def test_a_merge_across_the_border_moves_it(tmp_path, bpe, model, kind):
     [("chatml", "<|im_end|>"), ("zephyr", "</s>"), ("llama2", " </s>"), ("llama3", "<|eot_id|>")],
 )
 def test_conversations_score_the_assistants_and_nothing_else(bpe, name, end):
-    """Scored runs of a three-turn conversation decode to the assistant's texts, each with its end of turn."""
+    """The scored runs of a conversation are the assistant's texts, each with its end of turn."""
     tok = load_tokenizer(bpe)
     template = Template(name, tok)
     prompt_ids, (ids, scored) = template.conversation(
@@ -531,23 +500,25 @@ def test_conversations_score_the_assistants_and_nothing_else(bpe, name, end):
     )
     assert prompt_ids + ids == tok.encode(template.render(CHAT, False).rstrip())
     assert prompt_ids == tok.encode(template.render(CHAT[:2], True))
-    runs, previous = [], 0
+    runs = []
+    previous = 0
     for i, on in zip(ids, scored):
+        if on and not previous:
+            runs.append([])
         if on:
-            runs = runs if previous else [*runs, []]
             runs[-1].append(i)
         previous = on
     space = " " if name == "llama2" else ""
     answers = [m["content"] for m in CHAT if m["role"] == "assistant"]
     assert [tok.decode(run, False) for run in runs] == [space + answer + end for answer in answers]
     assert {run[-1] for run in runs} <= template.stop_ids
-    # A pair whose responses are several messages scores the same tokens of them.
+    # A pair whose response is several messages scores the same tokens.
     _, [(pair_ids, pair_scored)], _ = template.pair(CHAT[:2], [CHAT[2:]])
     assert (pair_ids, pair_scored) == (ids, scored)
 
 
 def test_strings_are_one_user_and_one_assistant_message(bpe):
-    """With a chat template a string prompt is a user message, a string response an assistant message."""
+    """A string prompt is a user message, a string response an assistant message."""
     template = Template("chatml", load_tokenizer(bpe))
     messages = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]
     assert template.pair("the cat", ["sat"]) == template.pair(messages[:1], [messages[1:]])
@@ -555,16 +526,15 @@ def test_strings_are_one_user_and_one_assistant_message(bpe):
     assert template.conversation(messages) == (prompt, answer)
     plain = Template("plain", load_tokenizer(bpe))
     assert plain.pair("the cat", ["sat"]) == plain.pair(messages[:1], [messages[1:]])
-    assert plain.conversation(messages) == (
-        plain.pair("the cat", ["sat"])[0],
-        plain.pair("the cat", ["sat"])[1][0],
-    )
+    prompt, [answer], _ = plain.pair("the cat", ["sat"])
+    assert plain.conversation(messages) == (prompt, answer)
 
 
 def test_rows_that_cannot_be_used_are_refused_with_a_reason(tmp_path, bpe, model):
-    """Empty answers, prompts without a token, several turns in plain, rewritten turns, misshapen messages."""
+    """Empty answers, empty prompts, several turns in plain, rewritten turns, malformed messages."""
     tok = load_tokenizer(bpe)
-    plain, chatml = Template("plain", tok), Template("chatml", tok)
+    plain = Template("plain", tok)
+    chatml = Template("chatml", tok)
     for template in (plain, chatml):
         with pytest.raises(ValueError, match="empty response"):
             template.pair("the", ["cat", " \n"])
@@ -582,11 +552,10 @@ def test_rows_that_cannot_be_used_are_refused_with_a_reason(tmp_path, bpe, model
     def load(**files):
         return load_tokenizer(folder_with(tmp_path / str(len(list(tmp_path.iterdir()))), **files))
 
+    no_bos = load(tokenizer__model=model, tokenizer_config__json={"bos_token": None})
     with pytest.raises(ValueError, match="prompt has no token"):
-        Template(
-            "plain", load(tokenizer__model=model, tokenizer_config__json={"bos_token": None})
-        ).pair("", ["a"])
-    # Like templates that drop the reasoning of all turns but the last.
+        Template("plain", no_bos).pair("", ["a"])
+    # Some templates drop the reasoning of all turns but the last.
     forgetful = (
         "{% for m in messages %}{% if loop.last %}<think>{% endif %}{{ m.content }}</s>{% endfor %}"
     )
@@ -596,7 +565,7 @@ def test_rows_that_cannot_be_used_are_refused_with_a_reason(tmp_path, bpe, model
 
 
 def test_templates_check_the_tokens_they_need(tmp_path, bpe, model):
-    """llama3 wants its markers as special tokens, plain an eos; chatml makes do with text and ends turns with eos."""
+    """llama3 needs its markers, plain an eos; chatml without markers ends turns with eos."""
     small = load_tokenizer(folder_with(tmp_path / "a", tokenizer__model=model))
     with pytest.raises(ValueError, match=r"llama3 needs special tokens.*<\|eot_id\|>"):
         Template("llama3", small)
@@ -610,11 +579,10 @@ def test_templates_check_the_tokens_they_need(tmp_path, bpe, model):
     with pytest.raises(ValueError, match="cannot be parsed"):
         folder = folder_with(tmp_path / "c", tokenizer__model=model, chat_template__jinja="{% if")
         Template("auto", load_tokenizer(folder))
-    assert (
-        Template("chatml", small).render(CHAT[1:2], False) == "<|im_start|>user\nthe cat sat</s>\n"
-    )
-    _, [(ids, _)], _ = Template("chatml", small).pair("the", ["cat"])
-    assert ids[-1] == small.eos and Template("chatml", small).stop_ids == {small.eos}
+    chatml = Template("chatml", small)
+    assert chatml.render(CHAT[1:2], False) == "<|im_start|>user\nthe cat sat</s>\n"
+    _, [(ids, _)], _ = chatml.pair("the", ["cat"])
+    assert ids[-1] == small.eos and chatml.stop_ids == {small.eos}
     tok = load_tokenizer(bpe)
     assert Template("chatml", tok).stop_ids == {tok.eos, tok.special["<|im_end|>"]}
     assert Template("llama3", tok).stop_ids == {tok.eos, tok.special["<|eot_id|>"]}
