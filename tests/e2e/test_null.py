@@ -73,7 +73,7 @@ def test_two_ranks_learn_nothing_from_nothing(layout: str, toy: Path, tiny: Path
 
 
 def test_a_later_pass_keeps_its_micro_batches(toy: Path, tiny: Path, tmp_path: Path, train):
-    """In bf16 another packing rounds otherwise, which a KL in the loss learned from.
+    """Another packing may round otherwise, which a KL in the loss would learn from.
 
     Eight prompts in two parts, each in several micro-batches, three passes: the flat rows are those
     over which old and reference log-probs were computed.

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import dataset_of
+from nulls import NOTHING, metrics, null_flags, null_numbers
 from online import mark, sample_with_marks, with_marks
 
 import losses
@@ -543,3 +544,16 @@ def test_a_withheld_end_token_is_the_reported_one(toy: Path):
     assert whole.tokens == [7, other]
     cut = client._read({"finish_reason": "length", "token_ids": [7, 8], "stop_reason": other}, 1.0)
     assert cut.tokens == [7, 8] and not cut.ended
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32", "fp64"])
+def test_nothing_is_learned_from_nothing_through_a_server(
+    dtype: str, toy: Path, engine, tmp_path: Path, train
+):
+    """The null test (tests/e2e/test_null.py) with an fp32 engine, whose numbers serve the gap alone."""
+    flags = null_flags(toy / "model", toy / "world" / "sft.jsonl", dtype=dtype, advantage="grpo")
+    flags |= {"rollout_url": engine().url, "rollout_reload": "true", "rollout_epochs": 2}
+    train(train_reinforce, tmp_path / "out", **flags)
+    assert null_numbers(tmp_path / "out", toy / "model") == NOTHING
+    gaps = [row["sampler_gap"] for row in metrics(tmp_path / "out")]
+    assert all(0 < gap < (0.1 if dtype == "bf16" else 1e-4) for gap in gaps)
