@@ -91,6 +91,9 @@ class Weight:
 class Layer(nn.Module):
     """A module that declares the weights it owns."""
 
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
     def __init__(self, mesh: Mesh):
         super().__init__()
         self.mesh = mesh
@@ -223,7 +226,7 @@ class ColumnLinear(Linear):
     def __init__(self, inputs: int, outputs: int, units: int, mesh: Mesh, bias: bool = False):
         super().__init__(inputs, outputs, mesh, bias, Cut(0, units))
 
-    def forward(self, x: Tensor, rows: int) -> Tensor:
+    def forward(self, x: Tensor, rows: int) -> Tensor:  # type: ignore[override]
         """(T / n, inputs), T = rows -> (T, outputs / n)."""
         return columns(x, rows, self)[0]
 

@@ -516,7 +516,7 @@ def bco(logratios: Tensor, label: Tensor, beta: float, delta: float) -> Tensor:
 
 def group_log_softmax(values: Tensor, group: Tensor) -> Tensor:
     """Compute the log softmax of values (R,) within groups; group (R,) int64 counts from 0."""
-    n = int(group.max()) + 1
+    n = int(group.max()) + 1 if len(group) else 0  # a rank may have no response in a step
     top = values.new_full((n,), float("-inf")).scatter_reduce(0, group, values.detach(), "amax")
     shifted = values - top[group]
     return shifted - values.new_zeros(n).index_add(0, group, shifted.exp()).log()[group]
@@ -535,7 +535,7 @@ def steerlm2(pi_logps: Tensor, q_logps: Tensor, target: Tensor, group: Tensor) -
 
 
 # ---- online algorithms: rewards, KL, advantages -----------------------------------------------
-# A scored token is one that the policy sampled; tokens that it only read (tool output) do not occur.
+# A scored token is one that the policy sampled; tokens that it only read (tool output) are absent.
 # M scored tokens, response by response and in order; R responses; n prompts with G responses each,
 # R = n G. lengths (R,): scored tokens of each response; response (M,): each token's response.
 # Nothing in this part carries a gradient, but for kl_estimate as a term of the loss.

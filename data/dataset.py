@@ -158,7 +158,7 @@ def _open(folder: Path, meta: dict[str, Any]) -> Dataset:
     def array(name: str) -> np.ndarray:
         return np.load(folder / f"{name}.npy", mmap_mode="r")
 
-    arrays = {name: array(name) for name in DTYPES}
+    arrays: dict[str, Any] = {name: array(name) for name in DTYPES}
     columns = {name.removeprefix("column_"): array(name) for name in meta["columns"]}
     return Dataset(**arrays, columns=columns, counts=meta["counts"], key=meta["key"])
 

@@ -96,7 +96,7 @@ class _Trees:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return the arrays of a Chunk."""
-        arrays = {
+        arrays: dict[str, np.ndarray] = {
             "tokens": np.array(self.tokens, np.int32),
             "scored": np.array(self.scored, np.uint8),
             "prompt_len": np.array(self.prompt_len, np.int32),

@@ -50,7 +50,7 @@ def largest_gap(a: dict, b: dict) -> float:
 
 @pytest.fixture(scope="module")
 def double(toy: Path, tmp_path_factory) -> Path:
-    """The toy model in float64, and a reference that differs from it."""
+    """Return the toy model in float64, and a reference that differs from it."""
     folder = tmp_path_factory.mktemp("double")
     model = load_model(toy / "model", torch.float64)
     save_model(model, folder / "model", toy / "model")
@@ -244,7 +244,7 @@ def test_micro_batches_and_shared_prompts_change_nothing(
 
 @pytest.fixture(scope="module")
 def reward_model(double: Path, tmp_path_factory) -> Path:
-    """A reward model of random weights in float64."""
+    """Return a reward model of random weights in float64."""
     folder = tmp_path_factory.mktemp("reward") / "rm"
     model = load_model(double / "model", torch.float64, scores=("reward",))
     with torch.no_grad():

@@ -125,7 +125,7 @@ def test_the_toy_world_rewards_the_truth(toy: Path):
 
 @pytest.fixture(scope="module")
 def reward_folder(toy: Path, tmp_path_factory) -> Path:
-    """A reward model of random weights, head included, with the toy world's tokenizer."""
+    """Return a reward model of random weights, head included, with the toy tokenizer."""
     folder = tmp_path_factory.mktemp("rm") / "rm"
     model = load_model(toy / "model", torch.float64, scores=("reward",))
     with torch.no_grad():
