@@ -546,7 +546,7 @@ SCALED_ADVANTAGES = ("grpo", "reinforce++")  # divided by a deviation, and β wi
 
 
 def safe_exp(x: Tensor) -> Tensor:
-    """Return e^x, bounded so that it, its slope and their products with ordinary numbers are finite.
+    """Return e^x, bounded so that it, its slope and ordinary multiples of them are finite.
 
     The bound (e^79 in fp32, e^638 in fp64) keeps 0 · e^x at 0 where a clip removes the gradient.
     Below it the result is exactly torch.exp.

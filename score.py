@@ -13,7 +13,7 @@ rounded to whole numbers from 0 to 4: the data of train_sft.py --attributes (Ste
 
 With --ref each row gains "logp" and "ref_logp", the log-probs of its response under both models.
 Their mean difference estimates the KL to --ref if --model sampled the responses. Both are computed
-on the same micro-batches, from the sampled ids where the rows carry them (best_of_n.py writes both).
+on the same micro-batches, from the sampled ids where the rows carry them (best_of_n.py).
 """
 
 import sys

@@ -158,7 +158,7 @@ def sampled_ids(row: dict[str, Any]) -> SampledIds | None:
 
     ValueError: a value that is no list of token ids.
     """
-    keys = ("response_ids",)
+    keys: tuple[str, ...] = ("response_ids",)
     if row.get("chosen") is not None or row.get("chosen_response") is not None:
         keys = ("chosen_ids", "rejected_ids")
     tokenizer = row.get("tokenizer")

@@ -106,8 +106,8 @@ def add_logps(
     """Add the log-probs of the old policy and of the reference to the samples. Collective.
 
     They become token columns old_logps and ref_logps. Returns both, (M,) fp64 each, and metrics
-    (KL in nats per response; sampler_gap, see sampling/gap.py). Without a reference the policy takes
-    its place: the KL is then 0.
+    (KL in nats per response; sampler_gap, see sampling/gap.py). Without a reference the policy
+    takes its place: the KL is then 0.
 
     Both models are run as in training, over the micro-batches of the updates. The sampler's
     arithmetic differs, so its log-probs would make the first ratio only about 1, and their rounding
@@ -115,7 +115,8 @@ def add_logps(
     """
     bins = first_epoch(plan)
     if config.temperature == 1:
-        plain = old_logps = token_logps(model, samples.data, bins, config)
+        old_logps = token_logps(model, samples.data, bins, config)
+        plain = old_logps
     else:
         both = (config.temperature, 1.0)
         old_logps, plain = logps_at(model, samples.data, bins, config, both)

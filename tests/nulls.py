@@ -1,4 +1,4 @@
-"""The null test of online learning: a constant reward and policy = reference teach nothing at all."""
+"""The null test of online learning: a constant reward and policy = reference teach nothing."""
 
 import json
 from pathlib import Path

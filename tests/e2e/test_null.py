@@ -21,7 +21,7 @@ SEVERAL = {"rollout_epochs": 2, "minibatches": 2}
 
 @pytest.fixture(scope="module")
 def tiny(toy: Path, tmp_path_factory) -> Path:
-    """A random model of one layer on the toy world's tokenizer."""
+    """Return a random model of one layer on the toy world's tokenizer."""
     folder = tmp_path_factory.mktemp("tiny") / "model"
     tokenizer = str(toy / "world" / "tokenizer")
     flags = hf.New(width=32, layers=1, heads=2, kv_heads=2, std=0.3, tokenizer=tokenizer)

@@ -242,7 +242,7 @@ def test_gsm8k_answers_are_recognised():
 
 
 def test_a_function_gets_its_own_copies_and_every_space(tmp_path: Path, toy: Path):
-    """Popping a key or a message changes no sibling's reward, no later step's, and no caller's row."""
+    """Popping a key or a message changes no sibling's reward and no caller's row."""
     file = tmp_path / "pops.py"
     file.write_text(
         "def reward(prompt, response, row):\n"

@@ -474,7 +474,7 @@ def test_training_through_a_server_pushes_its_weights(toy: Path, engine, tmp_pat
 def test_stale_wrong_and_less_precise_servers_are_told_apart(
     dtype: str, toy: Path, engine, tmp_path: Path, train, capsys
 ):
-    """The first two end the run with one line; another precision is noted, and a good one is not."""
+    """The first two end the run with one line; another precision is noted, a good server is not."""
     stand_in = engine()
     request = f"import urllib.request as u; u.urlopen('{stand_in.url}/reload?{{folder}}')"
     reload = f'{sys.executable} -c "{request}"'
@@ -550,7 +550,7 @@ def test_a_withheld_end_token_is_the_reported_one(toy: Path):
 def test_nothing_is_learned_from_nothing_through_a_server(
     dtype: str, toy: Path, engine, tmp_path: Path, train
 ):
-    """The null test (tests/e2e/test_null.py) with an fp32 engine, whose numbers serve the gap alone."""
+    """The null test of tests/nulls.py with an fp32 engine, whose numbers serve the gap alone."""
     flags = null_flags(toy / "model", toy / "world" / "sft.jsonl", dtype=dtype, advantage="grpo")
     flags |= {"rollout_url": engine().url, "rollout_reload": "true", "rollout_epochs": 2}
     train(train_reinforce, tmp_path / "out", **flags)

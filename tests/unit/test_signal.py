@@ -146,7 +146,7 @@ def test_the_mean_gradient_is_the_enumerated_one(advantage: str, place: str, kin
 
 
 def test_what_the_estimators_differentiate_to():
-    """In the reward k1 is the KL's gradient and k3 that less the forward KL's; k1 in the loss is 0."""
+    """In the reward k1 is the KL's gradient, k3 that less the forward KL's; k1 in the loss is 0."""
     in_reward = {
         kind: (CHANCE * k(X)[RESPONSES].sum(1)) @ RESPONSE_SCORE for kind, k in KINDS.items()
     }
@@ -170,7 +170,7 @@ def test_what_the_estimators_differentiate_to():
 
 @pytest.mark.parametrize("loss", losses.POLICY_LOSSES)
 def test_every_loss_begins_with_the_same_gradient(loss: str):
-    """At the first update all losses ascend the gradient of rloo; gspo spreads it over the tokens."""
+    """At the first update all losses ascend the same gradient; gspo spreads it over the tokens."""
     drawn = np.random.default_rng(3).choice(len(RESPONSES), (200, GROUP), p=CHANCE)
     wanted = implemented("rloo", "k1", "reward", drawn)
     got = implemented("rloo", "k1", "reward", drawn, loss)
