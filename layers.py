@@ -91,6 +91,9 @@ class Weight:
 class Layer(nn.Module):
     """A module that declares the weights it owns."""
 
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
     def __init__(self, mesh: Mesh):
         super().__init__()
         self.mesh = mesh
@@ -200,6 +203,9 @@ class Adapter(Layer):
     A x; the frozen W keeps nothing, and no gradient of it is computed.
     """
 
+    a: nn.Parameter
+    b: nn.Parameter
+
     def __init__(self, linear: Linear, rank: int, scale: float, dropout: float):
         super().__init__(linear.mesh)
         self.scale, self.dropout = scale, dropout
@@ -223,7 +229,7 @@ class ColumnLinear(Linear):
     def __init__(self, inputs: int, outputs: int, units: int, mesh: Mesh, bias: bool = False):
         super().__init__(inputs, outputs, mesh, bias, Cut(0, units))
 
-    def forward(self, x: Tensor, rows: int) -> Tensor:
+    def forward(self, x: Tensor, rows: int) -> Tensor:  # type: ignore[override]
         """(T / n, inputs), T = rows -> (T, outputs / n)."""
         return columns(x, rows, self)[0]
 

@@ -93,8 +93,9 @@ def host_layout(spans: Spans) -> tuple[np.ndarray, np.ndarray]:
         ends += [bounds[-1], *bounds[1:]]
         origins += [start, *(bounds[:-1] - prompt)]
         start = int(bounds[-1])
-    sizes, ends, origins = (np.array(x, np.int64) for x in (sizes, ends, origins))
-    return np.repeat(ends, sizes), np.arange(start) - np.repeat(origins, sizes)
+    counts = np.array(sizes, np.int64)
+    kv_end = np.repeat(np.array(ends, np.int64), counts)
+    return kv_end, np.arange(start) - np.repeat(np.array(origins, np.int64), counts)
 
 
 def share_rows(spans: Spans, ranks: int, window: int = 0) -> list[np.ndarray]:
@@ -134,17 +135,16 @@ def query_runs(spans: Spans, rows: np.ndarray | None = None) -> list[QueryRun]:
 
         [(2, [1, 2])]  ->  QueryRun(3, 3, (0, 1)), QueryRun(2, 4, (0, 2))
     """
-    lengths = []  # rows of each branch; a prompt's go to its first response
-    elsewhere = []  # keys of the branch that lie before those rows: the prompt, from response 2 on
-    branches = []  # its prompt and response, counted over the row
+    sizes = []  # rows of each branch; a prompt's go to its first response
+    before = []  # keys of the branch that lie before those rows: the prompt, from response 2 on
+    branches: list[tuple[int, ...]] = []  # its prompt and response, counted over the row
     part = 0
     for prompt, responses in spans:
-        lengths += [prompt + sum(responses[:1]), *responses[1:]]
-        elsewhere += [0, *[prompt] * len(responses[1:])]
+        sizes += [prompt + sum(responses[:1]), *responses[1:]]
+        before += [0, *[prompt] * len(responses[1:])]
         branches += [(part, part + 1 + i) for i in range(len(responses))] or [(part,)]
         part += 1 + len(responses)
-    lengths = np.array(lengths, np.int64)
-    elsewhere = np.array(elsewhere, np.int64)
+    lengths, elsewhere = np.array(sizes, np.int64), np.array(before, np.int64)
     starts = np.cumsum(lengths) - lengths
 
     rows = np.arange(lengths.sum()) if rows is None else rows

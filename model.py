@@ -284,5 +284,5 @@ def declared_weights(c: GPTConfig) -> dict[str, Weight]:
 
 
 def parameter_count(c: GPTConfig) -> int:
-    """Number of weights of the whole model."""
+    """Return the number of weights of the whole model."""
     return sum(math.prod(weight.shape) for weight in declared_weights(c).values())

@@ -35,7 +35,7 @@ KEYS = (
 )
 PANEL = (4.4, 2.8)  # width and height of one panel in inches
 DPI = 120
-TITLE = {"fontsize": 11, "fontweight": "bold"}
+TITLE: dict[str, Any] = {"fontsize": 11, "fontweight": "bold"}
 
 Series = dict[str, list[tuple[float, float]]]  # metric -> [(step, value)], steps ascending
 
@@ -241,7 +241,7 @@ def legend_handles(colors: dict[str, Any], evaluated: bool) -> list:
         Line2D([], [], color=color, linewidth=2.2, label=name) for name, color in colors.items()
     ]
     if evaluated:
-        style = {"color": "0.35", "linestyle": ":", "marker": "o", "markersize": 5}
+        style: dict[str, Any] = {"color": "0.35", "linestyle": ":", "marker": "o", "markersize": 5}
         handles.append(Line2D([], [], label="evaluation", **style))
     return handles
 

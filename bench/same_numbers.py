@@ -361,13 +361,13 @@ NEEDED = {
 def cases() -> dict[str, Case]:
     """List every case by its name, in the order in which they run."""
     models = tuple(f"../{family}" for family in FAMILIES)
-    found = {"toy world": Case(work=make_world, always=True, models=models)}
+    by_name = {"toy world": Case(work=make_world, always=True, models=models)}
     for name, case in NEEDED.items():
-        found[name] = replace(case, dtype="fp64", always=True)
+        by_name[name] = replace(case, dtype="fp64", always=True)
 
     def add(name: str, case: Case, dtype: str, *layouts: str) -> None:
         for layout in layouts:
-            found[f"{name}, {dtype}, {layout}"] = replace(case, dtype=dtype, layout=layout)
+            by_name[f"{name}, {dtype}, {layout}"] = replace(case, dtype=dtype, layout=layout)
 
     for dtype in ("fp32", "fp64"):
         for name, case in EVERYWHERE.items():
@@ -378,7 +378,7 @@ def cases() -> dict[str, Case]:
             add(name, case, dtype, "one", "dp2")
         for layout in ("one", "tp2", "pp2"):
             moved = replace(RESUMED["resumed dpo"], dtype=dtype, layout=["dp2", layout])
-            found[f"resumed dpo, {dtype}, from dp2 to {layout}"] = moved
+            by_name[f"resumed dpo, {dtype}, from dp2 to {layout}"] = moved
         for name in ("dpo aot", "dpo bco_pair", "dpo sft weight", "kto pairs"):
             add(name, ALONE[name], dtype, "dp2")
         add("dpo", EVERYWHERE["dpo"], dtype, *OTHER_LAYOUTS)
@@ -387,12 +387,12 @@ def cases() -> dict[str, Case]:
         for family in ("qwen2", "gpt_neox"):
             add(f"dpo {family}", Case([f"DPO --model HOME/{family}"]), dtype, "one", "tp2", "pp2")
         for family in ("llama", "qwen2", "qwen3", "mistral", "gpt_neox"):
-            found[f"sampling {family}, {dtype}"] = Case(work=Sampling(family), dtype=dtype)
+            by_name[f"sampling {family}, {dtype}"] = Case(work=Sampling(family), dtype=dtype)
     for name, case in ALONE.items():
         add(name, case, "fp64", "one")
     for name in ("sft", "dpo", "rm"):
         add(name, EVERYWHERE[name], "bf16", "one", "tp2", "dp2", "dp2 zero1")
-    return found
+    return by_name
 
 
 # ---- the toy world and the samples ---------------------------------------------------------------
@@ -493,16 +493,16 @@ class Sampling:
             "stop texts": (short, {"stop_texts": ["e", "."], "decode": tokenizer.decode}),
         }
         parts = ("tokens", "logps", "policy_logps", "ended")
-        found: dict[str, list] = {}
+        drawn: dict[str, list] = {}
         for name, (prompts, flags) in ways.items():
             for batch in (1, 8):
                 samples = generate(
                     model, prompts, 12, stop_ids=template.stop_ids, batch_size=batch, **flags
                 )
-                found[f"{name}, batch {batch}"] = [
+                drawn[f"{name}, batch {batch}"] = [
                     {part: getattr(sample, part) for part in parts} for sample in samples
                 ]
-        return found
+        return drawn
 
 
 def either(*places: str) -> Any:
@@ -635,7 +635,7 @@ def record(out: Path, only: str) -> int:
     sys.path[0] = str(ROOT)  # in place of this folder
     warm_up()
     started = time.monotonic()
-    found: dict[str, dict] = {}
+    entries: dict[str, dict] = {}
     with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as folder:
         for name, case in cases().items():
             if not case.always and only not in name:
@@ -648,18 +648,18 @@ def record(out: Path, only: str) -> int:
                 entry = {"failed": f"{type(error).__name__}: {error}"}
                 said = entry["failed"]
             entry["cpu_seconds"] = round(cpu_seconds() - began, 2)
-            found[name] = entry
+            entries[name] = entry
             print(f"{name:<40}{entry['cpu_seconds']:>6.1f} s  {said}", flush=True)
-    failed = sum("failed" in entry for entry in found.values())
+    failed = sum("failed" in entry for entry in entries.values())
     about = {
         "torch": torch.__version__,
         "cpu": f"{processor()} with {torch.backends.cpu.get_cpu_capability()}",
         "python": sys.version.split()[0],
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"about": about, "cases": found}, indent=1) + "\n")
+    out.write_text(json.dumps({"about": about, "cases": entries}, indent=1) + "\n")
     spent = f"{time.monotonic() - started:.0f} s, {cpu_seconds():.0f} s of a core"
-    print(f"{len(found)} cases in {spent}, {failed} failed; recorded in {out}")
+    print(f"{len(entries)} cases in {spent}, {failed} failed; recorded in {out}")
     return failed
 
 
@@ -906,17 +906,17 @@ def compare(before: Path, after: Path, tolerance: float | None) -> int:
             bad += 1
             continue
         every = list(of_case(one["cases"][name], other["cases"][name]))
-        found = [difference for difference in every if not difference.allowed]
+        differences = [difference for difference in every if not difference.allowed]
         alone = [difference.where for difference in every if difference.allowed]
         expected = f"; only one has, as expected: {', '.join(alone)}" if alone else ""
-        if not found:
+        if not differences:
             same += 1
             print(f"{name}: same bits{expected}")
             continue
-        largest = max(difference.gap for difference in found)
+        largest = max(difference.gap for difference in differences)
         size = f"largest {largest:.1e}" if math.isfinite(largest) else "not only in rounding"
-        print(f"{name}: {len(found)} differences, {size}{expected}")
-        for difference in found:
+        print(f"{name}: {len(differences)} differences, {size}{expected}")
+        for difference in differences:
             forgiven = tolerance is not None and difference.gap <= tolerance
             bad += not forgiven
             print(f"    {difference}{'  within the tolerance' if forgiven else ''}")

@@ -28,7 +28,7 @@ from data.encode import ROWS, Job, cut_prompt
 from data.formats import prompt_of
 from data.rows import SHOWN, check_bad_rows, existing_files, parse_row, read_lines
 
-FORMAT = 2  # raise it when the same rows would give other arrays, here or in data/formats.py
+FORMAT = 3  # raise it when the same rows would give other arrays, here or in data/formats.py
 
 
 @dataclass
@@ -158,7 +158,7 @@ def _open(folder: Path, meta: dict[str, Any]) -> Dataset:
     def array(name: str) -> np.ndarray:
         return np.load(folder / f"{name}.npy", mmap_mode="r")
 
-    arrays = {name: array(name) for name in DTYPES}
+    arrays: dict[str, Any] = {name: array(name) for name in DTYPES}
     columns = {name.removeprefix("column_"): array(name) for name in meta["columns"]}
     return Dataset(**arrays, columns=columns, counts=meta["counts"], key=meta["key"])
 

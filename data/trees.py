@@ -126,6 +126,7 @@ def make_batch(
     place = np.flatnonzero(dataset.scored[index])
     response = np.searchsorted(first, place, side="right") - 1
     logit_index = np.where(place == first[response], prompt_end[response], place) - 1
+    target = tokens[place]
 
     flat_kv_end = torch.from_numpy(kv_end).int()
     flat_positions = torch.from_numpy(positions)
@@ -134,7 +135,7 @@ def make_batch(
         positions=flat_positions,
         kv_end=flat_kv_end,
         logit_index=torch.from_numpy(logit_index),
-        target=torch.from_numpy(tokens[place]).long(),
+        target=torch.from_numpy(target).long(),
         response=torch.from_numpy(response),
         lengths=torch.from_numpy(np.bincount(response, minlength=len(first))).float(),
         tree=torch.from_numpy(tree.copy()),

@@ -11,13 +11,14 @@ Letters: R rows, P prompts, N rows of one prompt, V vocabulary.
 """
 
 import os
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from layout import TreeLayout
-from mixers import Extension, NewPrompts, SamplingView, SharedPrompts
+from mixers import Extension, Mixer, NewPrompts, SamplingView, SharedPrompts
 from model import GPT
 
 BUCKET = 128  # static shapes: lengths are rounded up to a multiple of this
@@ -40,9 +41,9 @@ class Cache:
         length = new if self.shared else longest + new
         if self.mode:
             length = _round_up(length)
+        mixers = {int(i): cast(Mixer, block.mixer) for i, block in model.blocks.items()}
         self.layers = {
-            int(i): block.mixer.new_cache(rows, length, places, longest)
-            for i, block in model.blocks.items()
+            i: mixer.new_cache(rows, length, places, longest) for i, mixer in mixers.items()
         }
         self.begin = np.zeros(rows, np.int64)  # position of each row's first place in its text
         if self.shared:

@@ -80,14 +80,14 @@ def target_names(words: list[str]) -> tuple[str, ...]:
     """
     names: list[str] = []
     for word in words:
-        found = TARGETS.get(word) or KNOWN.get(word, word).split()
-        for name in found:
+        linears = TARGETS.get(word) or KNOWN.get(word, word).split()
+        for name in linears:
             if name not in TARGETS["all"]:
                 raise ValueError(
                     f"--lora-targets: there is no linear {word!r}: use all, attention, mlp or some "
                     f"of {', '.join(TARGETS['all'])}"
                 )
-        names += [name for name in found if name not in names]
+        names += [name for name in linears if name not in names]
     return tuple(names)
 
 
@@ -260,7 +260,7 @@ def _put(on_disk: dict[str, Tensor], module: str, a: Tensor, b: Tensor) -> None:
 
 
 def _fuse(parts: dict[str, tuple[Tensor, Tensor]], size: int, heads: int) -> tuple[Tensor, Tensor]:
-    """Stack the A of q, k and v, and lay their B out as query_key_value's (head, q|k|v, size) rows."""
+    """Stack the A of q, k and v, and lay their B out as rows (head, q|k|v, size) of the fused B."""
     names = [part for part in "qkv" if part in parts]
     a = torch.cat([parts[part][0] for part in names])
     rank = a.shape[0] // len(names)

@@ -275,8 +275,8 @@ def read_config(folder: str | Path) -> tuple[GPTConfig, dict]:
     path = Path(folder) / "config.json"
     if (Path(folder) / "adapter_config.json").is_file() and not path.is_file():
         raise FileNotFoundError(
-            f"{folder} holds only an adapter: give its base as --model and this folder as --adapter, "
-            "or merge the two: hf.py merge BASE ADAPTER --out DIR"
+            f"{folder} holds only an adapter: give its base as --model and this folder as "
+            "--adapter, or merge the two: hf.py merge BASE ADAPTER --out DIR"
         )
     if not path.is_file():
         raise FileNotFoundError(

@@ -85,7 +85,7 @@ def make_plan(prompt: Prompt, rng: random.Random, style: str) -> Plan:
 def write(prompt: Prompt, plan: Plan) -> str:
     """Return the answer that a plan describes.
 
-    Chance is drawn in the same order whatever the plan says, so that a change of plan changes
+    Random numbers are drawn in the same order for every plan, so that a change of plan changes
     nothing else.
     """
     rng = random.Random(plan.seed)

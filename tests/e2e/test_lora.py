@@ -81,7 +81,7 @@ def test_merging_by_hand_gives_the_merged_model(toy: Path, tmp_path: Path):
 
 
 def test_an_adapter_goes_on_and_is_the_reference(toy: Path, tmp_path: Path, capsys):
-    """--adapter starts from SFT's adapter: DPO's first loss is ln 2; --no-merge writes no final/."""
+    """--adapter starts from SFT's adapter: DPO's first loss is ln 2. --no-merge: no final/."""
     out = train("sft", toy, tmp_path / "sft")
     flags = [f for f in SHORT if f not in ("--lora", "4")]
     train_dpo.main(

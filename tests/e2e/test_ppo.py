@@ -54,7 +54,7 @@ def largest_gap(a: dict, b: dict) -> float:
 
 @pytest.fixture(scope="module")
 def double(toy: Path, tmp_path_factory) -> Path:
-    """The toy model in float64, a reference that differs from it, and a reward model."""
+    """Return the toy model in float64, a reference that differs, and a reward model."""
     folder = tmp_path_factory.mktemp("double")
     model = load_model(toy / "model", torch.float64)
     save_model(model, folder / "model", toy / "model")

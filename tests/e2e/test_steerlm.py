@@ -66,7 +66,7 @@ def new_model(toy: Path, folder: Path, **flags) -> Path:
 
 @pytest.fixture(scope="module")
 def predictor(toy: Path, tmp_path_factory) -> Path:
-    """An attribute model with large random weights, so that it tells responses apart untrained."""
+    """Return an attribute model whose large random weights tell responses apart, untrained."""
     folder = tmp_path_factory.mktemp("predictor")
     new_model(toy, folder / "new", std=0.7, dtype="fp32")
     model = load_model(folder / "new", torch.float32, scores=TOY_NAMES)
@@ -78,7 +78,7 @@ def predictor(toy: Path, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def steered(toy: Path, tmp_path_factory) -> Path:
-    """A model trained on attribute lines for a few steps; signal handlers are put back."""
+    """Train a model on attribute lines for a few steps; signal handlers are restored."""
     out = tmp_path_factory.mktemp("steered")
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     train_sft.main(
@@ -392,6 +392,8 @@ def test_steerlm2_and_its_gradient_are_the_formula():
         assert slope[own].tolist() == pytest.approx([y - x for x, y in zip(w, b)], abs=1e-12)
     huge = [torch.tensor([-3e4, -100.0, 3e3]) for _ in range(3)]
     assert losses.steerlm2(*huge, torch.zeros(3, dtype=torch.int64)).isfinite().all()
+    none = torch.zeros(0)  # a data-parallel rank without a prompt in a step
+    assert losses.steerlm2(none, none, none, none.long()).shape == (0,)
 
 
 def test_steerlm2_equals_a_plain_loop_in_float64(toy: Path, predictor: Path, tmp_path: Path, train):
