@@ -34,7 +34,7 @@ from config import RunConfig, to_json
 from data.dataset import Dataset, load_dataset
 from data.templates import Template
 from data.tokenizer import load_tokenizer
-from data.trees import pack
+from data.trees import check_longest
 from model import GPT
 from optimizer import AdamW
 from parallel import Mesh, init_mesh
@@ -286,7 +286,7 @@ def load_rows(run: Run, files: list[str], kind: str, whole_trees: bool = True) -
 
 def check_fit(data: Dataset, config: RunConfig) -> None:
     """ValueError: a tree that is longer than --max-tokens, which no micro-batch could hold."""
-    pack(data.tree_lengths(config.share_prompts), config.max_tokens)
+    check_longest(data.tree_lengths(config.share_prompts), config.max_tokens)
 
 
 def load_model(run: Run, folder: str = "", scores: tuple[str, ...] | None = None) -> GPT:

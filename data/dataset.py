@@ -82,10 +82,11 @@ class Dataset:
 
     def responses_of(self, examples: Sequence[int] | np.ndarray) -> np.ndarray:
         """Return the numbers of all responses of some trees, in order, int64."""
-        numbers = [np.empty(0, np.int64)]
-        for i in examples:
-            numbers.append(np.arange(self.response_start[i], self.response_start[i + 1]))
-        return np.concatenate(numbers)
+        trees = np.asarray(examples, np.int64)
+        first = self.response_start[trees]
+        count = self.response_start[trees + 1] - first
+        before = np.cumsum(count) - count  # responses of the trees before each
+        return np.repeat(first - before, count) + np.arange(count.sum())
 
 
 def load_dataset(
@@ -195,7 +196,7 @@ def from_trees(
     responses = []
     for prompt, answers in trees:
         tokens.append(prompt)
-        scored.append(np.zeros(len(prompt)))
+        scored.append(np.zeros(len(prompt), np.uint8))
         for ids, flags in answers:
             tokens.append(ids)
             scored.append(flags)

@@ -21,16 +21,18 @@ def partners(prompts: list[int]) -> list[int]:
     ValueError: there is only one prompt.
     """
     n = len(prompts)
-    result = []
-    for i in range(n):
-        others = (j % n for j in range(i + 1, i + n) if prompts[j % n] != prompts[i])
-        partner = next(others, None)
-        if partner is None:
-            raise ValueError(
-                f"{n} example{'s' * (n > 1)} of a single prompt, but KTO needs a response to "
-                "another prompt from the same step"
-            )
-        result.append(partner)
+    if not n:
+        return []
+    first = next((j for j in range(n) if prompts[j] != prompts[-1]), None)
+    if first is None:
+        raise ValueError(
+            f"{n} example{'s' * (n > 1)} of a single prompt, but KTO needs a response to "
+            "another prompt from the same step"
+        )
+    # From the back: an example has the partner of its successor, unless it is the first partner.
+    result = [first] * n
+    for i in range(n - 2, -1, -1):
+        result[i] = result[i + 1] if prompts[i] == prompts[i + 1] else i + 1
     return result
 
 

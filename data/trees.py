@@ -11,6 +11,8 @@ Letters: T tokens, M scored tokens, R responses, n examples. A place is an index
 """
 
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from heapq import heapify, heappush, heapreplace
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -207,16 +209,34 @@ def step_examples(n: int, batch_size: int, step: int, seed: int, shuffle: bool) 
     A function of (n, batch_size, seed, step) alone, so a resumed run sees the same rows.
     """
     epoch, step_in_epoch = divmod(step, steps_per_epoch(n, batch_size))
-    order = np.random.default_rng([seed, epoch]).permutation(n) if shuffle else np.arange(n)
-    return order[step_in_epoch * batch_size : (step_in_epoch + 1) * batch_size]
+    part = slice(step_in_epoch * batch_size, (step_in_epoch + 1) * batch_size)
+    return _order(n, seed, epoch)[part].copy() if shuffle else np.arange(n)[part]
+
+
+@lru_cache(maxsize=2)
+def _order(n: int, seed: int, epoch: int) -> np.ndarray:
+    """Return the shuffled examples of an epoch, (n,), not to be written to.
+
+    Kept for the steps of the epoch: shuffling a million examples takes as long as a small step.
+    """
+    return np.random.default_rng([seed, epoch]).permutation(n)
 
 
 def visited(n: int, batch_size: int, steps: int, seed: int, shuffle: bool) -> np.ndarray:
     """Return the examples that the first `steps` optimizer steps use, each once, ascending."""
-    if steps >= steps_per_epoch(n, batch_size):
-        return np.arange(n)
-    chunks = [step_examples(n, batch_size, step, seed, shuffle) for step in range(steps)]
-    return np.sort(np.concatenate(chunks))
+    if steps >= steps_per_epoch(n, batch_size) or not shuffle:
+        return np.arange(min(n, steps * batch_size))
+    return np.sort(_order(n, seed, 0)[: steps * batch_size])
+
+
+def check_longest(lengths: np.ndarray, budget: int) -> None:
+    """ValueError: an example that is longer than a micro-batch of `budget` tokens."""
+    longest = int(lengths.max()) if len(lengths) else 0
+    if longest > budget:
+        raise ValueError(
+            f"an example has {longest} tokens, more than a micro-batch of {budget}: "
+            f"raise --max-tokens to {longest} or lower --max-length"
+        )
 
 
 def pack(lengths: np.ndarray, budget: int, ranks: int = 1) -> list[list[int]]:
@@ -232,29 +252,68 @@ def pack(lengths: np.ndarray, budget: int, ranks: int = 1) -> list[list[int]]:
     every other rank and about as many tokens.
     ValueError: an item is longer than the budget.
     """
-    longest = int(lengths.max()) if len(lengths) else 0
-    if longest > budget:
-        raise ValueError(
-            f"an example has {longest} tokens, more than a micro-batch of {budget}: "
-            f"raise --max-tokens to {longest} or lower --max-length"
-        )
-    bins: list[list[int]] = []
-    room: list[int] = []
-    for i in np.argsort(-lengths, kind="stable"):
-        size = int(lengths[i])
-        fit = next((b for b, free in enumerate(room) if free >= size), None)
-        if fit is None:
-            fit = len(bins)
-            bins.append([])
-            room.append(budget)
-        bins[fit].append(int(i))
-        room[fit] -= size
-    while len(bins) % ranks:
-        most = max(range(len(bins)), key=lambda b: len(bins[b]))
-        bins.append(bins[most][1::2])
-        bins[most] = bins[most][::2]
-    bins.sort(key=lambda items: -int(lengths[items].sum()))
+    check_longest(lengths, budget)
+    order = np.argsort(-lengths, kind="stable")
+    bins = _first_fit(order.tolist(), lengths[order].tolist(), budget)
+    if len(bins) % ranks:
+        _split_fullest(bins, ranks)
+    size = lengths.tolist()
+    bins.sort(key=lambda items: -sum([size[i] for i in items]))
     return [sorted(items) for items in bins]
+
+
+def _first_fit(items: list[int], sizes: list[int], budget: int) -> list[list[int]]:
+    """Put each item into the first bin with room for it; return the items of each bin.
+
+    sizes: of the items, largest first. Takes O(n log n): the room of all bins is kept in a binary
+    tree, in which every node holds the largest room below it:
+
+              9          An item of 4 finds too little room on the left (3), so it goes right, and
+          3       9      there left (5). Bins that are not open yet have room `budget`, here 9, so
+        0   3   5   9    they are opened in order.
+    """
+    # Any two bins hold more than `budget` together, which limits their number.
+    most = min(len(items), 2 * sum(sizes) // max(1, budget) + 1)
+    leaves = 1 << max(0, most - 1).bit_length()
+    room = [budget] * (2 * leaves)  # children of node k: 2k and 2k + 1; bin b: leaves + b
+    bins: list[list[int]] = []
+    i = 0
+    while i < len(items):
+        size = sizes[i]
+        node = 1
+        while node < leaves:
+            node *= 2
+            if room[node] < size:
+                node += 1
+        if node - leaves == len(bins):
+            bins.append([])
+        members = bins[node - leaves]
+        free = room[node]
+        # Items of the same size follow into the same bin, as long as there is room.
+        while i < len(items) and sizes[i] == size and free >= size:
+            members.append(items[i])
+            free -= size
+            i += 1
+        room[node] = free
+        while node > 1:
+            node //= 2
+            largest = max(room[2 * node], room[2 * node + 1])
+            if room[node] == largest:
+                break
+            room[node] = largest
+    return bins
+
+
+def _split_fullest(bins: list[list[int]], ranks: int) -> None:
+    """Split bins with most items, the first of equals, until `ranks` divides their number."""
+    fullest = [(-len(items), b) for b, items in enumerate(bins)]
+    heapify(fullest)
+    while len(bins) % ranks:
+        b = fullest[0][1]
+        bins.append(bins[b][1::2])
+        bins[b] = bins[b][::2]
+        heapreplace(fullest, (-len(bins[b]), b))
+        heappush(fullest, (-len(bins[-1]), len(bins) - 1))
 
 
 def micro_batches(

@@ -1,0 +1,155 @@
+"""Packing and the order of examples: the same as slow twins, at a cost that grows as the rows do."""
+
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import runtime
+from data.dataset import Dataset, from_trees
+from data.mismatched import partners
+from data.trees import pack, step_examples, steps_per_epoch, visited
+
+
+def pack_slowly(lengths: np.ndarray, budget: int, ranks: int) -> list[list[int]]:
+    """First-fit-decreasing by its definition: look at every bin for every item."""
+    bins: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        for items in bins:
+            if sum(lengths[j] for j in items) + lengths[i] <= budget:
+                items.append(i)
+                break
+        else:
+            bins.append([i])
+    while len(bins) % ranks:
+        most = max(range(len(bins)), key=lambda b: len(bins[b]))
+        bins[most], split = bins[most][::2], bins[most][1::2]
+        bins.append(split)
+    bins.sort(key=lambda items: -sum(lengths[i] for i in items))
+    return [sorted(items) for items in bins]
+
+
+def test_packing_is_first_fit_decreasing_bin_for_bin():
+    """On thousands of random cases: few and many bins, equal sizes, sizes 0 and budget, ranks."""
+    rng = np.random.default_rng(0)
+    for case in range(4000):
+        budget = int(rng.integers(1, 100))
+        least = int(rng.integers(0, budget + 1)) if case % 2 else 0
+        lengths = rng.integers(least, budget + 1, rng.integers(0, 50))
+        ranks = int(rng.integers(1, 9))
+        expected = pack_slowly(lengths, budget, ranks)
+        assert pack(lengths, budget, ranks) == expected, (lengths, budget, ranks)
+
+
+@pytest.mark.parametrize(("budget", "ranks"), [(300, 1), (300, 64), (1000, 7)])
+def test_packing_many_items_is_first_fit_decreasing_bin_for_bin(budget: int, ranks: int):
+    """With hundreds of bins, so that the tree of rooms is deep."""
+    lengths = np.random.default_rng(1).lognormal(4, 0.7, 700).astype(np.int64).clip(1, 300)
+    assert pack(lengths, budget, ranks) == pack_slowly(lengths, budget, ranks)
+
+
+def fastest(call, *arguments) -> float:
+    """Return the CPU-seconds of the fastest of three calls."""
+    seconds = []
+    for _ in range(3):
+        began = time.process_time()
+        call(*arguments)
+        seconds.append(time.process_time() - began)
+    return min(seconds)
+
+
+def test_packing_eight_times_the_rows_takes_about_eight_times_as_long():
+    """Looking at every bin for every item would take 64 times as long."""
+    lengths = np.random.default_rng(0).integers(20, 200, 40000)
+    assert fastest(pack, lengths, 1024) < 20 * fastest(pack, lengths[:5000], 1024)
+
+
+def test_partners_of_one_long_run_cost_as_many_steps_as_examples():
+    """A batch with a single other prompt, last: looking ahead would take n * n / 2 steps."""
+    n = 20000
+    began = time.process_time()
+    assert partners([0] * (n - 1) + [1]) == [n - 1] * (n - 1) + [0]
+    assert time.process_time() - began < 2
+
+
+def test_partners_are_the_next_examples_with_another_prompt():
+    """Cyclically, as their definition says; an error where there is only one prompt."""
+    rng = np.random.default_rng(0)
+    for _ in range(2000):
+        prompts = rng.integers(0, rng.integers(1, 5), rng.integers(1, 12)).tolist()
+        n = len(prompts)
+        if len(set(prompts)) == 1:
+            with pytest.raises(ValueError, match=f"{n} example.* of a single prompt"):
+                partners(prompts)
+            continue
+        ahead = [[(i + k) % n for k in range(1, n)] for i in range(n)]
+        assert partners(prompts) == [
+            next(j for j in ahead[i] if prompts[j] != prompts[i]) for i in range(n)
+        ]
+
+
+def rows_of(prompt_sizes: list[int], response_sizes: list[list[int]]) -> Dataset:
+    """Return a data set of ones with these lengths."""
+    return from_trees(
+        (np.ones(prompt), [(np.ones(n), np.ones(n)) for n in sizes])
+        for prompt, sizes in zip(prompt_sizes, response_sizes)
+    )
+
+
+def test_the_check_that_rows_fit_reports_what_packing_would():
+    """The same text as `pack`, with prompts shared and repeated; nothing for rows that fit."""
+    data = rows_of([5, 3], [[2, 4], [1]])
+    for shared, longest in ((True, 11), (False, 16)):
+        config = SimpleNamespace(share_prompts=shared, max_tokens=longest)
+        runtime.check_fit(data, config)
+        config.max_tokens = longest - 1
+        with pytest.raises(ValueError, match=f"raise --max-tokens to {longest} ") as error:
+            runtime.check_fit(data, config)
+        with pytest.raises(ValueError, match=f"raise --max-tokens to {longest} ") as same:
+            pack(data.tree_lengths(shared), longest - 1)
+        assert str(error.value) == str(same.value)
+
+
+def test_responses_of_trees_are_listed_in_the_order_given():
+    """For trees with any number of responses, none too, named once or more often."""
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        counts = rng.integers(0, 4, rng.integers(1, 9))
+        data = rows_of([1] * len(counts), [[1] * n for n in counts])
+        ends = np.cumsum(counts)
+        examples = rng.integers(0, len(counts), rng.integers(0, 9))
+        expected = [j for i in examples for j in range(ends[i] - counts[i], ends[i])]
+        numbers = data.responses_of(examples)
+        assert numbers.tolist() == expected == data.responses_of(examples.tolist()).tolist()
+        assert numbers.dtype == np.int64
+
+
+def test_an_epoch_is_shuffled_once_and_never_changed_by_a_reader(monkeypatch):
+    """Two interleaved runs of two epochs shuffle four times; each step is its part of the shuffle."""
+    make = np.random.default_rng
+    expected = {(n, e): make([77, e]).permutation(n) for n in (10, 23) for e in (0, 1)}
+    shuffled = []
+
+    def count(seed):
+        shuffled.append(seed)
+        return make(seed)
+
+    monkeypatch.setattr(np.random, "default_rng", count)
+    for step in range(2 * steps_per_epoch(23, 4)):
+        for n in (10, 23):
+            epoch, k = divmod(step, steps_per_epoch(n, 4))
+            if epoch < 2:
+                examples = step_examples(n, 4, step, 77, True)
+                assert examples.tolist() == expected[n, epoch][4 * k : 4 * k + 4].tolist()
+                examples[:] = -1  # a caller may write to it
+                assert step_examples(n, 4, step, 77, True)[0] >= 0
+    assert len(shuffled) == 4
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_visited_lists_the_examples_of_the_first_steps(shuffle: bool):
+    """For every number of steps, within the first epoch and beyond."""
+    for steps in range(1, 12):
+        chunks = [step_examples(23, 4, step, 5, shuffle) for step in range(steps)]
+        assert visited(23, 4, steps, 5, shuffle).tolist() == sorted(set(np.concatenate(chunks)))
