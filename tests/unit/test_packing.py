@@ -1,4 +1,4 @@
-"""Packing and the order of examples: the same as slow twins, at a cost that grows as the rows do."""
+"""Packing and the order of examples: the same as slow twins, at a cost that grows as rows do."""
 
 import time
 from types import SimpleNamespace
@@ -126,7 +126,7 @@ def test_responses_of_trees_are_listed_in_the_order_given():
 
 
 def test_an_epoch_is_shuffled_once_and_never_changed_by_a_reader(monkeypatch):
-    """Two interleaved runs of two epochs shuffle four times; each step is its part of the shuffle."""
+    """Two interleaved runs of two epochs shuffle four times; a step is a part of its shuffle."""
     make = np.random.default_rng
     expected = {(n, e): make([77, e]).permutation(n) for n in (10, 23) for e in (0, 1)}
     shuffled = []
