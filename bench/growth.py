@@ -12,7 +12,7 @@ Start-up is the work on all rows before the first step, without reading files an
     check       every row fits into a micro-batch
     shuffle     the examples of every step of an epoch
     reference   micro-batches of all rows, and the numbers of their responses
-    kto         prompt, response and another prompt's response for every row; a tenth of the rows
+    kto         prompt, response and another prompt's response for every row
 
 The rest trains and saves random models, on one thread. CPU-seconds are the least of a few rounds.
 """
@@ -37,7 +37,6 @@ from ranks import peak_memory, random_pairs, start_memory, step
 import checkpoint
 import runtime
 import training
-from data.dataset import Dataset
 from data.mismatched import kto_trees
 from data.trees import make_batch, micro_batches
 from model import GPT, GPTConfig, parameter_count
@@ -69,19 +68,15 @@ def start_up(rows: int) -> Times:
         micro_batches(data.tree_lengths(), steps.visited(), MAX_TOKENS)
         data.responses_of(steps.visited())
 
+    order = np.array_split(np.random.default_rng(0).permutation(rows), steps.total)
     start_memory(CPU)
     times = {
         "check": clock(lambda: runtime.check_fit(data, config)),
         "shuffle": clock(lambda: [steps.examples(k) for k in range(steps.total)]),
         "reference": clock(reference),
-        "kto": clock(lambda: kto(data, rows // 10)),
+        "kto": clock(lambda: kto_trees(data, order, 1024)),
     }
     return times | {"total": sum(times.values()), "GB": peak_memory(CPU) / 1e9}
-
-
-def kto(data: Dataset, rows: int) -> None:
-    """Make KTO's trees of the first rows."""
-    kto_trees(data, np.array_split(np.arange(rows), rows // BATCH), 1024)
 
 
 def make_optimizer(width: int) -> AdamW:

@@ -6,9 +6,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+import data.mismatched
 import runtime
 from data.dataset import Dataset, from_trees
-from data.mismatched import partners
+from data.mismatched import kto_trees, partners
 from data.trees import pack, step_examples, steps_per_epoch, visited
 
 
@@ -97,6 +98,62 @@ def rows_of(prompt_sizes: list[int], response_sizes: list[list[int]]) -> Dataset
     )
 
 
+def kto_trees_slowly(data: Dataset, steps: list[np.ndarray], longest: int, mismatched: bool):
+    """KTO's trees, built one by one from lists."""
+    tokens, scored, responses = data.tokens.tolist(), data.scored.tolist(), []
+    for i, first in enumerate(data.tree_start[:-1]):
+        prompt, first = tokens[first : first + data.prompt_len[i]], first + data.prompt_len[i]
+        for size in data.response_len[data.response_start[i] : data.response_start[i + 1]]:
+            part = slice(first, first + size)
+            responses.append((prompt, tokens[part], scored[part]))
+            first += size
+    trees, label = [], []
+    for step in steps:
+        others = partners([str(responses[i][0]) for i in step]) if mismatched else []
+        for i, number in enumerate(step):
+            prompt, ids, flags = responses[number]
+            answers = [(ids[:longest], flags[:longest])]
+            if mismatched:
+                room = max(1, longest - len(prompt))
+                _, ids, flags = responses[step[others[i]]]
+                answers.append((ids[:room], flags[:room]))
+            trees.append((prompt, answers))
+            label += [data.columns["label"][number]] * len(answers)
+    return from_trees(trees, {"label": np.array(label, np.float32)})
+
+
+def test_kto_trees_are_those_built_one_by_one(monkeypatch):
+    """Every array and its type, with and without another prompt's response, cut and whole."""
+    monkeypatch.setattr(data.mismatched, "GATHER_ROWS", 3)
+    rng = np.random.default_rng(0)
+    compared = 0
+    for case in range(400):
+        rows = []
+        for _ in range(rng.integers(1, 12)):
+            sizes = rng.integers(0, 9, rng.integers(1, 4))
+            answers = [(rng.integers(0, 99, n), rng.integers(0, 2, n)) for n in sizes]
+            rows.append((rng.integers(0, 2, rng.integers(1, 4)), answers))
+        n = sum(len(answers) for _, answers in rows)
+        label = rng.integers(0, 2, n).astype(np.float32)
+        labelled = from_trees(rows, {"label": label})
+        steps = np.array_split(rng.permutation(n), max(1, n // 4))
+        longest, mismatched = int(rng.integers(2, 9)), bool(case % 3)
+        try:
+            expected = kto_trees_slowly(labelled, steps, longest, mismatched)
+        except ValueError:
+            with pytest.raises(ValueError, match="of a single prompt.*choose another --batch-size"):
+                kto_trees(labelled, steps, longest, mismatched)
+            continue
+        trees = kto_trees(labelled, steps, longest, mismatched)
+        compared += 1
+        for name, values in vars(expected).items():
+            if isinstance(values, np.ndarray):
+                assert np.array_equal(getattr(trees, name), values), name
+                assert getattr(trees, name).dtype == values.dtype, name
+        assert np.array_equal(trees.columns["label"], expected.columns["label"])
+    assert compared > 200
+
+
 def test_the_check_that_rows_fit_reports_what_packing_would():
     """The same text as `pack`, with prompts shared and repeated; nothing for rows that fit."""
     data = rows_of([5, 3], [[2, 4], [1]])
@@ -145,6 +202,12 @@ def test_an_epoch_is_shuffled_once_and_never_changed_by_a_reader(monkeypatch):
                 examples[:] = -1  # a caller may write to it
                 assert step_examples(n, 4, step, 77, True)[0] >= 0
     assert len(shuffled) == 4
+
+
+def test_a_step_that_is_kept_does_not_keep_the_shuffle_of_all_rows():
+    """KTO keeps the examples of every step: as views they would hold n numbers each."""
+    examples = step_examples(1000, 4, 3, 77, True)
+    assert examples.base is None and examples.nbytes == 4 * 8
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
