@@ -380,7 +380,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
 
 
 def test_the_start_counts_for_best(toy: Path, tmp_path: Path, train):
-    """Of equal rewards the first wins: best/ is the policy before any update."""
+    """The first of equal rewards wins: best/ is the policy before any update."""
     flags = flags_of(toy, eval_data=toy / "world" / "prompts_test.jsonl", eval_every=1)
     flags |= {"reward": "regex:never said", "kl": 1.0, "max_steps": 2, "no_eos_penalty": 0.0}
     flags["ref"] = toy / "model"

@@ -331,7 +331,7 @@ def test_whitening_is_exact_at_large_offsets():
 def test_extreme_ratios_have_finite_losses_and_slopes(
     loss: str, dtype: torch.dtype, log_ratio: float
 ):
-    """Where the clip removes the gradient it is 0 and not 0 · inf; advantages of 0 are harmless."""
+    """A clipped gradient is 0 and not 0 · inf; advantages of 0 are harmless."""
     old = torch.zeros(3, dtype=dtype)
     new = torch.full((3,), log_ratio, dtype=dtype, requires_grad=True)
     advantage = torch.tensor([2.0, 0.0, 1.0], dtype=dtype)
