@@ -23,6 +23,7 @@ def run_gpu_bench(folder: Path, out: Path, *flags: str) -> tuple[subprocess.Comp
     return run, json.loads(rows.read_text())["rows"]
 
 
+@pytest.mark.slow
 def test_the_gpu_bench_finds_every_kernel_right(tmp_path: Path):
     """Every part runs, every kernel agrees with its twin; TRL is compared with where it is."""
     run, rows = run_gpu_bench(ROOT / "bench", tmp_path)
@@ -39,6 +40,7 @@ def test_the_gpu_bench_finds_every_kernel_right(tmp_path: Path):
         assert "not importable: trl" in theirs[0]["skipped"]
 
 
+@pytest.mark.slow
 def test_the_gpu_bench_survives_a_part_that_dies(tmp_path: Path):
     """A part whose process is killed is reported; the parts after it still run."""
     shutil.copytree(ROOT / "bench", tmp_path / "bench")
