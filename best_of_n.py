@@ -8,6 +8,8 @@ Rows: {prompt}, text or messages, with whatever else the reward reads. The model
 --group-size responses to each prompt, and the reward ranks those that ended. OUT/kept.jsonl gets
 the best --top of each prompt, for train_sft.py: rejection sampling. OUT/pairs.jsonl gets the best
 and the worst of each prompt, for train_dpo.py: with each new policy again, this is iterative DPO.
+The rows carry the sampled token ids beside the text (response_ids, chosen_ids, rejected_ids), which
+training takes wherever its tokenizer and template are the same.
 
 --batch-size is the number of prompts sampled at a time. A run that finds kept.jsonl in OUT has
 nothing left to do.
@@ -26,8 +28,10 @@ from config import RolloutConfig, parse
 from data.dataset import Prompts
 from data.rows import write_rows
 from data.trees import step_examples
+from model import GPT
 from runtime import Run
-from sampling import rollout
+from sampling import rollout, updates
+from sampling.gap import ServerCheck
 from sampling.rewards import Reward, load_reward
 from sampling.rollout import Rollout, Sampler
 from sampling.server import Server
@@ -41,32 +45,63 @@ class Config(RolloutConfig):
     prompts: int = 0  # sample for this many prompts, drawn with --seed; 0 = all
 
 
-def select(samples: Rollout, config: Config) -> tuple[list[dict], list[dict]]:
+def select(
+    samples: Rollout, config: Config, fingerprint: str = ""
+) -> tuple[list[dict], list[dict]]:
     """Return (rows of the best responses, pairs of the best and the worst) of each prompt.
 
     Only responses that ended and are not empty count, and each text counts once; of equal rewards
     the one drawn first wins. A prompt whose responses all have the same reward makes no pair.
+    fingerprint: of the template; with it the rows carry the ids of responses that the policy chose
+    whole.
     """
     kept, pairs = [], []
     for i, prompt in enumerate(samples.prompts.prompts):
-        rewards: dict[str, float] = {}  # of each text, from best to worst
+        places: dict[str, int] = {}  # of each text among the samples, from best to worst
         group = range(i * config.group_size, (i + 1) * config.group_size)
         for k in sorted(group, key=lambda k: -samples.rewards[k]):
-            if samples.ended[k] and samples.texts[k]:
-                rewards.setdefault(samples.texts[k], samples.rewards[k].item())
-        ranked = list(rewards.items())
-        for text, reward in ranked[: config.top]:
+            if samples.ended[k] and samples.texts[k].strip():
+                places.setdefault(samples.texts[k], k)
+        ranked = list(places.values())
+        for k in ranked[: config.top]:
+            reward = samples.rewards[k].item()
             if reward >= config.min_reward:
-                kept.append({"prompt": prompt, "response": text, "reward": reward})
-        if ranked and ranked[0][1] > ranked[-1][1]:
-            (chosen, high), (rejected, low) = ranked[0], ranked[-1]
-            pair = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-            pairs.append({**pair, "chosen_reward": high, "rejected_reward": low})
+                row = {"prompt": prompt, "response": samples.texts[k], "reward": reward}
+                kept.append(row | sampled_ids(samples, {"response_ids": k}, fingerprint))
+        if not ranked:
+            continue
+        best, worst = ranked[0], ranked[-1]
+        high, low = samples.rewards[best].item(), samples.rewards[worst].item()
+        if high > low:
+            pair = {"prompt": prompt, "chosen": samples.texts[best]}
+            pair |= {"rejected": samples.texts[worst], "chosen_reward": high}
+            pair["rejected_reward"] = low
+            ids = sampled_ids(samples, {"chosen_ids": best, "rejected_ids": worst}, fingerprint)
+            pairs.append(pair | ids)
     return kept, pairs
 
 
+def sampled_ids(samples: Rollout, places: dict[str, int], fingerprint: str) -> dict:
+    """Return the ids of samples under their keys, and whose they are; {} without a fingerprint.
+
+    {} too where a tool wrote part of a sample: a row has no marks for the tokens that it scores.
+    """
+    drawn = {key: samples.samples[k] for key, k in places.items()}
+    if not fingerprint or any(0 in rollout.scored_marks(sample) for sample in drawn.values()):
+        return {}
+    return {"tokenizer": fingerprint} | {key: sample.tokens for key, sample in drawn.items()}
+
+
+def check_server(samples: Rollout, model: GPT, run: Run, config: Config) -> None:
+    """Raise ValueError if a server did not sample from --model. Collective."""
+    if config.rollout_url:
+        plan = updates.plan(samples, 1, 1, 0, config, run.mesh)
+        _, _, row = updates.add_logps(samples, plan, model, None, config)
+        ServerCheck(config, run.dtype)(row.get("sampler_gap"), samples)
+
+
 def sample_and_select(
-    prompts: Prompts, sample: Sampler, reward: Reward, run: Run, config: Config
+    prompts: Prompts, sample: Sampler, reward: Reward, model: GPT, run: Run, config: Config
 ) -> dict[str, float]:
     """Sample, score and select; write kept.jsonl and pairs.jsonl; return means. Collective."""
     n = len(prompts.ids)
@@ -80,7 +115,9 @@ def sample_and_select(
         samples = rollout.collect(
             part, sample, reward, run.template, config, run.mesh, seeds, config.temperature
         )
-        best, extremes = select(samples, config)
+        if number == 1:
+            check_server(samples, model, run, config)
+        best, extremes = select(samples, config, run.template.fingerprint)
         kept += best
         pairs += extremes
         rewards.append(samples.rewards)
@@ -153,7 +190,7 @@ def main(argv: list[str] | None = None) -> None:
     model = runtime.load_model(run)
     server = Server(run.template, config) if config.rollout_url else None
     sample = rollout.make_sampler(model, run.template, config, server)
-    result = sample_and_select(prompts, sample, reward, run, config)
+    result = sample_and_select(prompts, sample, reward, model, run, config)
     print(", ".join(f"{name} {value:.4g}" for name, value in result.items()))
     print(f"the best are in {out}/kept.jsonl, pairs for train_dpo.py in {out}/pairs.jsonl")
 

@@ -7,6 +7,7 @@ A log-ratio is log(policy / reference) of a response, summed over its scored tok
 Letters: B pairs or examples, R responses.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -537,20 +538,38 @@ def steerlm2(pi_logps: Tensor, q_logps: Tensor, target: Tensor, group: Tensor) -
 # A scored token is one that the policy sampled; tokens that it only read (tool output) are absent.
 # M scored tokens, response by response and in order; R responses; n prompts with G responses each,
 # R = n G. lengths (R,): scored tokens of each response; response (M,): each token's response.
-# Nothing in this part carries a gradient.
+# Nothing in this part carries a gradient, but for kl_estimate as a term of the loss.
 
 KL_ESTIMATORS = ("k1", "k2", "k3", "abs")
 ADVANTAGES = ("rloo", "grpo", "dr_grpo", "reinforce++")
+SCALED_ADVANTAGES = ("grpo", "reinforce++")  # divided by a deviation, and β with it
+
+
+def safe_exp(x: Tensor) -> Tensor:
+    """Return e^x, bounded so that it, its slope and ordinary multiples of them are finite.
+
+    The bound (e^79 in fp32, e^638 in fp64) keeps 0 · e^x at 0 where a clip removes the gradient.
+    Below it the result is exactly torch.exp.
+    """
+    limit = 0.9 * math.log(torch.finfo(x.dtype).max)
+    excess = (x - limit).clamp(min=0).detach()  # no clamp of x itself: the slope stays e^x
+    return (x - excess).exp()
 
 
 def kl_estimate(logps: Tensor, ref_logps: Tensor, kind: str = "k1") -> Tensor:
     """Estimate KL(policy ‖ reference) at each token sampled from the policy, (M,), in nats.
 
     Schulman, joschu.net/blog/kl-approx.html, with x = log π - log π_ref:
-    k1   x; unbiased, noisy. As a loss term its expected gradient is zero.
-    k2   x²/2; biased, but its gradient is the gradient of the KL.
+    k1   x; unbiased, noisy.
+    k2   x²/2; biased.
     k3   e^(-x) - 1 + x; unbiased and never negative.
     abs  |x|; NeMo-Aligner's penalty.
+    Expected gradient over samples of the policy, with KL = KL(π ‖ π_ref):
+                  as a term of the loss       β times it, inside the reward
+    k1            0                           -∇ KL
+    k2            ∇ KL                        -E[x²/2 ∇ log π]
+    k3            ∇ KL(π_ref ‖ π)             -∇ KL + ∇ KL(π_ref ‖ π)
+    abs           ∇ Σ |π - π_ref|             -E[|x| ∇ log π]
     ValueError: unknown kind.
     """
     x = logps - ref_logps
@@ -560,7 +579,9 @@ def kl_estimate(logps: Tensor, ref_logps: Tensor, kind: str = "k1") -> Tensor:
         case "k2":
             return 0.5 * x.square()
         case "k3":
-            return torch.expm1(-x) + x
+            limit = 0.9 * math.log(torch.finfo(x.dtype).max)  # e^(-x) stays finite, as in safe_exp
+            excess = (-x - limit).clamp(min=0).detach()
+            return torch.expm1(-x - excess) + x
         case "abs":
             return x.abs()
     raise ValueError(f"unknown KL estimator {kind!r}: choose one of {', '.join(KL_ESTIMATORS)}")
@@ -610,24 +631,51 @@ def gae(
     return advantages, advantages + values
 
 
-def moments(values: Tensor) -> Tensor:
-    """Return (count, sum, sum of squares) in fp64, (3,).
+class Moments(NamedTuple):
+    """Number, mean and Σ (x - mean)² of some values, fp64; those of parts add up to the whole's."""
 
-    Add those of several micro-batches or ranks, then pass the total to `whiten`.
+    n: Tensor
+    mean: Tensor
+    squares: Tensor
+
+    def __add__(self, other: "Moments") -> "Moments":  # type: ignore[override]
+        """Merge those of two parts (Chan et al., 1979)."""
+        n = self.n + other.n
+        gap = other.mean - self.mean
+        mean = self.mean + gap * other.n / n
+        squares = self.squares + other.squares
+        return Moments(n, mean, squares + gap.square() * self.n * other.n / n)
+
+    def __radd__(self, other: int) -> "Moments":
+        """Begin a sum: 0 + moments."""
+        return self
+
+
+def moments(values: Tensor) -> Moments:
+    """Return the moments of (n,) values, n > 0: exact for equal values and at any offset.
+
+    A sum of squares would cancel: at an offset of 1e8 it gave a deviation of 0.2 for 1.0. Add the
+    moments of several micro-batches or ranks, then pass the total to `whiten`.
     """
     x = values.double()
-    return torch.stack((torch.full_like(x.sum(), x.numel()), x.sum(), x.square().sum()))
+    pivot = x.flatten()[0]  # equal values: x - pivot is exactly 0
+    mean = pivot + (x - pivot).mean()
+    return Moments(torch.full_like(mean, x.numel()), mean, (x - mean).square().sum())
 
 
-def whiten(values: Tensor, totals: Tensor) -> Tensor:
+def whiten(values: Tensor, totals: Moments) -> Tensor:
     """Return (x - mean) / deviation, in x's shape, given the `moments` of ALL values.
 
-    The deviation is the sample deviation (n - 1), as in NeMo-Aligner, OpenRLHF and TRL.
+    The deviation is the sample deviation (n - 1), as in NeMo-Aligner, OpenRLHF and TRL. Equal
+    values give exactly 0.
     """
-    n, total, squares = totals
-    mean = total / n
-    variance = ((squares - total * mean) / (n - 1).clamp(min=1)).clamp(min=0)
-    return ((values - mean) * (variance + 1e-8).rsqrt()).to(values.dtype)
+    variance = totals.squares / (totals.n - 1).clamp(min=1)
+    return ((values.double() - totals.mean) * (variance + 1e-8).rsqrt()).to(values.dtype)
+
+
+def _centred(rewards: Tensor) -> Tensor:
+    """Subtract the first reward of each group, (n, G): equal rewards become exactly 0."""
+    return rewards - rewards[:, :1]
 
 
 def rloo(rewards: Tensor) -> Tensor:
@@ -636,6 +684,7 @@ def rloo(rewards: Tensor) -> Tensor:
     Each reward minus the mean of the other rewards in its group.
     Example: [1, 2, 6] -> [-3, -1.5, 4.5].
     """
+    rewards = _centred(rewards)
     others = (rewards.sum(1, keepdim=True) - rewards) / (rewards.shape[1] - 1)
     return rewards - others
 
@@ -645,6 +694,7 @@ def dr_grpo(rewards: Tensor) -> Tensor:
 
     Each reward minus the mean of its group: rloo times (G - 1) / G.
     """
+    rewards = _centred(rewards)
     return rewards - rewards.mean(1, keepdim=True)
 
 
@@ -654,7 +704,7 @@ def grpo(rewards: Tensor, eps: float = 1e-4) -> Tensor:
     (reward - mean of its group) / (deviation of its group + ε). The sample deviation (n - 1) and ε
     are TRL's. A group of equal rewards gets 0 and teaches nothing.
     """
-    return dr_grpo(rewards) / (rewards.std(1, keepdim=True) + eps)
+    return dr_grpo(rewards) / (_centred(rewards).std(1, keepdim=True) + eps)
 
 
 def reinforce_plus_plus(token_rewards: Tensor, lengths: Tensor) -> Tensor:
@@ -744,7 +794,7 @@ def sequence_ratio(log_ratio: Tensor, response: Tensor, lengths: Tensor) -> Tens
     log_ratio (M,), response (M,), lengths (R,).
     """
     total = log_ratio.new_zeros(len(lengths)).index_add(0, response, log_ratio)
-    return (total / lengths.to(total.dtype)).exp()[response]
+    return safe_exp(total / lengths.to(total.dtype))[response]
 
 
 def policy_gradient(
@@ -775,7 +825,9 @@ def policy_gradient(
     low = default_low if clip_low is None else clip_low
     high = default_high if clip_high is None else clip_high
     log_ratio = logps - old_logps
-    ratio = sequence_ratio(log_ratio, response, lengths) if loss == "gspo" else log_ratio.exp()
+    ratio = safe_exp(log_ratio)
+    if loss == "gspo":
+        ratio = sequence_ratio(log_ratio, response, lengths)
     if loss == "reinforce":
         losses = -advantage * logps
         clipped = torch.zeros_like(ratio)

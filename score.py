@@ -12,7 +12,8 @@ With --attributes the file holds rows {prompt, response, attributes: {helpfulnes
 rounded to whole numbers from 0 to 4: the data of train_sft.py --attributes (SteerLM).
 
 With --ref each row gains "logp" and "ref_logp", the log-probs of its response under both models.
-Their mean difference estimates the KL to --ref if --model sampled the responses.
+Their mean difference estimates the KL to --ref if --model sampled the responses. Both are computed
+on the same micro-batches, from the sampled ids where the rows carry them (best_of_n.py).
 """
 
 import sys
@@ -76,7 +77,7 @@ def write_scores(
 ) -> None:
     """Write the rows with their scores under --model; print the mean of each output."""
     model, names = load_scorer(flags.model, dtype, device)
-    scores = score(model, template, answers, flags.max_tokens)
+    scores = score(model, template, answers, flags.max_tokens, rows)
     scored = [{**row, **as_keys(row, values.tolist(), names)} for row, values in zip(rows, scores)]
     write_rows(flags.out, scored)
     table = np.concatenate(scores)  # (responses, outputs)
@@ -97,7 +98,7 @@ def write_logps(
     logps = {}
     for key, folder in (("logp", flags.model), ("ref_logp", flags.ref)):
         model = load_model(folder, dtype, device)
-        logps[key] = score(model, template, answers, flags.max_tokens)
+        logps[key] = score(model, template, answers, flags.max_tokens, rows)
         for row, values in zip(rows, logps[key]):
             row[key] = values.tolist() if len(values) > 1 else values.item()
     write_rows(flags.out, rows)

@@ -35,6 +35,7 @@ from model import GPT
 from pipeline import pipeline
 from reporting import add, means
 from sampling import rollout, updates
+from sampling.gap import ServerCheck
 from sampling.rewards import load_reward, same_tokens
 from sampling.rollout import Rollout
 from sampling.server import Server
@@ -117,7 +118,7 @@ def policy_losses(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Return each token's clipped surrogate less an entropy bonus, (M,), and metrics, (M,) each."""
     logps, entropy = model.logps(hidden, batch, config.temperature, entropy=True)  # (M,)
-    ratio = (logps - batch.token_columns["old_logps"]).exp()
+    ratio = losses.safe_exp(logps - batch.token_columns["old_logps"])
     advantage, clip = batch.token_columns["advantage"], config.clip_ratio
     surrogate, clipped = losses.clipped_surrogate(ratio, advantage, clip, clip)
     metrics = {"ratio": ratio, "clip_fraction": clipped, "entropy": entropy}
@@ -179,6 +180,7 @@ def main(argv: list[str] | None = None) -> None:
     if config.kl or config.ref:  # the folder: a resumed run must not use its half-trained policy
         ref = runtime.load_reference(run, model, config.ref)
     server = Server(template, config) if config.rollout_url else None
+    check_server = ServerCheck(config, run.dtype)
     optimizer = runtime.make_optimizer(model, config)
     critic_optimizer = runtime.make_optimizer(critic, config)
     loop = training.begin(run, steps, (optimizer, critic_optimizer))
@@ -186,6 +188,8 @@ def main(argv: list[str] | None = None) -> None:
     if heldout and not loop.state.step:
         result, _ = rollout.evaluate(heldout, model, reward, template, config, server)
         training.report_evaluation(loop, result)
+        if training.is_best(loop, -result["eval/reward"]):
+            runtime.save_model(run, model, "best")
 
     # ---- the loop ------------------------------------------------------------------------------
     for step in training.remaining(loop):
@@ -194,6 +198,7 @@ def main(argv: list[str] | None = None) -> None:
         plan = updates.plan(samples, config.ppo_epochs, config.minibatches, step, config, mesh)
         beta = loop.state.extra.get("beta", config.kl)
         old_logps, ref_logps, row = updates.add_logps(samples, plan, model, ref, config)
+        check_server(row.get("sampler_gap"), samples, ref_logps if ref else None)
         values = token_values(critic, samples.data, updates.first_epoch(plan), config)
         row |= add_advantages(samples, old_logps, ref_logps, values, beta, config)
         samples.lap("scoring")

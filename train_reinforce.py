@@ -16,7 +16,7 @@ near 1, nothing is learned.
 Letters: n prompts of a step, G samples each, R = n G responses, M scored tokens.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -29,6 +29,7 @@ from data.trees import TreeBatch, make_batch
 from pipeline import pipeline
 from reporting import add, means
 from sampling import rollout, updates
+from sampling.gap import ServerCheck
 from sampling.rewards import load_reward
 from sampling.rollout import Rollout
 from sampling.server import Server
@@ -42,8 +43,10 @@ class Config(RolloutConfig):
     clip_high: float = 0.0  # upper clip; 0 = grpo 0.2, dapo 0.28, gspo 4e-4, cispo 4
     aggregate: Literal[losses.AGGREGATES] = "token"  # weight of a token; formulas: losses.py
     kl: float = 0.05  # β: cost of a nat away from the reference, in reward units; 0 = no reference
-    kl_in: Literal["reward", "loss"] = "reward"  # part of the reward, or a term of the loss (GRPO)
-    kl_estimator: Literal[losses.KL_ESTIMATORS] = "k1"  # with --kl-in loss: k3 (GRPO) or k2
+    kl_in: Literal["auto", "reward", "loss"] = "auto"  # part of the reward, or a term of the loss;
+    # auto: loss where advantages are scaled (grpo, reinforce++), else reward
+    kl_estimator: Literal["auto", *losses.KL_ESTIMATORS] = "auto"  # auto: k1 in the reward, k3 (or
+    # take k2) in the loss; what each differentiates to: losses.py
     rollout_epochs: int = 1  # passes over each rollout; more reuse samples, and clipping matters
     minibatches: int = 1  # updates per pass, on equal parts of its prompts
     ref: str = ""  # another Hugging Face folder as reference; default: --model as it was at step 0
@@ -51,6 +54,20 @@ class Config(RolloutConfig):
 
 
 # ---- the algorithm -----------------------------------------------------------------------------
+
+
+def resolve_kl(config: Config) -> Config:
+    """Return the config with --kl-in and --kl-estimator decided.
+
+    A scaled advantage divides a KL in the reward by the deviation of rewards: in a group of equal
+    rewards β cancels, and rounding becomes a gradient of unit size. The loss term is not scaled.
+    """
+    place, kind = config.kl_in, config.kl_estimator
+    if place == "auto":
+        place = "loss" if config.advantage in losses.SCALED_ADVANTAGES else "reward"
+    if kind == "auto":
+        kind = "k3" if place == "loss" else "k1"
+    return replace(config, kl_in=place, kl_estimator=kind)
 
 
 def add_advantages(
@@ -74,21 +91,16 @@ def add_advantages(
 
 
 def policy_loss(
-    logps: torch.Tensor,
-    batch: TreeBatch,
-    update_lengths: torch.Tensor,
-    config: Config,
-    one_update: bool,
+    logps: torch.Tensor, batch: TreeBatch, update_lengths: torch.Tensor, config: Config
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Return a micro-batch's share of the update's loss, a scalar, and metrics, (M,) each.
 
-    update_lengths: scored tokens of all responses of the update. one_update: it is the only one of
-    its rollout, so the policy is still the old one and every ratio is 1.
+    update_lengths: scored tokens of all responses of the update.
     """
     columns = batch.token_columns
     per_token, metrics = losses.policy_gradient(
         logps,
-        logps.detach() if one_update else columns["old_logps"],
+        columns["old_logps"],
         columns["advantage"],
         batch.response,
         batch.lengths,
@@ -128,7 +140,7 @@ def validate(config: Config) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    config = parse(Config, __doc__, argv)
+    config = resolve_kl(parse(Config, __doc__, argv))
     validate(config)
     run = runtime.start(config)
     template, mesh = run.template, run.mesh
@@ -149,22 +161,23 @@ def main(argv: list[str] | None = None) -> None:
     if config.kl or config.ref:  # the folder: a resumed run must not use its half-trained policy
         ref = runtime.load_reference(run, model, config.ref)
     server = Server(template, config) if config.rollout_url else None
+    check_server = ServerCheck(config, run.dtype)
     optimizer = runtime.make_optimizer(model, config)
     loop = training.begin(run, steps, optimizer)
     rollout.drop_samples_after(loop.state.step, config, mesh)
     if heldout and not loop.state.step:
         result, _ = rollout.evaluate(heldout, model, reward, template, config, server)
         training.report_evaluation(loop, result)
+        if training.is_best(loop, -result["eval/reward"]):
+            runtime.save_model(run, model, "best")
 
     # ---- the loop ------------------------------------------------------------------------------
     for step in training.remaining(loop):
         prompts = train.take(steps.examples(step))
         samples = rollout.draw(prompts, step + 1, model, reward, template, config, server)
         plan = updates.plan(samples, config.rollout_epochs, config.minibatches, step, config, mesh)
-        one_update = len(plan) == 1
-        old_logps, ref_logps, row = updates.add_logps(
-            samples, plan, model, ref, config, recompute=not one_update
-        )
+        old_logps, ref_logps, row = updates.add_logps(samples, plan, model, ref, config)
+        check_server(row.get("sampler_gap"), samples, ref_logps if ref else None)
         row |= add_advantages(samples, old_logps, ref_logps, config)
         samples.lap("scoring")
 
@@ -180,7 +193,7 @@ def main(argv: list[str] | None = None) -> None:
             ]
             for batch, hidden in pipeline(model, batches, optimizer):
                 logps = model.logps(hidden, batch, config.temperature)  # (M,)
-                loss, metrics = policy_loss(logps, batch, lengths, config, one_update)
+                loss, metrics = policy_loss(logps, batch, lengths, config)
                 loss.backward()
                 add(totals, {"loss": loss * n_tokens / len(plan), **metrics})
             norm, stopping = optimizer.step(lr, config.clip, run.stop)

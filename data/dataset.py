@@ -28,7 +28,7 @@ from data.encode import ROWS, Job, cut_prompt
 from data.formats import prompt_of
 from data.rows import SHOWN, check_bad_rows, existing_files, parse_row, read_lines
 
-FORMAT = 2  # raise it when the same rows would give other arrays, here or in data/formats.py
+FORMAT = 3  # raise it when the same rows would give other arrays, here or in data/formats.py
 
 
 @dataclass

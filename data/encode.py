@@ -19,7 +19,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data.formats import Row, attribute_row, label_row, preference_row, sft_row, weight_row
+from data.formats import (
+    Messages,
+    Row,
+    attribute_row,
+    label_row,
+    preference_row,
+    sft_row,
+    weight_row,
+)
 from data.rows import BadRow, Line, parse_row, read_lines
 
 CHUNK_ROWS = 256  # rows of one task of a worker; a file of one chunk needs no workers
@@ -108,8 +116,10 @@ def encode_lines(job: Job, lines: list[Line]) -> Chunk:
     counts = dict.fromkeys(("too_long", "truncated", "moved", "identical"), 0)
     for file, number, line in lines:
         try:
-            row = ROWS[job.kind](parse_row(line), job.template.plain)
-            prompt, answers, moved = _tokenise(row, job.template)
+            content = parse_row(line)
+            row = ROWS[job.kind](content, job.template.plain)
+            ids = sampled_ids(content)
+            prompt, answers, moved = _tokenise(row, job.template, ids)
         except ValueError as error:
             bad.append((file, number, str(error)))
             continue
@@ -136,14 +146,70 @@ def encode_lines(job: Job, lines: list[Line]) -> Chunk:
     return Chunk(trees.arrays(), counts, bad)
 
 
-def _tokenise(row: Row, template: Any) -> tuple[list[int], list[Answer], bool]:
-    """Return (prompt ids, an answer for each response, whether the border between them moved)."""
+class SampledIds(NamedTuple):
+    """The ids of a row's responses as they were sampled."""
+
+    tokenizer: str  # fingerprint of the template that they belong to
+    responses: list[list[int]]
+
+
+def sampled_ids(row: dict[str, Any]) -> SampledIds | None:
+    """Return the sampled ids of a row, None if it has none.
+
+    ValueError: a value that is no list of token ids.
+    """
+    keys: tuple[str, ...] = ("response_ids",)
+    if row.get("chosen") is not None or row.get("chosen_response") is not None:
+        keys = ("chosen_ids", "rejected_ids")
+    tokenizer = row.get("tokenizer")
+    if not isinstance(tokenizer, str) or any(row.get(key) is None for key in keys):
+        return None
+    for key in keys:
+        ids = row[key]
+        if not isinstance(ids, list) or not ids or not all(type(i) is int and i >= 0 for i in ids):
+            raise ValueError(
+                f"`{key}` must be a list of token ids and not empty, got {ascii(ids)[:60]}"
+            )
+    return SampledIds(tokenizer, [row[key] for key in keys])
+
+
+def encode_pair(
+    template: Any, prompt: str | Messages, responses: list, ids: SampledIds | None
+) -> tuple[list[int], list[Answer], bool]:
+    """Encode a prompt and its responses as Template.pair does, or take the ids that were sampled.
+
+    A text has several tokenisations, and the tokenizer's own is seldom the sampled one: learned in
+    its place it would be other data. Ids of another template are ignored, and so are ids that do
+    not spell the responses, because somebody edited the texts.
+    """
+    if ids is not None and ids.tokenizer == template.fingerprint:
+        texts = [template.tokenizer.decode(own) for own in ids.responses]
+        if texts == [_single_text(response) for response in responses]:
+            answers = [(own, [1] * len(own)) for own in ids.responses]
+            return template.prompt(prompt), answers, False
+    return template.pair(prompt, responses)
+
+
+def _single_text(response: str | Messages) -> str | None:
+    """Return the text of a response of one message, None if it has several."""
+    if isinstance(response, str):
+        return response
+    return response[0]["content"] if len(response) == 1 else None
+
+
+def _tokenise(
+    row: Row, template: Any, ids: SampledIds | None = None
+) -> tuple[list[int], list[Answer], bool]:
+    """Return (prompt ids, an answer for each response, whether the border between them moved).
+
+    ids: of the responses as they were sampled, if the row has them.
+    """
     if row.prompt is None:
         prompt, answer = template.conversation(row.responses[0])
         answers = [answer]
         moved = False
     else:
-        prompt, answers, moved = template.pair(row.prompt, row.responses)
+        prompt, answers, moved = encode_pair(template, row.prompt, row.responses, ids)
     if not prompt:
         raise ValueError(
             "the prompt has no tokens, so nothing predicts the first of the response: add a prompt"

@@ -16,6 +16,9 @@
                  {prompt, responses: [...], attributes: [{...}, ...]} for several answers to a
                  prompt, or one object for all of them
     weights      {prompt, responses: [...], weights: [...]}: numbers, written by train_steerlm.py
+    sampled ids  response_ids beside response, chosen_ids and rejected_ids beside chosen and
+                 rejected, with `tokenizer`, the fingerprint of the template that they belong to:
+                 written by best_of_n.py, and used in place of the text where it is the same
 
 Text only, no tokenizer. Every function takes one row and raises ValueError(reason) for a row that
 it cannot use; the caller adds file and line. A null counts as an absent key: table exports write

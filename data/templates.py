@@ -60,7 +60,9 @@ class Template:
     plain     True for plain
     source    jinja text of the others; saved as chat_template.jinja for transformers
     stop_ids  ids that end an answer: eos, those of generation_config.json, the end of turn
+    end       id that ends an answer in this template: its end of turn, else eos
     hash      hex digest of template and tokenizer
+    fingerprint  hex digest of what decides the ids of a row: rows with sampled ids carry it
 
     ValueError: the tokenizer lacks a token that the template needs.
     """
@@ -86,7 +88,12 @@ class Template:
         if self.source is not None:
             _compile(self.source)  # report errors in the template now
         self.hash = hashlib.sha256(json.dumps([self.source, tokenizer.hash]).encode()).hexdigest()
-        self.stop_ids = tokenizer.stops | self._end_of_turn()
+        # The same for one template on one set of ids, wherever the folder keeps the template.
+        ids = json.dumps([self.source, tokenizer.ids_hash])
+        self.fingerprint = hashlib.sha256(ids.encode()).hexdigest()[:32]
+        end_of_turn = self._end_of_turn()
+        self.stop_ids = tokenizer.stops | end_of_turn
+        self.end = next(iter(end_of_turn), tokenizer.eos)
 
     def render(self, messages: Messages, generation: bool) -> str:
         """Return the text of messages; generation=True ends it where the assistant's turn begins.

@@ -43,6 +43,7 @@ class Tokenizer:
     size                  largest id + 1 (the model's vocabulary may be padded beyond it)
     chat_template         jinja source in the folder, or None
     hash                  hex digest of everything that decides ids and templates
+    ids_hash              the same without the chat template
     """
 
     def __init__(self, folder: Path):
@@ -89,8 +90,10 @@ class Tokenizer:
         else:
             self._add_to_tokenizers(folder, added)
         self.chat_template = _chat_template(folder, config)
-        decides = [added, ends, self.legacy, self.prefix, self.chat_template]
-        decides_json = json.dumps(decides, sort_keys=True)
+        decides = [added, ends, self.legacy, self.prefix]
+        ids_json = json.dumps(decides, sort_keys=True)
+        self.ids_hash = hashlib.sha256(source + ids_json.encode()).hexdigest()
+        decides_json = json.dumps([*decides, self.chat_template], sort_keys=True)
         self.hash = hashlib.sha256(source + decides_json.encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:

@@ -6,11 +6,13 @@
     --reward "regex:^(yes|no)"       1 where the expression matches in the response, else 0
     --reward length:50               0 for a response of 50 words, down to -1 for 0 or 100 words
 
-A reward model reads the sampled token ids: nothing is decoded and tokenised again.
+A reward model reads the sampled token ids: nothing is decoded and tokenised again. A function sees
+the response as it was sampled, spaces at its ends included, and its own copy of prompt and row.
 
 Letters: n prompts, G samples each, R = n G responses.
 """
 
+import copy
 import importlib.util
 import math
 import re
@@ -86,7 +88,8 @@ def _per_response(name: str, function: RewardFunction, mesh: Mesh) -> Reward:
         if not leader(mesh):  # a function may cost money or be random: one rank calls it
             return rewards
         for i, (prompt, response, row) in enumerate(zip(prompts, responses, rows)):
-            value = function(prompt, response, row)
+            # Copies: a function that pops a key must not change what the next response sees.
+            value = function(copy.deepcopy(prompt), response, copy.deepcopy(row))
             try:
                 rewards[i] = float(value)
             except (TypeError, ValueError):

@@ -46,7 +46,7 @@ class Rollout:
 
     prompts: Prompts  # n
     samples: list[Sample]  # R
-    texts: list[str]  # R
+    texts: list[str]  # R, with all their spaces
     rewards: np.ndarray  # (R,) fp64, less --no-eos-penalty where a response did not end
     ended: np.ndarray  # (R,) bool
     data: Dataset  # n trees; token column `token_index` numbers the M scored tokens
@@ -60,8 +60,11 @@ class Rollout:
 
     @property
     def logps(self) -> np.ndarray:
-        """Log-probs of the scored tokens as the sampler reports them, (M,) fp64; NaN if unknown."""
-        logps = np.concatenate([np.asarray(s.logps, np.float64) for s in self.samples])
+        """Log-probs of the scored tokens at temperature 1 as the sampler reports them, (M,) fp64.
+
+        NaN where it does not. Its arithmetic is not training's: compare them in sampler_gap only.
+        """
+        logps = np.concatenate([np.asarray(s.policy_logps, np.float64) for s in self.samples])
         marks = np.concatenate([scored_marks(s) for s in self.samples])
         return logps[marks == 1]
 
@@ -232,7 +235,7 @@ def collect(
         own_seeds = [seeds[place] for place in places]
         drawn = sample([prompts.ids[i] for i in mine], own_seeds, group, temperature)
     samples = _exchange(mesh, places, drawn)
-    texts = [template.tokenizer.decode(s.tokens).strip() for s in samples]
+    texts = [template.tokenizer.decode(s.tokens) for s in samples]
     sampled = time.perf_counter()
 
     scores = []
@@ -359,4 +362,4 @@ def drop_samples_after(step: int, config: RolloutConfig, mesh: Mesh) -> None:
 def print_samples(samples: Rollout, n: int, say: Callable[[str], Any]) -> None:
     """Print the first n prompts and responses of an evaluation."""
     for prompt, text in list(zip(samples.prompts.prompts, samples.texts))[:n]:
-        say(f"  prompt  {str(prompt)[-300:]!r}\n  answer  {text!r}")
+        say(f"  prompt  {str(prompt)[-300:]!r}\n  answer  {text.strip()!r}")

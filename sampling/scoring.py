@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from data import attributes
 from data.dataset import Dataset, from_trees
+from data.encode import encode_pair, sampled_ids
 from data.formats import answers_of, known_attributes
 from data.templates import Template
 from data.tokenizer import load_tokenizer
@@ -30,14 +31,22 @@ Answers = tuple[str | list, list]  # a prompt and its responses, text or message
 
 @torch.no_grad()
 def score(
-    model: GPT, template: Template, answers: list[Answers], max_tokens: int = 8192
+    model: GPT,
+    template: Template,
+    answers: list[Answers],
+    max_tokens: int = 8192,
+    rows: list[dict] | None = None,
 ) -> list[np.ndarray]:
     """Score every response to every prompt: one (responses, A) array per prompt, fp32 or fp64.
 
     A language model has no scores and gives log P(response | prompt): (responses,) arrays. Trees
     are packed into flat rows of at most max_tokens tokens, or more where a single tree has more.
+    rows: those of the answers; where they carry sampled ids, these are scored and not the text.
     """
-    trees = from_trees(template.pair(prompt, responses)[:2] for prompt, responses in answers)
+    trees = from_trees(
+        encode_pair(template, *answer, sampled_ids(row))[:2]
+        for answer, row in zip(answers, rows or [{}] * len(answers))
+    )
     return score_trees(model, trees, max_tokens)
 
 

@@ -19,6 +19,13 @@ from sampling.sampler import Sample
 TRIES = 4  # per request, with pauses of 1, 2 and 4 seconds
 
 
+def _named_ids(names: list) -> list[int]:
+    """Return the ids of names of the form token_id:N, [] if any has another form."""
+    if not all(re.fullmatch(r"token_id:\d+", str(name)) for name in names):
+        return []
+    return [int(name.removeprefix("token_id:")) for name in names]
+
+
 class Server:
     """A completion server that samples in place of this process.
 
@@ -100,24 +107,55 @@ class Server:
     def _read(self, choice: dict, temperature: float) -> Sample:
         """Convert one choice of an answer to a sample; its log-probs are NaN if unknown."""
         logprobs = choice.get("logprobs") or {}
-        tokens = self._token_ids(choice, logprobs.get("tokens") or [])
+        names = logprobs.get("tokens") or []
+        tokens = self._token_ids(choice, names)
+        # Engines report log-probs at temperature 1, whatever temperature they sampled at.
+        unknown = float("nan")
+        logps = [unknown if x is None else x for x in logprobs.get("token_logprobs") or []]
+        if choice.get("token_ids") is None and not self._same_tokens(tokens, names):
+            logps = []  # of other tokens than those that the text gave when it was tokenised again
         stopped = choice.get("finish_reason") == "stop"
         if stopped and (not tokens or tokens[-1] not in self.template.stop_ids):
-            tokens.append(self.template.tokenizer.eos)  # some engines leave the end token out
+            # Some engines leave the end token out; some still report its log-prob.
+            if len(logps) == len(tokens):
+                logps.append(unknown)
+            tokens.append(self._end_id(choice))
         if not tokens:
             raise OSError(f"--rollout-url {self.url} returned an empty sample that did not end")
-        # Engines report log-probs at temperature 1, whatever temperature they sampled at.
-        logps = logprobs.get("token_logprobs") or []
-        if len(logps) != len(tokens) or temperature != 1 or None in logps:
-            logps = [float("nan")] * len(tokens)
-        return Sample(tokens, logps, logps, tokens[-1] in self.template.stop_ids)
+        if len(logps) != len(tokens):
+            logps = [unknown] * len(tokens)
+        drawn = logps if temperature == 1 else [unknown] * len(tokens)
+        return Sample(tokens, drawn, logps, tokens[-1] in self.template.stop_ids)
+
+    def _end_id(self, choice: dict) -> int:
+        """Return the id of an end token that the server left out.
+
+        The reported one where it is an end (vLLM's stop_reason or SGLang's matched_stop, an id or
+        its text), else the template's end of turn, else eos.
+        """
+        for key in ("stop_reason", "matched_stop"):
+            reported = choice.get(key)
+            if isinstance(reported, str):
+                reported = self.template.tokenizer.special.get(reported)
+            known = isinstance(reported, int) and not isinstance(reported, bool)
+            if known and reported in self.template.stop_ids:
+                return reported
+        return self.template.end
+
+    def _same_tokens(self, tokens: list[int], names: list) -> bool:
+        """Return True if the reported names, texts or token_id:N, are those of the tokens."""
+        if _named_ids(names):
+            return True
+        decode = self.template.tokenizer.decode
+        texts = [decode([token], False).strip() for token in tokens]
+        return texts == [str(name).strip() for name in names]
 
     def _token_ids(self, choice: dict, names: list) -> list[int]:
         """Return the token ids of a choice, by the best of the three forms that it has."""
         if choice.get("token_ids") is not None:
             return [int(token) for token in choice["token_ids"]]
-        if names and all(re.fullmatch(r"token_id:\d+", str(name)) for name in names):
-            return [int(name.removeprefix("token_id:")) for name in names]
+        if ids := _named_ids(names):
+            return ids
         if not self.warned:
             print(
                 f"warning: {self.url} returns text instead of token ids: it is tokenised again",

@@ -19,6 +19,7 @@ from data.trees import make_batch, micro_batches
 from model import GPT
 from parallel import Mesh
 from pipeline import pipeline
+from sampling.gap import mean_gap
 from sampling.rollout import Rollout
 
 
@@ -36,20 +37,27 @@ def plan(
 ) -> list[Update]:
     """Plan the updates of a rollout: `epochs` passes over it with `minibatches` updates each.
 
-    A pass shuffles the prompts and cuts them into parts; a group is never split. The order depends
-    on (seed, step, epoch) alone.
+    The prompts are shuffled and cut into parts; a group is never split. A later pass takes the same
+    parts in another order. The order depends on (seed, step, epoch) alone.
+
+    A part keeps its micro-batches, because log-probs are comparable to the bit only where the same
+    code computed them on the same flat row: in bf16 another packing moves a log-prob by rounding,
+    which a KL in the loss would learn from.
     """
     tree_lengths = samples.data.tree_lengths(config.share_prompts)
-    result = []
-    for epoch in range(epochs):
-        order = np.random.default_rng([config.seed, step, epoch]).permutation(len(samples.data))
-        for part in np.array_split(order, minibatches):
-            if not len(part):  # more minibatches than prompts
-                continue
-            part = np.sort(part)
-            bins = micro_batches(tree_lengths, part, config.max_tokens, mesh.dp_rank, mesh.dp)
-            lengths = samples.scored_lengths[samples.data.responses_of(part)]
-            result.append(Update(epoch, part, bins, lengths))
+    first = []
+    order = np.random.default_rng([config.seed, step, 0]).permutation(len(samples.data))
+    for part in np.array_split(order, minibatches):
+        if not len(part):  # more minibatches than prompts
+            continue
+        part = np.sort(part)
+        bins = micro_batches(tree_lengths, part, config.max_tokens, mesh.dp_rank, mesh.dp)
+        lengths = samples.scored_lengths[samples.data.responses_of(part)]
+        first.append(Update(0, part, bins, lengths))
+    result = list(first)
+    for epoch in range(1, epochs):
+        order = np.random.default_rng([config.seed, step, epoch]).permutation(len(first))
+        result += [first[i]._replace(epoch=epoch) for i in order]
     return result
 
 
@@ -66,11 +74,25 @@ def token_logps(
 
     bins: this rank's micro-batches. A first update on the same ones gets bit-identical log-probs.
     """
-    logps = torch.zeros(int(data.scored_len.sum()), dtype=torch.float64)
+    return logps_at(model, data, bins, config, (config.temperature,))[0]
+
+
+@torch.no_grad()
+def logps_at(
+    model: GPT,
+    data: Dataset,
+    bins: list[list[int]],
+    config: RolloutConfig,
+    temperatures: tuple[float, ...],
+) -> np.ndarray:
+    """Compute `token_logps` at several temperatures in one pass, (temperatures, M). Collective."""
+    shape = (len(temperatures), int(data.scored_len.sum()))
+    logps = torch.zeros(shape, dtype=torch.float64)
     batches = (make_batch(data, items, config.share_prompts) for items in bins)
     for batch, hidden in pipeline(model, batches):
-        batch_logps = model.logps(hidden, batch, config.temperature)
-        logps[batch.token_columns["token_index"].cpu()] = batch_logps.double().cpu()
+        tokens = batch.token_columns["token_index"].cpu()
+        for row, temperature in zip(logps, temperatures):
+            row[tokens] = model.logps(hidden, batch, temperature).double().cpu()
     return model.mesh.sum(logps).numpy()  # each token is on one rank, 0 on the others
 
 
@@ -80,23 +102,29 @@ def add_logps(
     model: GPT,
     ref: GPT | None,
     config: RolloutConfig,
-    recompute: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
     """Add the log-probs of the old policy and of the reference to the samples. Collective.
 
     They become token columns old_logps and ref_logps. Returns both, (M,) fp64 each, and metrics
-    (KL in nats per response). Without a reference the policy takes its place: the KL is then 0.
+    (KL in nats per response; sampler_gap, see sampling/gap.py). Without a reference the policy
+    takes its place: the KL is then 0.
 
-    The sampler's arithmetic differs from training's, so its log-probs would make the first ratio
-    only about 1. recompute=False keeps them if they are known: enough for a single update, whose
-    ratio is 1 by definition.
+    Both models are run as in training, over the micro-batches of the updates. The sampler's
+    arithmetic differs, so its log-probs would make the first ratio only about 1, and their rounding
+    a KL that scaled advantages blow up to unit size. They serve sampler_gap only.
     """
     bins = first_epoch(plan)
-    row = {}
-    old_logps = samples.logps
-    if recompute or np.isnan(old_logps).any():
+    if config.temperature == 1:
         old_logps = token_logps(model, samples.data, bins, config)
-        row["sampler_gap"] = float(np.abs(samples.logps - old_logps).mean())
+        plain = old_logps
+    else:
+        both = (config.temperature, 1.0)
+        old_logps, plain = logps_at(model, samples.data, bins, config, both)
+    row = {}
+    # Some engines report log-probs at the temperature that they sample at, and not at 1.
+    distance = min(mean_gap(samples.logps, logps) for logps in (plain, old_logps))
+    if not np.isnan(distance):
+        row["sampler_gap"] = distance
     samples.data.add_tokens("old_logps", old_logps)
     old = torch.from_numpy(old_logps)
     if ref is None:

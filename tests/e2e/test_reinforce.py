@@ -374,9 +374,41 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
         "eval/completions/mean_length",
         "eval/completions/ended",
     }
-    best = max(row["eval/reward"] for row in whole if row["step"] and "eval/reward" in row)
+    best = max(row["eval/reward"] for row in whole if "eval/reward" in row)  # step 0 counts
     state = json.loads((tmp_path / "gone6" / "state.json").read_text())
-    assert state["best"] in (None, -best)
+    assert state["best"] == -best
+
+
+def test_the_start_counts_for_best(toy: Path, tmp_path: Path, train):
+    """Of equal rewards the first wins: best/ is the policy before any update."""
+    flags = flags_of(toy, eval_data=toy / "world" / "prompts_test.jsonl", eval_every=1)
+    flags |= {"reward": "regex:never said", "kl": 1.0, "max_steps": 2, "no_eos_penalty": 0.0}
+    flags["ref"] = toy / "model"
+    train(train_reinforce, tmp_path / "out", **flags)
+    assert largest_gap(weights_in(tmp_path / "out" / "best"), weights_in(toy / "model")) == 0.0
+
+
+@pytest.mark.parametrize("advantage", losses.ADVANTAGES)
+def test_kl_stands_in_the_loss_where_advantages_are_scaled(advantage: str):
+    """grpo and reinforce++ divide by a deviation; explicit flags are kept."""
+    config = train_reinforce.resolve_kl(train_reinforce.Config(advantage=advantage))
+    scaled = advantage in ("grpo", "reinforce++")
+    assert (config.kl_in, config.kl_estimator) == (("loss", "k3") if scaled else ("reward", "k1"))
+    for place, kind in (("reward", "k3"), ("loss", "k2")):
+        given = train_reinforce.Config(advantage=advantage, kl_in=place, kl_estimator=kind)
+        assert train_reinforce.resolve_kl(given) == given
+
+
+def test_beta_counts_in_groups_of_equal_rewards(toy: Path, double: Path, tmp_path: Path, train):
+    """With grpo's defaults the gradient of a constant reward is proportional to β."""
+    norms = []
+    for beta in (0.05, 0.005, 0.0005):
+        flags = flags_of(toy, model=double / "model", ref=double / "ref", dtype="fp64", kl=beta)
+        flags |= {"advantage": "grpo", "reward": "regex:never said", "max_steps": 1}
+        (row,) = train(train_reinforce, tmp_path / str(beta), **flags)
+        norms.append(row["grad_norm"] / beta)
+    assert norms == pytest.approx([norms[0]] * 3, rel=1e-9)
+    assert norms[0] > 0.1
 
 
 # ---- learning, and bad settings --------------------------------------------------------------
@@ -432,7 +464,8 @@ def test_impossible_settings_are_refused(toy: Path, tmp_path: Path, train):
     """One line that names the flag, before any model is loaded."""
     for more, words in (
         ({"group_size": 1}, "--group-size 2 or more"),
-        ({"kl_in": "loss"}, "use k3 or k2"),
+        ({"kl_in": "loss", "kl_estimator": "k1"}, "use k3 or k2"),
+        ({"advantage": "grpo", "kl_estimator": "k1"}, "use k3 or k2"),
         ({"loss": "reinforce", "minibatches": 2}, "one update per rollout"),
         ({"minibatches": 0}, "must be at least 1"),
         ({"temperature": 0}, "--temperature must be above 0"),

@@ -297,3 +297,72 @@ def test_aggregation_of_a_step_does_not_depend_on_its_parts(how: str):
             weights = losses.token_weights(step[list(rows)], step, how, 50)
             total += sum(w.item() * sum(parts(values)[i]) for w, i in zip(weights, rows))
         assert total == pytest.approx(wanted, abs=1e-12)
+
+
+# ---- exact zeros, large offsets, extreme ratios ----------------------------------------------
+
+
+@pytest.mark.parametrize("reward", [0.7, 0.1, 1e8 + 0.3, -1 / 3])
+@pytest.mark.parametrize("name", losses.ADVANTAGES)
+def test_equal_rewards_have_advantages_of_exactly_zero(name: str, reward: float):
+    """Not 1e-17, which Adam would scale to a whole step."""
+    rewards = torch.full((len(LENGTHS),), reward, dtype=torch.float64)
+    kl = torch.zeros(sum(LENGTHS), dtype=torch.float64)
+    got = losses.advantages(name, rewards, kl, torch.tensor(LENGTHS), 3, 0.1)
+    assert (got == 0).all()
+
+
+def test_whitening_is_exact_at_large_offsets():
+    """An offset of 1e8 changes nothing, in one part or in three; equal values give exactly 0."""
+    x = tensor([float(v) for v in np.random.default_rng(1).integers(-4, 5, 40)])
+    wanted = losses.whiten(x, losses.moments(x))
+    far = x + 1e8
+    parts = sum(losses.moments(far[a:b]) for a, b in ((0, 1), (1, 25), (25, 40)))
+    for totals in (losses.moments(far), parts):
+        close(losses.whiten(far, totals), wanted.tolist(), near=1e-6)
+    equal = torch.full((7,), 0.1, dtype=torch.float64)
+    assert (losses.whiten(equal, losses.moments(equal)) == 0).all()
+    assert (losses.whiten(equal, sum(map(losses.moments, equal.split(3)))) == 0).all()
+
+
+@pytest.mark.parametrize("loss", losses.POLICY_LOSSES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("log_ratio", [99.0, 800.0, -99.0, -800.0])
+def test_extreme_ratios_have_finite_losses_and_slopes(
+    loss: str, dtype: torch.dtype, log_ratio: float
+):
+    """Where the clip removes the gradient it is 0 and not 0 · inf; advantages of 0 are harmless."""
+    old = torch.zeros(3, dtype=dtype)
+    new = torch.full((3,), log_ratio, dtype=dtype, requires_grad=True)
+    advantage = torch.tensor([2.0, 0.0, 1.0], dtype=dtype)
+    if log_ratio < 0:
+        advantage = -advantage
+    args = (old, advantage, torch.arange(3), torch.ones(3), loss)
+    values, metrics = losses.policy_gradient(new, *args)
+    (slope,) = torch.autograd.grad(values.sum(), new)
+    assert values.isfinite().all() and slope.isfinite().all()
+    assert all(value.isfinite().all() for value in metrics.values())
+    assert slope[1] == 0
+    if loss in ("grpo", "dapo", "gspo"):
+        assert (slope == 0).all()
+
+
+@pytest.mark.parametrize("kind", losses.KL_ESTIMATORS)
+@pytest.mark.parametrize("x", [99.0, -99.0])
+def test_extreme_log_ratios_have_finite_kl_estimates(kind: str, x: float):
+    """In fp32 as well, value and slope."""
+    logp = torch.tensor([x], requires_grad=True)
+    value = losses.kl_estimate(logp, torch.zeros(1), kind)
+    (slope,) = torch.autograd.grad(value.sum(), logp)
+    assert value.isfinite().all() and slope.isfinite().all()
+
+
+def test_the_bound_of_the_ratio_changes_no_ordinary_number():
+    """Below the bound it is exp to the bit; above it the slope is as large as the value."""
+    for dtype, limit in ((torch.float32, 79.0), (torch.float64, 638.0)):
+        x = torch.linspace(-limit, limit, 101, dtype=dtype)
+        assert (losses.safe_exp(x) == x.exp()).all()
+        far = torch.tensor([2 * limit], dtype=dtype, requires_grad=True)
+        value = losses.safe_exp(far)
+        (slope,) = torch.autograd.grad(value.sum(), far)
+        assert slope == value > torch.tensor(limit, dtype=dtype).exp() / 2

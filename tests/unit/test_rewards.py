@@ -239,3 +239,22 @@ def test_gsm8k_answers_are_recognised():
     assert all(reward(row["prompt"], row["response"], row) == 1.0 for row in rows)
     wrong = [reward(a["prompt"], b["response"], a) for a, b in zip(rows, rows[1:] + rows[:1])]
     assert 0 <= sum(wrong) < 15
+
+
+def test_a_function_gets_its_own_copies_and_every_space(tmp_path: Path, toy: Path):
+    """Popping a key or a message changes no sibling's reward and no caller's row."""
+    file = tmp_path / "pops.py"
+    file.write_text(
+        "def reward(prompt, response, row):\n"
+        "    prompt.append({'role': 'user', 'content': 'more'})\n"
+        "    row['list'].append(1)\n"
+        "    right = float(row.pop('answer', 'no') == 'yes')\n"
+        "    return right + 10 * len(prompt) + 100 * len(row['list']) + len(response)\n"
+    )
+    prompt = [{"role": "user", "content": "a"}]
+    row = {"prompt": prompt, "answer": "yes", "list": []}
+    reward = rewards.load_reward(f"{file}:reward", template_of(toy / "model"))
+    for _ in range(2):
+        got = reward([prompt] * 3, [" a ", "b", ""], [row] * 3, None).tolist()
+        assert got == [124.0, 122.0, 121.0]
+    assert row == {"prompt": [{"role": "user", "content": "a"}], "answer": "yes", "list": []}

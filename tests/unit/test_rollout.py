@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import dataset_of
+from nulls import NOTHING, metrics, null_flags, null_numbers
 from online import mark, sample_with_marks, with_marks
 
 import losses
@@ -89,13 +90,14 @@ def test_a_rollout_is_its_samples_side_by_side(toy: Path):
         start = data.tree_start[tree] + data.prompt_len[tree]
         start += data.response_len[4 * tree : i].sum()
         assert data.tokens[start : start + len(drawn.tokens)].tolist() == drawn.tokens
-        assert samples.texts[i] == template.tokenizer.decode(drawn.tokens).strip()
+        assert samples.texts[i] == template.tokenizer.decode(drawn.tokens)
         assert samples.rewards[i] == len(samples.texts[i]) - 0.5 * (not drawn.ended)
         (alone,) = generate(
             model, [prompts.ids[tree]], 12, stop_ids=template.stop_ids, n=1, seeds=[seeds[i]]
         )
         assert alone.tokens == drawn.tokens
         assert alone.ended == samples.ended[i]
+    assert any(text != text.strip() for text in samples.texts)  # spaces are part of a sample
     row = samples.metrics()
     assert row["reward"] == pytest.approx(samples.rewards.mean())
     assert row["completions/ended"] == samples.ended.mean()
@@ -384,7 +386,8 @@ def test_samples_of_a_server_are_its_tokens(form: str, toy: Path, engine, capsys
                 assert math.isnan(got.logps[0])
             elif form == "names" and sample.ended:  # the end token was left out: its log-prob too
                 assert got.tokens == [*sample.tokens[:-1], template.tokenizer.eos]
-                assert math.isnan(got.logps[0])
+                assert got.logps[:-1] == sample.policy_logps[:-1]
+                assert math.isnan(got.logps[-1])
             else:
                 assert got.tokens == sample.tokens
                 assert got.logps == sample.policy_logps
@@ -398,6 +401,7 @@ def test_samples_of_a_server_are_its_tokens(form: str, toy: Path, engine, capsys
     assert ("tokenised again" in capsys.readouterr().err) == (form == "text")
     (hot,) = client.sample(ids[:1], seeds[:1], 1, 0.7)
     assert math.isnan(hot.logps[0])  # an engine reports log-probs at temperature 1
+    assert math.isnan(hot.policy_logps[0]) == (form == "text")
 
 
 def test_a_failed_request_is_repeated_or_explained(toy: Path, engine, monkeypatch):
@@ -461,6 +465,95 @@ def test_training_through_a_server_pushes_its_weights(toy: Path, engine, tmp_pat
         train(train_reinforce, tmp_path / "none", **flags)
     with pytest.raises(OSError, match=r"--rollout-reload: .*false.* failed \(1\)"):
         train(train_reinforce, tmp_path / "false", **flags, rollout_reload="false {folder}")
-    # A command that succeeds without loading anything.
-    stale = train(train_reinforce, tmp_path / "stale", **flags, rollout_reload="true")
-    assert [row for row in stale if "loss" in row][-1]["sampler_gap"] > 1e-3
+
+
+# ---- a server that does not do what it says --------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_stale_wrong_and_less_precise_servers_are_told_apart(
+    dtype: str, toy: Path, engine, tmp_path: Path, train, capsys
+):
+    """The first two end the run with one line; another precision is noted, a good server is not."""
+    stand_in = engine()
+    request = f"import urllib.request as u; u.urlopen('{stand_in.url}/reload?{{folder}}')"
+    reload = f'{sys.executable} -c "{request}"'
+    flags = {
+        "model": toy / "model",
+        "data": toy / "world" / "sft.jsonl",
+        "batch_size": 4,
+        "group_size": 3,
+        "lr": 1e-2,
+        "max_new_tokens": 8,
+        "max_steps": 4,
+        "reward": "length:5",
+        "rollout_url": stand_in.url,
+        "dtype": dtype,
+    }
+    gap = {"fp32": 1e-5, "bf16": 0.05}[dtype]
+    for name, more in (("ref", {}), ("none", {"kl": 0.0})):
+        with pytest.raises(
+            ValueError, match="stale server: .*--rollout-reload 'true' did not load"
+        ):
+            train(train_reinforce, tmp_path / name, **flags, **more, rollout_reload="true")
+    stand_in.model.to(torch.bfloat16)
+    rows = train(train_reinforce, tmp_path / "bf16", **{**flags, "lr": 0.0}, rollout_reload="true")
+    assert all(1e-4 < row["sampler_gap"] < 0.1 for row in rows)
+    assert ("computes in another precision" in capsys.readouterr().out) == (dtype == "fp32")
+    stand_in.load(toy / "model")
+    rows = train(train_reinforce, tmp_path / "good", **flags, rollout_reload=reload)
+    assert all(row["sampler_gap"] < gap for row in rows)
+    if dtype == "fp32":
+        assert "another precision" not in capsys.readouterr().out
+    stand_in.load(toy / "model")
+    with torch.no_grad():
+        for weight in stand_in.model.parameters():
+            weight.mul_(1.5)
+    with pytest.raises(
+        ValueError, match="wrong server: sampler_gap is .*other weights than --model"
+    ):
+        train(train_reinforce, tmp_path / "wrong", **flags, rollout_reload="true")
+
+
+def test_a_withheld_end_token_is_the_reported_one(toy: Path):
+    """vLLM's and SGLang's report where it is an end, else the template's end of turn, else eos."""
+    _, template, config, _ = ready(toy)
+    client = object.__new__(Server)  # without a connection
+    client.template, client.config = template, config
+    client.url, client.warned = "http://none", True
+    ends, no_end = sorted(template.stop_ids), 5
+    other = next(i for i in ends if i != template.tokenizer.eos)
+    assert no_end not in template.stop_ids
+    bodies = ({"token_ids": [7, 8]}, {"logprobs": {"tokens": ["token_id:7", "token_id:8"]}})
+    for body in (*bodies, {"text": "so"}):
+        for report, wanted in (
+            ({"stop_reason": other}, other),
+            ({"matched_stop": other}, other),
+            ({"stop_reason": template.tokenizer.eos_token}, template.tokenizer.eos),
+            ({"stop_reason": no_end}, template.end),
+            ({"stop_reason": None}, template.end),
+            ({"stop_reason": True}, template.end),
+            ({}, template.end),
+        ):
+            sample = client._read({"finish_reason": "stop", **body, **report}, 1.0)
+            assert sample.ended and sample.tokens[-1] == wanted
+    assert template.end == template.tokenizer.eos  # of a plain template
+    template.end = other
+    assert client._read({"finish_reason": "stop", "token_ids": [7]}, 1.0).tokens == [7, other]
+    whole = client._read({"finish_reason": "stop", "token_ids": [7, other]}, 1.0)
+    assert whole.tokens == [7, other]
+    cut = client._read({"finish_reason": "length", "token_ids": [7, 8], "stop_reason": other}, 1.0)
+    assert cut.tokens == [7, 8] and not cut.ended
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32", "fp64"])
+def test_nothing_is_learned_from_nothing_through_a_server(
+    dtype: str, toy: Path, engine, tmp_path: Path, train
+):
+    """The null test of tests/nulls.py with an fp32 engine, whose numbers serve the gap alone."""
+    flags = null_flags(toy / "model", toy / "world" / "sft.jsonl", dtype=dtype, advantage="grpo")
+    flags |= {"rollout_url": engine().url, "rollout_reload": "true", "rollout_epochs": 2}
+    train(train_reinforce, tmp_path / "out", **flags)
+    assert null_numbers(tmp_path / "out", toy / "model") == NOTHING
+    gaps = [row["sampler_gap"] for row in metrics(tmp_path / "out")]
+    assert all(0 < gap < (0.1 if dtype == "bf16" else 1e-4) for gap in gaps)
