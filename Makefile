@@ -16,7 +16,7 @@ demo: $(VENV)/.run
 	$(BIN)/python demo.py $(if $(filter quick,$(DEMO)),--quick)
 
 quick: $(VENV)/.dev
-	$(BIN)/python -m pytest tests/unit -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -m "not slow"
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest

@@ -74,6 +74,7 @@ def test_greedy_equals_the_naive_loop_and_transformers(family: str, way: str, tm
         assert answer.tokens == out[0, len(prompt) :].tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS, indirect=True)
 @pytest.mark.parametrize("family", ["llama3", "mistral_window"])
 def test_samples_and_their_logps_do_not_depend_on_the_batch(family: str, way: str, tmp_path: Path):
@@ -192,6 +193,7 @@ def distribution(logits: np.ndarray, temperature: float, top_k: int, top_p: floa
     return kept / kept.sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("temperature", "top_k", "top_p"),
     [

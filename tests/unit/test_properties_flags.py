@@ -87,6 +87,7 @@ def values(hint) -> st.SearchStrategy:
     return kinds.get(hint, st.lists(text, min_size=1))
 
 
+@pytest.mark.slow
 @quick
 @given(st.sampled_from(CONFIGS), st.data())
 def test_written_configs_are_read_back(tmp_path: Path, cls: type, data):
