@@ -215,7 +215,7 @@ def answers_of(
     *before, last = cast(Messages, parsed.responses[0])
     if not before:
         raise ValueError("the conversation has nothing before the assistant's turn")
-    return before, [last["content"]]
+    return _ends_before_answer(before), [last["content"]]
 
 
 def prompt_of(row: dict[str, Any], plain: bool = False) -> str | Messages:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 import data.encode
 import data.trees
 from data.dataset import from_trees, load_dataset
-from data.formats import preference_row, sft_row
+from data.formats import answers_of, preference_row, sft_row
 from data.trees import make_batch
 
 BOS, EOS = 1, 2
@@ -677,6 +677,13 @@ def test_dead_worker(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="worker was killed"):
         load(tmp_path, rows, template=Deadly(), workers=2)
     assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_conversation_of_two_assistant_turns_has_no_prompt_to_score():
+    """The prompt of an answer never ends with an assistant's turn."""
+    said = [{"role": role, "content": "x"} for role in ("user", "assistant", "assistant")]
+    with pytest.raises(ValueError, match="must end with the turn to answer"):
+        answers_of({"messages": said})
 
 
 def child_processes() -> set[str]:
