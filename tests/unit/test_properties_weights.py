@@ -23,6 +23,8 @@ import checkpoint
 import hf
 from weights.folder import load_model, save_model, weight_files
 
+pytestmark = pytest.mark.slow  # together more than ten seconds
+
 OFFERS = [0, -1, 1, 2**31, 2**32, 2**53, 2**60, 2**63, 2**64 - 1, 2**64, 1.5, "3", None, [], {}]
 DTYPES = "BOOL U8 I8 F8_E5M2 F8_E4M3 I16 F16 BF16 I32 U32 F32 F64 I64 C64 F4 X".split()
 

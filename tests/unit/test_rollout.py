@@ -471,6 +471,7 @@ def test_training_through_a_server_pushes_its_weights(toy: Path, engine, tmp_pat
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.slow
 def test_stale_wrong_and_less_precise_servers_are_told_apart(
     dtype: str, toy: Path, engine, tmp_path: Path, train, capsys
 ):

@@ -15,6 +15,8 @@ import torch
 
 import losses
 
+pytestmark = pytest.mark.slow  # together more than ten seconds
+
 SYMBOLS, LENGTH, GROUP = 6, 2, 2
 BETA = 0.3
 RNG = np.random.default_rng(7)
