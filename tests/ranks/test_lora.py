@@ -1,7 +1,4 @@
-"""LoRA: trained exactly on every layout, free of a second model, at home in PEFT.
-
-Seeded one by one and seen to fail here: listed beside each test.
-"""
+"""LoRA: trained exactly on every layout, free of a second model, at home in PEFT."""
 
 from pathlib import Path
 
@@ -114,11 +111,7 @@ class PlainLora(PlainModel):
 
 
 def test_five_steps_equal_a_plain_loop_on_every_layout(tmp_path: Path):
-    """Float64, 1e-10: adapters, merged model and resumed runs; the base keeps its bits.
-
-    Fails when A of a column-parallel linear is not summed over tp, when B is not, when A is drawn
-    by slice, and when the merge forgets s.
-    """
+    """Float64, 1e-10: adapters, merged model and resumed runs; the base keeps its bits."""
     folder = new_folder(tmp_path / "base")
     [one] = launch(1, train, folder, tmp_path / "one", (1, 1, 1, 1, 1))
     assert all(".adapter." in name for name in one["trains"])
@@ -209,7 +202,7 @@ def test_no_gradient_work_for_frozen_weights(tmp_path: Path):
 def test_peft_loads_the_adapter_and_plumb_loads_peft_s(
     sizes: dict, rank_stabilised: bool, tmp_path: Path
 ):
-    """The same logits in fp32, both ways. Fails when s is α/r at the fused rank."""
+    """The same logits in fp32, both ways."""
     peft = pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")
     folder = new_folder(tmp_path / "base", sizes)
