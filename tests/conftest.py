@@ -148,13 +148,27 @@ def save_tiny_llama(folder: Path, tokenizer: Path, std: float) -> None:
     save_model(hf.new_model(flags), folder, flags.tokenizer)
 
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item, nextitem):
+    """Give every test the handlers of a foreground process: a script's main sets its own.
+
+    A suite that a shell starts in the background inherits an ignored SIGINT.
+    """
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return (yield)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 @pytest.fixture
 def train():
-    """Return a function that runs a script's main and returns its metrics.
-
-    It runs in this process; signal handlers are restored after the test.
-    """
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    """Return a function that runs a script's main in this process and returns its metrics."""
 
     def run(script, out: Path, **flags) -> list[dict]:
         words = []
@@ -166,9 +180,7 @@ def train():
         script.main(["--out", str(out), *words])
         return read_metrics(out)
 
-    yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return run
 
 
 def read_metrics(out: Path) -> list[dict]:

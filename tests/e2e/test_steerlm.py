@@ -2,7 +2,6 @@
 
 import json
 import math
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -78,9 +77,8 @@ def predictor(toy: Path, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def steered(toy: Path, tmp_path_factory) -> Path:
-    """Train a model on attribute lines for a few steps; signal handlers are restored."""
+    """Train a model on attribute lines for a few steps."""
     out = tmp_path_factory.mktemp("steered")
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     train_sft.main(
         words_of(
             out=out,
@@ -92,8 +90,6 @@ def steered(toy: Path, tmp_path_factory) -> Path:
             batch_size=6,
         )
     )
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
     return out / "final"
 
 
