@@ -61,6 +61,8 @@ class RunConfig:
     # of linears: q k v out gate up down
     lora_dropout: float = 0.0  # share of an adapter's inputs dropped in training; 0 to 0.1
     rslora: bool = False  # scale alpha / √rank, for ranks of 64 and more
+    base_dtype: Literal["none", "bf16", "fp8", "int8", "nf4"] = "none"  # of the frozen linears;
+    # none: --dtype. nf4 takes a quarter of bf16's memory, int8 and fp8 half
     adapter: str = ""  # folder of an adapter in PEFT's format to go on from
     merge: bool = True  # --no-merge writes OUT/adapter alone, without the merged OUT/final
 

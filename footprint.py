@@ -20,10 +20,11 @@ import torch
 
 import optimizer
 from kernels.logprob import GPU_CHUNK, GPU_KEEP_BYTES
+from layers import frozen_bytes
 from model import GPT, GPTConfig
-from optimizer import Kind, frozen_elements, plan_buckets
+from optimizer import Kind, plan_buckets
 from parallel import Mesh, split
-from weights.adapters import Lora, attach
+from weights.adapters import Lora, attach, quantize_linears
 
 # ---- a layout ------------------------------------------------------------------------------------
 
@@ -61,20 +62,27 @@ class Layout:
 
 @functools.cache
 def bucket_elements(
-    c: GPTConfig, tp: int, tp_rank: int, pp: int, stage: int, lora: Lora | None = None
+    c: GPTConfig,
+    tp: int,
+    tp_rank: int,
+    pp: int,
+    stage: int,
+    lora: Lora | None = None,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> tuple[list[tuple[Kind, int]], int]:
-    """Return kind and elements of every bucket of a rank, without padding; and frozen elements."""
+    """Return kind and elements of every bucket of a rank, without padding; and frozen bytes."""
     mesh = Mesh(stage * tp + tp_rank, pp=pp, tp=tp)
     with torch.device("meta"):
         model = GPT(c, mesh)
         if lora:
+            quantize_linears(model, lora.base_dtype)
             attach(model, lora)
     parameters = dict(model.named_parameters())
     sizes = [
         (kind, sum(parameters[name].numel() for name in names))
         for kind, names in plan_buckets(model, mesh)
     ]
-    return sizes, frozen_elements(model)
+    return sizes, frozen_bytes(model, dtype)
 
 
 def buckets(
@@ -175,7 +183,7 @@ def memory(
     kernels.
     """
     mesh, flat = layout.mesh(rank), buckets(c, layout, rank, lora)
-    _, frozen = bucket_elements(c, mesh.tp, mesh.tp_rank, mesh.pp, mesh.pp_rank, lora)
+    _, frozen = bucket_elements(c, mesh.tp, mesh.tp_rank, mesh.pp, mesh.pp_rank, lora, dtype)
     total = optimizer.memory(flat, frozen, layout.zero, dtype)._asdict()
     rows = -(-tokens // layout.cp)
     total["activations"] = _activations(c, mesh, tokens, micro_batches, dtype, checkpointing)
@@ -184,7 +192,7 @@ def memory(
         total["activations"] += max(4, dtype.itemsize) * (moving[0] + sum(moving[:2]))
     total["logits"] = 0
     if mesh.last_stage and not c.outputs:
-        total["logits"] = _logits(c, mesh, rows, -(-scored // layout.cp), dtype)
+        total["logits"] = _logits(c, mesh, rows, -(-scored // layout.cp), dtype, lora is None)
     return total
 
 
@@ -214,12 +222,15 @@ def _activations(
     return kept + backward + (block if checkpointing else 0)
 
 
-def _logits(c: GPTConfig, mesh: Mesh, rows: int, scored: int, dtype: torch.dtype) -> int:
-    """Estimate the bytes of the head: logits or chunks of them, its inputs, and dW."""
+def _logits(
+    c: GPTConfig, mesh: Mesh, rows: int, scored: int, dtype: torch.dtype, trains: bool
+) -> int:
+    """Estimate the bytes of the head: logits or chunks of them, its inputs, and dW if it trains."""
     size, exact = dtype.itemsize, max(4, dtype.itemsize)
     v = _share(c.vocab, mesh)
     logits = scored * v * exact
     if logits > GPU_KEEP_BYTES:
         logits = scored * min(GPU_CHUNK, v) * (exact + size)
     gathered = rows * c.width * size if mesh.tp > 1 else 0
-    return logits + gathered + scored * c.width * (2 * size + exact) + v * c.width * size
+    d_w = v * c.width * size if trains else 0
+    return logits + gathered + scored * c.width * (2 * size + exact) + d_w

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.logprob import linear_logprob, merge_partials
+from kernels.quantized import Format, Quantized, quantize, quantized_linear
 from kernels.rmsnorm import add_rms_norm, rms_norm
 from parallel import Group, Mesh, enter, exit, split
 
@@ -149,7 +150,7 @@ class Linear(Layer):
     """Y = X Wᵀ + b. Every tensor rank holds all of W.
 
     Whatever changes the product (an adapter, a quantised W) belongs in `matmul`: the collectives of
-    the subclasses go around it.
+    the subclasses go around it. A quantised W lies in `base`, and `weight` keeps its shape only.
     """
 
     def __init__(
@@ -164,6 +165,7 @@ class Linear(Layer):
         super().__init__(mesh)
         self.tp: Group = mesh.group("tp")
         self.adapter: Adapter | None = None
+        self.base: Quantized | None = None
         self.declare("weight", Weight((outputs, inputs), cut, start=start))
         if bias:
             rows = cut if cut and cut.dim == 0 else None
@@ -173,20 +175,49 @@ class Linear(Layer):
 
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return x W_iᵀ + bias for this rank's slice W_i, and what the adapter adds."""
-        y = F.linear(x, self.weight, bias)
+        if self.base is None:
+            y = F.linear(x, self.weight, bias)
+        else:
+            y = quantized_linear(x, self.base, bias)
         return y if self.adapter is None else y + self.adapter(x)
 
-    def merged_weight(self) -> Tensor:
-        """Return this rank's slice of W + s B A, the one matrix that does what both do."""
+    def quantize(self, whole: Tensor, format: Format) -> None:
+        """Hold W frozen in fewer bits: whole (outputs, inputs) is that of all tensor ranks.
+
+        It is rounded as a whole and then cut, so that every layout computes with the same numbers.
+        """
+        rounded = quantize(whole, format)
+        piece = self.declared["weight"].slice(self.mesh)
+        self.base = rounded.cut(*piece) if piece else rounded
+        self.weight = nn.Parameter(self.weight.to("meta"), requires_grad=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device if self.base is None else self.base.codes.device
+
+    def merged_weight(self, original: Tensor | None = None) -> Tensor:
+        """Return this rank's slice of W + s B A, the one matrix that does what both do.
+
+        original: W before it was quantised; the update goes on top of it.
+        """
+        weight = self.weight if original is None else original
         if self.adapter is None:
-            return self.weight
+            return weight.to(self.weight.dtype)
         a, b = self.adapter.a, self.adapter.b
         exact = torch.promote_types(a.dtype, torch.float32)
         update = self.adapter.scale * (b.to(exact) @ a.to(exact))
-        return (self.weight.to(exact) + update).to(self.weight.dtype)
+        return (weight.to(exact) + update).to(self.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.matmul(x, self.bias)
+
+
+def frozen_bytes(model: nn.Module, dtype: torch.dtype) -> int:
+    """Return the bytes of this rank's weights that do not train, unless quantised in dtype."""
+    quantised = [m.base for m in model.modules() if isinstance(m, Linear) and m.base is not None]
+    elements = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    elements -= sum(base.rows * base.columns for base in quantised)
+    return elements * dtype.itemsize + sum(base.nbytes for base in quantised)
 
 
 class Adapter(Layer):

@@ -158,7 +158,7 @@ class Attention(nn.Module):
 
         places: prompts of at most `longest` tokens that are kept once; 0 = rows hold their own.
         """
-        like = next(self.parameters())
+        like = torch.empty(0, dtype=self.out.weight.dtype, device=self.out.device)
         return KVCache(like, self.kv_heads, self.size, rows, length, places, longest)
 
 

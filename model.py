@@ -12,6 +12,7 @@ Letters: T tokens, M scored tokens, R responses, D width, F MLP width.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, Literal, overload
 
 import torch
@@ -95,6 +96,8 @@ class GPT(nn.Module):
     """
 
     hf_config: dict[str, Any]  # the raw config.json, set by whoever fills in the weights
+    # Reads this rank's slice of a weight from disk, as it was before it was quantised.
+    original: Callable[[str], Tensor] | None = None
 
     def __init__(self, c: GPTConfig, mesh: Mesh = ALONE):
         super().__init__()

@@ -328,19 +328,14 @@ def bucket_sizes(model: GPT, mesh: Mesh) -> list[tuple[int, int]]:
     return sizes
 
 
-def frozen_elements(model: GPT) -> int:
-    """Return the number of elements of a rank that no bucket holds."""
-    return sum(p.numel() for p in model.parameters() if not p.requires_grad)
-
-
 def memory(sizes: list[tuple[int, int]], frozen: int, zero: int, dtype: torch.dtype) -> Memory:
-    """Count the bytes of `bucket_sizes` and `frozen_elements` under a ZeRO stage."""
+    """Count the bytes of `bucket_sizes` under a ZeRO stage, and of `layers.frozen_bytes`."""
     exact = max(4, dtype.itemsize)
     padded = sum(n for n, _ in sizes)
     owned = sum(n // ranks for n, ranks in sizes)
     buffers = 2 if dtype.itemsize == exact else 3  # exact weights are their own master copy
     return Memory(
-        weights=(padded + frozen) * dtype.itemsize,
+        weights=padded * dtype.itemsize + frozen,
         gradients=(padded if zero == 1 else owned) * exact,
         optimizer=owned * exact * buffers,
     )

@@ -63,6 +63,8 @@ class Plan:
     efficiency: float = 0.5  # share of the GPU's peak FLOPs that is reached
     algorithm: Literal["sft", "rm", "dpo", "kto", "ppo"] = "dpo"  # ppo adds critic and reference
     lora: int = 0  # rank of adapters on all linears (training scripts' --lora); 0 = all weights
+    base_dtype: Literal["none", "bf16", "fp8", "int8", "nf4"] = "none"  # of the frozen linears,
+    # with --lora; none: bf16
     batch_size: int = 64  # examples an optimizer step
     max_length: int = 2048  # tokens of a prompt with one response
     example_tokens: int = 0  # mean of an example with all its responses; 0 = half of --max-length
@@ -114,7 +116,9 @@ def estimate(
     tokens = -(-per_step // count)  # of each
     rows = [[-(-tokens // layout.cp)] * layout.cp]
     scored = [[-(-(tokens // 2) // layout.cp)] * layout.cp]
-    lora = Lora(flags.lora, 2.0 * flags.lora) if flags.lora else None
+    lora = None
+    if flags.lora:
+        lora = Lora(flags.lora, 2.0 * flags.lora, base_dtype=flags.base_dtype)
     links = {kind: trained / rate for kind, rate in _link_rates(c, flags, layout).items()}
     peak = layout.tp * layout.cp * GPUS[flags.gpu].flops * flags.efficiency
     fullest: dict[str, int] = {}
@@ -128,8 +132,8 @@ def estimate(
         )
         for kind in ("weights", "gradients", "optimizer"):
             kinds[kind] *= trained
-        if flags.algorithm == "ppo":
-            kinds["weights"] += kinds["weights"] // 2  # the reference
+        if flags.algorithm == "ppo" and not lora:
+            kinds["weights"] += kinds["weights"] // 2  # the reference; with LoRA it is the base
         fullest = max(fullest, kinds, key=lambda kinds: sum(kinds.values()))
         busy = _flops(c, flags, layout, stage, tokens, checkpointing) * trained / peak
         moved = sent(c, layout, rank, rows, scored, checkpointing=checkpointing, lora=lora)
@@ -168,9 +172,12 @@ def _flops(
     # q k and p v: 2 * heads * head size * keys, and a token sees half of its example.
     attention = mean_tokens(flags) * c.heads * c.head_size
     blocks = layers_of(c, layout.mesh(layout.rank(stage)))
-    flops = blocks * (matmuls + attention) * (8 if checkpointing else 6) * tokens
+    # 2 FLOPs each forward, 2 for the gradient of the inputs, 2 for that of weights that train.
+    passes = 8 if checkpointing else 6
+    unneeded = 2 if flags.lora else 0
+    flops = blocks * (matmuls * (passes - unneeded) + attention * passes) * tokens
     if stage == layout.pp - 1:
-        flops += 6 * (c.outputs or c.vocab) * c.width * tokens // 2
+        flops += (6 - unneeded) * (c.outputs or c.vocab) * c.width * tokens // 2
     return flops
 
 
@@ -236,9 +243,17 @@ def table(c: GPTConfig, flags: Plan) -> str:
         "",
         f"{start} train_{flags.algorithm}.py --model {flags.model or 'DIR'} --data FILE "
         f"--out DIR --batch-size {flags.batch_size} --max-length {flags.max_length} "
-        f"{fitting[0].flags()}",
+        f"{adapter_flags(flags)}{fitting[0].flags()}",
     ]
     return "\n".join(lines)
+
+
+def adapter_flags(flags: Plan) -> str:
+    """Return the flags of adapters for a training script, with a space after them."""
+    if not flags.lora:
+        return ""
+    bits = "" if flags.base_dtype == "none" else f"--base-dtype {flags.base_dtype} "
+    return f"--lora {flags.lora} {bits}"
 
 
 def _aligned(rows: list[Row]) -> list[str]:
@@ -266,6 +281,10 @@ def sizes(flags: Plan) -> GPTConfig:
         raise ValueError(
             f"--gpus {flags.gpus} counts all nodes: it must be a multiple of --nodes {flags.nodes}"
         )
+    if flags.lora < 0:
+        raise ValueError(f"--lora {flags.lora} is a rank: at least 1, or 0 for all weights")
+    if flags.base_dtype != "none" and not flags.lora:
+        raise ValueError(f"--base-dtype {flags.base_dtype} is for frozen weights: add --lora 16")
     if not 0 < flags.efficiency <= 1:
         raise ValueError(
             f"--efficiency {flags.efficiency} is a share of the peak: above 0, at most 1"
@@ -301,12 +320,13 @@ def suggest(config: RunConfig, world: int, gib: float) -> str:
     Never raises: it is called while an error is being reported.
     """
     plain = "lower --max-tokens or add --checkpoint-activations"
-    shared = ("batch_size", "max_length", "max_tokens", "checkpoint_activations")
+    shared = ("batch_size", "max_length", "max_tokens", "checkpoint_activations", "lora")
     try:
         c = read_config(config.model)[0]
         dp = world // (config.tp * config.cp * config.pp)
         layout = Layout(config.tp, config.cp, config.pp, dp, config.zero)
-        flags = Plan(gpus=world, memory=gib, **{name: getattr(config, name) for name in shared})
+        own = {name: getattr(config, name) for name in shared}
+        flags = Plan(gpus=world, memory=gib, base_dtype=config.base_dtype, **own)
         now = estimate(c, flags, layout, config.max_tokens, config.checkpoint_activations)
         leaner = [row for row in plans(c, flags)[0] if row.total < 0.8 * now.total]
     except (ValueError, OSError):

@@ -97,7 +97,8 @@ def _cache_path(
     """Return the cache file of these weights, tokens, dtype and examples."""
     start = [folder] if folder else [config.model, config.adapter]
     weights_hash = policy.mesh.ask(lambda: " ".join(fingerprint(f) for f in start if f))
-    inputs = hashlib.sha256(f"{weights_hash} {dataset.key} {policy.dtype}".encode())
+    bits = "" if folder or config.base_dtype == "none" else f" {config.base_dtype}"
+    inputs = hashlib.sha256(f"{weights_hash} {dataset.key} {policy.dtype}{bits}".encode())
     ordered = np.sort(examples).astype(np.int64)
     key = hashlib.sha256(inputs.digest() + ordered.tobytes()).hexdigest()[:24]
     return cache_folder(config) / f"reference-{key}.safetensors"

@@ -38,6 +38,22 @@ def due(every: int, step: int) -> bool:
     return bool(every) and step % every == 0
 
 
+def in_units(n: int) -> str:
+    """Return a count for people: 640 -> "640", 12,345 -> "12.3k", 6,738,415,616 -> "6.74B"."""
+    for size, letter in ((10**9, "B"), (10**6, "M")):
+        if n >= size:
+            return f"{n / size:,.2f}{letter}"
+    return f"{n / 1000:,.1f}k" if n >= 10_000 else f"{n:,}"
+
+
+def in_bytes(n: int) -> str:
+    """Return bytes for people, in powers of 1024: 5,000,000 -> "4.8 MB"."""
+    for size, unit in ((2**30, "GB"), (2**20, "MB")):
+        if n >= size:
+            return f"{n / size:,.2f} GB" if unit == "GB" else f"{n / size:,.1f} MB"
+    return f"{n / 1024:,.1f} kB"
+
+
 def add(totals: dict[str, Tensor], values: dict[str, Tensor]) -> None:
     """Add the sum of each metric's values to running totals, without waiting for a GPU."""
     for name, value in values.items():

@@ -10,6 +10,7 @@ What happens from step to step is in training.py. Nothing here calls back into a
 
 import contextlib
 import ctypes
+import dataclasses
 import json
 import math
 import os
@@ -40,6 +41,7 @@ from optimizer import AdamW
 from parallel import Mesh, init_mesh
 from reporting import import_wandb
 from weights.adapters import (
+    BaseDtype,
     Lora,
     adapters_of,
     attach,
@@ -201,6 +203,11 @@ def validate(config: RunConfig) -> None:
         raise ValueError("--adapter goes on with an adapter and its rank: drop --lora")
     if not config.merge and not (config.lora or config.adapter):
         raise ValueError("--no-merge is for --lora or --adapter: drop it")
+    if config.base_dtype != "none" and not (config.lora or config.adapter):
+        raise ValueError(
+            f"--base-dtype {config.base_dtype} is for weights that stay frozen: "
+            "add --lora 16, or drop it"
+        )
     target_names(config.lora_targets)
     if config.samples and config.pp > 1:
         raise ValueError("--samples is not supported with --pp > 1: drop one of them")
@@ -296,7 +303,7 @@ def load_model(run: Run, folder: str = "", scores: tuple[str, ...] | None = None
     another kind of model, or a vocabulary smaller than the tokenizer's.
     """
     config = run.config
-    model = _load(run, folder or config.model, scores)
+    model = _load(run, folder or config.model, scores, config.base_dtype)
     if config.adapter and folder in ("", config.model):
         load_adapter(model, config.adapter)
     elif config.lora:
@@ -310,7 +317,8 @@ def load_reference(run: Run, policy: GPT, folder: str = "") -> GPT:
     With --lora that is the policy's own base without its adapters, which costs no memory.
     """
     if folder or not adapters_of(policy) or run.config.adapter:
-        model = _load(run, folder or run.config.model)
+        base_dtype: BaseDtype = "none" if folder else run.config.base_dtype
+        model = _load(run, folder or run.config.model, base_dtype=base_dtype)
         if run.config.adapter and not folder:
             load_adapter(model, run.config.adapter)
         return model.requires_grad_(False)
@@ -320,16 +328,20 @@ def load_reference(run: Run, policy: GPT, folder: str = "") -> GPT:
 def lora_of(config: RunConfig) -> Lora:
     """Return the size and place of adapters that the flags, or the folder of --adapter, say."""
     if config.adapter:
-        return read_adapter_config(config.adapter)[0]
+        lora = read_adapter_config(config.adapter)[0]
+        return dataclasses.replace(lora, base_dtype=config.base_dtype)
     alpha = config.lora_alpha or 2.0 * config.lora
     targets = target_names(config.lora_targets)
-    return Lora(config.lora, alpha, targets, config.lora_dropout, config.rslora)
+    dropout, dtype = config.lora_dropout, config.base_dtype
+    return Lora(config.lora, alpha, targets, dropout, config.rslora, dtype)
 
 
-def _load(run: Run, folder: str, scores: tuple[str, ...] | None = None) -> GPT:
+def _load(
+    run: Run, folder: str, scores: tuple[str, ...] | None = None, base_dtype: BaseDtype = "none"
+) -> GPT:
     """Load a Hugging Face folder in the run's dtype, layout and options."""
     config = run.config
-    model = weights.folder.load_model(folder, run.dtype, run.device, scores, run.mesh)
+    model = weights.folder.load_model(folder, run.dtype, run.device, scores, run.mesh, base_dtype)
     ids = run.template.tokenizer.size
     if ids > model.c.vocab:
         raise ValueError(

@@ -31,9 +31,10 @@ from checkpoint import State
 from config import RunConfig
 from data.dataset import Dataset
 from data.trees import TreeBatch, step_examples, steps_per_epoch, visited
+from layers import frozen_bytes
 from model import GPT, parameter_count
-from optimizer import AdamW, bucket_sizes, frozen_elements, memory
-from reporting import Log, Meter, due
+from optimizer import AdamW, bucket_sizes, memory
+from reporting import Log, Meter, due, in_bytes, in_units
 from runtime import Run
 from sampling.sampler import generate
 
@@ -93,14 +94,15 @@ def describe(model: GPT, lengths: np.ndarray, steps: Steps, config: RunConfig) -
 
     lengths: tokens of every example, (n,). The memory is that of weights, gradients and optimizer.
     """
-    sizes, frozen = bucket_sizes(model, model.mesh), frozen_elements(model)
-    used = memory(sizes, frozen, config.zero, model.dtype)
+    held = frozen_bytes(model, model.dtype)
+    used = memory(bucket_sizes(model, model.mesh), held, config.zero, model.dtype)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     tokens = lengths.mean() * min(config.batch_size, len(lengths))
     lines = [
-        f"{parameter_count(model.c) / 1e6:,.2f}M parameters"
-        + (f", {trained / 1e6:,.2f}M trained and {frozen / 1e6:,.2f}M frozen" if frozen else "")
-        + f"; weights, gradients and AdamW take {sum(used) / 2**30:.2f} GB"
+        f"{in_units(parameter_count(model.c))} parameters"
+        + (f", {in_units(trained)} trained and {in_units(frozen)} frozen" if frozen else "")
+        + f"; weights, gradients and AdamW take {in_bytes(sum(used))}"
         + (" on this rank" if model.mesh.world > 1 else ""),
         f"{steps.total} steps of {config.batch_size} examples, about {tokens:,.0f} tokens each, "
         f"in micro-batches of at most {config.max_tokens:,}",

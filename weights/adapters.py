@@ -14,6 +14,7 @@ import math
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -57,6 +58,8 @@ ONLY = {
     "eva_config": (None,),
 }
 
+BaseDtype = Literal["none", "bf16", "fp8", "int8", "nf4"]
+
 
 @dataclass(frozen=True)
 class Lora:
@@ -67,6 +70,7 @@ class Lora:
     targets: tuple[str, ...] = TARGETS["all"]  # names of linears: q, k, v, out, gate, up, down
     dropout: float = 0.0
     rank_stabilised: bool = False  # scale α/√r instead of α/r (rsLoRA, arXiv 2312.03732)
+    base_dtype: BaseDtype = "none"  # of the frozen linears; none: the model's
 
     @property
     def scale(self) -> float:
@@ -102,10 +106,10 @@ def attach(model: GPT, lora: Lora, seed: int = 0) -> GPT:
     adapted = 0
     for path, linear in model.named_modules():
         if isinstance(linear, Linear) and path.rpartition(".")[2] in lora.targets:
-            like = linear.weight
-            with torch.device(like.device):
-                linear.adapter = Adapter(linear, lora.rank, lora.scale, lora.dropout).to(like.dtype)
-            if not like.is_meta:
+            with torch.device(linear.device):
+                linear.adapter = Adapter(linear, lora.rank, lora.scale, lora.dropout)
+            linear.adapter.to(linear.weight.dtype)
+            if linear.device.type != "meta":
                 _draw(linear.adapter, f"{path}.adapter", seed)
             adapted += 1
     if not adapted:
@@ -125,6 +129,23 @@ def _draw(adapter: Adapter, name: str, seed: int) -> None:
     adapter.b.zero_()
 
 
+def frozen_linears(model: GPT) -> dict[str, Linear]:
+    """Return path -> linear of every linear on this rank's stage that adapters leave frozen."""
+    return {
+        path: linear
+        for path, linear in model.named_modules()
+        if isinstance(linear, Linear) and path != "score_head"
+    }
+
+
+def quantize_linears(model: GPT, base_dtype: BaseDtype) -> None:
+    """Set the sizes of quantised linears of a model on the meta device; "none" changes nothing."""
+    if base_dtype == "none":
+        return
+    for linear in frozen_linears(model).values():
+        linear.quantize(torch.empty(linear.declared["weight"].shape, device="meta"), base_dtype)
+
+
 def without_adapters(model: GPT) -> GPT:
     """Return a model over the same frozen tensors without adapters: the model before training.
 
@@ -137,7 +158,9 @@ def without_adapters(model: GPT) -> GPT:
         base = GPT(model.c, model.mesh)
     base.load_state_dict({n: p.data for n, p in tensors.items()}, assign=True)
     base.requires_grad_(False)
-    base.hf_config = model.hf_config
+    for path, linear in frozen_linears(model).items():
+        frozen_linears(base)[path].base = linear.base
+    base.hf_config, base.original = model.hf_config, model.original
     base.checkpoint_activations = model.checkpoint_activations
     return base
 
@@ -362,9 +385,8 @@ def _attach_tensors(
             f"{name}: A {tuple(a.shape)} and B {tuple(b.shape)} do not fit a linear of {inputs} "
             f"inputs and {outputs} outputs: does the adapter belong to another base?"
         )
-    like = linear.weight
-    with torch.device(like.device):
-        linear.adapter = Adapter(linear, a.shape[0], scale, dropout).to(like.dtype)
+    with torch.device(linear.device):
+        linear.adapter = Adapter(linear, a.shape[0], scale, dropout).to(linear.weight.dtype)
     for part, tensor in (("a", a), ("b", b)):
         if cut := linear.adapter.declared[part].slice(linear.mesh):
             tensor = tensor.narrow(cut[0], cut[1], cut[2] - cut[1])

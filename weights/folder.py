@@ -23,6 +23,7 @@ from data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from layers import Linear, gather_slices
 from model import ALONE, GPT
 from parallel import Mesh, split
+from weights.adapters import BaseDtype, frozen_linears
 from weights.config_json import model_config, read_config, score_names, with_scores
 from weights.files import DTYPES, fingerprint, open_weights, weight_files
 from weights.table import HEADS, Stored, fuse, part_of, weight_table
@@ -39,12 +40,15 @@ def load_model(
     device: torch.device | str = "cpu",
     scores: tuple[str, ...] | None = None,
     mesh: Mesh = ALONE,
+    base_dtype: BaseDtype = "none",
 ) -> GPT:
     """Read a Hugging Face folder into a model of the given dtype on the given device.
 
     scores: None loads a language model; () a reward model with the outputs it has; names a reward
     model with just these, whose score head starts at zero where the folder is a language model's
     (so that every first score is 0). The model keeps the raw config.json as `hf_config`.
+    base_dtype: format of kernels/quantized.py in which the linears are held, frozen; saving the
+    model reads them again from the folder.
     ValueError names a weight that is missing, unknown or of the wrong shape, or says that the
     folder holds another kind of model.
     """
@@ -63,6 +67,9 @@ def load_model(
     with torch.device("meta"):
         model = GPT(c, mesh)
     handles = {path: open_weights(path) for path in sorted(set(files.values()))}
+    quantised = {}
+    if base_dtype != "none":
+        quantised = {f"{path}.weight": linear for path, linear in frozen_linears(model).items()}
     tensors = {}
     for name, p in model.named_parameters():
         if name not in table:  # a fresh score head
@@ -75,13 +82,25 @@ def load_model(
                 f"{folder}: {stored.name} is {tuple(on_disk.get_shape())}, "
                 f"but config.json makes it {stored.shape}"
             )
+        if name in quantised and base_dtype != "none":
+            whole = _read_slice(on_disk, stored, c, ALONE)
+            quantised[name].quantize(whole.to(device), base_dtype)
+            tensors[name] = torch.empty(p.shape, dtype=dtype, device="meta")
+            continue
         tensor = _read_slice(on_disk, stored, c, mesh)
         tensors[name] = tensor.to(device=device, dtype=dtype, copy=True)
     model.load_state_dict(tensors, assign=True)
     declared = model.weights()
     for name, p in model.named_parameters():
-        p.requires_grad_(declared[name].trains)
+        p.requires_grad_(declared[name].trains and name not in quantised)
     model.hf_config = raw
+
+    def original(name: str) -> Tensor:
+        stored = table[name]
+        return _read_slice(handles[files[stored.name]].get_slice(stored.name), stored, c, mesh)
+
+    if quantised:
+        model.original = original
     return model
 
 
@@ -164,7 +183,11 @@ def _merged(model: GPT, name: str, p: Tensor) -> Tensor:
     """Return a parameter with what its linear's adapter adds to it."""
     path, _, last = name.rpartition(".")
     owner = model.get_submodule(path)
-    return owner.merged_weight() if isinstance(owner, Linear) and last == "weight" else p
+    if not isinstance(owner, Linear) or last != "weight":
+        return p
+    if owner.base is None:
+        return owner.merged_weight()
+    return owner.merged_weight(model.original(name).to(owner.device))
 
 
 def save_model(

@@ -98,3 +98,26 @@ def test_a_folder_with_only_an_adapter_says_what_to_do(toy: Path, tmp_path: Path
     out = train("sft", toy, tmp_path / "out", "--no-merge")
     with pytest.raises(FileNotFoundError, match="--adapter, or merge the two: hf.py merge"):
         load_model(out / "adapter", torch.float32)
+
+
+@pytest.mark.parametrize(("base_dtype", "bound"), [("int8", 0.002), ("nf4", 0.005)])
+def test_a_quantised_base_learns_as_the_whole_one(
+    base_dtype: str, bound: float, toy: Path, tmp_path: Path
+):
+    """DPO's loss follows that of the whole base: step by step no further away than `bound` nats,
+    a share of what eight steps learn. The folder that comes out is merged from whole weights."""
+    flags = "--batch-size 48 --epochs 8 --max-steps 8 --lr 5e-3 --warmup 0".split()
+    whole = read_metrics(train("dpo", toy, tmp_path / "whole", *flags))
+    out = train("dpo", toy, tmp_path / "fewer", *flags, "--base-dtype", base_dtype)
+    losses = [[row["loss"] for row in rows if "loss" in row] for rows in (whole, read_metrics(out))]
+    assert losses[0] != losses[1]
+    assert max(abs(a - b) for a, b in zip(*losses, strict=True)) < bound
+    assert losses[0][0] - losses[0][-1] > 5 * bound
+    hf.main(["merge", str(toy / "model"), str(out / "adapter"), "--out", str(tmp_path / "merged")])
+    merged, final = weights_in(tmp_path / "merged"), weights_in(out / "final")
+    assert all((merged[n].double() - final[n]).abs().max() < 1e-6 for n in final)
+
+
+def test_fewer_bits_want_a_frozen_base(toy: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match="--base-dtype nf4 is for weights that stay frozen"):
+        train("sft", toy, tmp_path / "out", "--lora", "0", "--base-dtype", "nf4")

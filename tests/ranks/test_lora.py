@@ -1,5 +1,6 @@
 """LoRA: trained exactly on every layout, free of a second model, at home in PEFT."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import footprint
 import hf
 from checkpoint import State
 from data.trees import make_batch, micro_batches
+from kernels.quantized import quantize
 from model import GPT
 from optimizer import AdamW
 from parallel import init_mesh
@@ -23,6 +25,7 @@ from pipeline import pipeline
 from weights.adapters import (
     Lora,
     attach,
+    frozen_linears,
     load_adapter,
     read_adapter_config,
     save_adapter,
@@ -55,7 +58,8 @@ def train(folder: Path, out: Path, layout: tuple, lora: Lora = RANK_3, first: in
     """Take AdamW steps `first` to 5 of SFT; save the start, a checkpoint, adapter and model."""
     _, tp, cp, pp, zero = layout
     mesh = init_mesh(tp, cp, pp, "cpu", 1.0)
-    model = attach(load_model(folder, torch.float64, mesh=mesh), lora, seed=7)
+    model = load_model(folder, torch.float64, mesh=mesh, base_dtype=lora.base_dtype)
+    attach(model, lora, seed=7)
     save_adapter(model, out / "start", str(folder), lora)
     optimizer = AdamW(model, (0.9, 0.95), 1e-8, 0.1, zero)
     if first:
@@ -82,7 +86,11 @@ def train(folder: Path, out: Path, layout: tuple, lora: Lora = RANK_3, first: in
 
 def real_bytes(model: GPT, optimizer: AdamW) -> tuple[int, int, int]:
     """Count the bytes that a rank really holds: weights, gradients, optimizer."""
-    weights = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
+    held = [p for p in model.parameters() if not p.requires_grad and not p.is_meta]
+    for linear in frozen_linears(model).values():
+        if linear.base:
+            held += [linear.base.codes, linear.base.scales, linear.base.units]
+    weights = sum(x.untyped_storage().nbytes() for x in held)
     weights += sum(b.weights.nbytes for b in optimizer.buckets)
     gradients = sum(b.grad.nbytes if b.keeps_grad else b.shard.nbytes for b in optimizer.buckets)
     moments = [optimizer.adam.state[b.master] for b in optimizer.buckets]
@@ -92,10 +100,12 @@ def real_bytes(model: GPT, optimizer: AdamW) -> tuple[int, int, int]:
 class PlainLora(PlainModel):
     """The slow model with y = W x + s B (A x) beside every linear that has an adapter."""
 
-    def __init__(self, folder: Path, adapter: Path, scale: float):
+    def __init__(self, folder: Path, adapter: Path, scale: float, base_dtype: str = "none"):
         super().__init__(folder, torch.float64)
-        for w in self.weights.values():
+        for name, w in self.weights.items():
             w.requires_grad_(False)
+            if base_dtype != "none" and w.dim() == 2 and "embed" not in name and "head" not in name:
+                self.weights[name] = quantize(w, base_dtype).dequantize(torch.float64)
         self.adapter = {
             name.removeprefix("base_model.model."): w.clone().requires_grad_()
             for name, w in load_file(adapter / "adapter_model.safetensors").items()
@@ -110,12 +120,9 @@ class PlainLora(PlainModel):
         return y + self.scale * (x @ a.T @ b.T)
 
 
-def test_five_steps_equal_a_plain_loop_on_every_layout(tmp_path: Path):
-    """Float64, 1e-10: adapters, merged model and resumed runs; the base keeps its bits."""
-    folder = new_folder(tmp_path / "base")
-    [one] = launch(1, train, folder, tmp_path / "one", (1, 1, 1, 1, 1))
-    assert all(".adapter." in name for name in one["trains"])
-    plain = PlainLora(folder, tmp_path / "one/start", 6.0 / 3)
+def plain_steps(folder: Path, start: Path, base_dtype: str = "none") -> PlainLora:
+    """Take the five steps of `train` in a plain loop."""
+    plain = PlainLora(folder, start, 6.0 / 3, base_dtype)
     parameters = list(plain.adapter.values())
     adam = torch.optim.AdamW(parameters, lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
     scored = sum(len(r) for _, responses in TREES for r in responses)
@@ -125,29 +132,74 @@ def test_five_steps_equal_a_plain_loop_on_every_layout(tmp_path: Path):
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         adam.step()
         adam.zero_grad()
+    return plain
+
+
+def check_outputs(folder: Path, out: Path, plain: PlainLora) -> None:
+    """Check OUT/adapter and OUT/final: the latter is the base as it is on disk with the update."""
+    trained = load_file(out / "adapter/adapter_model.safetensors")
+    assert len(trained) == len(plain.adapter) == 2 * 7 * 3
+    for name, tensor in trained.items():
+        wanted = plain.adapter[name.removeprefix("base_model.model.")]
+        assert (tensor - wanted).abs().max() < 1e-10, (out, name)
+    merged = weights_in(out / "final")
+    for name, w in weights_in(folder).items():
+        module = name.removesuffix(".weight")
+        if f"{module}.lora_A.weight" in plain.adapter:
+            a, b = (plain.adapter[f"{module}.lora_{part}.weight"] for part in "AB")
+            w = w + 2.0 * b @ a
+        assert (merged[name] - w).abs().max() < 1e-10, (out, name)
+
+
+def test_five_steps_equal_a_plain_loop_on_every_layout(tmp_path: Path):
+    """Float64, 1e-10: adapters, merged model and resumed runs; the base keeps its bits."""
+    folder = new_folder(tmp_path / "base")
+    [one] = launch(1, train, folder, tmp_path / "one", (1, 1, 1, 1, 1))
+    assert all(".adapter." in name for name in one["trains"])
+    plain = plain_steps(folder, tmp_path / "one/start")
     for label, layout in {"one": (1, 1, 1, 1, 1), **LAYOUTS}.items():
         out = tmp_path / label
         if label != "one":
             ranks = launch(layout[0], train, folder, out, layout)
             assert all(rank["planned"] == rank["real"] for rank in ranks), label
-        trained = load_file(out / "adapter/adapter_model.safetensors")
-        assert len(trained) == len(plain.adapter) == 2 * 7 * 3
-        for name, tensor in trained.items():
-            wanted = plain.adapter[name.removeprefix("base_model.model.")]
-            assert (tensor - wanted).abs().max() < 1e-10, (label, name)
-        merged = weights_in(out / "final")
-        for name, w in weights_in(folder).items():
-            module = name.removesuffix(".weight")
-            if f"{module}.lora_A.weight" in plain.adapter:
-                a, b = (plain.adapter[f"{module}.lora_{part}.weight"] for part in "AB")
-                w = w + 2.0 * b @ a
-            assert (merged[name] - w).abs().max() < 1e-10, (label, name)
+        check_outputs(folder, out, plain)
     for label, layout in LAYOUTS.items():  # from step 3 of one layout in another
         launch(layout[0], train, folder, tmp_path / "one", layout, RANK_3, 3)
         again = load_file(tmp_path / "one/adapter/adapter_model.safetensors")
         for name, tensor in again.items():
             wanted = plain.adapter[name.removeprefix("base_model.model.")]
             assert (tensor - wanted).abs().max() < 1e-10, (label, name)
+
+
+@pytest.mark.parametrize("base_dtype", ["nf4", "int8"])
+def test_a_base_in_fewer_bits_is_the_same_base_on_every_layout(base_dtype: str, tmp_path: Path):
+    """Float64, 1e-10, against a plain loop over the dequantised base; bytes are those planned; the
+    merged model stands on the weights before rounding. Columns are cut inside NF4's blocks."""
+    folder = new_folder(tmp_path / "base")
+    lora = dataclasses.replace(RANK_3, base_dtype=base_dtype)
+    for label in ("one", "dp2 zero 2", "tp2", "cp2", "tp2 pp2"):
+        layout = LAYOUTS.get(label, (1, 1, 1, 1, 1))
+        out = tmp_path / label
+        ranks = launch(layout[0], train, folder, out, layout, lora)
+        assert all(rank["planned"] == rank["real"] for rank in ranks), label
+        if label == "one":
+            plain = plain_steps(folder, out / "start", base_dtype)
+        check_outputs(folder, out, plain)
+
+
+def test_fused_weights_are_quantised_and_merged_in_their_parts(tmp_path: Path):
+    """GPT-NeoX's rows of q, k and v, each rounded to int8 by its own scale."""
+    folder = new_folder(tmp_path / "base", NEOX)
+    model = load_model(folder, torch.float64, base_dtype="int8")
+    whole = load_model(folder, torch.float64)
+    for path, linear in frozen_linears(model).items():
+        w = whole.get_submodule(path).weight.detach()
+        rounded = quantize(w, "int8").dequantize(torch.float64)
+        assert torch.equal(linear.base.dequantize(torch.float64), rounded), path
+        assert torch.equal(model.original(f"{path}.weight"), w), path
+    save_model(model, tmp_path / "again")
+    start = weights_in(folder)
+    assert all(torch.equal(w, start[name]) for name, w in weights_in(tmp_path / "again").items())
 
 
 def logps(model: GPT) -> Tensor:

@@ -21,9 +21,9 @@ import hf
 import mixers
 from checkpoint import State
 from data.trees import make_batch, micro_batches
-from layers import ColumnLinear, Cut, Linear, Weight
+from layers import ColumnLinear, Cut, Linear, Weight, frozen_bytes
 from model import GPT, declared_weights
-from optimizer import AdamW, bucket_sizes, frozen_elements, memory
+from optimizer import AdamW, bucket_sizes, memory
 from parallel import Mesh, init_mesh
 from pipeline import pipeline
 from weights.folder import load_model, save_model
@@ -107,7 +107,9 @@ def train(
         ),
         "trains": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "scale": [p.tolist() for name, p in model.named_parameters() if "head_scale" in name],
-        "bytes": memory(bucket_sizes(model, mesh), frozen_elements(model), zero, torch.float64),
+        "bytes": memory(
+            bucket_sizes(model, mesh), frozen_bytes(model, torch.float64), zero, torch.float64
+        ),
         "decayed": [name for b in optimizer.buckets if b.decays for name, _ in b.named],
     }
 

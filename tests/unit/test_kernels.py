@@ -2,7 +2,7 @@
 
     TRITON_INTERPRET=1 PLUMB_KERNELS=on python -m pytest tests/unit/test_kernels.py    one by one
 
-Attention has a file of its own, test_attention_kernels.py. The last test here starts both in a
+Attention and quantised weights have files of their own. The last test here starts all three in a
 process with the interpreter.
 """
 
@@ -246,10 +246,11 @@ def test_kernels_are_operators_that_torch_compile_takes():
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
 def test_the_laws_hold_in_the_interpreter():
-    """All laws of this file and of test_attention_kernels.py, in a process of their own."""
+    """All laws of the kernels, in a process of their own."""
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PLUMB_KERNELS": "on"}
-    files = [__file__, str(Path(__file__).with_name("test_attention_kernels.py"))]
+    here = Path(__file__).parent
+    files = [__file__, here / "test_attention_kernels.py", here / "test_quantized.py"]
     command = [sys.executable, "-m", "pytest", *files, "-x", "--tb=short", "-p", "no:cacheprovider"]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0 and " passed" in run.stdout, run.stdout[-6000:] + run.stderr[-2000:]

@@ -10,6 +10,7 @@ shared memory than there is.
 """
 
 import argparse
+import itertools
 import os
 import re
 import shutil
@@ -26,14 +27,14 @@ ROOT = Path(__file__).parents[2]
 SHARED_KB = {80: 163, 86: 99, 90: 227, 100: 227, 120: 99}  # limit of a block
 MATRIX = {80: "HMMA", 86: "HMMA", 90: "HGMMA", 100: r"UTC\w*MMA", 120: "HMMA"}
 # What a kernel's argument is, by its name. Strides and widths are multiples of 16 in real models.
-ALIGNED = set("q_t q_h k_t k_h v_t v_h x_t x_h D C".split())
+ALIGNED = set("q_t q_h k_t k_h v_t v_h x_t x_h D C rows columns code_stride".split())
 SIZES = set("T H G N D C".split())
 FLOATS = set("scale root eps inverse sign".split())
 POINTERS = {
     "*i32": set("KV_END ITEMS LISTS SLOTS".split()),
     "*i64": set("POSITION TARGET".split()),
     "*fp32": set("LSE DELTA PARTIAL SCALE COS SIN Z TOP SUM MIXED PICKED GRAD".split())
-    | set("ENTROPIES D_ENTROPY D_W".split()),
+    | set("ENTROPIES D_ENTROPY D_W UNITS".split()),
 }
 
 
@@ -60,7 +61,7 @@ def variants(arch: int, window: bool) -> Iterator[Variant]:
     """Yield every kernel that runs on an architecture, for bf16 models."""
     import torch
 
-    from kernels import attention, logprob, rmsnorm, rope, swiglu, tiles
+    from kernels import attention, logprob, quantized, rmsnorm, rope, swiglu, tiles
 
     for size in (64, 128):
         constants = {"GROUP": 4, "E": size, "EP": size, "PRECISION": "tf32"}
@@ -96,12 +97,25 @@ def variants(arch: int, window: bool) -> Iterator[Variant]:
     constants = {"BLOCK": swiglu.BLOCK}
     yield Variant("swiglu_forward", swiglu.forward_kernel, constants, 8, 3)
     yield Variant("swiglu_backward", swiglu.backward_kernel, constants, 8, 3)
+    for format, tokens in itertools.product(quantized.FORMATS, (16, 8192)):
+        constants = {"FORMAT": format, "PRECISION": "tf32", "LEVELS": quantized.NF4}
+        constants |= {"WIDTH": quantized.BLOCK, "GROUP": quantized.GROUP}
+        for backward in (False, True):
+            kernel = quantized.backward_kernel if backward else quantized.forward_kernel
+            m, n, warps, stages = quantized.tile_sizes(arch, tokens, torch.bfloat16, backward)
+            constants = {**constants, "M": m, "N": n}
+            name = f"quantized_{'backward' if backward else 'forward'} {format} {m}x{n}"
+            yield Variant(f"{name} {warps} warps {stages} stages", kernel, constants, warps, stages)
 
 
 def argument_type(name: str, constants: dict) -> str:
     """Return the Triton type of a kernel's argument; tensors of the model are bf16."""
     if name in constants:
         return "constexpr"
+    if name == "CODES":
+        return {"bf16": "*bf16", "int8": "*i8"}.get(constants["FORMAT"], "*u8")
+    if name == "SCALES":
+        return "*i8" if constants["FORMAT"] == "nf4" else "*fp32"
     if name.isupper() and name not in SIZES:
         return next((kind for kind, names in POINTERS.items() if name in names), "*bf16")
     return "fp32" if name in FLOATS else "i32"
@@ -182,7 +196,7 @@ def faults(name: str, row: dict, arch: int) -> list[str]:
         wrong.append("wgmma serialised (C7515)")
     if row["shared KB"] > SHARED_KB[arch]:
         wrong.append(f"{row['shared KB']:.0f} KB of shared memory, above {SHARED_KB[arch]}")
-    if re.match(r"attention_(forward|d_q|d_kv)", name) and not row["products"]:
+    if re.match(r"attention_(forward|d_q|d_kv)|quantized.* 128x", name) and not row["products"]:
         wrong.append(f"no {MATRIX[arch]}")
     if row["instructions"] < 50:
         wrong.append("nothing was compiled")
