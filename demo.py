@@ -6,8 +6,8 @@
 For every seed:
   - a toy world with its tokenizer, and a base model trained from scratch on right answers
   - SFT on the answers of careless writers
-  - from SFT: DPO on pairs, KTO on labelled answers, a reward model on the pairs; PPO and REINFORCE
-    against that reward model and against the true reward
+  - from SFT: DPO on pairs (also with LoRA), KTO on labelled answers, a reward model on the pairs; PPO and REINFORCE
+    against that reward model and against the true reward (REINFORCE also with LoRA)
   - from the base model: SteerLM on answers with attributes
 Then each model answers held-out prompts at temperature 0.7, and the answers are scored exactly.
 `kl` is the mean log-prob of a model's answers, minus that under SFT, in nats.
@@ -31,11 +31,13 @@ COLUMNS = ["good", "gold", "correct", "complete", "coherent", "polite", "rude", 
 TABLE = [
     "sft",
     "dpo",
+    "dpo lora",
     "kto",
     "ppo",
     "ppo truth",
     "reinforce",
     "reinforce truth",
+    "reinforce truth lora",
     "steerlm best",
     "steerlm worst",
 ]
@@ -120,6 +122,9 @@ def commands(home: Path, seed: int, quick: bool) -> dict[str, list[str]]:
         f"train_dpo.py --model {sft} {pairs} --eval-every 50 --out {home}/dpo --lr 3e-4 "
         f"--batch-size 16 --beta 0.1 --sft-weight 0.3 --warmup 0.05 {end}",
         *answer_and_score("dpo"),
+        f"train_dpo.py --model {sft} {pairs} --out {home}/dpo_lora --lora 32 --lr 3e-3 "
+        f"--batch-size 16 --beta 0.1 --sft-weight 0.3 --warmup 0.05 {end}",
+        *answer_and_score("dpo_lora"),
     ]
     stages["kto"] = [
         f"train_kto.py --model {sft} --data {world}/labels.jsonl --out {home}/kto --lr 3e-4 "
@@ -133,27 +138,31 @@ def commands(home: Path, seed: int, quick: bool) -> dict[str, list[str]]:
     ]
 
     online = (
-        f"--model {sft} --data {world}/sft.jsonl --lr 1e-3 --batch-size 16 --group-size 4 "
+        f"--model {sft} --data {world}/sft.jsonl --batch-size 16 --group-size 4 "
         "--no-eos-penalty 1 --max-new-tokens 48 --warmup 0.05"
     )
+    whole = "--lr 1e-3"
     model_reward = f"--reward {home}/rm/final"
     true_reward = "--reward data/toyworld.py:reward"
     twice = f"--ppo-epochs 2 --minibatches 2 --max-steps {15 if quick else 40}"
     stages["ppo"] = [
-        f"train_ppo.py {online} {model_reward} --out {home}/ppo --critic-lr 1e-3 --kl 0.4 "
+        f"train_ppo.py {online} {whole} {model_reward} --out {home}/ppo --critic-lr 1e-3 --kl 0.4 "
         f"{twice} {end}",
         *answer_and_score("ppo"),
-        f"train_ppo.py {online} {true_reward} --out {home}/ppo_truth --critic-lr 2e-3 --kl 0.06 "
+        f"train_ppo.py {online} {whole} {true_reward} --out {home}/ppo_truth --critic-lr 2e-3 --kl 0.06 "
         f"--critic-warmup 4 --clip-value 0 {twice} {end}",
         *answer_and_score("ppo_truth"),
     ]
     stages["reinforce"] = [
-        f"train_reinforce.py {online} {model_reward} --out {home}/reinforce --kl 0.4 "
+        f"train_reinforce.py {online} {whole} {model_reward} --out {home}/reinforce --kl 0.4 "
         f"--max-steps {20 if quick else 60} {end}",
         *answer_and_score("reinforce"),
-        f"train_reinforce.py {online} {true_reward} --out {home}/reinforce_truth --kl 0.06 "
-        f"--max-steps {30 if quick else 80} {end}",
+        f"train_reinforce.py {online} {whole} {true_reward} --out {home}/reinforce_truth "
+        f"--kl 0.06 --max-steps {30 if quick else 80} {end}",
         *answer_and_score("reinforce_truth"),
+        f"train_reinforce.py {online} --lora 32 --lr 6e-3 {true_reward} "
+        f"--out {home}/reinforce_truth_lora --kl 0.06 --max-steps {30 if quick else 80} {end}",
+        *answer_and_score("reinforce_truth_lora"),
     ]
     stages["steerlm"] = [
         f"train_sft.py --attributes --model {base} --data {world}/attributes.jsonl "
@@ -268,7 +277,7 @@ def mean_kl(home: Path, name: str) -> float | None:
 def report(results: dict[int, Scores], seconds: dict[Job, float]) -> str:
     """Return the table, means over the seeds, and the lines below it."""
     header = "".join(f"{column:>9}" for column in COLUMNS)
-    lines = [f"{'':<16}{header}{'seconds':>9}    good by seed, ± over prompts"]
+    lines = [f"{'':<21}{header}{'seconds':>9}    good by seed, ± over prompts"]
     for name in TABLE:
         stage = name.split()[0]
         stage_seconds = statistics.mean(seconds[seed, stage] for seed in results)
@@ -303,7 +312,7 @@ def _table_row(name: str, rows: list[dict], seconds: float) -> str:
         cells += f"{cell:>9}"
     each = "  ".join(f"{row['good']:.3f}" for row in rows)
     spread = statistics.mean((row["good"] * (1 - row["good"]) / row["rows"]) ** 0.5 for row in rows)
-    return f"{name:<16}{cells}{seconds:>9.0f}    {each}  ± {spread:.3f}"
+    return f"{name:<21}{cells}{seconds:>9.0f}    {each}  ± {spread:.3f}"
 
 
 def side_by_side(home: Path, n: int) -> str:
@@ -312,7 +321,7 @@ def side_by_side(home: Path, n: int) -> str:
     lines = []
     for i in range(n):
         lines.append(f"\n{rows['sft'][i]['prompt']}")
-        lines += [f"  {name + ':':<15}{rows[name][i]['response']}" for name in TABLE]
+        lines += [f"  {name + ':':<22}{rows[name][i]['response']}" for name in TABLE]
     return "\n".join(lines)
 
 

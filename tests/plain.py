@@ -22,9 +22,29 @@ class PlainModel:
         weights = load_file(folder / "model.safetensors")
         self.weights = {name: w.to(dtype).requires_grad_() for name, w in weights.items()}
         self.neox = self.config["model_type"] == "gpt_neox"
+        self.adapter: dict[str, Tensor] = {}  # LoRA: A and B under PEFT's names
+        self.adapter_scale = 0.0  # 0 switches the adapter off
+
+    def adapt(self, folder: Path, scale: float) -> None:
+        """Freeze all weights and train the adapter of a folder: y = W x + scale B (A x)."""
+        for w in self.weights.values():
+            w.requires_grad_(False)
+        for name, w in load_file(folder / "adapter_model.safetensors").items():
+            if ".lora_" in name:
+                self.adapter[name.removeprefix("base_model.model.")] = w.clone().requires_grad_()
+        self.adapter_scale = scale
+
+    def trained(self) -> list[Tensor]:
+        """Return the tensors that train."""
+        tensors = (*self.weights.values(), *self.adapter.values())
+        return [tensor for tensor in tensors if tensor.requires_grad]
 
     def linear(self, x: Tensor, name: str) -> Tensor:
-        return F.linear(x, self.weights[name + ".weight"], self.weights.get(name + ".bias"))
+        y = F.linear(x, self.weights[name + ".weight"], self.weights.get(name + ".bias"))
+        if not self.adapter_scale or f"{name}.lora_A.weight" not in self.adapter:
+            return y
+        a, b = (self.adapter[f"{name}.lora_{part}.weight"] for part in "AB")
+        return y + self.adapter_scale * (x @ a.T @ b.T)
 
     def norm(self, x: Tensor, name: str) -> Tensor:
         if self.neox:
@@ -109,7 +129,7 @@ class PlainTrainer:
     """AdamW with decay 0.1 on matrices, clipping at 1, warm-up over a quarter, cosine to 0."""
 
     def __init__(self, model: PlainModel, total: int, lr: float):
-        self.weights = list(model.weights.values())
+        self.weights = model.trained()
         groups = [
             {"params": [w for w in self.weights if w.dim() > 1], "weight_decay": 0.1},
             {"params": [w for w in self.weights if w.dim() <= 1], "weight_decay": 0.0},

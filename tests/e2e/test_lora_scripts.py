@@ -48,6 +48,8 @@ def test_a_script_trains_adapters_alone(name: str, toy: Path, tmp_path: Path):
     assert config["r"] == 4 and config["lora_alpha"] == 8.0
     rows = read_metrics(out)
     assert all(row["grad_norm"] > 0 for row in rows if "grad_norm" in row)
+    if name in ("ppo", "reinforce"):  # the reference is the base, not the policy of the moment
+        assert rows[0]["kl"] == 0 and rows[-1]["kl"] > 0
     if name == "dpo":
         first = next(row for row in rows if "loss" in row)
         assert first["loss"] == pytest.approx(torch.tensor(2.0).log().item(), abs=1e-6)

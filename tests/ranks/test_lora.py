@@ -97,33 +97,14 @@ def real_bytes(model: GPT, optimizer: AdamW) -> tuple[int, int, int]:
     return weights, gradients, sum(m["exp_avg"].nbytes + m["exp_avg_sq"].nbytes for m in moments)
 
 
-class PlainLora(PlainModel):
-    """The slow model with y = W x + s B (A x) beside every linear that has an adapter."""
-
-    def __init__(self, folder: Path, adapter: Path, scale: float, base_dtype: str = "none"):
-        super().__init__(folder, torch.float64)
-        for name, w in self.weights.items():
-            w.requires_grad_(False)
-            if base_dtype != "none" and w.dim() == 2 and "embed" not in name and "head" not in name:
-                self.weights[name] = quantize(w, base_dtype).dequantize(torch.float64)
-        self.adapter = {
-            name.removeprefix("base_model.model."): w.clone().requires_grad_()
-            for name, w in load_file(adapter / "adapter_model.safetensors").items()
-        }
-        self.scale = scale
-
-    def linear(self, x: Tensor, name: str) -> Tensor:
-        y = super().linear(x, name)
-        if f"{name}.lora_A.weight" not in self.adapter:
-            return y
-        a, b = (self.adapter[f"{name}.lora_{part}.weight"] for part in "AB")
-        return y + self.scale * (x @ a.T @ b.T)
-
-
-def plain_steps(folder: Path, start: Path, base_dtype: str = "none") -> PlainLora:
+def plain_steps(folder: Path, start: Path, base_dtype: str = "none") -> PlainModel:
     """Take the five steps of `train` in a plain loop."""
-    plain = PlainLora(folder, start, 6.0 / 3, base_dtype)
-    parameters = list(plain.adapter.values())
+    plain = PlainModel(folder, torch.float64)
+    plain.adapt(start, 6.0 / 3)
+    for name, w in plain.weights.items():
+        if base_dtype != "none" and "_proj." in name:
+            plain.weights[name] = quantize(w, base_dtype).dequantize(torch.float64)
+    parameters = plain.trained()
     adam = torch.optim.AdamW(parameters, lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
     scored = sum(len(r) for _, responses in TREES for r in responses)
     for _ in range(5):
@@ -135,7 +116,7 @@ def plain_steps(folder: Path, start: Path, base_dtype: str = "none") -> PlainLor
     return plain
 
 
-def check_outputs(folder: Path, out: Path, plain: PlainLora) -> None:
+def check_outputs(folder: Path, out: Path, plain: PlainModel) -> None:
     """Check OUT/adapter and OUT/final: the latter is the base as it is on disk with the update."""
     trained = load_file(out / "adapter/adapter_model.safetensors")
     assert len(trained) == len(plain.adapter) == 2 * 7 * 3

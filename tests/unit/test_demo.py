@@ -17,7 +17,7 @@ def test_every_training_command_parses(quick, tmp_path):
     """The flags of every train script exist and their values fit."""
     lines = [line for stage in demo.commands(tmp_path, 0, quick).values() for line in stage]
     training = [line.split() for line in lines if line.startswith("train_")]
-    assert len(training) == 10
+    assert len(training) == 12
     for script, *words in training:
         config = parse(importlib.import_module(script.removesuffix(".py")).Config, "", words)
         assert str(tmp_path) in config.out
