@@ -6,8 +6,8 @@
 For every seed:
   - a toy world with its tokenizer, and a base model trained from scratch on right answers
   - SFT on the answers of careless writers
-  - from SFT: DPO on pairs (also with LoRA), KTO on labelled answers, a reward model on the pairs; PPO and REINFORCE
-    against that reward model and against the true reward (REINFORCE also with LoRA)
+  - from SFT: DPO on pairs, KTO on labelled answers, a reward model on the pairs; PPO and REINFORCE
+    against that reward model and against the true reward; DPO and REINFORCE also with LoRA
   - from the base model: SteerLM on answers with attributes
 Then each model answers held-out prompts at temperature 0.7, and the answers are scored exactly.
 `kl` is the mean log-prob of a model's answers, minus that under SFT, in nats.
@@ -149,8 +149,8 @@ def commands(home: Path, seed: int, quick: bool) -> dict[str, list[str]]:
         f"train_ppo.py {online} {whole} {model_reward} --out {home}/ppo --critic-lr 1e-3 --kl 0.4 "
         f"{twice} {end}",
         *answer_and_score("ppo"),
-        f"train_ppo.py {online} {whole} {true_reward} --out {home}/ppo_truth --critic-lr 2e-3 --kl 0.06 "
-        f"--critic-warmup 4 --clip-value 0 {twice} {end}",
+        f"train_ppo.py {online} {whole} {true_reward} --out {home}/ppo_truth --critic-lr 2e-3 "
+        f"--kl 0.06 --critic-warmup 4 --clip-value 0 {twice} {end}",
         *answer_and_score("ppo_truth"),
     ]
     stages["reinforce"] = [

@@ -21,7 +21,7 @@ from config import parse
 from data.templates import Template
 from data.tokenizer import Tokenizer, load_tokenizer
 from model import GPT, parameter_count
-from weights.adapters import load_adapter
+from weights.adapters import adapter_scores, load_adapter
 from weights.config_json import ARCHITECTURES, model_config, read_config, score_names
 from weights.folder import DTYPES, load_model, save_model, weight_files
 
@@ -138,9 +138,9 @@ def describe(folder: str) -> str:
 def merge(base: str, adapter: str, out: str) -> None:
     """Write a folder in which an adapter is merged into its base, in the base's own dtype."""
     raw = read_config(base)[1]
-    names = score_names(raw)
+    names = () if score_names(raw) else adapter_scores(adapter) or None
     dtype = getattr(torch, raw.get("dtype") or raw.get("torch_dtype") or "float32")
-    model = load_model(base, dtype, scores=() if names else None)
+    model = load_model(base, dtype, scores=names)
     load_adapter(model, adapter)
     template = Template("auto", load_tokenizer(base))
     save_model(model, out, base, None if template.plain else template)

@@ -45,6 +45,7 @@ from weights.adapters import (
     Lora,
     adapters_of,
     attach,
+    check_base,
     load_adapter,
     read_adapter_config,
     save_adapter,
@@ -323,6 +324,21 @@ def load_reference(run: Run, policy: GPT, folder: str = "") -> GPT:
             load_adapter(model, run.config.adapter)
         return model.requires_grad_(False)
     return without_adapters(policy)
+
+
+def load_over(run: Run, policy: GPT, folder: str) -> GPT:
+    """Return a model with one score over the policy's frozen base, for --shared-base.
+
+    folder: the adapter, with its head, that it starts from; "" is a new one, whose head gives 0.
+    ValueError: the folder holds no adapter, or one of another base.
+    """
+    config = run.config
+    model = without_adapters(policy, ("value",))
+    if not folder:
+        return attach(model, lora_of(config), config.seed)
+    run.mesh.ask(lambda: check_base(folder, config.model))
+    load_adapter(model, folder)
+    return model
 
 
 def lora_of(config: RunConfig) -> Lora:

@@ -19,6 +19,7 @@ Letters: n prompts of a step, G samples each, R = n G responses, M scored tokens
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -57,6 +58,8 @@ class Config(RolloutConfig):
     minibatches: int = 1  # updates per pass, on equal parts of its prompts
     critic: str = ""  # folder the critic starts from; default: the reward model, else --model
     critic_lr: float = 1e-5  # peak learning rate of the critic; about 10 times --lr
+    shared_base: bool = False  # with --lora: policy, critic and reward model are adapters and
+    # heads on one base; --reward and --critic then are adapters trained on --model
     critic_warmup: int = 0  # steps that train only the critic; 4 to 20 for a new head
     ref: str = ""  # another Hugging Face folder as reference; default: --model as it was at step 0
     lr: float = 1e-6  # peak learning rate; 1e-6 for 7B models
@@ -142,11 +145,27 @@ def adapted_beta(beta: float, kl: float, config: Config) -> float:
     return beta * (1 + config.kl_gain * error)
 
 
+def load_critic(run: runtime.Run, model: GPT, config: Config) -> GPT:
+    """Return the critic: --critic, else the reward model, else the policy with a new head."""
+    folder = config.critic or (config.reward if Path(config.reward).is_dir() else "")
+    print(f"the critic starts from {folder or config.model}")
+    if config.shared_base:
+        return runtime.load_over(run, model, folder)
+    folder = folder or config.model
+    if not same_tokens(run.template.tokenizer, load_tokenizer(folder)):
+        raise ValueError(
+            f"--critic {folder} has another tokenizer than the policy: use a model of its family"
+        )
+    return runtime.load_model(run, folder, scores=("value",))
+
+
 def validate(config: Config) -> None:
     """Raise ValueError for flags that contradict each other or would have no effect."""
     rollout.validate(config)
     if config.ppo_epochs < 1 or config.minibatches < 1:
         raise ValueError("--ppo-epochs and --minibatches must be at least 1")
+    if config.shared_base and not (config.lora or config.adapter):
+        raise ValueError("--shared-base trains adapters on one frozen base: add --lora 16")
     if config.kl_target and not config.kl:
         raise ValueError("--kl-target adapts β, which --kl 0 keeps at 0: give an initial --kl")
 
@@ -161,21 +180,22 @@ def main(argv: list[str] | None = None) -> None:
     train = rollout.load(config.data, template, config)
     heldout = rollout.load(config.eval_data, template, config)
     rollout.check_fits(train, config)
-    reward = load_reward(
-        config.reward, template, config.template, run.dtype, run.device, config.max_tokens, mesh
-    )
     steps = training.plan_steps(config, len(train.ids))
 
     # ---- model and critic and reference --------------------------------------------------------
     model = runtime.load_model(run)
     print(training.describe(model, rollout.tree_limits(train, config), steps, config))
-    folder = config.critic or (config.reward if Path(config.reward).is_dir() else config.model)
-    if not same_tokens(template.tokenizer, load_tokenizer(folder)):
-        raise ValueError(
-            f"--critic {folder} has another tokenizer than the policy: use a model of its family"
-        )
-    critic = runtime.load_model(run, folder, scores=("value",))
-    print(f"the critic starts from {folder}")
+    reward = load_reward(
+        config.reward,
+        template,
+        config.template,
+        run.dtype,
+        run.device,
+        config.max_tokens,
+        mesh,
+        over=partial(runtime.load_over, run, model) if config.shared_base else None,
+    )
+    critic = load_critic(run, model, config)
     ref = None
     if config.kl or config.ref:  # the folder: a resumed run must not use its half-trained policy
         ref = runtime.load_reference(run, model, config.ref)

@@ -26,6 +26,7 @@ import torch
 from data.dataset import Dataset
 from data.templates import Template
 from data.tokenizer import Tokenizer, load_tokenizer
+from model import GPT
 from parallel import Mesh
 from sampling.scoring import load_scorer, score_trees
 
@@ -47,16 +48,20 @@ def load_reward(
     device: torch.device | str = "cpu",
     max_tokens: int = 8192,
     mesh: Mesh = Mesh(),  # noqa: B008 - a mesh of one never changes
+    over: Callable[[str], GPT] | None = None,
 ) -> Reward:
     """Return the reward that --reward names.
 
-    template: the policy's. Every rank that shares some examples calls the reward on them; only a
-    `leader`'s numbers count. ValueError or OSError: what is wrong with the name or the folder.
+    template: the policy's. over: loads the folder of an adapter over a base that is in memory.
+    Every rank that shares some examples calls the reward on them; only a `leader`'s numbers count.
+    ValueError or OSError: what is wrong with the name or the folder.
     """
     kind, _, argument = name.partition(":")
     if kind in RULES:
         rule = {"exact": exact, "regex": regex, "length": length}[kind]
         return _per_response(name, rule(argument), mesh)
+    if over and name and Path(name).is_dir():
+        return model_reward(over(name).requires_grad_(False), name, max_tokens, mesh)
     if name and Path(name).is_dir():
         return reward_model(name, template, template_name, dtype, device, max_tokens, mesh)
     file, colon, function = name.rpartition(":")
@@ -223,7 +228,11 @@ def reward_model(
         raise ValueError(
             f"the reward model {folder} scores {', '.join(names)}: a reward is one number"
         )
-    model.requires_grad_(False)
+    return model_reward(model.requires_grad_(False), folder, max_tokens, mesh)
+
+
+def model_reward(model: GPT, folder: str, max_tokens: int, mesh: Mesh) -> Reward:
+    """Return a reward model with one output as a reward. folder: its name in errors."""
 
     def reward(prompts: list, responses: list[str], rows: list[dict], trees: Dataset) -> np.ndarray:
         scores = score_trees(model, trees, max_tokens)

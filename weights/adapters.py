@@ -2,6 +2,7 @@
 
     attach(model, Lora(rank=16, alpha=32), seed)     only adapters (and a score head) train
     base = without_adapters(model)                   the start, over the same frozen tensors
+    critic = without_adapters(model, ("value",))     another head on the same frozen tensors
     save_adapter(model, "OUT/adapter", "base")       as peft and vLLM --enable-lora load it
     load_adapter(model, "OUT/adapter")               whoever trained it
 
@@ -11,6 +12,7 @@ the bit: a reference costs no memory.
 
 import json
 import math
+import re
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,8 @@ from torch import Tensor
 
 from layers import Adapter, Linear, gather_slices
 from model import GPT
+from weights.config_json import model_config, score_names, with_scores
+from weights.files import fingerprint, open_weights
 from weights.table import weight_table
 
 ATTENTION = ("q", "k", "v", "out")
@@ -41,6 +45,7 @@ KNOWN = {
     "dense_h_to_4h": "up",
     "dense_4h_to_h": "down",
 }
+SCORE = "base_model.model.score.weight"  # a score head, in adapter_model.safetensors
 # Options of PEFT that change the arithmetic, with the values that plumb computes.
 ONLY = {
     "use_dora": (False, None),
@@ -146,21 +151,32 @@ def quantize_linears(model: GPT, base_dtype: BaseDtype) -> None:
         linear.quantize(torch.empty(linear.declared["weight"].shape, device="meta"), base_dtype)
 
 
-def without_adapters(model: GPT) -> GPT:
+def without_adapters(model: GPT, scores: tuple[str, ...] = ()) -> GPT:
     """Return a model over the same frozen tensors without adapters: the model before training.
 
+    scores: outputs of a new score head, which gives 0, in place of the language model's head.
     ValueError: a weight of it trains, so it would move.
     """
     tensors = {n: p for n, p in model.named_parameters() if ".adapter." not in n}
     if moving := [n for n, p in tensors.items() if p.requires_grad and "score_head" not in n]:
         raise ValueError(f"{moving[0]} trains: the base of a shared model has to be frozen")
+    c, raw = model.c, model.hf_config
+    if scores:
+        raw = with_scores(raw, scores)
+        c = model_config(raw, c.family)
     with torch.device("meta"):
-        base = GPT(model.c, model.mesh)
-    base.load_state_dict({n: p.data for n, p in tensors.items()}, assign=True)
+        base = GPT(c, model.mesh)
+    held = {}
+    for name, p in base.named_parameters():
+        if name in tensors:
+            held[name] = tensors[name].data
+        else:  # the new score head
+            held[name] = torch.zeros(p.shape, dtype=model.dtype, device=model.device)
+    base.load_state_dict(held, assign=True)
     base.requires_grad_(False)
     for path, linear in frozen_linears(model).items():
         frozen_linears(base)[path].base = linear.base
-    base.hf_config, base.original = model.hf_config, model.original
+    base.hf_config, base.original = raw, model.original
     base.checkpoint_activations = model.checkpoint_activations
     return base
 
@@ -180,13 +196,16 @@ def adapters_of(model: GPT) -> dict[str, Linear]:
 def save_adapter(model: GPT, folder: str | Path, base: str, lora: Lora) -> None:
     """Write the adapters in PEFT's format, atomically. Every rank calls it; rank 0 writes.
 
-    base: folder that the adapter belongs to. GPT-NeoX's q, k and v are one tensor on disk, so their
+    base: folder that the adapter belongs to. lora: what most adapters are like; those of another
+    rank or scale are written as exceptions. GPT-NeoX's q, k and v are one tensor on disk, so their
     three adapters become one of three times the rank, which is the same product.
     """
     folder, mesh = Path(folder), model.mesh
     model.wait()
     here: dict[str, Tensor] = {}
+    scales = {}
     for path, linear in adapters_of(model).items():
+        scales[path] = linear.adapter.scale
         for part in ("a", "b"):
             here[f"{path}.{part}"] = _whole(linear.adapter, part, model)
     if "score_head.weight" in dict(model.named_parameters()):
@@ -194,6 +213,7 @@ def save_adapter(model: GPT, folder: str | Path, base: str, lora: Lora) -> None:
     if mesh.dp_rank or mesh.cp_rank or mesh.tp_rank:
         here = {}
     parts = mesh.everyone({name: tensor.numpy() for name, tensor in _exact(here).items()})
+    scales = {path: scale for part in mesh.everyone(scales) for path, scale in part.items()}
     dtype = model.dtype
     tensors = {
         name: torch.from_numpy(array).to(dtype) for part in parts for name, array in part.items()
@@ -202,8 +222,11 @@ def save_adapter(model: GPT, folder: str | Path, base: str, lora: Lora) -> None:
     def write() -> None:
         partial = folder.with_name(f".{folder.name}.partial")
         partial.mkdir(parents=True, exist_ok=True)
-        on_disk, settings = _to_peft(tensors, model, base, lora)
-        save_file(on_disk, partial / "adapter_model.safetensors", metadata={"format": "pt"})
+        on_disk, settings = _to_peft(tensors, scales, model, base, lora)
+        metadata = {"format": "pt"}
+        if model.c.outputs:  # PEFT's settings have no place for the names of scores
+            metadata["scores"] = json.dumps(score_names(model.hf_config))
+        save_file(on_disk, partial / "adapter_model.safetensors", metadata=metadata)
         text = json.dumps(settings, indent=2) + "\n"
         (partial / "adapter_config.json").write_text(text)
         if folder.exists():
@@ -230,24 +253,35 @@ def _whole(adapter: Adapter, part: str, model: GPT) -> Tensor:
 
 
 def _to_peft(
-    tensors: dict[str, Tensor], model: GPT, base: str, lora: Lora
+    tensors: dict[str, Tensor], scales: dict[str, float], model: GPT, base: str, lora: Lora
 ) -> tuple[dict[str, Tensor], dict]:
-    """Return the tensors under PEFT's names, and adapter_config.json."""
+    """Return the tensors under PEFT's names, and adapter_config.json.
+
+    scales: s of every adapter.
+    """
     table = weight_table(model.c)
     on_disk: dict[str, Tensor] = {}
-    modules: set[str] = set()
+    modules: dict[str, float] = {}  # module -> s
     fused: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
     for path in sorted({name.rpartition(".")[0] for name in tensors if name != "score_head"}):
         stored = table[f"{path}.weight"]
         module = stored.name.removesuffix(".weight")
         pair = (tensors[f"{path}.a"], tensors[f"{path}.b"])
-        modules.add(module.rpartition(".")[2])
+        modules[module] = scales[path]
         if stored.part:
             fused.setdefault(module, {})[stored.part] = pair
         else:
             _put(on_disk, module, *pair)
     for module, parts in fused.items():
         _put(on_disk, module, *_fuse(parts, model.c.head_size, model.c.heads))
+    ranks, alphas = {}, {}  # of modules that differ from most
+    for module, scale in modules.items():  # s = α/r, or α/√r
+        rank = len(on_disk[f"base_model.model.{module}.lora_A.weight"])
+        alpha = scale * (math.sqrt(rank) if lora.rank_stabilised else rank)
+        if rank != lora.rank:
+            ranks[module] = rank
+        if not math.isclose(alpha, lora.alpha):
+            alphas[module] = alpha
     settings = {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if model.c.outputs else "CAUSAL_LM",
@@ -261,19 +295,13 @@ def _to_peft(
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
-        "target_modules": sorted(modules),
+        "target_modules": sorted({module.rpartition(".")[2] for module in modules}),
         "modules_to_save": ["score"] if model.c.outputs else None,
-        "rank_pattern": {},
-        "alpha_pattern": {},
+        "rank_pattern": ranks,
+        "alpha_pattern": alphas,
     }
-    if fused:  # s = α/r, or α/√r, has to stay what it was at another rank
-        first = next(iter(fused.values()))
-        factor = len(first)
-        settings["rank_pattern"] = {"query_key_value": factor * lora.rank}
-        grown = math.sqrt(factor) if lora.rank_stabilised else factor
-        settings["alpha_pattern"] = {"query_key_value": grown * lora.alpha}
     if "score_head" in tensors:
-        on_disk["base_model.model.score.weight"] = tensors["score_head"]
+        on_disk[SCORE] = tensors["score_head"]
     return on_disk, settings
 
 
@@ -325,6 +353,35 @@ def read_adapter_config(folder: str | Path) -> tuple[Lora, dict]:
     return lora, raw
 
 
+def check_base(folder: str | Path, base: str | Path) -> None:
+    """Check that an adapter was trained on a base. ValueError: on another one; or it is a model."""
+    if not (Path(folder) / "adapter_config.json").is_file():
+        raise ValueError(
+            f"--shared-base: {folder} is no adapter: give the one that was trained on {base}, such "
+            "as rm/adapter of train_rm.py --lora"
+        )
+    own = read_adapter_config(folder)[1].get("base_model_name_or_path") or ""
+    if own == str(base):
+        return
+    if not Path(own).is_dir() or fingerprint(own) != fingerprint(base):
+        raise ValueError(
+            f"the adapter {folder} was trained on {own or 'an unnamed model'}, not on {base}: its "
+            "sums would mean nothing there"
+        )
+
+
+def adapter_scores(folder: str | Path) -> tuple[str, ...]:
+    """Return the names of the outputs of an adapter with a score head; () without one."""
+    with open_weights(Path(folder) / "adapter_model.safetensors") as file:
+        if SCORE not in file.keys():  # noqa: SIM118 - no dictionary
+            return ()
+        names = (file.metadata() or {}).get("scores")
+        outputs = file.get_slice(SCORE).get_shape()[0]
+    if names:
+        return tuple(json.loads(names))
+    return ("reward",) if outputs == 1 else tuple(f"LABEL_{i}" for i in range(outputs))
+
+
 def load_adapter(model: GPT, folder: str | Path) -> Lora:
     """Attach the adapter of a folder in PEFT's format, whoever trained it; return its size.
 
@@ -354,10 +411,10 @@ def load_adapter(model: GPT, folder: str | Path) -> Lora:
             b = rows[:, "qkv".index(stored.part)].reshape(-1, b.shape[1])
         scale = _scale_of(raw, lora, stored.name.removesuffix(".weight"), a.shape[0])
         _attach_tensors(linear, a, b, scale, lora.dropout, f"{folder}: {name}")
-    score = tensors.get("base_model.model.score.weight")
+    score = tensors.get(SCORE)
     if score is not None and hasattr(model, "score_head"):
         model.score_head.weight.data.copy_(score)
-        used.add("base_model.model.score.weight")
+        used.add(SCORE)
     if hasattr(model, "score_head"):
         model.score_head.weight.requires_grad_(True)
     if unknown := sorted(set(tensors) - used - _elsewhere(tensors, model)):
@@ -368,10 +425,10 @@ def load_adapter(model: GPT, folder: str | Path) -> Lora:
 
 
 def _scale_of(raw: dict, lora: Lora, module: str, rank: int) -> float:
-    """Return s of one module: PEFT's patterns overrule r and alpha."""
-    last = module.rpartition(".")[2]
-    pattern = raw.get("alpha_pattern") or {}
-    alpha = pattern.get(module, pattern.get(last, lora.alpha))
+    """Return s of one module: PEFT's patterns, the ends of module names, overrule alpha."""
+    patterns = raw.get("alpha_pattern") or {}
+    fitting = (a for key, a in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
+    alpha = next(fitting, lora.alpha)
     return alpha / (math.sqrt(rank) if lora.rank_stabilised else rank)
 
 
@@ -399,6 +456,4 @@ def _elsewhere(tensors: dict[str, Tensor], model: GPT) -> set[str]:
         return set()
     modules = {stored.name.removesuffix(".weight") for stored in weight_table(model.c).values()}
     prefix = len("base_model.model.")
-    return {name for name in tensors if name[prefix:].split(".lora_")[0] in modules} | {
-        "base_model.model.score.weight"
-    }
+    return {name for name in tensors if name[prefix:].split(".lora_")[0] in modules} | {SCORE}

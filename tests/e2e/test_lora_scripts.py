@@ -1,6 +1,7 @@
 """--lora in every script: only adapters and score heads train; the outputs load; runs resume."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import train_ppo
 import train_reinforce
 import train_rm
 import train_sft
+from weights.adapters import Lora, attach, frozen_linears, without_adapters
 from weights.folder import load_model
 
 SHORT = "--batch-size 8 --max-steps 3 --lr 1e-2 --max-tokens 600 --dtype fp64 --lora 4".split()
@@ -123,3 +125,91 @@ def test_a_quantised_base_learns_as_the_whole_one(
 def test_fewer_bits_want_a_frozen_base(toy: Path, tmp_path: Path):
     with pytest.raises(ValueError, match="--base-dtype nf4 is for weights that stay frozen"):
         train("sft", toy, tmp_path / "out", "--lora", "0", "--base-dtype", "nf4")
+
+
+# ---- one base for policy, critic and reward model ------------------------------------------------
+
+PPO = f"{' '.join(SHORT)} --max-new-tokens 8 --ppo-epochs 1 --kl 0.1 --device cpu".split()
+
+
+@pytest.fixture(scope="module")
+def scorer(toy: Path, tmp_path_factory) -> Path:
+    """Return the output of train_rm.py --lora, whose rank and scale are not the policy's."""
+    out = tmp_path_factory.mktemp("scorer")
+    return train("rm", toy, out, "--lora", "3", "--lora-alpha", "9")
+
+
+def ppo(toy: Path, scorer: Path, out: Path, *flags: str) -> list[dict]:
+    files = ["--model", str(toy / "model"), "--data", str(toy / "world/sft.jsonl")]
+    reward = ["--reward", str(scorer / "adapter"), "--shared-base"]
+    train_ppo.main([*files, *PPO, *reward, "--out", str(out), *flags])
+    return read_metrics(out)
+
+
+def test_one_base_does_what_three_models_do(toy: Path, scorer: Path, tmp_path: Path):
+    """Rewards, first values and the policy's first update are those with the merged reward model
+    as reward and critic; nothing of the base moves, and the critic keeps its own rank and scale."""
+    shared = ppo(toy, scorer, tmp_path / "shared", "--max-steps", "1")
+    merged = ["--no-shared-base", "--reward", str(scorer / "final"), "--max-steps", "1"]
+    apart = ppo(toy, scorer, tmp_path / "apart", *merged)
+    for name in ("reward", "value/mean", "value/explained_variance", "loss", "grad_norm", "kl"):
+        assert shared[0][name] == pytest.approx(apart[0][name], abs=1e-10), name
+    assert abs(shared[0]["value/mean"]) > 1e-4
+    one, other = (weights_in(tmp_path / name / "final") for name in ("shared", "apart"))
+    assert max((one[n] - other[n]).abs().max().item() for n in one) < 1e-10
+    critic = weights_in(tmp_path / "shared/critic_adapter")
+    start = weights_in(scorer / "adapter")
+    assert critic.keys() == start.keys() and "base_model.model.score.weight" in critic
+    assert all(critic[n].shape == start[n].shape for n in critic)
+    assert any(not torch.equal(critic[n], start[n]) for n in critic)
+    hf.main(
+        ["merge", str(toy / "model"), str(tmp_path / "shared/critic_adapter")]
+        + ["--out", str(tmp_path / "merged")]
+    )
+    by_hand, whole = weights_in(tmp_path / "merged"), weights_in(tmp_path / "shared/critic")
+    assert max((by_hand[n].double() - whole[n]).abs().max().item() for n in whole) < 1e-6
+
+
+@pytest.mark.parametrize("layout", ["--tp 2", "--pp 2", "--zero 2", "--base-dtype nf4 --tp 2"])
+def test_one_base_under_every_layout(layout: str, toy: Path, scorer: Path, tmp_path: Path):
+    """Three steps within 1e-10 of one process; stopped after two and resumed, the same bits."""
+    words = layout.split()
+    bits = words[:2] if "nf4" in layout else []
+    ppo(toy, scorer, tmp_path / "one", *bits, "--save-every", "2")
+    launch(2, ppo, toy, scorer, tmp_path / "ranks", *words)
+    for name in ("adapter", "critic_adapter"):
+        one, ranks = (weights_in(tmp_path / run / name) for run in ("one", "ranks"))
+        assert max((one[n] - ranks[n]).abs().max().item() for n in one) < 1e-10, name
+    if layout == "--tp 2":
+        resumed = ["--resume", str(tmp_path / "one/step_2")]
+        launch(1, ppo, toy, scorer, tmp_path / "again", *bits, *resumed)
+        for name in ("adapter", "critic_adapter"):
+            one, again = (weights_in(tmp_path / run / name) for run in ("one", "again"))
+            assert all(torch.equal(one[n], again[n]) for n in one), name
+
+
+def test_one_base_takes_no_memory_for_others(toy: Path):
+    """The tensors of critic and reward model are the policy's, quantised ones included."""
+    for base_dtype in ("none", "nf4"):
+        policy = load_model(toy / "model", torch.float32, base_dtype=base_dtype)
+        attach(policy, Lora(2, 4.0))
+        critic = attach(without_adapters(policy, ("value",)), Lora(2, 4.0))
+        held = {p.data_ptr() for p in policy.parameters() if not p.is_meta}
+        for name, p in critic.named_parameters():
+            own = ".adapter." in name or name == "score_head.weight"
+            assert p.is_meta or (p.data_ptr() not in held) == own, name
+        for path, linear in frozen_linears(policy).items():
+            assert frozen_linears(critic)[path].base is linear.base
+
+
+def test_a_shared_base_wants_adapters_of_it(toy: Path, scorer: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match="is no adapter: give the one that was trained on"):
+        ppo(toy, scorer, tmp_path / "a", "--reward", str(scorer / "final"))
+    config = json.loads((scorer / "adapter/adapter_config.json").read_text())
+    shutil.copytree(scorer / "adapter", tmp_path / "other")
+    config["base_model_name_or_path"] = str(scorer / "final")
+    (tmp_path / "other/adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="was trained on .*final, not on"):
+        ppo(toy, scorer, tmp_path / "b", "--reward", str(tmp_path / "other"))
+    with pytest.raises(ValueError, match="--shared-base trains adapters on one frozen base"):
+        ppo(toy, scorer, tmp_path / "c", "--lora", "0")

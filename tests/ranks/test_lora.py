@@ -261,8 +261,15 @@ def test_peft_loads_the_adapter_and_plumb_loads_peft_s(
         assert (again.logits(again(batch), torch.arange(len(ids))) - ours).abs().max() < 1e-5
 
     modules = ["query_key_value", "dense_h_to_4h"] if sizes is NEOX else ["q_proj", "down_proj"]
-    config = peft.LoraConfig(
-        r=2, lora_alpha=3, target_modules=modules, init_lora_weights=False, task_type="CAUSAL_LM"
+    config = peft.LoraConfig(  # modules of another rank and another scale than most
+        r=2,
+        lora_alpha=3,
+        target_modules=modules,
+        init_lora_weights=False,
+        task_type="CAUSAL_LM",
+        rank_pattern={modules[1]: 4},
+        alpha_pattern={rf"layers\.1\..*{modules[0]}": 7},
+        use_rslora=rank_stabilised,
     )
     fresh = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     trained = peft.get_peft_model(fresh, config).eval()
@@ -273,6 +280,12 @@ def test_peft_loads_the_adapter_and_plumb_loads_peft_s(
     with torch.no_grad():
         ours = here.logits(here(batch), torch.arange(len(ids)))
     assert (ours - wanted).abs().max() < 1e-5 * wanted.abs().max()
+
+    save_adapter(here, tmp_path / "again", str(folder), read_adapter_config(tmp_path / "theirs")[0])
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    back = peft.PeftModel.from_pretrained(base, tmp_path / "again").eval()
+    error = (back(torch.tensor([ids])).logits[0].detach() - wanted).abs().max()
+    assert error < 1e-5 * wanted.abs().max()
 
 
 def test_unsupported_options_are_refused_by_name(tmp_path: Path):
