@@ -21,9 +21,9 @@ from config import parse
 from data.templates import Template
 from data.tokenizer import Tokenizer, load_tokenizer
 from model import GPT, parameter_count
-from weights.adapters import adapter_scores, load_adapter
 from weights.config_json import ARCHITECTURES, model_config, read_config, score_names
 from weights.folder import DTYPES, load_model, save_model, weight_files
+from weights.peft import adapter_scores, load_adapter
 
 
 @dataclass

@@ -40,18 +40,8 @@ from model import GPT
 from optimizer import AdamW
 from parallel import Mesh, init_mesh
 from reporting import import_wandb
-from weights.adapters import (
-    BaseDtype,
-    Lora,
-    adapters_of,
-    attach,
-    check_base,
-    load_adapter,
-    read_adapter_config,
-    save_adapter,
-    target_names,
-    without_adapters,
-)
+from weights.adapters import BaseDtype, Lora, adapters_of, attach, target_names, without_adapters
+from weights.peft import check_base, load_adapter, read_adapter_config, save_adapter
 
 _config: RunConfig | None = None  # of this process, for advice when GPU memory runs out
 ECHO_SECONDS = 3.0  # a signal repeated within this time counts once

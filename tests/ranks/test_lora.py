@@ -22,17 +22,9 @@ from model import GPT
 from optimizer import AdamW
 from parallel import init_mesh
 from pipeline import pipeline
-from weights.adapters import (
-    Lora,
-    attach,
-    frozen_linears,
-    load_adapter,
-    read_adapter_config,
-    save_adapter,
-    target_names,
-    without_adapters,
-)
+from weights.adapters import Lora, attach, frozen_linears, target_names, without_adapters
 from weights.folder import load_model, save_model
+from weights.peft import load_adapter, read_adapter_config, save_adapter
 
 TREES = [([3, 4, 5], [[6, 7, 8], [9, 10]]), ([11, 12], [[13, 14, 15, 16]]), ([17], [[18, 19]])]
 LAYOUTS = {  # ranks, tp, cp, pp, zero

@@ -27,8 +27,9 @@ import train_rm
 from data.rows import read_rows
 from parallel import Mesh
 from sampling import updates
-from weights.adapters import Lora, attach, save_adapter
+from weights.adapters import Lora, attach
 from weights.folder import load_model, save_model
+from weights.peft import save_adapter
 
 LAYOUTS = ["", "dp2", "dp2 zero2", "tp2", "cp2", "pp2", "tp2 pp2"]
 SIZES = {"width": 24, "layers": 3, "heads": 6, "kv_heads": 3, "ffn": 37, "std": 0.3}
