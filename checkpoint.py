@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+import lock
 from layers import Weight
 from optimizer import AdamW
 from parallel import Mesh
@@ -63,6 +64,7 @@ def save(out: str | Path, state: State, optimizer: AdamW | tuple[AdamW, ...], ke
     final, partial = out / f"step_{state.step}", out / f".step_{state.step}.partial"
 
     def begin() -> None:
+        lock.check()
         for path in out.glob(".step_*.partial"):  # of this or of a killed run
             shutil.rmtree(path, ignore_errors=True)
         partial.mkdir(parents=True)

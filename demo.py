@@ -25,6 +25,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from disk import lines_of, write_text
+
 ROOT = Path(__file__).parent
 COLUMNS = ["good", "gold", "correct", "complete", "coherent", "polite", "rude", "words", "kl"]
 # Rows of the table; each has a file of answers.
@@ -74,7 +76,7 @@ def file_name(name: str) -> str:
 
 def read_json_lines(file: Path) -> list[dict]:
     """Return the rows of a JSONL file."""
-    return [json.loads(line) for line in file.read_text().splitlines()]
+    return [json.loads(line) for line in lines_of(file.read_text(encoding="utf-8"))]
 
 
 # ---- the commands
@@ -355,7 +357,7 @@ def main() -> None:
     print(side_by_side(home, 3))
 
     table = {seed: {name: scores[name] for name in TABLE} for seed, scores in results.items()}
-    (out / "scores.json").write_text(json.dumps(table, indent=1))
+    write_text(out / "scores.json", json.dumps(table, indent=1))
     runs = " ".join(f"{home}/{name}" for name in PLOTTED)
     done = python(f"plot.py {runs} --keys {KEYS} --scores {out}/scores.json --out {out}/curves.png")
     if done.returncode:

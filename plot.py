@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from disk import lines_of
+
 KEYS = (
     "loss",
     "rewards/margins",
@@ -57,7 +59,7 @@ def read_run(path: str | Path) -> Series:
         )
     values: dict[str, dict[float, float]] = {}
     broken = 0
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in lines_of(file.read_text(encoding="utf-8", errors="replace")):
         try:
             row = json.loads(line)
             step = float(row["step"])

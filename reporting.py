@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from config import RunConfig
 from data.trees import TreeBatch
+from disk import drop_rows_after
 from model import GPTConfig
 from parallel import Mesh
 
@@ -114,8 +115,8 @@ class Log:
     def __init__(self, config: RunConfig, first_step: int, total: int, mesh: Mesh):
         self.path = Path(config.out) / "metrics.jsonl" if mesh.main else Path(os.devnull)
         if mesh.main:
-            self._drop_after(first_step)
-        self.file = open(self.path, "a")  # noqa: SIM115 - closed in close()
+            drop_rows_after(self.path, first_step)
+        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
         self.first, self.total, self.started = first_step, total, time.monotonic()
         hidden = None if mesh.main else True
         self.bar = tqdm(
@@ -126,22 +127,6 @@ class Log:
             self.wandb = import_wandb().init(
                 project=config.wandb, name=Path(config.out).name, config=vars(config)
             )
-
-    def _drop_after(self, step: int) -> None:
-        """Drop rows of steps that a resumed run repeats, and a last row that is half written."""
-        if not self.path.exists():
-            return
-        kept = []
-        for line in self.path.read_text().splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if row.get("step", 0) <= step:
-                kept.append(line + "\n")
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(kept))
-        partial.replace(self.path)
 
     def row(self, row: dict[str, Any]) -> None:
         """Append a row to metrics.jsonl and flush it; a number that is not finite becomes null."""

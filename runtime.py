@@ -28,6 +28,7 @@ import numpy as np
 import torch
 
 import checkpoint
+import lock
 import parallel
 import plan
 import weights.folder
@@ -36,6 +37,7 @@ from data.dataset import Dataset, load_dataset
 from data.templates import Template
 from data.tokenizer import load_tokenizer
 from data.trees import check_longest
+from disk import write_text
 from model import GPT
 from optimizer import AdamW
 from parallel import Mesh, init_mesh
@@ -75,6 +77,7 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
         parallel.close()
+        lock.release()
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("PLUMB_TRACEBACK"):
             raise
@@ -94,6 +97,7 @@ def run(main: Callable[[], None]) -> None:
 def _exit(reason: str, ask_others: bool = False) -> None:
     """End the process with one line that says what went wrong, here or on another rank."""
     mesh = parallel.here()
+    lock.release()
     if mesh.world == 1:
         sys.exit(f"error: {reason}")
     others = parallel.last_words(mesh, reason, patience=PATIENCE if ask_others else 0.0)
@@ -220,20 +224,21 @@ def _make_out(config: RunConfig, mesh: Mesh) -> None:
 def _write_out(config: RunConfig) -> str:
     """Make OUT and its config.json; return the name of a new file in it for others to look for."""
     out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    lock.take(out)
     if not config.resume and (out / "metrics.jsonl").exists():
         raise ValueError(
             f"{out} already holds a run: continue it with --resume auto, or choose another --out"
         )
     if config.wandb:
         import_wandb()
-    out.mkdir(parents=True, exist_ok=True)
     if config.resume and (out / "config.json").exists():
         before = json.loads((out / "config.json").read_text())
         for name, value in json.loads(to_json(config)).items():
             if name not in ("resume", "config") and name in before and before[name] != value:
                 flag = name.replace("_", "-")
                 print(f"warning: resuming with another --{flag}: {value}, it was {before[name]}")
-    (out / "config.json").write_text(to_json(config))
+    write_text(out / "config.json", to_json(config))
     marker = out / f".mark-{os.getpid()}-{time.time_ns()}"
     marker.touch()
     return marker.name
@@ -375,6 +380,7 @@ def save_model(run: Run, model: GPT, name: str) -> Path:
     """
     config = run.config
     folder = Path(config.out) / name
+    run.mesh.ask(lock.check)
     if config.lora or config.adapter:
         adapter = folder.with_name("adapter" if name == "final" else f"{name}_adapter")
         save_adapter(model, adapter, config.model, lora_of(config))

@@ -16,6 +16,7 @@ from typing import NamedTuple, Protocol
 
 from data.formats import ATTRIBUTES, Messages, attribute_row, known_attributes
 from data.rows import read_rows, write_rows
+from disk import write_text
 from parallel import Mesh
 
 TEMPLATE = "{prompt}<extra_id_2>{attributes}\n"
@@ -241,7 +242,7 @@ def save(folder: Path, files: Conditioned, mesh: Mesh) -> None:
     """Write attributes.json into a model's folder; nothing if it was trained without attributes."""
     if files.names and mesh.main:
         content = {"template": files.template, "attributes": files.names}
-        (folder / FILE).write_text(json.dumps(content, indent=2) + "\n")
+        write_text(folder / FILE, json.dumps(content, indent=2) + "\n")
 
 
 def load(folder: str | Path) -> tuple[str, tuple[str, ...]] | None:

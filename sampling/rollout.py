@@ -28,6 +28,7 @@ import numpy as np
 from config import RolloutConfig
 from data.dataset import Dataset, Prompts, from_trees, load_prompts
 from data.templates import Template
+from disk import drop_rows_after
 from model import GPT
 from parallel import Mesh
 from sampling.rewards import Reward, leader
@@ -337,7 +338,9 @@ def log_samples(samples: Rollout, step: int, config: RolloutConfig, mesh: Mesh) 
     if not mesh.main or not every or (step != 1 and step % every):
         return
     group = len(samples.samples) // len(samples.prompts.ids)
-    with open(Path(config.out) / "samples.jsonl", "a", encoding="utf-8") as file:
+    path = Path(config.out) / "samples.jsonl"
+    # A JSON escape can hold half of a surrogate pair, UTF-8 cannot.
+    with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
         for i in range(min(len(samples.samples), LOGGED_PROMPTS * group)):
             row = {
                 "step": step,
@@ -350,13 +353,9 @@ def log_samples(samples: Rollout, step: int, config: RolloutConfig, mesh: Mesh) 
 
 
 def drop_samples_after(step: int, config: RolloutConfig, mesh: Mesh) -> None:
-    """Drop logged samples of later steps, which a resumed run repeats, and a half-written row."""
-    path = Path(config.out) / "samples.jsonl"
-    if not mesh.main or not path.exists():
-        return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    path.write_text("".join(kept), encoding="utf-8")
+    """Drop logged samples of later steps, which a resumed run repeats."""
+    if mesh.main:
+        drop_rows_after(Path(config.out) / "samples.jsonl", step)
 
 
 def print_samples(samples: Rollout, n: int, say: Callable[[str], Any]) -> None:

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 # A module imports from its own row and from the rows above it, and imports make no circle.
 LIBRARIES = [
-    ["config", "losses", "architecture", "layout", "kernels.*"],
+    ["config", "losses", "architecture", "layout", "disk", "lock", "kernels.*"],
     ["parallel", "data.*"],
     ["layers", "mixers", "model"],
     ["optimizer", "pipeline"],

@@ -1,0 +1,71 @@
+"""Files that a run rewrites: whole before and whole after, whenever it is killed.
+
+Logs are JSON objects, one a line, and a line ends at "\\n" only: texts may hold U+2028 and other
+characters that str.splitlines takes for line ends.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a file under another name, flush it to the disk and rename it to `path`."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def lines_of(text: str) -> list[str]:
+    """Return the lines of a text without their ends, split at "\\n" only.
+
+    "a\\u2028b\\nc\\n" -> ["a\\u2028b", "c"]
+    """
+    lines = text.split("\n")
+    return lines if lines[-1] else lines[:-1]
+
+
+def drop_rows_after(path: str | Path, step: int, log: Callable[[str], Any] = print) -> None:
+    """Drop the rows of a log whose "step" is later, which a resumed run repeats.
+
+    A last row without a line end is what a kill leaves: it is dropped without a word. Any other row
+    that cannot be read is dropped with a warning, and the file as it was is kept beside the log.
+    """
+    path = Path(path)
+    if not path.exists():
+        return
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        log(f"warning: {path} cannot be read ({error.strerror}): it may hold steps twice")
+        return
+    lines = content.split(b"\n")[:-1]  # whole ones
+    steps = [_step_of(line) for line in lines]
+    kept = [line for line, at in zip(lines, steps) if at is not None and at <= step]
+    unreadable = [number for number, at in enumerate(steps, 1) if at is None]
+    if unreadable:
+        copy = path.with_name(f"{path.name}.damaged")
+        shutil.copyfile(path, copy)
+        log(
+            f"warning: {path} has {len(unreadable)} unreadable row(s), the first at line "
+            f"{unreadable[0]}: dropped, the whole file is in {copy.name}"
+        )
+    write_text(path, b"".join(line + b"\n" for line in kept).decode())
+
+
+def _step_of(line: bytes) -> float | None:
+    """Return the step of a row, 0 if it has none; None if the line is no JSON object."""
+    try:
+        return float(json.loads(line.decode()).get("step", 0))
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return None
