@@ -142,7 +142,7 @@ time.sleep(30)
 
 
 def test_a_holder_on_another_machine_is_recognised_by_its_signs_of_life(tmp_path: Path, holders):
-    """Where record locks do not reach: refused while the number changes, taken once it stops."""
+    """Without common record locks: refused while the number changes, taken once it stops."""
     far = holders(tmp_path, "far")
     assert far.holds()
     near = holders(tmp_path, "near")
@@ -168,7 +168,7 @@ def test_a_folder_that_another_machine_let_go_is_free_at_once(tmp_path: Path, ho
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[]", b'{"pid": 1}'])
 def test_a_damaged_lock_file_is_watched_and_then_taken(content: bytes, tmp_path: Path, holders):
-    """What cannot be read may be another machine's: it is given time, and stops nobody for good."""
+    """Unreadable content may be another machine's: it is given time, and stops nobody for good."""
     (tmp_path / "lock.json").write_bytes(content)
     assert holders(tmp_path).holds()
 
