@@ -199,18 +199,14 @@ def test_a_sentencepiece_tokenizer_keeps_its_ids(toy: Path, tmp_path: Path):
     source = load_tokenizer(toy / "world/tokenizer")
     sp = sentencepiece.SentencePieceProcessor(str(toy / "world/tokenizer/tokenizer.model"))
     pieces = range(len(sp))
-    types = [
-        ours.UNKNOWN
-        if sp.is_unknown(i)
-        else ours.CONTROL
-        if sp.is_control(i)
-        else ours.BYTE
-        if sp.is_byte(i)
-        else ours.UNUSED
-        if sp.is_unused(i)
-        else ours.NORMAL
-        for i in pieces
-    ]
+    kinds = {
+        ours.UNKNOWN: sp.is_unknown,
+        ours.CONTROL: sp.is_control,
+        ours.BYTE: sp.is_byte,
+        ours.UNUSED: sp.is_unused,
+        ours.NORMAL: lambda piece: True,
+    }
+    types = [next(kind for kind, holds in kinds.items() if holds(i)) for i in pieces]
     facts = {
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.tokens": [sp.id_to_piece(i) for i in pieces],
