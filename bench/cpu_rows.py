@@ -110,7 +110,8 @@ def choose_pairs(spec: dict) -> dict:
         files.append([pair for pair in pairs if tokens.same_pair(pair[0] + "\n", pair[1:])])
     workloads = {}
     needed = spec["steps"] * BATCH
-    for name, make in {"long prompts": long_prompts, "long answers": long_answers}.items():
+    for name in spec["workloads"]:
+        make = WORKLOADS[name]
         candidates = itertools.chain.from_iterable(make(pairs, tokens) for pairs in files)
         pairs = list(itertools.islice(fitting(candidates, tokens), needed))
         if len(pairs) < needed:
@@ -145,6 +146,19 @@ def long_answers(pairs: list[Pair], tokens: Tokens) -> Iterator[Pair]:
         prompt_ids, ids = tokens.pair(question + "\n", answers)
         if len(prompt_ids) <= 100 and min(map(len, ids)) >= 150:
             yield question + "\n", *answers
+
+
+def as_they_are(pairs: list[Pair], tokens: Tokens) -> Iterator[Pair]:
+    """Yield the pairs of the file in its order, a line break after each prompt."""
+    for question, *answers in pairs:
+        yield question + "\n", *answers
+
+
+WORKLOADS = {
+    "long prompts": long_prompts,
+    "long answers": long_answers,
+    "as they are": as_they_are,
+}
 
 
 def fitting(pairs: Iterator[Pair], tokens: Tokens) -> Iterator[tuple]:

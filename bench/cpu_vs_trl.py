@@ -12,6 +12,7 @@
     precompute_ref_log_probs, where it scores once, up front, as in plumb. Two workloads:
       long prompts   pairs with short answers, solved examples of the same file put before them
       long answers   pairs with a short prompt and answers of some hundred tokens
+    --workloads "as they are" takes the rows of a file in their order.
 --algorithm generate  plumb's sampler against transformers' generate: 64 new tokens, temperature 1,
     no early stop, for 32 prompts and for 8 samples of each of 4. Both also answer greedily, which
     shows that they do the same work.
@@ -42,7 +43,7 @@ from pathlib import Path
 
 from cpu_grpo import compare_grpo
 from cpu_process import ROOT, start
-from cpu_rows import BATCH
+from cpu_rows import BATCH, WORKLOADS
 from cpu_sampling import compare_sampling
 from cpu_training import RUNS, compare_training
 
@@ -139,6 +140,7 @@ def parse_arguments() -> argparse.Namespace:
     flag("--model", help="a Hugging Face Llama with its tokenizer, instead of random weights")
     flag("--lora", type=int, default=0, help="rank of adapters; 0 trains all weights")
     flag("--algorithm", nargs="+", choices=COMPARE, default=["dpo"], help="what to compare")
+    flag("--workloads", nargs="+", choices=WORKLOADS, default=["long prompts", "long answers"])
     flag("--steps", type=int, default=12, help=f"timed steps of {BATCH} rows, after one more")
     flag("--repeats", type=int, default=3, help="runs of each kind")
     flag("--runs", nargs="+", choices=RUNS, default=list(RUNS))
@@ -171,6 +173,7 @@ def main() -> None:
                 else new_model(args.tokenizer, sizes, work)
             ),
             "lora": args.lora,
+            "workloads": args.workloads,
             "steps": args.steps + 1,
             "max_tokens": args.max_tokens,
             "tiny": args.tiny,

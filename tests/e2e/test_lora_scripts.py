@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import read_metrics
 from launch import launch, weights_in
+from plain import encode
 
 import hf
 import train_dpo
@@ -16,6 +17,8 @@ import train_ppo
 import train_reinforce
 import train_rm
 import train_sft
+from data.rows import read_rows
+from sampling.sampler import generate
 from weights.adapters import Lora, attach, frozen_linears, without_adapters
 from weights.folder import load_model
 
@@ -213,3 +216,55 @@ def test_a_shared_base_wants_adapters_of_it(toy: Path, scorer: Path, tmp_path: P
         ppo(toy, scorer, tmp_path / "b", "--reward", str(tmp_path / "other"))
     with pytest.raises(ValueError, match="--shared-base trains adapters on one frozen base"):
         ppo(toy, scorer, tmp_path / "c", "--lora", "0")
+
+
+# ---- with transformers and peft ------------------------------------------------------------------
+
+
+def test_transformers_generates_from_the_merged_folder_what_plumb_does(toy: Path, tmp_path: Path):
+    """Greedy tokens of four prompts, from OUT/final as it is."""
+    transformers = pytest.importorskip("transformers")
+    out = train("sft", toy, tmp_path / "out", "--dtype", "fp32", "--epochs", "4")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out / "final")
+    model = load_model(out / "final", torch.float32)
+    prompts = [[2, 20, 30, 40], [2, 100, 101], [2, 50], [2, 300, 200, 100, 50, 60]]
+    answers = generate(model, prompts, 24, temperature=0.0, stop_ids=set())
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids = torch.tensor([prompt])
+        wanted = theirs.generate(
+            ids, max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+        assert answer.tokens == wanted[0, len(prompt) :].tolist()
+
+
+def test_an_adapter_of_peft_trains_on(toy: Path, tmp_path: Path):
+    """The first loss is that of peft's model, and peft reads what comes out."""
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    base = transformers.AutoModelForCausalLM.from_pretrained(toy / "model")
+    names = ["q_proj", "down_proj"]
+    config = peft.LoraConfig(
+        "CAUSAL_LM", r=5, lora_alpha=7, target_modules=names, init_lora_weights=False
+    )
+    torch.manual_seed(0)
+    theirs = peft.get_peft_model(base, config).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    rows = list(read_rows(toy / "world/sft.jsonl"))[:8]
+    trees = encode(toy / "world/tokenizer/tokenizer.model", rows, ["response"])
+    total = torch.zeros(())
+    for prompt, (response,) in trees:
+        logits = theirs(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+        total -= logits.log_softmax(-1)[range(len(response)), response].sum().detach()
+    flags = [f for f in SHORT if f not in ("--lora", "4")]
+    words = ["--model", str(toy / "model"), "--adapter", str(tmp_path / "theirs"), "--no-shuffle"]
+    words += ["--data", str(toy / "world/sft.jsonl"), "--template", "plain"]
+    train_sft.main([*words, *flags, "--out", str(tmp_path / "out")])
+    first = next(row for row in read_metrics(tmp_path / "out") if "loss" in row)
+    scored = sum(len(response) for _, (response,) in trees)
+    assert first["loss"] == pytest.approx(total.item() / scored, abs=1e-5)
+    again = transformers.AutoModelForCausalLM.from_pretrained(toy / "model")
+    after = peft.PeftModel.from_pretrained(again, tmp_path / "out/adapter")
+    start, end = (dict(model.named_parameters()) for model in (theirs, after))
+    adapted = [name for name in end if "lora_" in name]
+    assert len(adapted) == len([name for name in start if "lora_" in name])
+    assert all(not torch.equal(start[name], end[name]) for name in adapted)
