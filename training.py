@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 
 import checkpoint
+import lock
 import runtime
 from checkpoint import State
 from config import RunConfig
@@ -292,6 +293,7 @@ def save_or_stop(loop: Loop, stopping: bool) -> bool:
         f"stopped by {reason} after step {state.step} of {total}; continue with --resume auto"
     )
     loop.log.close()
+    lock.release()
     return True
 
 
@@ -302,5 +304,6 @@ def finish(loop: Loop, model: GPT) -> Path:
     finished = Path(loop.run.config.out) / FINISHED
     text = json.dumps({"steps": loop.steps.total, "model": folder.name}) + "\n"
     loop.run.mesh.ask(lambda: write_text(finished, text))
+    lock.release()
     print(f"{loop.steps.total} steps done, {loop.state.tokens:,} tokens; the model is in {folder}")
     return folder
