@@ -124,7 +124,7 @@ def commands(home: Path, seed: int, quick: bool) -> dict[str, list[str]]:
         f"train_dpo.py --model {sft} {pairs} --eval-every 50 --out {home}/dpo --lr 3e-4 "
         f"--batch-size 16 --beta 0.1 --sft-weight 0.3 --warmup 0.05 {end}",
         *answer_and_score("dpo"),
-        f"train_dpo.py --model {sft} {pairs} --out {home}/dpo_lora --lora 32 --lr 3e-3 "
+        f"train_dpo.py --model {sft} {pairs} --out {home}/dpo_lora --lora 64 --lr 1e-3 "
         f"--batch-size 16 --beta 0.1 --sft-weight 0.3 --warmup 0.05 {end}",
         *answer_and_score("dpo_lora"),
     ]
@@ -162,7 +162,7 @@ def commands(home: Path, seed: int, quick: bool) -> dict[str, list[str]]:
         f"train_reinforce.py {online} {whole} {true_reward} --out {home}/reinforce_truth "
         f"--kl 0.06 --max-steps {30 if quick else 80} {end}",
         *answer_and_score("reinforce_truth"),
-        f"train_reinforce.py {online} --lora 32 --lr 6e-3 {true_reward} "
+        f"train_reinforce.py {online} --lora 64 --lr 2e-3 {true_reward} "
         f"--out {home}/reinforce_truth_lora --kl 0.06 --max-steps {30 if quick else 80} {end}",
         *answer_and_score("reinforce_truth_lora"),
     ]

@@ -4,6 +4,8 @@
         loads the folder as a training script would, and prints what it holds or what is wrong
     python hf.py merge BASE ADAPTER --out DIR
         adds an adapter (--lora, or of peft) to its base, for servers that load whole models
+    python hf.py from-gguf FILE --out DIR
+        converts a GGUF file of llama.cpp into a folder (pip install gguf)
     python hf.py new --out DIR --family llama --width 96 --layers 2 --heads 4 --tokenizer DIR
         for tests, benchmarks and training from scratch
 
@@ -21,6 +23,7 @@ from config import parse
 from data.templates import Template
 from data.tokenizer import Tokenizer, load_tokenizer
 from model import GPT, parameter_count
+from weights import gguf
 from weights.config_json import ARCHITECTURES, model_config, read_config, score_names
 from weights.folder import DTYPES, load_model, save_model, weight_files
 from weights.peft import adapter_scores, load_adapter
@@ -151,6 +154,9 @@ def main(argv: list[str]) -> None:
         if argv[:1] == ["merge"] and len(argv) == 5 and argv[3] == "--out":
             merge(argv[1], argv[2], argv[4])
             argv = ["check", argv[4]]
+        if argv[:1] == ["from-gguf"] and len(argv) == 4 and argv[2] == "--out":
+            gguf.convert(argv[1], argv[3])
+            argv = ["check", argv[3]]
         if argv[:1] == ["new"]:
             flags = parse(New, __doc__, argv[1:])
             if not flags.out:
@@ -161,7 +167,7 @@ def main(argv: list[str]) -> None:
             print(describe(argv[1]))
         elif argv:
             print(__doc__)
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -17,6 +17,11 @@ SCRIPTS = {"grpo": "reinforce"}  # named otherwise than the algorithm
 RUNS = {"plumb": "plumb", "stock": "TRL stock", "precompute": "TRL precompute"}
 
 
+def learning_rate(spec: dict) -> float:
+    """Return the learning rate of both sides; adapters learn at a hundred times the usual one."""
+    return LR[spec["algorithm"]] * (200 if spec["lora"] else 1)
+
+
 # ---- plumb's side --------------------------------------------------------------------------------
 
 
@@ -27,11 +32,13 @@ def plumb_command(spec: dict, *flags: str) -> list[str]:
     words += f"--template plain --max-length {MAX_LENGTH} --batch-size {BATCH}".split()
     words += "--schedule constant --warmup 0 --weight-decay 0 --beta1 0.9 --beta2 0.95".split()
     words += "--eps 1e-8 --clip 1.0 --dtype fp32 --device cpu --seed 0".split()
-    words += f"--lr {LR[algorithm]} --max-steps {spec['steps']}".split()
+    words += f"--lr {learning_rate(spec)} --max-steps {spec['steps']}".split()
     words += ["--max-tokens", str(spec["max_tokens"]), "--model", spec["model"]]
     words += ["--data", spec["data"], "--out", spec["out"], *flags]
     if algorithm in ("dpo", "kto"):
         words += ["--beta", str(BETA)]
+    if spec["lora"]:
+        words += ["--lora", str(spec["lora"]), "--no-merge"]
     return [sys.executable, str(ROOT / words[0]), *words[1:]]
 
 
@@ -69,13 +76,41 @@ def trl_clock(steps: list[dict]):
 def trl_settings(spec: dict) -> dict:
     """Return what every TRL config is given."""
     adam = dict(adam_beta1=0.9, adam_beta2=0.95, adam_epsilon=1e-8, weight_decay=0.0)
-    schedule = dict(learning_rate=LR[spec["algorithm"]], lr_scheduler_type="constant")
+    schedule = dict(learning_rate=learning_rate(spec), lr_scheduler_type="constant")
     schedule |= dict(warmup_steps=0, max_steps=spec["steps"], max_grad_norm=1.0, seed=0)
     device = dict(use_cpu=True, bf16=False, model_init_kwargs={"dtype": "float32"})
     device |= dict(gradient_checkpointing=False, dataloader_pin_memory=False)
     output = dict(output_dir=spec["out"], save_strategy="no", report_to="none")
     output |= dict(logging_steps=1, disable_tqdm=True)
     return adam | schedule | device | output
+
+
+def first_adapter(spec: dict) -> dict:
+    """Write the adapter that plumb starts from, for TRL to start from too; return its folder."""
+    import torch
+
+    from weights.adapters import Lora, attach
+    from weights.folder import load_model
+    from weights.peft import save_adapter
+
+    lora = Lora(spec["lora"], 2.0 * spec["lora"])
+    scores = ("reward",) if spec["algorithm"] == "rm" else None
+    model = attach(load_model(spec["model"], torch.float32, scores=scores), lora, 0)
+    folder = Path(spec["work"]) / f"adapter_{spec['algorithm']}"
+    save_adapter(model, folder, spec["model"], lora)
+    return {"adapter": str(folder)}
+
+
+def trl_adapter(spec: dict) -> dict:
+    """Return peft_config for a trainer: all linears of the blocks, as plumb has them."""
+    if not spec["lora"]:
+        return {}
+    from peft import LoraConfig
+
+    names = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
+    task = "SEQ_CLS" if spec["algorithm"] == "rm" else "CAUSAL_LM"
+    rank = spec["lora"]
+    return {"peft_config": LoraConfig(task, r=rank, lora_alpha=2 * rank, target_modules=names)}
 
 
 def run_trl(spec: dict) -> dict:
@@ -114,7 +149,19 @@ def run_trl(spec: dict) -> dict:
     )
     in_order = steps_reversed if algorithm == "kto" else list
     rows = Dataset.from_list(in_order(read_rows(spec["data"])))
-    trainer = Timed(spec["model"], args=config, train_dataset=rows, callbacks=[trl_clock(steps)])
+    trainer = Timed(
+        spec["model"],
+        args=config,
+        train_dataset=rows,
+        callbacks=[trl_clock(steps)],
+        **trl_adapter(spec),
+    )
+    if spec["lora"]:
+        from peft import set_peft_model_state_dict
+        from safetensors.torch import load_file
+
+        tensors = load_file(Path(spec["adapter"]) / "adapter_model.safetensors")
+        set_peft_model_state_dict(trainer.model, tensors)
     trainer.remove_callback(PrinterCallback)
     if algorithm == "rm":
         torch.nn.init.zeros_(trainer.model.score.weight)
@@ -170,12 +217,16 @@ def compare_training(spec: dict, args: argparse.Namespace) -> Iterator[tuple[str
     work, algorithm = Path(spec["work"]), spec["algorithm"]
     log = work / "rows.log"
     workloads, _ = call(choose_pairs, {**spec, "data": args.data}, log)
+    if spec["lora"]:
+        adapter, _ = call(first_adapter, spec, work / "adapter.log")
+        spec = {**spec, **adapter}
     print(log.read_text(), end="")
     runs = list(args.runs)
     if algorithm == "rm" and "precompute" in runs:
         runs.remove("precompute")  # there is no reference
     for name, workload in workloads.items():
-        name, stem = f"train_{algorithm}.py, {name}", Path(workload["data"]).stem
+        lora = f" --lora {spec['lora']}" if spec["lora"] else ""
+        name, stem = f"train_{algorithm}.py{lora}, {name}", Path(workload["data"]).stem
         results = {run: [] for run in runs}
         for repeat, run in itertools.product(range(args.repeats), runs):
             result = measure(run, {**spec, **workload}, work / f"{stem}_{run}_{repeat}.log")

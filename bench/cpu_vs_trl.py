@@ -4,6 +4,7 @@
     python bench/cpu_vs_trl.py --data pairs.jsonl --tokenizer t.model --algorithm rm kto
     python bench/cpu_vs_trl.py --data pairs.jsonl --tokenizer t.model --algorithm grpo --steps 4
     python bench/cpu_vs_trl.py --data pairs.jsonl --tokenizer t.model --tiny     plumb alone
+    python bench/cpu_vs_trl.py --data pairs.jsonl --model SmolLM2-135M [--lora 16]
 
 --algorithm dpo, rm, kto  train_dpo.py, train_rm.py and train_kto.py against TRL's DPOTrainer,
     RewardTrainer and KTOTrainer (for KTO the pairs are taken apart into {prompt, completion,
@@ -19,9 +20,11 @@
     prompts a step, rewarded by length:50. The two draw different samples, so plumb also trains on
     TRL's (untimed): rewards and gradient norms must agree.
 
-Both sides train the same random Llama on the same real rows, {prompt, chosen, rejected} as strings
-or messages, in the same order with the same AdamW. Every run is a process of its own; runs are
-interleaved, and medians over the repeats are printed.
+--lora RANK gives all linears of the blocks adapters, TRL's by peft; both start from the same ones.
+
+Both sides train the same random Llama, or that of --model, on the same real rows, {prompt, chosen,
+rejected} as strings or messages, in the same order with the same AdamW. Every run is a process of
+its own; runs are interleaved, and medians over the repeats are printed.
 
 Only texts that both sides tokenise alike are taken. TRL's tokens are compared with plumb's before
 it trains, and the losses of every step after. Three starting points are made equal, none of which
@@ -84,6 +87,35 @@ def new_model(tokenizer: str, sizes: dict[str, int], work: Path) -> Path:
     return work / "model"
 
 
+def with_bos(model: Path, work: Path) -> Path:
+    """Return the model with a tokenizer whose texts open with bos, as plumb's plain template does.
+
+    A byte-level tokenizer often adds none of its own, and then no text would be the same.
+    """
+    if not (model / "tokenizer.json").exists() or (model / "tokenizer.model").exists():
+        return model
+    folder = work / "model"
+    folder.mkdir()
+    for file in model.iterdir():
+        (folder / file.name).symlink_to(file.resolve())
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    bos = json.loads((model / "tokenizer_config.json").read_text())["bos_token"]
+    bos = bos if isinstance(bos, str) else bos["content"]
+    token = {"id": next(t["id"] for t in tokenizer["added_tokens"] if t["content"] == bos)}
+    first = {"SpecialToken": {"id": bos, "type_id": 0}}
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    other = {"Sequence": {"id": "B", "type_id": 0}}
+    tokenizer["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [first, text],
+        "pair": [first, text, other],
+        "special_tokens": {bos: {"id": bos, "ids": [token["id"]], "tokens": [bos]}},
+    }
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return folder
+
+
 def print_legend(args: argparse.Namespace) -> None:
     """Explain the columns of the tables."""
     if not args.tiny:
@@ -103,8 +135,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     flag = parser.add_argument
     flag("--data", nargs="+", required=True, help="preference files, JSONL")
-    flag("--tokenizer", required=True, help="tokenizer.model, or a folder with a Llama tokenizer")
+    flag("--tokenizer", help="tokenizer.model, or a folder with a Llama tokenizer")
     flag("--model", help="a Hugging Face Llama with its tokenizer, instead of random weights")
+    flag("--lora", type=int, default=0, help="rank of adapters; 0 trains all weights")
     flag("--algorithm", nargs="+", choices=COMPARE, default=["dpo"], help="what to compare")
     flag("--steps", type=int, default=12, help=f"timed steps of {BATCH} rows, after one more")
     flag("--repeats", type=int, default=3, help="runs of each kind")
@@ -118,6 +151,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
+    if not (args.model or args.tokenizer):
+        sys.exit("error: give --model DIR, or --tokenizer for a model of random weights")
     if args.tiny:
         args.steps, args.repeats, args.runs = 1, 1, ["plumb"]
     missing = [
@@ -130,7 +165,12 @@ def main() -> None:
         work = Path(folder)
         sizes = TINY_MODEL if args.tiny else MODEL
         spec = {
-            "model": str(args.model or new_model(args.tokenizer, sizes, work)),
+            "model": str(
+                with_bos(Path(args.model), work)
+                if args.model
+                else new_model(args.tokenizer, sizes, work)
+            ),
+            "lora": args.lora,
             "steps": args.steps + 1,
             "max_tokens": args.max_tokens,
             "tiny": args.tiny,
