@@ -1,4 +1,4 @@
-"""Which rank failed first, or does not answer: what every other rank says before it ends."""
+"""Find out, after a failure, which rank failed first or does not answer."""
 
 import contextlib
 import threading

@@ -1,4 +1,4 @@
-"""What a run is: script, code, packages, and the content of the files that its flags name.
+"""Describe a run: script, code, packages, and the content of the files that its flags name.
 
     mine = describe(config)
     compare_ranks(mesh.everyone(mine))        ValueError: which rank differs in what

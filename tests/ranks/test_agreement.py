@@ -99,7 +99,7 @@ def test_ranks_that_agree_start(toy: Path, tmp_path: Path):
 
 
 def test_every_rank_that_differs_is_named(toy: Path, tmp_path: Path):
-    """Of three ranks two are wrong: both are in one message."""
+    """Two of three ranks are wrong: both are in one message."""
     lrs = ["1", "2", "3"]
     ranks = run(toy, tmp_path, lambda rank: ["--lr", lrs[rank]], world=3)
     assert ranks.wait() == [1, 1, 1]
