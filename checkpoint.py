@@ -10,7 +10,6 @@ count. Reading checks the manifest: a damaged newest checkpoint is named in a wa
 before it is used. Only safetensors and JSON: a checkpoint cannot run code.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -26,12 +25,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import lock
-from layers import Weight
+from disk import replace_folder, sha256_of
+from layers import Weight, is_finite
 from optimizer import AdamW
 from parallel import Mesh
 
 ALONE = Mesh()
-FORMAT = 2  # of a checkpoint; raise it when weights are named or laid out in another way
+FORMAT = 3  # of a checkpoint; raise it when weights are named or laid out in another way
 
 
 @dataclass
@@ -53,11 +53,17 @@ def _numbered(optimizers: AdamW | tuple[AdamW, ...]) -> list[tuple[str, AdamW]]:
     return [(f"{i}/", optimizer) for i, optimizer in enumerate(optimizers)]
 
 
-def save(out: str | Path, state: State, optimizer: AdamW | tuple[AdamW, ...], keep: int) -> Path:
+def save(
+    out: str | Path,
+    state: State,
+    optimizer: AdamW | tuple[AdamW, ...],
+    keep: int,
+    run: dict[str, Any] | None = None,
+) -> Path:
     """Write OUT/step_N and remove all but the newest `keep`.
 
-    Every rank calls it and writes its own file. OSError, the same on every rank: the fix; older
-    checkpoints are untouched.
+    run: what `description` returns later. Every rank calls it and writes its own file.
+    OSError, the same on every rank: the fix; older checkpoints are untouched.
     """
     out, named = Path(out), _numbered(optimizer)
     mesh = named[0][1].model.mesh
@@ -70,21 +76,18 @@ def save(out: str | Path, state: State, optimizer: AdamW | tuple[AdamW, ...], ke
         partial.mkdir(parents=True)
 
     def commit(files: dict[str, dict], updates: list[int]) -> None:
-        values = {**asdict(state), "updates": updates, "format": FORMAT}
+        values = {**asdict(state), "updates": updates, "format": FORMAT, "run": run or {}}
         (partial / "state.json").write_text(json.dumps(values, indent=2))
         files["state.json"] = _seal(partial / "state.json")
         (partial / "manifest.json").write_text(json.dumps(files, indent=2))
         _flush(partial / "manifest.json")
         _flush(partial)
-        old = out / f".step_{state.step}.old.partial"
-        if final.exists():
-            final.rename(old)
-        partial.rename(final)
+        replace_folder(partial, final)
         _flush(out)
-        shutil.rmtree(old, ignore_errors=True)
         for path in all_steps(out)[keep:] if keep else []:
             shutil.rmtree(path, ignore_errors=True)
 
+    _check_finite(out, state, named, mesh)
     try:
         mesh.ask(begin)
         answers = mesh.everyone(_write_rank(partial, named, mesh))
@@ -105,6 +108,27 @@ def save(out: str | Path, state: State, optimizer: AdamW | tuple[AdamW, ...], ke
             f"then --resume auto goes on from {start}"
         ) from None
     return final
+
+
+def _check_finite(out: Path, state: State, named: list[tuple[str, AdamW]], mesh: Mesh) -> None:
+    """Raise ValueError, the same on every rank, where a weight or a moment is not finite."""
+    broken = ""
+    for prefix, optimizer in named:
+        optimizer.model.wait()
+        pieces, _ = optimizer.state()
+        broken = next((prefix + key for key, (_, x) in pieces.items() if not is_finite(x)), broken)
+    broken = next(filter(None, mesh.everyone(broken)), "")
+    if broken:
+        raise ValueError(
+            f"{broken} is not finite after step {state.step}, so that step is not saved: lower "
+            f"--lr, or look for broken rows; {last_good(out, mesh)}"
+        )
+
+
+def last_good(out: str | Path, mesh: Mesh = ALONE) -> str:
+    """Return words for the checkpoint that a run can go on from. Collective."""
+    kept = newest(out, mesh=mesh)
+    return f"{kept} is good" if kept else "there is no checkpoint to go back to"
 
 
 def _write_rank(
@@ -139,7 +163,33 @@ def _write_state(path: Path, named: list[tuple[str, AdamW]]) -> list[int]:
 def _seal(path: Path) -> dict[str, Any]:
     """Flush a file to the disk and return its size and SHA-256."""
     _flush(path)
-    return {"bytes": path.stat().st_size, "sha256": _digest(path)}
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    """Return what state.json says besides its format. ValueError: another version wrote it."""
+    values = json.loads((folder / "state.json").read_text())
+    written, run = values.pop("format", 1), values.pop("run", {})
+    if written != FORMAT:
+        version = run.get("run", {}).get("version", "an earlier version")
+        raise ValueError(
+            f"{folder} was written by {version} of plumb (format {written}, this one reads "
+            f"{FORMAT}): finish the run with that version, or start it again with another --out"
+        )
+    return values
+
+
+def description(folder: Path) -> dict[str, Any]:
+    """Return the description of the run that wrote a checkpoint, {} where it says nothing.
+
+    ValueError: another version wrote it.
+    """
+    try:
+        _read_state(folder)
+        run = json.loads((folder / "state.json").read_text()).get("run", {})
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, AttributeError, RecursionError):
+        return {}  # `load` says what is damaged
+    return run if isinstance(run, dict) else {}
 
 
 class _Piece(NamedTuple):
@@ -162,12 +212,7 @@ def load(folder: str | Path, optimizer: AdamW | tuple[AdamW, ...]) -> State:
     mesh = named[0][1].model.mesh
     if problem := damage(folder, mesh):
         raise ValueError(f"{folder} {problem}")
-    values = json.loads((folder / "state.json").read_text())
-    if values.pop("format", 1) != FORMAT:
-        raise ValueError(
-            f"{folder} was written by another version of plumb: finish the run with that version, "
-            "or start it again with another --out"
-        )
+    values = _read_state(folder)
     pieces, rng = _index(folder)
     torch.set_rng_state(rng)
     updates = values.pop("updates")
@@ -204,8 +249,9 @@ def load(folder: str | Path, optimizer: AdamW | tuple[AdamW, ...]) -> State:
 def _index(folder: Path) -> tuple[dict[str, list[_Piece]], Tensor]:
     """Return the pieces of every key in all files of a checkpoint, and a rank's random state."""
     pieces: dict[str, list[_Piece]] = {}
-    for path in sorted(folder.glob("state-*.safetensors")):
-        file = safe_open(path, framework="pt")
+    listed = json.loads((folder / "manifest.json").read_text())
+    for name in sorted(name for name in listed if name.endswith(".safetensors")):
+        file = safe_open(folder / name, framework="pt")
         for key, (first, shape, cut) in json.loads(file.metadata()["places"]).items():
             size = file.get_slice(key).get_shape()[0]
             piece = _Piece(file, first, first + size, tuple(shape), cut and tuple(cut))
@@ -305,14 +351,9 @@ def _damage(folder: Path, share: int, shares: int) -> str:
             return f"is damaged: {name!r} is missing"
         if path.stat().st_size != size:
             return f"is damaged: {name} has {path.stat().st_size} bytes, not {size}"
-        if _digest(path) != digest:
+        if sha256_of(path) != digest:
             return f"is damaged: {name} does not match its SHA-256"
     return ""
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _flush(path: Path) -> None:

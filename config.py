@@ -95,6 +95,8 @@ class RunConfig:
     # output
     out: str = "out"  # folder of metrics.jsonl, checkpoints step_N/, best/ and final/
     resume: str = ""  # auto: continue from the newest intact checkpoint of --out; or one's folder
+    resume_changed: bool = False  # resume although what --data, --model or another flag names has
+    # changed since the checkpoint was written
     config: str = ""  # JSON file of flags, such as OUT/config.json; flags given here override it
     eval_every: int = 0  # steps between evaluations; 0: only at the end, if there is --eval-data
     samples: int = 0  # answers to held-out prompts to print at every evaluation

@@ -4,12 +4,17 @@ Logs are JSON objects, one a line, and a line ends at "\\n" only: texts may hold
 characters that str.splitlines takes for line ends.
 """
 
+import ctypes
+import functools
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of linux/fcntl.h and linux/fs.h
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -24,6 +29,50 @@ def write_text(path: str | Path, text: str) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """Rename `new` to `folder`, in the place of what is there: in one step where Linux can.
+
+    Elsewhere there is a moment at which a kill leaves the old folder under `.NAME.old` only.
+    """
+    if not folder.exists():
+        new.rename(folder)
+        return
+    if _exchange(new, folder):
+        shutil.rmtree(new, ignore_errors=True)
+        return
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two names in one step, by renameat2(2); return False where that does not exist."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    return rename(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0
+
+
+def sha256_of(path: str | Path) -> str:
+    """Return the SHA-256 of a file's content, as hex digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_sha256(path: str | Path) -> str:
+    """Return `sha256_of` a file, read once a process as long as size and time stay the same."""
+    stat = os.stat(path)
+    return _remembered(str(path), stat.st_ino, stat.st_size, stat.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1024)
+def _remembered(path: str, *stat: int) -> str:
+    return sha256_of(path)
 
 
 def lines_of(text: str) -> list[str]:

@@ -333,6 +333,14 @@ class Vocabulary(Layer):
 
 
 @torch.no_grad()
+def is_finite(x: Tensor) -> bool:
+    """Return whether no element is NaN or infinite, without a buffer of x's size."""
+    if not x.numel():
+        return True
+    low, high = torch.aminmax(x)  # NaN goes through
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
 def gather_slices(x: Tensor, dim: int, units: int, tp: Group, unit: int = 1) -> Tensor:
     """Join the slices of all tensor ranks: `units` units of `unit` elements along `dim`."""
     if tp.n == 1:

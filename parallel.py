@@ -17,8 +17,6 @@ Letters: T tokens of a flat row, D width, n ranks of a group, k rows of one rank
 import contextlib
 import math
 import os
-import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -32,6 +30,7 @@ from torch import Tensor
 
 # Bytes that this rank has sent, by purpose. plan.py predicts them, and a test compares the two.
 SENT: Counter[str] = Counter()
+START_MINUTES = 10.0  # least time that ranks have to start, read and tokenise
 
 # torch 2.13 renamed them; both names do the same.
 _gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -213,17 +212,45 @@ def split(total: int, n: int, i: int) -> tuple[int, int]:
     return total * i // n, total * (i + 1) // n
 
 
-def init_mesh(
-    tp: int = 1, cp: int = 1, pp: int = 1, device: str = "auto", timeout: float = 30.0
-) -> Mesh:
-    """Join the other processes that torchrun started, if any.
+def join(device: str = "auto", timeout: float = 30.0) -> Mesh:
+    """Join the other processes that torchrun started, if any; return a mesh without a layout.
 
-    timeout: minutes that a rank waits for the others. ValueError: --tp, --cp and --pp do not divide
-    the number of processes; it says which number fits.
+    timeout: minutes to wait for the others, START_MINUTES at least. OSError: they cannot be met.
     """
     global _here
     world = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
+    if world == 1:
+        _here = Mesh()
+        return _here
+    backend = "gloo"
+    if device != "cpu" and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        backend = "cpu:gloo,cuda:nccl"  # small CPU tensors need not wait for the GPU
+    limit = timedelta(minutes=max(timeout, START_MINUTES))
+    try:
+        store, rank, world = next(dist.rendezvous("env://", timeout=limit))
+    except RuntimeError as error:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise OSError(
+            f"rank {rank} of {world} did not meet the others at {place} within {limit} "
+            f"({str(error).splitlines()[0]}): are all of them started, and is the address right?"
+        ) from None
+    _here = Mesh(rank, dp=world, store=store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
+    return _here
+
+
+def init_mesh(
+    tp: int = 1, cp: int = 1, pp: int = 1, device: str = "auto", timeout: float = 30.0
+) -> Mesh:
+    """Lay the processes out, and join them first where `join` has not.
+
+    ValueError: --tp, --cp and --pp do not divide the number of processes; it says which number
+    fits.
+    """
+    global _here
+    world = int(os.environ.get("WORLD_SIZE", "1"))
     if min(tp, cp, pp) < 1:
         raise ValueError(f"--tp {tp}, --cp {cp} and --pp {pp} must be at least 1")
     unit = tp * cp * pp
@@ -234,18 +261,24 @@ def init_mesh(
             f"--tp {tp} x --cp {cp} x --pp {pp} takes a multiple of {unit} processes, torchrun "
             f"started {world}: start {start}{fix}"
         )
-    if world == 1:
-        _here = Mesh()
-        return _here
-    backend = "gloo"
-    if device != "cpu" and torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        backend = "cpu:gloo,cuda:nccl"  # small CPU tensors need not wait for the GPU
-    limit = timedelta(minutes=timeout)
-    store, rank, world = next(dist.rendezvous("env://", timeout=limit))
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
-    _here = grid(rank, pp, world // unit, cp, tp, store, limit)
+    if not dist.is_initialized():
+        join(device, timeout)
+    if world > 1:
+        limit = timedelta(minutes=max(timeout, START_MINUTES))
+        _here = grid(_here.rank, pp, world // unit, cp, tp, _here.store, limit)
     return _here
+
+
+def limit_waits(mesh: Mesh, minutes: float) -> None:
+    """Let no collective wait longer than this from now on.
+
+    The start of a run waits longer: one rank tokenises while the others wait.
+    """
+    handles = [group.handle for group in mesh.groups.values() if group.handle is not None]
+    for handle in handles:
+        dist.distributed_c10d._set_pg_timeout(timedelta(minutes=minutes), handle)
+    if mesh.store is not None:
+        mesh.store.set_timeout(timedelta(minutes=minutes))
 
 
 _here = Mesh()
@@ -295,51 +328,6 @@ def close() -> None:
     if _here.world > 1:
         dist.barrier()
         dist.destroy_process_group()
-
-
-# ---- after a failure -----------------------------------------------------------------------------
-
-
-def is_about_others(error: Exception) -> bool:
-    """Return True if an error only says that communication failed, and not why."""
-    # gloo raises plain RuntimeErrors.
-    return isinstance(error, dist.DistError) or "gloo/" in str(error)
-
-
-def last_words(mesh: Mesh, words: str, patience: float) -> str:
-    """Publish why this rank failed, and return which rank failed first or does not answer.
-
-    Messages go through the store, since torchrun's store outlives broken groups. patience: seconds
-    to wait for the other ranks' messages.
-    """
-    messages: dict[int, str] = {}  # rank -> "time words"
-    deadline = time.monotonic() + patience
-
-    def exchange() -> None:
-        mesh.store.set(f"last words {mesh.rank}", f"{time.time()} {words}")
-        while True:
-            for rank in range(mesh.world):
-                if rank not in messages and mesh.store.check([f"last words {rank}"]):
-                    messages[rank] = mesh.store.get(f"last words {rank}").decode()
-            if len(messages) == mesh.world or time.monotonic() >= deadline:
-                return
-            time.sleep(0.05)
-
-    def try_exchange() -> None:
-        with contextlib.suppress(RuntimeError):  # the store is gone
-            exchange()
-
-    # In a thread: without torchrun rank 0 holds the store, and calls to a hung store never return.
-    thread = threading.Thread(target=try_exchange, daemon=True)
-    thread.start()
-    thread.join(patience + 1)
-    if mesh.rank not in messages:
-        return "rank 0 does not answer: it is dead or hung, or the network to its node is"
-    silent = [str(rank) for rank in range(mesh.world) if rank not in messages]
-    if silent:
-        return f"rank {', '.join(silent)} does not answer: dead, or hung"
-    first = min(messages, key=lambda rank: float(messages[rank].split()[0]))
-    return f"rank {first} failed first: {messages[first].partition(' ')[2]}"
 
 
 # ---- tensor and sequence parallel ----------------------------------------------------------------

@@ -38,6 +38,8 @@ from data.templates import Template
 from data.tokenizer import load_tokenizer
 from data.trees import check_longest
 from disk import write_text
+from faults import is_about_others, last_words
+from identity import Description, changed_flags, check_resumed, compare_ranks, describe
 from model import GPT
 from optimizer import AdamW
 from parallel import Mesh, init_mesh
@@ -63,6 +65,8 @@ class Run:
     template: Template  # chat template, with the tokenizer of --model
     stop: "Stop"  # true once a signal or --max-minutes asks the run to stop
     checkpoint: Path | None  # folder that --resume names; None starts from --model
+    description: Description  # goes into checkpoints
+    warnings: tuple[str, ...] = ()  # what has changed since the checkpoint
 
 
 # ---- the process -------------------------------------------------------------------------------
@@ -81,7 +85,7 @@ def run(main: Callable[[], None]) -> None:
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("PLUMB_TRACEBACK"):
             raise
-        _exit(str(error))
+        _exit(str(error), ask_others=is_about_others(error))
     except torch.cuda.OutOfMemoryError as error:
         world, memory = parallel.here().world, torch.cuda.mem_get_info()[1] / 2**30
         advice = plan.suggest(_config, world, memory) if _config else "lower --max-tokens"
@@ -91,7 +95,7 @@ def run(main: Callable[[], None]) -> None:
             raise
         traceback.print_exc()
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        _exit(reason, ask_others=parallel.is_about_others(error))
+        _exit(reason, ask_others=is_about_others(error))
 
 
 def _exit(reason: str, ask_others: bool = False) -> None:
@@ -100,7 +104,7 @@ def _exit(reason: str, ask_others: bool = False) -> None:
     lock.release()
     if mesh.world == 1:
         sys.exit(f"error: {reason}")
-    others = parallel.last_words(mesh, reason, patience=PATIENCE if ask_others else 0.0)
+    others = last_words(mesh, reason, patience=PATIENCE if ask_others else 0.0)
     text = f"error on rank {mesh.rank}: {reason}" + (f"\n  {others}" if ask_others else "")
     print(text, file=sys.stderr, flush=True)
     os._exit(1)  # not through c10d's tear-down, which may wait for ranks that are gone
@@ -143,11 +147,14 @@ def start(config: RunConfig) -> Run:
     All ranks but 0 print nothing from here on. ValueError names the flag and the fix.
     """
     global _config
-    mesh = init_mesh(config.tp, config.cp, config.pp, config.device, config.timeout_minutes)
+    mine = describe(config)
+    mesh = parallel.join(config.device, config.timeout_minutes)
     _config = config
     if not mesh.main:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
+    compare_ranks(mesh.everyone(mine))
     validate(config)
+    mesh = init_mesh(config.tp, config.cp, config.pp, config.device, config.timeout_minutes)
     on_gpu = config.device != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     best_dtype = "bf16" if on_gpu else "fp32"
@@ -157,7 +164,7 @@ def start(config: RunConfig) -> Run:
     random.seed(config.seed)
     np.random.seed(config.seed)
     torch.manual_seed(config.seed)
-    _make_out(config, mesh)
+    warnings = _make_out(config, mesh)
     name = torch.cuda.get_device_name() if on_gpu else "CPU"
     layout = ""
     if mesh.world > 1:
@@ -165,8 +172,17 @@ def start(config: RunConfig) -> Run:
     print(f"{name}, {layout}{str(dtype).removeprefix('torch.')}, output in {config.out}/")
     stop = Stop(config.max_minutes)
     resume_from = checkpoint.find(config.out, config.resume, mesh=mesh)
+    if resume_from:
+        warnings += mesh.ask(lambda: _compare(resume_from, mine, config))
+    mesh.ask(lambda: write_text(Path(config.out) / "config.json", to_json(config)))
     template = Template(config.template, load_tokenizer(config.model))
-    return Run(config, mesh, device, dtype, template, stop, resume_from)
+    return Run(config, mesh, device, dtype, template, stop, resume_from, mine, tuple(warnings))
+
+
+def _compare(folder: Path, mine: Description, config: RunConfig) -> list[str]:
+    """Compare this run with the one that wrote a checkpoint; return warnings."""
+    saved = checkpoint.description(folder)
+    return check_resumed(folder, saved, mine, config.resume_changed) if saved else []
 
 
 def validate(config: RunConfig) -> None:
@@ -208,9 +224,13 @@ def validate(config: RunConfig) -> None:
         raise ValueError("--samples is not supported with --pp > 1: drop one of them")
 
 
-def _make_out(config: RunConfig, mesh: Mesh) -> None:
-    """Make OUT and its config.json. ValueError: OUT holds another run, or ranks do not share it."""
-    marker = Path(config.out) / mesh.ask(lambda: _write_out(config))
+def _make_out(config: RunConfig, mesh: Mesh) -> list[str]:
+    """Make OUT and take its lock; return warnings of flags that differ from those it has.
+
+    ValueError: OUT holds another run, is in use, or ranks do not share it.
+    """
+    name, warnings = mesh.ask(lambda: _open_out(config))
+    marker = Path(config.out) / name
     shared = all(mesh.everyone(marker.exists()))
     if mesh.main:
         marker.unlink()
@@ -219,10 +239,11 @@ def _make_out(config: RunConfig, mesh: Mesh) -> None:
             f"--out {config.out} is not the same folder on every node: "
             "use one on a shared file system"
         )
+    return warnings
 
 
-def _write_out(config: RunConfig) -> str:
-    """Make OUT and its config.json; return the name of a new file in it for others to look for."""
+def _open_out(config: RunConfig) -> tuple[str, list[str]]:
+    """Make OUT; return the name of a new file in it for others to look for, and warnings."""
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     lock.take(out)
@@ -232,16 +253,16 @@ def _write_out(config: RunConfig) -> str:
         )
     if config.wandb:
         import_wandb()
+    warnings = []
     if config.resume and (out / "config.json").exists():
-        before = json.loads((out / "config.json").read_text())
-        for name, value in json.loads(to_json(config)).items():
-            if name not in ("resume", "config") and name in before and before[name] != value:
-                flag = name.replace("_", "-")
-                print(f"warning: resuming with another --{flag}: {value}, it was {before[name]}")
-    write_text(out / "config.json", to_json(config))
+        try:
+            before = json.loads((out / "config.json").read_text())
+            warnings = changed_flags(before, json.loads(to_json(config)))
+        except (ValueError, TypeError, RecursionError):
+            warnings = [f"{out / 'config.json'} is unreadable: flags may have changed"]
     marker = out / f".mark-{os.getpid()}-{time.time_ns()}"
     marker.touch()
-    return marker.name
+    return marker.name, warnings
 
 
 def _keep_freed_memory() -> None:

@@ -18,6 +18,7 @@
 Nothing here calls back into a script.
 """
 
+import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,18 +27,22 @@ from pathlib import Path
 import numpy as np
 
 import checkpoint
+import lock
 import runtime
 from checkpoint import State
 from config import RunConfig
 from data.dataset import Dataset
 from data.trees import TreeBatch, step_examples, steps_per_epoch, visited
+from disk import write_text
 from layers import frozen_bytes
 from model import GPT, parameter_count
 from optimizer import AdamW, bucket_sizes, memory
+from parallel import limit_waits
 from reporting import Log, Meter, due, in_bytes, in_units
 from runtime import Run
 from sampling.sampler import generate
 
+FINISHED = "finished.json"  # in OUT, once the last step is done and its model written
 NONFINITE_LIMIT = 5  # steps in a row without a finite gradient before a run gives up
 SAMPLE_TOKENS = 128  # longest answer that --samples prints
 SAMPLE_TEMPERATURE = 0.7
@@ -125,16 +130,43 @@ def begin(
 
     first_row: metrics of step 0, logged unless the run resumes.
     """
+    run.mesh.ask(lambda: _check_unfinished(run, steps.total))
     state = State()
     if run.checkpoint:
         state = checkpoint.load(run.checkpoint, optimizer)
         print(f"resumed from {run.checkpoint} after step {state.step}")
+        if state.step > steps.total:
+            raise ValueError(
+                f"{run.checkpoint} is past the {steps.total} steps asked for: raise --max-steps or "
+                "--epochs, or --resume an earlier checkpoint"
+            )
+    for warning in run.warnings:  # last, where they are seen
+        print(f"warning: {warning}")
+    limit_waits(run.mesh, run.config.timeout_minutes)
     first = optimizer[0] if isinstance(optimizer, tuple) else optimizer
     log = Log(run.config, state.step, steps.total, run.mesh)
     meter = Meter(first.model.c, run.device, run.mesh)
     if first_row and not run.checkpoint:
         log.row({"step": 0, **first_row})
     return Loop(run, steps, optimizer, state, log, meter)
+
+
+def _check_unfinished(run: Run, total: int) -> None:
+    """Raise ValueError where --resume auto finds a run that has taken all its steps."""
+    out = Path(run.config.out)
+    try:
+        done = json.loads((out / FINISHED).read_text())["steps"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    folder = out / ("final" if run.config.merge else "adapter")
+    if run.config.resume != "auto" or not folder.exists():
+        return
+    if total <= done or not run.checkpoint:
+        without = "" if run.checkpoint else ", and no checkpoint is left to go on from"
+        raise ValueError(
+            f"{out} is already finished: {folder} is there after {done} steps{without}: "
+            "--max-steps or --epochs to go on, or choose another --out"
+        )
 
 
 # ---- in the loop -------------------------------------------------------------------------------
@@ -175,7 +207,8 @@ def check_update(loop: Loop, norm: float) -> bool:
     if loop.nonfinite >= NONFINITE_LIMIT:
         raise ValueError(
             f"the gradient was not finite in {loop.nonfinite} steps in a row, up to step {step}: "
-            "lower --lr, or look for broken rows; the last checkpoint is good"
+            "lower --lr, or look for broken rows; "
+            + checkpoint.last_good(loop.run.config.out, loop.run.mesh)
         )
     loop.state.skipped += 1
     loop.log.say(
@@ -235,9 +268,9 @@ def print_samples(loop: Loop, model: GPT, data: Dataset) -> None:
 def is_best(loop: Loop, loss: float) -> bool:
     """Return whether this evaluation's loss is the lowest so far, and remember it if so.
 
-    Pass a reward with its sign changed.
+    Pass a reward with its sign changed. A loss that is not finite is never the best.
     """
-    best = loop.state.best is None or loss < loop.state.best
+    best = math.isfinite(loss) and (loop.state.best is None or loss < loop.state.best)
     if best:
         loop.state.best, loop.state.best_step = loss, loop.state.step
     return best
@@ -251,7 +284,8 @@ def save_or_stop(loop: Loop, stopping: bool) -> bool:
     run, state, total = loop.run, loop.state, loop.steps.total
     stopping = stopping and state.step < total
     if due(run.config.save_every, state.step) or stopping:
-        checkpoint.save(run.config.out, state, loop.optimizer, run.config.keep)
+        description: dict = dict(run.description)
+        checkpoint.save(run.config.out, state, loop.optimizer, run.config.keep, description)
     if not stopping:
         return False
     reason = run.stop.reason or "another rank"
@@ -259,6 +293,7 @@ def save_or_stop(loop: Loop, stopping: bool) -> bool:
         f"stopped by {reason} after step {state.step} of {total}; continue with --resume auto"
     )
     loop.log.close()
+    lock.release()
     return True
 
 
@@ -266,5 +301,9 @@ def finish(loop: Loop, model: GPT) -> Path:
     """Close the log, write the trained model to OUT/final and return that folder."""
     loop.log.close()
     folder = runtime.save_model(loop.run, model, "final")
+    finished = Path(loop.run.config.out) / FINISHED
+    text = json.dumps({"steps": loop.steps.total, "model": folder.name}) + "\n"
+    loop.run.mesh.ask(lambda: write_text(finished, text))
+    lock.release()
     print(f"{loop.steps.total} steps done, {loop.state.tokens:,} tokens; the model is in {folder}")
     return folder

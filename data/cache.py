@@ -7,7 +7,6 @@ A killed process leaves at most a .partial folder. A damaged folder is recognise
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -175,12 +174,6 @@ def read_meta(folder: Path, key: str) -> dict[str, Any] | None:
         return meta
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-
-
-def file_sha256(file: Path) -> str:
-    """Return the SHA-256 of a file's content, as hex digits."""
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _why_empty(counts: dict[str, int], job: Job) -> str:

@@ -23,10 +23,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data.cache import DTYPES, file_sha256, read_meta, write_cache
+from data.cache import DTYPES, read_meta, write_cache
 from data.encode import ROWS, Job, cut_prompt
 from data.formats import prompt_of
 from data.rows import SHOWN, check_bad_rows, existing_files, parse_row, read_lines
+from disk import file_sha256
 
 FORMAT = 3  # raise it when the same rows would give other arrays, here or in data/formats.py
 

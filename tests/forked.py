@@ -49,7 +49,7 @@ class Ranks:
         for ours, _ in pipes:
             ours.send(self.store.port if self.store else 0)
 
-    def wait(self, seconds: float = 60.0, ranks: list[int] | None = None) -> list[int | None]:
+    def wait(self, seconds: float = 240.0, ranks: list[int] | None = None) -> list[int | None]:
         """Return the exit codes of some ranks or of all, then kill the rest.
 
         A code is minus the number of the signal that ended the rank, and None where it was still

@@ -1,14 +1,17 @@
 """Weight files of a Hugging Face folder: single or sharded safetensors, which cannot run code."""
 
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from disk import file_sha256
 from weights.config_json import read_json
 
+HASH_THREADS = 8
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 # Buffers that old folders carry along: masks, and angles that are computed here.
 NOT_WEIGHTS = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")
@@ -80,7 +83,7 @@ def fingerprint(folder: str | Path) -> str:
         paths = [folder / "adapter_config.json", folder / "adapter_model.safetensors"]
     else:
         paths = [folder / "config.json", *sorted(set(weight_files(folder).values()))]
-    for path in paths:
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+    with ThreadPoolExecutor(HASH_THREADS) as pool:  # hashing lets other threads run
+        for content in pool.map(file_sha256, paths):
+            digest.update(bytes.fromhex(content))
     return digest.hexdigest()

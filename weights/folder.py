@@ -20,7 +20,8 @@ from torch import Tensor
 from architecture import GPTConfig
 from data.templates import Template
 from data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
-from layers import Linear, gather_slices
+from disk import replace_folder
+from layers import Linear, gather_slices, is_finite
 from model import ALONE, GPT
 from parallel import Mesh, split
 from weights.adapters import BaseDtype, frozen_linears
@@ -29,6 +30,7 @@ from weights.files import DTYPES, fingerprint, open_weights, weight_files
 from weights.table import HEADS, Stored, fuse, part_of, weight_table
 
 __all__ = ["DTYPES", "fingerprint", "load_model", "save_model", "weight_files"]
+NOT_FINITE = "a weight is not finite"
 SHARD_BYTES = 5 << 30  # of one weight file, as transformers splits them
 
 # ---- reading -------------------------------------------------------------------------------------
@@ -217,17 +219,14 @@ def save_model(
             with open(file, "rb") as f:
                 os.fsync(f.fileno())
 
-    def commit() -> None:
-        old = folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            folder.rename(old)
-        partial.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-
     try:
         mesh.ask(begin)
-        problem = next(filter(None, mesh.everyone(_write_weights(model, partial))), None)
+        problem = next(filter(None, mesh.everyone(_write_weights(model, partial))), "")
+        if problem.startswith(NOT_FINITE):
+            mesh.ask(lambda: shutil.rmtree(partial, ignore_errors=True))
+            raise ValueError(
+                f"{folder} was not written: {problem}; lower --lr, or look for broken rows"
+            )
         if problem:
             raise OSError(problem)
         mesh.ask(write_rest)
@@ -238,7 +237,7 @@ def save_model(
             f"could not write {folder} ({error}): free space on the disk; "
             "a folder that was there before is untouched"
         ) from None
-    mesh.ask(commit)
+    mesh.ask(lambda: replace_folder(partial, folder))
 
 
 def _write_settings(
@@ -317,6 +316,10 @@ def _write_weights(model: GPT, folder: Path) -> str:
             continue
         tensors = to_theirs(model, names, keep=writer == mesh.tp_rank)
         if writer != mesh.tp_rank or problem:
+            continue
+        broken = [name for name in names if not is_finite(tensors[name])]
+        if broken:
+            problem = f"{NOT_FINITE}: {broken[0]}"
             continue
         try:
             ordered = {name: tensors[name] for name in names}

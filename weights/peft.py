@@ -8,13 +8,15 @@ check_base("OUT/adapter", "base")                  refuses an adapter of another
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from layers import Adapter, Linear, gather_slices
+from disk import replace_folder
+from layers import Adapter, Linear, gather_slices, is_finite
 from model import GPT
 from weights.adapters import Lora, adapters_of, target_names
 from weights.config_json import score_names
@@ -66,9 +68,14 @@ def save_adapter(model: GPT, folder: str | Path, base: str, lora: Lora) -> None:
         name: torch.from_numpy(array).to(dtype) for part in parts for name, array in part.items()
     }
 
+    broken = [name for name, tensor in tensors.items() if not is_finite(tensor)]
+    if broken:
+        raise ValueError(f"{folder} was not written: {broken[0]} is not finite; lower --lr")
+
     def write() -> None:
         partial = folder.with_name(f".{folder.name}.partial")
-        partial.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
         on_disk, settings = _to_peft(tensors, scales, model, base, lora)
         metadata = {"format": "pt"}
         if model.c.outputs:  # PEFT's settings have no place for the names of scores
@@ -76,11 +83,7 @@ def save_adapter(model: GPT, folder: str | Path, base: str, lora: Lora) -> None:
         save_file(on_disk, partial / "adapter_model.safetensors", metadata=metadata)
         text = json.dumps(settings, indent=2) + "\n"
         (partial / "adapter_config.json").write_text(text)
-        if folder.exists():
-            for old in folder.iterdir():
-                old.unlink()
-            folder.rmdir()
-        partial.rename(folder)
+        replace_folder(partial, folder)
 
     mesh.ask(write)
 

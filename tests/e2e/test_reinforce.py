@@ -359,6 +359,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
     assert part == whole
     for step in (6, 5, 4):  # as if killed after step 4, having logged two steps more than it saved
         checkpoint.all_steps(tmp_path / "part")[0].rename(tmp_path / f"gone{step}")
+    (tmp_path / "part" / "finished.json").unlink()
     assert train(train_reinforce, tmp_path / "part", **flags, resume="auto") == whole
     rows = read_samples(tmp_path / "whole")
     assert read_samples(tmp_path / "part") == rows

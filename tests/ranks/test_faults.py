@@ -160,10 +160,11 @@ def test_a_dead_rank_is_named_within_seconds(layout: str, rank: int, toy, unbrok
     """After SIGKILL the other rank does not wait for a timeout, and a restart loses nothing."""
     out, more = tmp_path / "out", LAYOUTS[layout]
     began = time.monotonic()
-    ranks = start(2, toy, out, *more, fault=signals(signal.SIGKILL, rank, step=4))
-    codes = ranks.wait(60)
+    fault = signals(signal.SIGKILL, rank, step=4)
+    ranks = start(2, toy, out, *more, fault=fault, timeout=20.0)
+    codes = ranks.wait()
     assert codes[rank] == -signal.SIGKILL and codes[1 - rank] == 1
-    assert time.monotonic() - began < 50, "--timeout-minutes 2 ended it"
+    assert time.monotonic() - began < 200, "--timeout-minutes 20 ended it"
     assert f"rank {rank} does not answer: dead, or hung" in ranks.text(1 - rank)
     assert "step_2" in finish(2, toy, out, *more, "--resume", "auto")
     same(out, unbroken(layout))
@@ -192,7 +193,7 @@ def test_a_hung_rank_is_named(toy: Path, tmp_path: Path):
         for rank in (0, 1)
     ]
     for rank, ranks in enumerate(runs):
-        assert ranks.wait(60, ranks=[1 - rank]) == [1], ranks.text(1 - rank)
+        assert ranks.wait(ranks=[1 - rank]) == [1], ranks.text(1 - rank)
         assert f"rank {rank} does not answer: dead, or hung" in ranks.text(1 - rank)
 
 
@@ -215,7 +216,7 @@ def test_the_others_say_which_rank_failed_first(
 ):
     """Both ranks give the reason; the one that failed does not blame the other."""
     ranks = start(2, toy, tmp_path / "out", fault=fails(rank, 2, error))
-    assert ranks.wait(60) == [1, 1]
+    assert ranks.wait() == [1, 1]
     why = "bad luck" if isinstance(error, ValueError) else "RuntimeError: bad luck"
     assert f"rank {rank} failed first: {why}\n" in ranks.text(1 - rank)
     assert f"error on rank {rank}: {why}\n" in ranks.text(
@@ -236,8 +237,8 @@ def test_without_torchrun_the_store_may_go_first(toy: Path, tmp_path: Path):
             os.environ["MASTER_PORT"] = str(port)
             signals(number, 0, step=2)(rank)
 
-        ranks = start(2, toy, out, fault=fault, timeout=0.05)
-        assert ranks.wait(30, ranks=[1]) == [1], ranks.text(1)
+        ranks = start(2, toy, out, fault=fault, timeout=0.1)
+        assert ranks.wait(ranks=[1]) == [1], ranks.text(1)
         assert "rank 0 does not answer: it is dead or hung" in ranks.text(1)
 
 
@@ -320,7 +321,7 @@ def test_a_crash_between_write_and_rename_costs_one_checkpoint(toy: Path, unbrok
 
     out = tmp_path / "out"
     ranks = start(2, toy, out, fault=fault)
-    assert ranks.wait(60) == [9, 1] and "rank 0 does not answer" in ranks.text(1)
+    assert ranks.wait() == [9, 1] and "rank 0 does not answer" in ranks.text(1)
     assert (out / ".step_4.partial" / "manifest.json").exists() and checkpoint.newest(
         out
     ).name == "step_2"
@@ -349,13 +350,14 @@ def test_an_out_that_is_not_shared_is_refused(toy: Path, tmp_path: Path):
     """Two nodes have a local --out each, one with files of another run: both refuse it."""
 
     def body(rank: int) -> None:
-        out = tmp_path / f"disk_{rank}"
-        out.mkdir()
-        (out / "config.json").write_text("{}")
-        runtime.run(lambda: train_dpo.main(flags(toy, out)))
+        disk = tmp_path / f"disk_{rank}"
+        (disk / "out").mkdir(parents=True)
+        (disk / "out" / "config.json").write_text("{}")
+        os.chdir(disk)
+        runtime.run(lambda: train_dpo.main(flags(toy, Path("out"))))
 
     ranks = Ranks(2, body, tmp_path / "said")
-    assert ranks.wait(60) == [1, 1]
+    assert ranks.wait() == [1, 1]
     for rank in (0, 1):
         assert (
             "is not the same folder on every node: use one on a shared file system"

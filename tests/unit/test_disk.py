@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import disk
 import plot
 from disk import drop_rows_after, lines_of, write_text
 
@@ -85,3 +86,25 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         write_text(path, "new")
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["config.json"]
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_a_folder_is_replaced_and_nothing_is_left(exchanges: bool, tmp_path: Path, monkeypatch):
+    """With and without the exchange of names: the new content, no other folder."""
+    if not exchanges:
+        monkeypatch.setattr(disk, "_exchange", lambda one, other: False)
+    for content in ("old", "new"):
+        (tmp_path / ".partial").mkdir()
+        (tmp_path / ".partial" / content).touch()
+        disk.replace_folder(tmp_path / ".partial", tmp_path / "final")
+    assert os.listdir(tmp_path) == ["final"] and os.listdir(tmp_path / "final") == ["new"]
+
+
+def test_names_are_exchanged_in_one_step(tmp_path: Path):
+    """On Linux's own file systems there is no moment without the folder."""
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    if not disk._exchange(tmp_path / "one", tmp_path / "other"):
+        pytest.skip("this file system cannot exchange names")
+    assert os.listdir(tmp_path / "one") == ["other"]

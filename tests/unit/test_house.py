@@ -20,12 +20,12 @@ ROOT = Path(__file__).parents[2]
 # A module imports from its own row and from the rows above it, and imports make no circle.
 LIBRARIES = [
     ["config", "losses", "architecture", "layout", "disk", "lock", "kernels.*"],
-    ["parallel", "data.*"],
+    ["parallel", "faults", "data.*"],
     ["layers", "mixers", "model"],
     ["optimizer", "pipeline"],
     ["weights.*"],
     ["checkpoint", "passes", "sampling.*"],
-    ["footprint", "reporting"],
+    ["footprint", "reporting", "identity"],
     ["plan"],
     ["runtime"],
     ["training", "reference"],
