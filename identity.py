@@ -28,7 +28,7 @@ CODE_FOLDERS = (".", "data", "data/toy", "kernels", "sampling", "weights")
 PACKAGES = "torch triton numpy safetensors sentencepiece tokenizers jinja2".split()
 # Flags that name files; what is in them belongs to the run.
 DATA_FLAGS = ("data", "eval_data")
-MODEL_FLAGS = ("model", "adapter", "ref", "critic", "predictor", "prior", "reward")
+MODEL_FLAGS = ("model", "adapter", "ref", "teacher", "critic", "predictor", "prior", "reward")
 # Flags that may differ between ranks (a local disk), and between a run and its continuation.
 LOCAL_FLAGS = ("cache",)
 NOT_COMPARED = ("resume", "resume_changed", "config")
@@ -37,8 +37,9 @@ Description = dict[str, dict[str, str]]  # "run", "flags", "files", "packages" -
 
 
 def version() -> str:
-    """Return plumb's version, as pyproject.toml has it."""
-    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    """Return plumb's version, as pyproject.toml has it; "unknown" without that file."""
+    path = ROOT / "pyproject.toml"
+    return tomllib.loads(path.read_text())["project"]["version"] if path.is_file() else "unknown"
 
 
 def script_of(config: RunConfig) -> str:

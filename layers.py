@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.kl import Divergence, linear_kl
 from kernels.logprob import linear_logprob, merge_partials
 from kernels.quantized import Format, Quantized, quantize, quantized_linear
 from kernels.rmsnorm import add_rms_norm, rms_norm
@@ -318,6 +319,28 @@ class Vocabulary(Layer):
         """
         merge = self._merge if self.tp.n > 1 else None
         return linear_logprob(x, self.weight, target, temperature, entropy, self.first, merge)
+
+    def kl(
+        self,
+        x: Tensor,
+        teacher: "Vocabulary",
+        teacher_x: Tensor,
+        divergence: Divergence,
+        mix: float,
+        temperature: float,
+    ) -> Tensor:
+        """Return the divergence from a teacher's distribution of each row, (M,), on every rank.
+
+        x (M, D) and teacher_x (M, D') -> fp32 at least; see kernels/kl.py. Never holds (M, V).
+        """
+        gather = self._gather if self.tp.n > 1 else None
+        weights = self.weight, teacher_x, teacher.weight
+        return linear_kl(x, *weights, divergence, mix, temperature, gather)
+
+    def _gather(self, partials: Tensor) -> Tensor:
+        """Return the partials of all tensor ranks, (n, M, k), by an all-gather of k a token."""
+        gathered = self.tp.all_gather(partials.contiguous(), "logps")
+        return gathered.view(self.tp.n, *partials.shape)
 
     def _merge(self, partials: Tensor) -> Tensor:
         """Merge the ranks' log-probs by one all-gather of a few floats a token."""

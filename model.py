@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from architecture import GPTConfig
 from data.trees import TreeBatch
+from kernels.kl import Divergence
 from kernels.swiglu import swiglu
 from layers import ColumnLinear, Linear, Norm, RowLinear, Vocabulary, Weight, columns, weights_of
 from mixers import Attention, TreeView, View
@@ -223,25 +224,54 @@ class GPT(nn.Module):
 
         entropy: also that of each distribution, (M,). Only scored tokens reach the vocabulary.
         """
-        self.wait()
-        index, target, cp = batch.logit_index, batch.target, self.mesh.group("cp")
-        if cp.n > 1:
-            rows = batch.shares(cp.n)[cp.place]
-            places, index = locate(rows, index)
-            target = target[places]
-            normed = enter(self.norm(hidden), len(rows), self.tp).index_select(0, index)
-        elif self.tp.n > 1:
-            normed = enter(self.norm(hidden), len(batch.tokens), self.tp).index_select(0, index)
-        else:
-            normed = self.norm(hidden.index_select(0, index))
+        normed, places = self.states(hidden, batch)
+        target = batch.target if places is None else batch.target[places]
         result = self.output.logps(normed, target, temperature, entropy)
-        if cp.n == 1:
+        if places is None:
             return result
-        total = len(batch.target)
+        total, cp = len(batch.target), self.mesh.group("cp")
         if isinstance(result, tuple):
             logps, entropies = result
             return assemble(logps, places, total, cp), assemble(entropies, places, total, cp)
         return assemble(result, places, total, cp)
+
+    def states(self, hidden: Tensor, batch: TreeBatch) -> tuple[Tensor, Tensor | None]:
+        """Return what the output head reads for the scored tokens, (M, D), and which they are.
+
+        With context parallelism a rank has some of the M, at the places that come second; else
+        they are None.
+        """
+        self.wait()
+        index, places, cp = batch.logit_index, None, self.mesh.group("cp")
+        rows = len(batch.tokens)
+        if cp.n > 1:
+            share = batch.shares(cp.n)[cp.place]
+            places, index = locate(share, index)
+            rows = len(share)
+        if cp.n == 1 and self.tp.n == 1:
+            return self.norm(hidden.index_select(0, index)), places
+        return enter(self.norm(hidden), rows, self.tp).index_select(0, index), places
+
+    def kl(
+        self,
+        hidden: Tensor,
+        batch: TreeBatch,
+        teacher: "GPT",
+        teacher_states: Tensor,
+        divergence: Divergence,
+        mix: float = 0.5,
+        temperature: float = 1.0,
+    ) -> Tensor:
+        """Return the divergence from a teacher at each scored token, (M,), all M on every rank.
+
+        teacher_states: the teacher's `states` of the same batch. See kernels/kl.py.
+        """
+        normed, places = self.states(hidden, batch)
+        head = teacher.output
+        result = self.output.kl(normed, head, teacher_states, divergence, mix, temperature)
+        if places is None:
+            return result
+        return assemble(result, places, len(batch.target), self.mesh.group("cp"))
 
     def logits(self, hidden: Tensor, index: Tensor) -> Tensor:
         """Return the logits at places index (n,) of the flat row, (n, V); to sample from."""

@@ -84,7 +84,7 @@ class _LinearLogProb(torch.autograd.Function):
         mixed = torch.zeros_like(top) if entropy else None  # Σ exp(z - top) z
         kept = []
         for first in range(0, vocab, chunk):
-            z = _matmul(hidden, weight[first : first + chunk].t(), exact)  # (M, C)
+            z = matmul(hidden, weight[first : first + chunk].t(), exact)  # (M, C)
             where = (start + first, temperature)
             if on_gpu:
                 torch.ops.plumb.fold_logits(z, target, top, total, mixed, picked, *where)
@@ -121,7 +121,7 @@ class _LinearLogProb(torch.autograd.Function):
             w = weight[first : first + ctx.chunk]  # (C, D)
             where = (ctx.start + first, ctx.temperature)
             if on_gpu:
-                z = kept[i] if kept else _matmul(hidden, w.t(), exact)
+                z = kept[i] if kept else matmul(hidden, w.t(), exact)
                 dz = torch.ops.plumb.logit_slopes(
                     z, target, lse, grad, entropies, d_entropy, *where, weight.dtype
                 )
@@ -129,18 +129,18 @@ class _LinearLogProb(torch.autograd.Function):
                 powers, top = kept[2 * i : 2 * i + 2]
                 dz = _slopes_of_powers(powers, top, target, lse, grad, *where).to(weight.dtype)
             else:
-                z = _matmul(hidden, w.t(), exact)
+                z = matmul(hidden, w.t(), exact)
                 dz = _slopes_plain(z, target, lse, grad, entropies, d_entropy, *where)
                 dz = dz.to(weight.dtype)
             if need_hidden:
-                _add_matmul(d_hidden, dz, w)
+                add_matmul(d_hidden, dz, w)
             if need_weight:
                 torch.mm(dz.t(), hidden, out=d_weight[first : first + ctx.chunk])
         d_hidden = d_hidden.to(hidden.dtype) if need_hidden else None
         return d_hidden, d_weight, None, None, None, None, None
 
 
-def _matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+def matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """Compute a @ b with sums and result in `dtype`, whatever the inputs are."""
     if a.dtype == dtype:
         return a @ b
@@ -149,12 +149,12 @@ def _matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return a.to(dtype) @ b.to(dtype)
 
 
-def _add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
+def add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
     """Add a @ b to `total`, in total's dtype."""
     if a.is_cuda and a.dtype != total.dtype and _addmm_widens(a.device, a.dtype):
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
-        total += _matmul(a, b, total.dtype)
+        total += matmul(a, b, total.dtype)
 
 
 @functools.cache

@@ -1,0 +1,208 @@
+"""Distillation: a student learns the distribution of a teacher, token by token.
+
+    python train_distill.py --model small --teacher big --data demos.jsonl --out distilled
+    python train_distill.py --model small --teacher big --data demos.jsonl --on-policy 1 \
+        --divergence reverse --max-new-tokens 128
+    torchrun --nproc_per_node 8 train_distill.py --model small --teacher big --data demos.jsonl
+
+Rows: {prompt, response} or {messages}, as for train_sft.py. At every scored token the loss is a
+divergence between the teacher's distribution and the student's over the whole vocabulary:
+--divergence forward, reverse, jsd (GKD, arXiv 2306.13649), skew_forward or skew_reverse (DistiLLM,
+2402.03898). --sft-weight adds the log-likelihood of the data.
+
+--on-policy λ is the share of steps whose responses the student samples itself, to the same prompts;
+the teacher then corrects what the student really writes (GKD, Algorithm 1). Gradients do not flow
+through the sampling.
+
+Student and teacher must read the same tokens; sizes and families may differ.
+
+Watch kl, the mean divergence a token in nats: it falls fast, then slowly. On-policy it may rise at
+first, while the student finds prompts that it answers badly.
+
+Letters: M scored tokens of a micro-batch, D the teacher's width.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+import runtime
+import training
+from config import RolloutConfig, parse
+from data.dataset import Dataset
+from data.tokenizer import load_tokenizer
+from data.trees import TreeBatch
+from kernels.kl import Divergence
+from model import GPT
+from passes import forward, make_batches
+from pipeline import pipeline
+from reporting import add, means
+from sampling import rollout
+from sampling.rewards import same_tokens
+from sampling.server import Server
+
+
+@dataclass
+class Config(RolloutConfig):
+    batch_size: int = 64  # examples an optimizer step, over all ranks
+    lr: float = 1e-5  # peak learning rate; as for SFT, 1e-5 to 2e-5 for 7B models
+    teacher: str = ""  # Hugging Face folder of the teacher, with the student's tokenizer
+    divergence: Divergence = "forward"  # forward covers the teacher, reverse keeps to its peaks
+    mix: float = 0.5  # β of jsd, α of the skewed ones (0.1 in DistiLLM); between 0 and 1
+    distill_temperature: float = 1.0  # of both distributions in the divergence; 1 to 2
+    sft_weight: float = 0.0  # of the log-likelihood of the data, on steps that are not on-policy
+    on_policy: float = 0.0  # share of steps on the student's own samples; 0.5 to 1 after SFT
+    group_size: int = 1  # samples a prompt on on-policy steps
+
+
+# ---- the algorithm -----------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def teacher_states(teacher: GPT, batches: list[TreeBatch]) -> list[torch.Tensor]:
+    """Return what the teacher's output head reads in each micro-batch, (M, D), on the last stage.
+
+    They are a few numbers a token; its distributions, (M, V), are computed chunk by chunk beside
+    the student's.
+    """
+    return [teacher.states(hidden, batch)[0] for batch, hidden in pipeline(teacher, batches)]
+
+
+def divergences(
+    student: GPT,
+    hidden: torch.Tensor,
+    batch: TreeBatch,
+    teacher: GPT,
+    states: torch.Tensor,
+    config: Config,
+) -> torch.Tensor:
+    """Return the divergence at each scored token, (M,)."""
+    settings = config.divergence, config.mix, config.distill_temperature
+    return student.kl(hidden, batch, teacher, states, *settings)
+
+
+def is_on_policy(config: Config, step: int) -> bool:
+    """Return whether a step trains on samples: a draw with chance --on-policy, by seed and step."""
+    return np.random.default_rng([config.seed, step]).random() < config.on_policy
+
+
+def no_reward(prompts: list, responses: list, rows: list, trees: Dataset) -> np.ndarray:
+    """Return the reward of samples that need none: the teacher judges every token."""
+    return np.zeros(len(responses))
+
+
+@torch.no_grad()
+def evaluate(student: GPT, teacher: GPT, data: Dataset, config: Config) -> dict[str, float]:
+    """Return divergence and log-likelihood of a whole data set, under eval/."""
+    totals: dict[str, torch.Tensor] = {}
+    examples = np.arange(len(data))
+    states = teacher_states(teacher, make_batches(data, examples, config, student.mesh))
+    for i, (batch, hidden) in enumerate(forward(student, data, examples, config)):
+        kl = divergences(student, hidden, batch, teacher, states[i], config)
+        add(totals, {"loss": kl, "kl": kl, "nll": -student.logps(hidden, batch)})
+    row = means(totals, int(data.scored_len.sum()), student.mesh)
+    return {f"eval/{name}": value for name, value in row.items()}
+
+
+def load_teacher(run: runtime.Run, student: GPT, config: Config) -> GPT:
+    """Load the frozen teacher. ValueError: it reads other tokens than the student."""
+    if not same_tokens(run.template.tokenizer, load_tokenizer(config.teacher)):
+        raise ValueError(
+            f"--teacher {config.teacher} has another tokenizer than --model {config.model}: "
+            "distributions over different tokens cannot be compared"
+        )
+    teacher = runtime.load_reference(run, student, config.teacher)
+    if teacher.c.vocab != student.c.vocab:
+        raise ValueError(
+            f"--teacher {config.teacher} has {teacher.c.vocab} rows of vocabulary, the student "
+            f"{student.c.vocab}: pad the smaller embedding to the same size"
+        )
+    return teacher
+
+
+def validate(config: Config) -> None:
+    """Raise ValueError for flags that contradict each other or would have no effect."""
+    rollout.validate(config)
+    if not config.teacher:
+        raise ValueError("--teacher is missing: the folder of the model to learn from")
+    if not 0 <= config.on_policy <= 1:
+        raise ValueError(f"--on-policy is a share, between 0 and 1, not {config.on_policy}")
+    if config.on_policy == 1 and config.sft_weight:
+        raise ValueError("--sft-weight has no effect with --on-policy 1: drop one of them")
+    low, high = (0.0, 1.0) if config.divergence.startswith("skew") else (1e-6, 1 - 1e-6)
+    if not low <= config.mix <= high or config.mix == 1:
+        raise ValueError(f"--mix must be between 0 and 1, not {config.mix}")
+    if config.distill_temperature <= 0 or config.sft_weight < 0:
+        raise ValueError("--distill-temperature must be above 0, --sft-weight at least 0")
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse(Config, __doc__, argv)
+    validate(config)
+    run = runtime.start(config)
+    template, mesh = run.template, run.mesh
+
+    # ---- data ----------------------------------------------------------------------------------
+    train = runtime.load_rows(run, config.data, "sft")
+    heldout = runtime.load_rows(run, config.eval_data, "sft")
+    prompts = None
+    if config.on_policy:
+        prompts = rollout.load(config.data, template, config)
+        rollout.check_fits(prompts, config)
+    steps = training.plan_steps(config, len(train))
+
+    # ---- model and teacher ---------------------------------------------------------------------
+    student = runtime.load_model(run)
+    teacher = load_teacher(run, student, config)
+    print(training.describe(student, train.tree_lengths(config.share_prompts), steps, config))
+    server = Server(template, config) if config.rollout_url else None
+    optimizer = runtime.make_optimizer(student, config)
+    loop = training.begin(run, steps, optimizer)
+    rollout.drop_samples_after(loop.state.step, config, mesh)
+
+    # ---- the loop ------------------------------------------------------------------------------
+    for step in training.remaining(loop):
+        data, examples, sft_weight = train, steps.examples(step), config.sft_weight
+        on_policy = prompts is not None and is_on_policy(config, step)
+        if on_policy:
+            chosen = prompts.take(examples % len(prompts.ids))
+            samples = rollout.draw(chosen, step + 1, student, no_reward, template, config, server)
+            data, examples, sft_weight = samples.data, np.arange(len(samples.data)), 0.0
+            rollout.log_samples(samples, step + 1, config, mesh)
+        batches = make_batches(data, examples, config, mesh)
+        # Counted over the whole step: the loss does not depend on how it is cut into micro-batches.
+        n_scored = int(data.scored_len[data.responses_of(examples)].sum())
+
+        states = teacher_states(teacher, batches)
+        totals: dict[str, torch.Tensor] = {}
+        for i, (batch, hidden) in enumerate(pipeline(student, batches, optimizer)):
+            kl = divergences(student, hidden, batch, teacher, states[i], config)  # (M,)
+            loss = kl
+            if sft_weight:
+                nll = -student.logps(hidden, batch)
+                loss = kl + sft_weight * nll
+                add(totals, {"nll": nll})
+            (loss.sum() / n_scored).backward()
+            add(totals, {"loss": loss, "kl": kl})
+        lr = training.learning_rate(config, step, steps.total)
+        norm, stopping = optimizer.step(lr, config.clip, run.stop)
+
+        training.check_update(loop, norm)
+        row = {**means(totals, n_scored, mesh), "grad_norm": norm, "lr": lr}
+        row["on_policy"] = float(on_policy)
+        tokens = int(data.tree_lengths(config.share_prompts)[examples].sum())
+        training.report_step(loop, row, tokens, batches)
+        if heldout and training.evaluation_due(loop):
+            result = evaluate(student, teacher, heldout, config)
+            training.report_evaluation(loop, result)
+            training.print_samples(loop, student, heldout)
+            if training.is_best(loop, result["eval/loss"]):
+                runtime.save_model(run, student, "best")
+        if training.save_or_stop(loop, stopping):
+            return
+    training.finish(loop, student)
+
+
+if __name__ == "__main__":
+    runtime.run(main)
