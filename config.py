@@ -126,7 +126,8 @@ class RolloutConfig(RunConfig):
     log_samples: int = 10  # steps between samples in OUT/samples.jsonl, besides the first; 0: never
     rollout_url: str = ""  # OpenAI-compatible server to sample from (vLLM, SGLang):
     # http://host:8000
-    rollout_reload: str = ""  # command that makes the server load new weights from {folder}
+    rollout_reload: str = ""  # command that makes the server load new weights from {folder}, which
+    # is also in the environment as PLUMB_FOLDER
     rollout_timeout: float = 600.0  # seconds that a request or a reload may take
 
 

@@ -33,7 +33,7 @@ from model import GPT
 from parallel import Mesh
 from sampling.rewards import Reward, leader
 from sampling.sampler import Sample, generate
-from sampling.server import Server
+from sampling.server import Server, reload_words
 from weights.folder import load_model, save_model
 
 # (prompts as token ids, a seed per sample, samples per prompt, temperature) -> samples by prompt.
@@ -117,6 +117,7 @@ def validate(config: RolloutConfig) -> None:
             "--rollout-url without --rollout-reload would sample from the initial weights forever: "
             "give the command that loads new weights"
         )
+    reload_words(config.rollout_reload)
     if config.temperature <= 0:
         raise ValueError(
             f"--temperature must be above 0, not {config.temperature}: the policy has to explore"

@@ -1,22 +1,67 @@
 """Client of an OpenAI-compatible completion server that draws the samples (vLLM, SGLang)."""
 
+import contextlib
+import http.client
 import json
+import math
 import os
+import queue
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from config import RolloutConfig
 from data.templates import Template
 from sampling.sampler import Sample
 
 TRIES = 4  # per request, with pauses of 1, 2 and 4 seconds
+LARGEST_REPLY = 256 << 20  # bytes; 64 samples of 4,096 tokens with log-probs take about 30 MB
+ABOVE_ZERO = 1e-5  # a log-prob that rounding may reach
+
+
+class BadReply(OSError):
+    """A reply that no second request would mend."""
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """Refuses redirects: the next host would get the key, and a POST would become a GET."""
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):  # type: ignore[no-untyped-def]
+        raise BadReply(f"redirects to {newurl}: give that address")
+
+
+def _within(seconds: float, work: Callable[[], Any]) -> Any:
+    """Return work()'s result. TimeoutError after some seconds, whatever it is waiting for.
+
+    A socket's own time-out starts again with every byte, so a server that drips would hold it.
+    """
+    results: queue.SimpleQueue = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            results.put((work(), None))
+        except BaseException as error:  # noqa: BLE001 - raised again below
+            results.put((None, error))
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        value, error = results.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(f"no whole reply within {seconds:g} s") from None
+    if error is not None:
+        raise error
+    return value
 
 
 def _named_ids(names: list) -> list[int]:
@@ -33,21 +78,27 @@ class Server:
     return_token_ids), or as logprobs.tokens of the form token_id:N, or as text, which is tokenised
     again with a warning. The server's generation defaults (top_p and others, from
     generation_config.json) are overridden, because training needs the plain distribution.
-    OPENAI_API_KEY is sent if it is set.
+    OPENAI_API_KEY is sent if it is set, to this address alone: redirects are refused.
+
+    A reply is used only if it holds what was asked for. Log-probs that cannot be (above 0, not
+    finite) count as unknown, as training computes them again, and are reported.
     """
+
+    bad_logps = 0  # log-probs so far that cannot be
 
     def __init__(self, template: Template, config: RolloutConfig):
         self.config = config
         self.template = template
         self.url = config.rollout_url.rstrip("/").removesuffix("/v1")
         self.warned = False
+        self.opener = urllib.request.build_opener(_NoRedirects)
         if not self.url.startswith(("http://", "https://")):
             raise ValueError(
                 f"--rollout-url {config.rollout_url} must begin with http:// or https://"
             )
         models = self._request("/v1/models", None)
         try:
-            self.model = models["data"][0]["id"]
+            self.model = str(models["data"][0]["id"])
         except (LookupError, TypeError):
             raise OSError(
                 f"--rollout-url {self.url} serves no model: {str(models)[:200]}"
@@ -65,20 +116,40 @@ class Server:
             return [sample for part in pool.map(complete, range(len(ids))) for sample in part]
 
     def reload(self, folder: Path) -> None:
-        """Load a folder's weights into the server with --rollout-reload. OSError if it fails."""
-        command = self.config.rollout_reload.replace("{folder}", shlex.quote(str(folder)))
-        try:
-            done = subprocess.run(
-                shlex.split(command),
-                capture_output=True,
-                text=True,
-                timeout=self.config.rollout_timeout,
-            )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise OSError(f"--rollout-reload: {command} did not run: {error}") from None
-        if done.returncode:
-            reason = (done.stderr or done.stdout)[-500:]
-            raise OSError(f"--rollout-reload: {command} failed ({done.returncode}): {reason}")
+        """Load a folder's weights into the server with --rollout-reload. OSError if it fails.
+
+        The command gets the folder as {folder} in an argument, and as PLUMB_FOLDER. It may leave a
+        daemon behind: its output goes to a file, so nobody waits for the daemon to close it.
+        """
+        command = self.config.rollout_reload
+        words = [word.replace("{folder}", str(folder)) for word in reload_words(command)]
+        environment = {**os.environ, "PLUMB_FOLDER": str(folder)}
+        with tempfile.TemporaryFile() as output:
+            try:
+                process = subprocess.Popen(
+                    words,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    env=environment,
+                    start_new_session=True,
+                )
+                code = process.wait(self.config.rollout_timeout)
+            except subprocess.TimeoutExpired:
+                with contextlib.suppress(OSError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                limit = self.config.rollout_timeout
+                raise OSError(
+                    f"--rollout-reload: {command} did not end within {limit:g} s: let it start "
+                    "what goes on in the background, or raise --rollout-timeout"
+                ) from None
+            except OSError as error:
+                raise OSError(f"--rollout-reload: {command} did not run: {error}") from None
+            if code:
+                output.seek(0)
+                reason = output.read().decode(errors="replace")[-500:]
+                raise OSError(f"--rollout-reload: {command} failed ({code}): {reason}")
 
     def _complete(self, prompt: list[int], seed: int, n: int, temperature: float) -> list[Sample]:
         """Request n samples to one prompt."""
@@ -99,19 +170,34 @@ class Server:
             "return_tokens_as_token_ids": True,
         }
         choices = self._request("/v1/completions", body).get("choices", [])
+        if not isinstance(choices, list) or not all(isinstance(c, dict) for c in choices):
+            raise self._bad(f"choices that are no list of objects: {str(choices)[:200]}")
         if len(choices) != n:
-            raise OSError(f"--rollout-url {self.url}: asked for {n} samples, got {len(choices)}")
-        choices = sorted(choices, key=lambda choice: choice.get("index", 0))
-        return [self._read(choice, temperature) for choice in choices]
+            raise self._bad(f"{len(choices)} samples: asked for {n}")
+        places = [choice.get("index", i) for i, choice in enumerate(choices)]
+        if not all(isinstance(place, int) for place in places) or len(set(places)) != n:
+            raise self._bad(f"samples numbered {places}, not 0 to {n - 1}")
+        ordered = sorted(zip(places, range(n)))
+        return [self._read(choices[i], temperature) for _, i in ordered]
+
+    def _bad(self, what: str) -> BadReply:
+        """Return the error of a reply that does not hold what was asked for."""
+        return BadReply(f"--rollout-url {self.url} returned {what}")
 
     def _read(self, choice: dict, temperature: float) -> Sample:
         """Convert one choice of an answer to a sample; its log-probs are NaN if unknown."""
         logprobs = choice.get("logprobs") or {}
+        if not isinstance(logprobs, dict):
+            raise self._bad(f"logprobs that are no object: {str(logprobs)[:200]}")
         names = logprobs.get("tokens") or []
+        if not isinstance(names, list):
+            raise self._bad(f"tokens that are no list: {str(names)[:200]}")
         tokens = self._token_ids(choice, names)
+        if choice.get("token_ids") is not None or _named_ids(names):
+            self._check_tokens(tokens)
         # Engines report log-probs at temperature 1, whatever temperature they sampled at.
         unknown = float("nan")
-        logps = [unknown if x is None else x for x in logprobs.get("token_logprobs") or []]
+        logps = self._logps(logprobs.get("token_logprobs") or [])
         if choice.get("token_ids") is None and not self._same_tokens(tokens, names):
             logps = []  # of other tokens than those that the text gave when it was tokenised again
         stopped = choice.get("finish_reason") == "stop"
@@ -126,6 +212,41 @@ class Server:
             logps = [unknown] * len(tokens)
         drawn = logps if temperature == 1 else [unknown] * len(tokens)
         return Sample(tokens, drawn, logps, tokens[-1] in self.template.stop_ids)
+
+    def _check_tokens(self, tokens: list[int]) -> None:
+        """Raise BadReply for tokens that were not asked for."""
+        size = self.template.tokenizer.size
+        if outside := [token for token in tokens if not 0 <= token < size]:
+            raise self._bad(f"the token {outside[0]}, but the tokenizer has {size}: another model?")
+        asked = self.config.max_new_tokens
+        if len(tokens) > asked:
+            raise self._bad(f"{len(tokens)} tokens: asked for at most {asked}")
+        ends = [i for i, token in enumerate(tokens) if token in self.template.stop_ids]
+        if ends and ends[0] < len(tokens) - 1:
+            raise self._bad(
+                f"{len(tokens) - 1 - ends[0]} tokens after the end token {tokens[ends[0]]}: does "
+                "it ignore stop_token_ids?"
+            )
+
+    def _logps(self, reported: Any) -> list[float]:
+        """Return log-probs, NaN where they are unknown or cannot be."""
+        if not isinstance(reported, list):
+            raise self._bad(f"token_logprobs that are no list: {str(reported)[:200]}")
+        logps = []
+        bad = 0
+        for x in reported:
+            known = isinstance(x, (int, float)) and not isinstance(x, bool)
+            good = known and math.isfinite(x) and x <= ABOVE_ZERO
+            bad += x is not None and not good
+            logps.append(min(float(x), 0.0) if good else float("nan"))
+        if bad and not self.bad_logps:
+            print(
+                f"warning: {self.url} reports log-probs that are above 0 or not finite; they are "
+                "computed again, and left out of sampler_gap",
+                file=sys.stderr,
+            )
+        self.bad_logps += bad
+        return logps
 
     def _end_id(self, choice: dict) -> int:
         """Return the id of an end token that the server left out.
@@ -152,8 +273,12 @@ class Server:
 
     def _token_ids(self, choice: dict, names: list) -> list[int]:
         """Return the token ids of a choice, by the best of the three forms that it has."""
-        if choice.get("token_ids") is not None:
-            return [int(token) for token in choice["token_ids"]]
+        ids = choice.get("token_ids")
+        if ids is not None:
+            whole = isinstance(ids, list) and all(type(token) is int for token in ids)
+            if not whole:
+                raise self._bad(f"token_ids that are no list of whole numbers: {str(ids)[:200]}")
+            return list(ids)
         if ids := _named_ids(names):
             return ids
         if not self.warned:
@@ -162,7 +287,10 @@ class Server:
                 file=sys.stderr,
             )
             self.warned = True
-        return list(self.template.tokenizer.encode(choice.get("text") or ""))
+        text = choice.get("text") or ""
+        if not isinstance(text, str):
+            raise self._bad(f"a text that is none: {str(text)[:200]}")
+        return list(self.template.tokenizer.encode(text))
 
     def _request(self, path: str, body: dict | None) -> dict:
         """GET a path, or POST a JSON body to it, retrying where that may help.
@@ -174,20 +302,57 @@ class Server:
             headers["Authorization"] = f"Bearer {os.environ['OPENAI_API_KEY']}"
         content = json.dumps(body).encode() if body else None
         request = urllib.request.Request(self.url + path, content, headers)
-        reason = ""
+        limit, reason = self.config.rollout_timeout, ""
         for attempt in range(TRIES):
             if attempt:
                 time.sleep(2 ** (attempt - 1))
             try:
-                with urllib.request.urlopen(request, timeout=self.config.rollout_timeout) as answer:
-                    return json.load(answer)
-            except urllib.error.HTTPError as error:
-                reason = f"{error.code}: {error.read().decode(errors='replace')[:300]}"
-                if error.code < 500 and error.code not in (408, 429):
-                    raise OSError(f"--rollout-url {self.url}{path} refused: {reason}") from None
-            except (OSError, ValueError) as error:  # no connection, a time-out, half an answer
-                reason = str(error)
+                code, reply = _within(limit, lambda: self._exchange(request))
+            except BadReply as error:
+                raise OSError(f"--rollout-url {self.url}{path}: {error}") from None
+            # No connection, a time-out, half a reply, no JSON.
+            except (OSError, ValueError, http.client.HTTPException, RecursionError) as error:
+                reason = str(error) or type(error).__name__
+                continue
+            if code < 400:
+                return reply
+            reason = f"{code}: {reply}"
+            if code < 500 and code not in (408, 429):
+                raise OSError(f"--rollout-url {self.url}{path} refused: {reason}")
         raise OSError(
             f"--rollout-url {self.url}{path}: no answer in {TRIES} tries ({reason}): "
             "is the server up?"
         )
+
+    def _exchange(self, request: urllib.request.Request) -> tuple[int, Any]:
+        """Send a request; return status and JSON object, or the begin of the text of an error."""
+        try:
+            with self.opener.open(request, timeout=self.config.rollout_timeout) as answer:
+                content = answer.read(LARGEST_REPLY + 1)
+        except urllib.error.HTTPError as error:
+            return error.code, error.read(300).decode(errors="replace")
+        if len(content) > LARGEST_REPLY:
+            raise BadReply(f"a reply of more than {LARGEST_REPLY >> 20} MB")
+        reply = json.loads(content)
+        if not isinstance(reply, dict):
+            raise BadReply(f"a reply that is no object: {str(reply)[:200]}")
+        return 200, reply
+
+
+def reload_words(command: str) -> list[str]:
+    """Return the words of --rollout-reload.
+
+    ValueError: its quotes do not match, or {folder} stands in a program that is given as text,
+    where characters of a path would run as code.
+    """
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise ValueError(f"--rollout-reload {command}: {error}") from None
+    for before, word in zip(words, words[1:]):
+        if re.fullmatch(r"-\w*c", before) and "{folder}" in word:
+            raise ValueError(
+                f"--rollout-reload {command}: {{folder}} stands inside a program: read the "
+                "environment's PLUMB_FOLDER there, or pass {folder} as an argument behind it"
+            )
+    return words

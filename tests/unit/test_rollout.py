@@ -424,7 +424,7 @@ def test_a_failed_request_is_repeated_or_explained(toy: Path, engine, monkeypatc
         client.sample(prompts.ids[:1], [1], 1, 1.0)
     assert len(stand_in.requests) == 4 + 4 + 1
     monkeypatch.setattr(stand_in, "complete", lambda body: {"choices": []})
-    with pytest.raises(OSError, match="asked for 2 samples, got 0"):
+    with pytest.raises(OSError, match="returned 0 samples: asked for 2"):
         client.sample(prompts.ids[:1], [1, 2], 2, 1.0)
     stand_in.shutdown()
     stand_in.server_close()
@@ -438,7 +438,10 @@ def test_a_failed_request_is_repeated_or_explained(toy: Path, engine, monkeypatc
 def test_training_through_a_server_pushes_its_weights(toy: Path, engine, tmp_path: Path, train):
     """The engine samples from the policy of every step: its log-probs fit the pushed weights."""
     stand_in = engine()
-    request = f"import urllib.request as u; u.urlopen('{stand_in.url}/reload?{{folder}}')"
+    request = (
+        "import os, urllib.request as u; "
+        f"u.urlopen('{stand_in.url}/reload?' + os.environ['PLUMB_FOLDER'])"
+    )
     reload = f'{sys.executable} -c "{request}"'
     flags = {
         "model": toy / "model",
@@ -477,7 +480,10 @@ def test_stale_wrong_and_less_precise_servers_are_told_apart(
 ):
     """The first two end the run with one line; another precision is noted, a good server is not."""
     stand_in = engine()
-    request = f"import urllib.request as u; u.urlopen('{stand_in.url}/reload?{{folder}}')"
+    request = (
+        "import os, urllib.request as u; "
+        f"u.urlopen('{stand_in.url}/reload?' + os.environ['PLUMB_FOLDER'])"
+    )
     reload = f'{sys.executable} -c "{request}"'
     flags = {
         "model": toy / "model",
