@@ -7,13 +7,17 @@
 
 --data reads rows {"prompt": text or messages} and writes each with a "response", or with
 "responses" if --n asks for several; other keys stay. A sample depends on its prompt and its seed
-alone, not on the rest of its batch.
+alone, not on the rest of its batch. A run that is stopped keeps the answers that it has: the same
+command goes on from there.
 """
 
 import functools
+import hashlib
+import json
 import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -24,7 +28,9 @@ from data.rows import read_rows, write_rows
 from data.templates import Template
 from data.tokenizer import load_tokenizer
 from sampling.sampler import Sample, generate
-from weights.folder import DTYPES, load_model
+from weights.folder import DTYPES, fingerprint, load_model
+
+PART = 8  # times --batch-size: samples that are drawn before their rows are kept
 
 
 @dataclass
@@ -133,6 +139,70 @@ def chat(answer: Callable[..., list[Sample]], template: Template, flags: Flags) 
         messages.append({"role": "assistant", "content": stream.text.strip()})
 
 
+def answer_file(
+    answer: Callable[..., list[Sample]],
+    decode: Callable[[list[int]], str],
+    rows: list[dict],
+    prompts: list[list[int]],
+    flags: Flags,
+) -> None:
+    """Answer the rows of --data a part at a time, and write --out when all are answered.
+
+    Until then finished rows lie in a hidden file beside it, from which the same command goes on.
+    """
+    out = Path(flags.out)
+    partial = out.with_name(f".{out.name}.partial")
+    key = run_key(rows, flags)
+    done = finished_rows(partial, key)
+    if done:
+        print(f"going on after {len(done)} of {len(rows)} rows, which {partial} holds")
+    size = max(1, PART * flags.batch_size // flags.n)  # rows of a part
+    try:
+        with open(partial, "w", encoding="utf-8", errors="backslashreplace") as file:
+            for entry in (key, *done):
+                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+            for first in range(len(done), len(rows), size):
+                part = range(first, min(first + size, len(rows)))
+                seeds = [[flags.seed, i * flags.n + k] for i in part for k in range(flags.n)]
+                answers = answer([prompts[i] for i in part], n=flags.n, seeds=seeds)
+                texts = [cut_at(decode(a.tokens), flags.stop).strip() for a in answers]
+                for k, i in enumerate(part):
+                    own = slice(k * flags.n, (k + 1) * flags.n)
+                    new = {"responses": texts[own]} if flags.n > 1 else {"response": texts[k]}
+                    entry = {"row": rows[i] | new, "ended": sum(a.ended for a in answers[own])}
+                    file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+                    done.append(entry)
+                file.flush()
+    except KeyboardInterrupt:
+        print(f"\nstopped after {len(done)} of {len(rows)} rows: the same command goes on")
+        raise SystemExit(130) from None
+    write_rows(out, [entry["row"] for entry in done])
+    partial.unlink()
+    ended = sum(entry["ended"] for entry in done)
+    print(f"{len(rows) * flags.n} answers in {out}, {ended} of them ended by themselves")
+
+
+def run_key(rows: list[dict], flags: Flags) -> dict[str, str]:
+    """Return what decides the answers: model, rows and settings, hashed."""
+    settings = {k: v for k, v in vars(flags).items() if k not in ("model", "data", "out", "limit")}
+    text = json.dumps([fingerprint(flags.model), rows, settings])
+    return {"run": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def finished_rows(partial: Path, key: dict[str, str]) -> list[dict]:
+    """Return the finished rows of a run that was stopped, [] if there was none or another one."""
+    if not partial.exists():
+        return []
+    entries = []
+    # Lines end at line feeds alone: an answer may hold other line separators.
+    for line in partial.read_text(encoding="utf-8").split("\n"):
+        try:
+            entries.append(json.loads(line))
+        except ValueError:  # cut off in the middle of a line, or the end
+            break
+    return entries[1:] if entries[:1] == [key] else []
+
+
 def main(argv: list[str] | None = None) -> None:
     flags = parse(Flags, __doc__, argv)
     validate(flags)
@@ -164,19 +234,11 @@ def main(argv: list[str] | None = None) -> None:
     if flags.chat:
         chat(answer, template, flags)
         return
-    answers = answer(prompts, seed=flags.seed, n=flags.n)
-    texts = [cut_at(tokenizer.decode(a.tokens), flags.stop).strip() for a in answers]
     if flags.prompt:
-        print("\n\n".join(texts))
+        answers = answer(prompts, seed=flags.seed, n=flags.n)
+        print("\n\n".join(cut_at(tokenizer.decode(a.tokens), flags.stop).strip() for a in answers))
         return
-    for i, row in enumerate(rows):
-        if flags.n == 1:
-            row["response"] = texts[i]
-        else:
-            row["responses"] = texts[i * flags.n : (i + 1) * flags.n]
-    write_rows(flags.out, rows)
-    ended = sum(a.ended for a in answers)
-    print(f"{len(texts)} answers in {flags.out}, {ended} of them ended by themselves")
+    answer_file(answer, tokenizer.decode, rows, prompts, flags)
 
 
 if __name__ == "__main__":

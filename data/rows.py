@@ -3,6 +3,7 @@
 Every line carries its file and number, so that every error can name file:line.
 """
 
+import functools
 import gzip
 import json
 import zlib
@@ -14,6 +15,9 @@ Line = tuple[int, int, bytes]  # index of the file, line number from 1, content
 
 BadRow = tuple[int, int, str]  # index of the file, line number, reason
 SHOWN = 10  # bad rows printed, and kept in the cache
+LONGEST_LINE = 64 << 20  # bytes; longer ones are no rows but another kind of file
+# A .gz file that grows beyond both of these was made to fill the memory or the time.
+BOMB_BYTES, BOMB_RATIO = 1 << 30, 300
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors write one in front of a UTF-8 text
 
 
@@ -29,12 +33,29 @@ def existing_files(files: Iterable[str | Path]) -> list[Path]:
 
 
 def read_lines(files: list[Path]) -> Iterator[Line]:
-    """Yield the lines of some files in order, blank ones left out. ValueError: a bad .gz file."""
+    """Yield the lines of some files in order, blank ones left out.
+
+    ValueError: a bad .gz file; file:line of a line that is too long, or where a .gz file has grown
+    beyond reason.
+    """
     for index, file in enumerate(files):
         opener = gzip.open if file.suffix == ".gz" else open
         try:
             with opener(file, "rb") as stream:
-                for number, line in enumerate(stream, 1):
+                size = file.stat().st_size
+                lines = iter(functools.partial(stream.readline, LONGEST_LINE + 1), b"")
+                total = 0
+                for number, line in enumerate(lines, 1):
+                    total += len(line)
+                    if len(line) > LONGEST_LINE:
+                        raise ValueError(
+                            f"{file}:{number}: a line of more than {LONGEST_LINE >> 20} MB: JSONL "
+                            "holds one row a line"
+                        )
+                    if total > max(BOMB_BYTES, BOMB_RATIO * size):
+                        raise ValueError(
+                            f"{file}:{number}: {size:,} bytes have grown to {total:,}: not data"
+                        )
                     if number == 1:
                         line = line.removeprefix(BYTE_ORDER_MARK)
                     if line.strip():

@@ -17,6 +17,7 @@ import importlib.util
 import math
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -94,7 +95,14 @@ def _per_response(name: str, function: RewardFunction, mesh: Mesh) -> Reward:
             return rewards
         for i, (prompt, response, row) in enumerate(zip(prompts, responses, rows)):
             # Copies: a function that pops a key must not change what the next response sees.
-            value = function(copy.deepcopy(prompt), response, copy.deepcopy(row))
+            try:
+                value = function(copy.deepcopy(prompt), response, copy.deepcopy(row))
+            except (Exception, SystemExit) as error:
+                place = _place(error, name.rpartition(":")[0])
+                raise ValueError(
+                    f"--reward {name} raised {type(error).__name__}: {error} ({place}) for "
+                    f"{response[:80]!r}"
+                ) from error
             try:
                 rewards[i] = float(value)
             except (TypeError, ValueError):
@@ -108,6 +116,16 @@ def _per_response(name: str, function: RewardFunction, mesh: Mesh) -> Reward:
         return rewards
 
     return reward
+
+
+def _place(error: BaseException, file: str) -> str:
+    """Return file and line that an error came from: the innermost in the user's file, if any."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}, line {error.lineno}"
+    calls = traceback.extract_tb(error.__traceback__)
+    own = [call for call in calls if Path(call.filename).name == Path(file).name]
+    call = (own or calls)[-1]
+    return f"{call.filename}, line {call.lineno}"
 
 
 # ---- functions of a text ----------------------------------------------------------------------
@@ -126,9 +144,10 @@ def load_function(file: str, name: str) -> RewardFunction:
         sys.path.append(folder)  # for imports from beside the file; last, so that it hides nothing
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # anything may go wrong in the user's file
+    except (Exception, SystemExit) as error:  # anything may go wrong in the user's file
         raise ValueError(
-            f"--reward {file}:{name}: {file} cannot be run: {type(error).__name__}: {error}"
+            f"--reward {file}:{name}: {file} cannot be run: {type(error).__name__}: {error} "
+            f"({_place(error, file)})"
         ) from error
     if not callable(getattr(module, name, None)):
         functions = [

@@ -20,6 +20,7 @@ import data.encode
 import data.trees
 from data.dataset import from_trees, load_dataset
 from data.formats import answers_of, preference_row, sft_row
+from data.rows import read_rows
 from data.trees import make_batch
 
 BOS, EOS = 1, 2
@@ -797,3 +798,24 @@ def test_scored_lengths_and_responses_of():
     assert ds.scored_len.tolist() == [0, 1, 0, 2]
     assert ds.responses_of([1, 0]).tolist() == [3, 0, 1, 2]
     assert ds.responses_of([]).tolist() == []
+
+
+def test_lines_and_archives_without_end_meet_a_limit(tmp_path: Path, monkeypatch):
+    """A line that is too long, alone or in a .gz file, and a .gz file of nothing but line ends."""
+    monkeypatch.setattr("data.rows.LONGEST_LINE", 1 << 20)
+    good = b'{"prompt": "a", "response": "b"}\n'
+    (tmp_path / "long.jsonl").write_bytes(good + b'{"prompt": "' + b"x" * (2 << 20) + b'"}\n')
+    with pytest.raises(ValueError, match=r"long\.jsonl:2: a line of more than 1 MB"):
+        list(read_rows(tmp_path / "long.jsonl"))
+    with gzip.open(tmp_path / "long.jsonl.gz", "wb") as file:
+        file.write(good * 3 + b"0" * (64 << 20))
+    with pytest.raises(ValueError, match=r"long\.jsonl\.gz:4: a line of more than 1 MB"):
+        list(read_rows(tmp_path / "long.jsonl.gz"))
+    monkeypatch.setattr("data.rows.BOMB_BYTES", 1 << 20)
+    with gzip.open(tmp_path / "bomb.jsonl.gz", "wb") as file:
+        file.write(b"\n" * (40 << 20))
+    with pytest.raises(ValueError, match=r"bomb\.jsonl\.gz:\d+: 4\d,\d+ bytes have grown to 1"):
+        list(read_rows(tmp_path / "bomb.jsonl.gz"))
+    with gzip.open(tmp_path / "fine.jsonl.gz", "wb") as file:
+        file.write(good * 1000)
+    assert len(list(read_rows(tmp_path / "fine.jsonl.gz"))) == 1000

@@ -391,3 +391,46 @@ def test_chat_keeps_the_conversation_and_streams(toy: Path, capsys, monkeypatch)
         and tokenizer.decode(one).strip() in text
     )
     assert second[: len(first)] == first and len(second) > len(first) + len(one)
+
+
+def test_a_stopped_command_keeps_its_answers_and_goes_on(
+    toy: Path, tmp_path: Path, capsys, monkeypatch
+):
+    """Ctrl-C in the third part: two parts are kept, the second call draws the rest alone, and the
+    file is that of one call. Another seed starts anew; a line cut in half is drawn again."""
+    monkeypatch.setattr(generate, "PART", 1)
+    prompts = toy / "world" / "prompts_test.jsonl"
+    out, whole = tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
+    call = ["--model", str(toy / "model"), "--data", str(prompts), "--max-new-tokens", "5"]
+    call += ["--batch-size", "4", "--n", "2"]
+    generate.main([*call, "--out", str(whole)])
+    sampler, parts, limit = generate.generate, [], [2]
+
+    def counted(model, ids, **flags):
+        if len(parts) == limit[0]:
+            raise KeyboardInterrupt
+        parts.append(len(ids))
+        return sampler(model, ids, **flags)
+
+    monkeypatch.setattr(generate, "generate", counted)
+
+    def call_again(parts_at_most: int, *flags: str) -> list[int]:
+        parts.clear()
+        limit[0] = parts_at_most
+        generate.main([*call, "--out", str(out), *flags])
+        return list(parts)
+
+    for _ in range(2):  # another seed in between does not take the first one's rows
+        with pytest.raises(SystemExit) as stopped:
+            call_again(2)
+        assert stopped.value.code == 130 and parts == [2, 2]
+        assert "stopped after 4 of 8 rows: the same command goes on" in capsys.readouterr().out
+        assert call_again(9, "--seed", "1") == [2, 2, 2, 2]
+        assert out.read_bytes() != whole.read_bytes()
+        out.unlink()
+    with pytest.raises(SystemExit):
+        call_again(2)
+    partial = tmp_path / ".out.jsonl.partial"
+    partial.write_text(partial.read_text()[:-9])  # as a killed process leaves it
+    assert call_again(9) == [2, 2, 1]
+    assert out.read_bytes() == whole.read_bytes() and not partial.exists()

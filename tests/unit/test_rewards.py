@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import REAL
+from conftest import REAL, dataset_of
 
 from data import toyworld
 from data.dataset import load_prompts
@@ -258,3 +258,37 @@ def test_a_function_gets_its_own_copies_and_every_space(tmp_path: Path, toy: Pat
         got = reward([prompt] * 3, [" a ", "b", ""], [row] * 3, None).tolist()
         assert got == [124.0, 122.0, 121.0]
     assert row == {"prompt": [{"role": "user", "content": "a"}], "answer": "yes", "list": []}
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (
+            "    return row['gold']",
+            r"raised KeyError: 'gold' \(.*mine\.py, line 3\) for 'an answer'",
+        ),
+        ("    raise SystemExit(3)", r"raised SystemExit: 3 \(.*mine\.py, line 3\) for 'an answer'"),
+        ("    sys.exit('enough')", r"raised SystemExit: enough \(.*mine\.py, line 3\)"),
+        ("    return json.loads(response)", r"raised JSONDecodeError: .*mine\.py, line 3\)"),
+        ("    return 1 / 0", r"raised ZeroDivisionError: division by zero \(.*line 3\)"),
+        ("    return 'high'", "returned 'high', not a number, for 'an answer'"),
+    ],
+)
+def test_a_reward_function_that_fails_is_named(body: str, said: str, toy: Path, tmp_path: Path):
+    """With its file, the line and the answer; sys.exit ends no training without a word."""
+    (tmp_path / "mine.py").write_text(f"import json, sys\ndef f(prompt, response, row):\n{body}\n")
+    template = Template("plain", load_tokenizer(toy / "model"))
+    reward = rewards.load_reward(f"{tmp_path}/mine.py:f", template)
+    trees = dataset_of([([3, 4], [[5, 6]])])
+    with pytest.raises(ValueError, match=said):
+        reward(["a prompt"], ["an answer"], [{"prompt": "a prompt"}], trees)
+
+
+@pytest.mark.parametrize(
+    "text", ["import sys\nsys.exit(0)\n", "def f(:\n", "import nothing_here\n"]
+)
+def test_a_reward_file_that_cannot_be_run_is_named(text: str, toy: Path, tmp_path: Path):
+    (tmp_path / "broken.py").write_text(text)
+    template = Template("plain", load_tokenizer(toy / "model"))
+    with pytest.raises(ValueError, match=r"broken\.py cannot be run: .*broken\.py, line \d"):
+        rewards.load_reward(f"{tmp_path}/broken.py:f", template)
