@@ -1,6 +1,6 @@
 """The whole pipeline in minutes on a laptop, by the commands a user types; then a results table.
 
-    python demo.py            three seeds, under 10 minutes on 2 cores    (make demo)
+    python demo.py            three seeds, 10 to 15 minutes on 2 cores    (make demo)
     python demo.py --quick    one seed, a fraction of the data            (make demo DEMO=quick)
 
 For every seed:
