@@ -59,7 +59,7 @@ def write_cache(
             tqdm(unit=" rows", disable=None, delay=2) as bar,
         ):
             for chunk in chunks:
-                counts = {name: counts.get(name, 0) + n for name, n in chunk.counts.items()}
+                counts |= {name: counts.get(name, 0) + n for name, n in chunk.counts.items()}
                 bad = (bad + chunk.bad)[:SHOWN]
                 if counts["bad"] > max_bad_rows:
                     break

@@ -26,10 +26,11 @@ import numpy as np
 from data.cache import DTYPES, read_meta, write_cache
 from data.encode import ROWS, Job, cut_prompt
 from data.formats import prompt_of
+from data.keys import canonical
 from data.rows import SHOWN, check_bad_rows, existing_files, parse_row, read_lines
 from disk import file_sha256
 
-FORMAT = 3  # raise it when the same rows would give other arrays, here or in data/formats.py
+FORMAT = 4  # raise it when the same rows would give other arrays, here or in data/formats.py
 
 
 @dataclass
@@ -179,8 +180,19 @@ def _summary(dataset: Dataset, job: Job, source: str) -> str:
         f"{counts['moved']} borders moved{identical}), "
         f"{counts['too_long']} dropped as longer than {job.max_length}, {counts['bad']} bad; "
         f"{counts['tokens']:,} tokens, mean prompt {dataset.prompt_len.sum() / trees:.1f}, "
-        f"mean response {dataset.response_len.sum() / responses:.1f}; {source}"
+        f"mean response {dataset.response_len.sum() / responses:.1f}; {source}" + _ignored(counts)
     )
+
+
+def _ignored(counts: dict[str, int]) -> str:
+    """Return which keys of the rows were ignored, and in how many."""
+    prefix = "ignored "
+    keys = [
+        f"{name.removeprefix(prefix)} ({n})"
+        for name, n in counts.items()
+        if name.startswith(prefix)
+    ]
+    return f"; keys ignored: {', '.join(sorted(keys))}" if keys else ""
 
 
 def from_trees(
@@ -257,7 +269,7 @@ def load_prompts(
         counts["rows"] += 1
         try:
             row = parse_row(line)
-            prompt = prompt_of(row, template.plain)
+            prompt = prompt_of(canonical(row)[0], template.plain)
             ids = template.prompt(prompt)
         except ValueError as error:
             bad.append((file, number, str(error)))

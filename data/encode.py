@@ -28,6 +28,7 @@ from data.formats import (
     sft_row,
     weight_row,
 )
+from data.keys import canonical
 from data.rows import BadRow, Line, parse_row, read_lines
 
 CHUNK_ROWS = 256  # rows of one task of a worker; a file of one chunk needs no workers
@@ -116,7 +117,7 @@ def encode_lines(job: Job, lines: list[Line]) -> Chunk:
     counts = dict.fromkeys(("too_long", "truncated", "moved", "identical"), 0)
     for file, number, line in lines:
         try:
-            content = parse_row(line)
+            content, ignored = canonical(parse_row(line), job.kind)
             row = ROWS[job.kind](content, job.template.plain)
             ids = sampled_ids(content)
             prompt, answers, moved = _tokenise(row, job.template, ids)
@@ -124,6 +125,8 @@ def encode_lines(job: Job, lines: list[Line]) -> Chunk:
             bad.append((file, number, str(error)))
             continue
         room = job.max_length - max(len(ids) for ids, _ in answers)  # for the prompt
+        for key in ignored:
+            counts[f"ignored {key}"] = counts.get(f"ignored {key}", 0) + 1
         truncated = len(prompt) > room
         if truncated:
             prompt = cut_prompt(prompt, room, job.template.tokenizer.bos, job.overlong)

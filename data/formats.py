@@ -30,7 +30,8 @@ import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple, cast
 
-Messages = list[dict[str, str]]  # [{"role": "user", "content": "..."}, ...], no other keys
+# [{"role": "user", "content": "..."}, ...]; "learn": False on a turn that carries no loss.
+Messages = list[dict[str, Any]]
 
 # In the order of NeMo-Aligner's attribute line. To add an attribute, add its name.
 ATTRIBUTES = (
@@ -73,11 +74,6 @@ def sft_row(row: dict[str, Any]) -> Row:
     for prompt_key, response_key in pairs:
         if row.get(prompt_key) is None or row.get(response_key) is None:
             continue
-        # Alpaca's rows: half of the prompt would be lost.
-        if prompt_key == "input" and row.get("instruction") is not None:
-            raise ValueError(
-                "`instruction` beside `input` and `output`: join the first two into one `prompt`"
-            )
         prompt = _content(row, prompt_key)
         response = _content(row, response_key)
         if isinstance(response, list):
@@ -318,10 +314,11 @@ def _turns(text: str) -> Messages:
 def _conversation(row: dict[str, Any], key: str) -> Messages:
     """Return a conversation up to its last assistant turn: nothing after it carries a loss."""
     messages = _messages(row[key], key)
-    system = row.get("system")  # ShareGPT, NeMo
-    if isinstance(system, str) and system and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": _text(system, "system")}, *messages]
-    answers = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
+    answers = [
+        k
+        for k, message in enumerate(messages)
+        if message["role"] == "assistant" and message.get("learn", True)
+    ]
     if not answers:
         raise ValueError(f"`{key}` has no assistant turn to train on")
     return messages[: answers[-1] + 1]
@@ -351,7 +348,8 @@ def _messages(value: Any, key: str) -> Messages:
                 f"`{where}.{role_key}` is {_show(role)}: must be system, user or assistant"
             )
         content = _text(message.get(text_key), f"{where}.{text_key}")
-        messages.append({"role": known_role, "content": content})
+        unlearned = {} if message.get("learn", True) else {"learn": False}
+        messages.append({"role": known_role, "content": content, **unlearned})
     return messages
 
 

@@ -218,7 +218,7 @@ class Template:
 
         spans = []
         for k in range(first, len(messages)):
-            if messages[k]["role"] == "assistant":
+            if messages[k]["role"] == "assistant" and messages[k].get("learn", True):
                 if not messages[k]["content"].strip():
                     raise ValueError("empty response")
                 end = len(ids) if k == len(messages) - 1 else shared(k + 1, False)

@@ -17,6 +17,7 @@ from data import attributes
 from data.dataset import Dataset, from_trees
 from data.encode import encode_pair, sampled_ids
 from data.formats import answers_of, known_attributes
+from data.keys import canonical
 from data.templates import Template
 from data.tokenizer import load_tokenizer
 from data.trees import make_batch, pack
@@ -104,7 +105,7 @@ def all_answers(
     reasons: Counter[str] = Counter()
     for number, row in enumerate(rows, 1):
         try:
-            answer = answers_of(row, template.plain)
+            answer = answers_of(canonical(row)[0], template.plain)
         except ValueError as error:
             raise ValueError(f"row {number} of {file}: {error}") from None
         try:

@@ -20,6 +20,7 @@ import data.encode
 import data.trees
 from data.dataset import from_trees, load_dataset
 from data.formats import answers_of, preference_row, sft_row
+from data.keys import canonical
 from data.rows import read_rows
 from data.trees import make_batch
 
@@ -157,7 +158,8 @@ def test_sft_conversations():
     names = {"user": "human", "assistant": "gpt", "system": "system"}
     turns = [{"from": names[m["role"]], "value": m["content"], "weight": None} for m in messages]
     assert sft_row({"conversations": turns}) == (None, [messages], {})
-    assert sft_row({"conversations": turns[1:], "system": "s"}) == (None, [messages], {})
+    row, _ = canonical({"conversations": turns[1:], "system": "s"})
+    assert sft_row(row) == (None, [messages], {})
     assert sft_row({"messages": [*messages, USER("thanks")]}) == (None, [messages], {})
     assert sft_row({"prompt": "informative", "messages": messages}) == (None, [messages], {})
     row = {"prompt": messages[:2], "completion": messages[2:]}
@@ -329,7 +331,6 @@ BAD_SFT = [
     ({"prompt": 3, "response": "A"}, "`prompt` must be text, got 3"),
     ({"prompt": "Q", "response": {"a": 1}}, "`response` must be text, got an object"),
     ('{"prompt": "\\ud800", "response": "A"}', "surrogate"),
-    ({"instruction": "do", "input": "", "output": "A"}, "join"),
     ({"messages": []}, "not empty"),
     ({"messages": "hello"}, "list of messages"),
     ({"messages": ["hello"]}, r"messages\[0\]"),

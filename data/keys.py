@@ -1,0 +1,211 @@
+"""Every key of a row is used, refused, or named as ignored: no meaning is lost on the way in.
+
+    canonical({"system": "Be brief.", "prompt": "Hi", "response": "Ho", "id": 7}, "sft")
+    -> ({"prompt": [{system: Be brief.}, {user: Hi}], "response": "Ho"}, {"id"})
+
+Senders put the same things under many keys. What stands beside the prompt (a system message,
+earlier turns, an instruction) becomes part of it. What no chat format here can hold (tools, images,
+reasoning kept apart) is refused by name, because training on the rest would teach something else.
+"""
+
+from typing import Any
+
+from data.formats import ATTRIBUTES, ROLES
+
+# Keys that data/formats.py reads, by kind of row. Those of other kinds are ignored, by name.
+ANSWERS = set("prompt response completion input output messages conversations".split())
+PAIRS = set("prompt chosen rejected chosen_response rejected_response".split())
+SAMPLED = set("tokenizer response_ids chosen_ids rejected_ids".split())
+USED = {
+    "sft": ANSWERS | SAMPLED,
+    "preference": PAIRS
+    | SAMPLED
+    | set("chosen_reward rejected_reward score_chosen score_rejected margin".split()),
+    "label": ANSWERS | PAIRS | SAMPLED | {"label", "preference"},
+    "attributes": ANSWERS | SAMPLED | {"responses", "attributes", *ATTRIBUTES},
+    "weights": ANSWERS | {"responses", "weights"},
+}
+BESIDE = ("system", "system_prompt", "history", "instruction")  # become part of the prompt
+# Keys of a row, and of a message, whose content would be lost.
+LOST_IN_ROW = set(
+    "tools functions documents chat_template_kwargs template_kwargs images image audio videos "
+    "video weight train loss mask".split()
+)
+FOR_REWARDS = {"documents", "weight", "train", "loss", "mask"}  # a reward may read them
+LOST_IN_MESSAGE = set(
+    "reasoning_content reasoning thinking tool_calls tool_call_id function_call images audio "
+    "refusal".split()
+)
+LEARNED = ("weight", "train", "loss", "mask")  # of a message: 0 or false is not learned
+LISTS = sorted(ANSWERS | PAIRS)
+
+
+def canonical(row: dict[str, Any], kind: str = "") -> tuple[dict[str, Any], set[str]]:
+    """Return a row under the keys that data/formats.py reads, and the names of ignored keys.
+
+    kind: a key of USED, or "" for prompts, whose other keys are the reward's. A null or empty value counts as
+    absent. ValueError names a key that cannot be used.
+    """
+    ignored: set[str] = set()
+    lost = LOST_IN_ROW if kind else LOST_IN_ROW - FOR_REWARDS
+    for key in sorted(lost & row.keys()):
+        if _says_something(row[key]):
+            raise ValueError(
+                f"`{key}` cannot be used, and without it the row would mean something else: "
+                "render it into the texts, or remove the key"
+            )
+    clean = {key: value for key, value in row.items() if key not in BESIDE}
+    for key in LISTS:
+        if isinstance(clean.get(key), list):
+            clean[key] = _messages(clean[key], key, ignored)
+    _add_instruction(row, clean)
+    _add_before(row, clean)
+    if kind:
+        ignored |= clean.keys() - USED[kind]
+    return clean, ignored
+
+
+def _says_something(value: Any) -> bool:
+    """Return whether a value is more than null, empty, or the default of a switch."""
+    return value is not None and value not in ("", [], {}) and value is not True and value != 1
+
+
+def _messages(messages: list, key: str, ignored: set[str]) -> list:
+    """Return messages with text and, where the sender does not want it learned, learn = False."""
+    result = []
+    for k, message in enumerate(messages):
+        if not isinstance(message, dict):
+            return messages  # formats.py says what is wrong
+        where = f"{key}[{k}]"
+        for lost in sorted(LOST_IN_MESSAGE & message.keys()):
+            if _says_something(message[lost]):
+                raise ValueError(
+                    f"`{where}.{lost}` would be lost: write it into the content as the model "
+                    "should write it, or remove the key"
+                )
+        text_key = "value" if "from" in message and "role" not in message else "content"
+        new = {name: message[name] for name in ("role", "from") if name in message}
+        if text_key in message:
+            new[text_key] = _joined(message[text_key], f"{where}.{text_key}")
+        marks = {name: message[name] for name in LEARNED if message.get(name) is not None}
+        if marks and not _is_learned(marks, where):
+            new["learn"] = False
+        known = {"role", "from", text_key, "learn", *LEARNED, *LOST_IN_MESSAGE}
+        ignored |= {f"{key}[].{name}" for name in message.keys() - known}
+        result.append(new)
+    return result
+
+
+def _is_learned(marks: dict[str, Any], where: str) -> bool:
+    """Return whether a message is to be learned. ValueError: neither yes nor no, or both."""
+    for name, value in marks.items():
+        if value not in (0, 1):  # false and true too
+            raise ValueError(
+                f"`{where}.{name}` is {value!r}: 0 (not learned) or 1; other weights are not known"
+            )
+    if len(set(map(bool, marks.values()))) > 1:
+        raise ValueError(f"`{where}`: {' and '.join(sorted(marks))} say different things")
+    return bool(next(iter(marks.values())))
+
+
+def _joined(content: Any, where: str) -> Any:
+    """Return content parts of type text as one text; anything else as it is.
+
+    ValueError: a part of another type.
+    """
+    if not isinstance(content, list):
+        return content
+    texts = []
+    for part in content:
+        kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
+        text = part.get("text") if isinstance(part, dict) else part
+        if kind not in ("text", "str") or not isinstance(text, str):
+            raise ValueError(f"`{where}` has a part of type {kind!r}: only text can be used")
+        texts.append(text)
+    return "".join(texts)
+
+
+def _add_instruction(row: dict[str, Any], clean: dict[str, Any]) -> None:
+    """Make Alpaca's instruction, with its input below it, the prompt."""
+    instruction = row.get("instruction")
+    if not _says_something(instruction):
+        return
+    if not isinstance(instruction, str):
+        raise ValueError("`instruction` must be text")
+    if clean.get("prompt") is not None or clean.get("messages") is not None:
+        raise ValueError(
+            "`instruction` beside a prompt: which comes first is not said; join them, or call it "
+            "`system`"
+        )
+    more = clean.pop("input", None)
+    clean["prompt"] = f"{instruction}\n{more}" if _says_something(more) else instruction
+    if clean.get("response") is None and clean.get("output") is not None:
+        clean["response"] = clean.pop("output")
+
+
+def _add_before(row: dict[str, Any], clean: dict[str, Any]) -> None:
+    """Put a system message and earlier turns in front of the prompt or the conversation."""
+    before = _system(row) + _history(row.get("history"))
+    if not before:
+        return
+    key = next((k for k in ("messages", "conversations") if clean.get(k) is not None), None)
+    if key is None:
+        key = next((k for k in ("prompt", "input") if clean.get(k) is not None), None)
+    names = " and ".join(f"`{name}`" for name in BESIDE[:3] if _says_something(row.get(name)))
+    if key is None:
+        raise ValueError(f"{names} but no prompt to put in front of: add a `prompt`")
+    rest = clean[key]
+    if isinstance(rest, str):
+        rest = [{"role": "user", "content": rest}]
+    if not isinstance(rest, list) or not all(isinstance(message, dict) for message in rest):
+        return  # formats.py says what is wrong
+    first = rest[0] if rest else {}
+    if before[0]["role"] == "system" and _role(first) == "system":
+        if first.get("content", first.get("value")) != before[0]["content"]:
+            raise ValueError(f"{names} and the first message of `{key}` are two system messages")
+        before = before[1:]
+    clean[key] = before + rest
+    for body in ("chosen", "rejected", "response", "completion"):
+        whole = clean.get(body)
+        if key == "prompt" and isinstance(whole, list) and whole and _role(whole[0]) != "assistant":
+            clean[body] = before + whole  # it repeats the prompt
+
+
+def _system(row: dict[str, Any]) -> list[dict[str, str]]:
+    """Return the system message that stands beside the prompt, as a list of none or one."""
+    texts = {row[key] for key in ("system", "system_prompt") if isinstance(row.get(key), str)}
+    for key in ("system", "system_prompt"):
+        if _says_something(row.get(key)) and not isinstance(row[key], str):
+            raise ValueError(f"`{key}` must be text")
+    texts.discard("")
+    if len(texts) > 1:
+        raise ValueError("`system` and `system_prompt` say different things: keep one")
+    return [{"role": "system", "content": text} for text in texts]
+
+
+def _history(history: Any) -> list[dict[str, str]]:
+    """Return earlier turns: pairs [user, assistant] (LLaMA-Factory, Firefly), or messages."""
+    if not _says_something(history):
+        return []
+    if not isinstance(history, list):
+        raise ValueError("`history` must be a list of [user, assistant] pairs or of messages")
+    turns: list[dict[str, str]] = []
+    for k, turn in enumerate(history):
+        if isinstance(turn, dict) and _role(turn) in ROLES.values():
+            turns.append(turn)
+        elif (
+            isinstance(turn, (list, tuple))
+            and len(turn) == 2
+            and all(isinstance(text, str) for text in turn)
+        ):
+            roles = ("user", "assistant")
+            turns += [{"role": role, "content": text} for role, text in zip(roles, turn)]
+        else:
+            raise ValueError(f"`history[{k}]` must be a pair [user, assistant] or a message")
+    return turns
+
+
+def _role(message: Any) -> str | None:
+    """Return the role of a message under our names, None if it has none that is known."""
+    role = message.get("role", message.get("from")) if isinstance(message, dict) else None
+    return ROLES.get(role.lower()) if isinstance(role, str) else None
