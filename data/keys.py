@@ -43,8 +43,8 @@ LISTS = sorted(ANSWERS | PAIRS)
 def canonical(row: dict[str, Any], kind: str = "") -> tuple[dict[str, Any], set[str]]:
     """Return a row under the keys that data/formats.py reads, and the names of ignored keys.
 
-    kind: a key of USED, or "" for prompts, whose other keys are the reward's. A null or empty value counts as
-    absent. ValueError names a key that cannot be used.
+    kind: a key of USED, or "" for prompts, whose other keys are the reward's. A null or empty
+    value counts as absent. ValueError names a key that cannot be used.
     """
     ignored: set[str] = set()
     lost = LOST_IN_ROW if kind else LOST_IN_ROW - FOR_REWARDS
