@@ -20,11 +20,12 @@ Look at kept/reward and reward: their difference is all there is to learn, and i
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 
 import runtime
-from config import RolloutConfig, parse
+from config import Count, Number, Range, Real, RolloutConfig, parse
 from data.dataset import Prompts
 from data.rows import write_rows
 from data.trees import step_examples
@@ -39,10 +40,11 @@ from sampling.server import Server
 
 @dataclass
 class Config(RolloutConfig):
-    group_size: int = 8  # samples per prompt; the best is √(2 ln n) deviations above the mean
-    top: int = 1  # how many of them to keep
-    min_reward: float = -1e30  # keep none with a lower reward; "exact" wants 1
-    prompts: int = 0  # sample for this many prompts, drawn with --seed; 0 = all
+    group_size: Annotated[int, Range(2)] = 8  # samples per prompt; the best is √(2 ln n) deviations
+    # above the mean
+    top: Number = 1  # how many of them to keep
+    min_reward: Real = -1e30  # keep none with a lower reward; "exact" wants 1
+    prompts: Count = 0  # sample for this many prompts, drawn with --seed; 0 = all
 
 
 def select(
@@ -146,10 +148,8 @@ def sample_and_select(
 
 def validate(config: Config) -> None:
     """Raise ValueError for impossible flags, and for those of training, which have no effect."""
-    if config.group_size < 2 or not 1 <= config.top <= config.group_size:
-        raise ValueError(
-            "best of n needs --group-size of 2 or more, and --top between 1 and --group-size"
-        )
+    if config.top > config.group_size:
+        raise ValueError(f"--top {config.top} of --group-size {config.group_size}: raise that")
     training = {
         "eval_data": config.eval_data,
         "shuffle": config.shuffle,

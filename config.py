@@ -6,23 +6,80 @@
 
     config = parse(Config, __doc__)      # default < --config file.json < flag
 
-Types of a field: int, float, str, bool (--flag or --no-flag), Literal[...] (one of), list[str] (one
-or more words). Both --max-tokens and --max_tokens are accepted. An unknown flag or key, or a value
-that does not fit, is refused with the nearest valid name.
+Types of a field: numbers with their valid range (Count, Amount, Share, ...; see below), str, bool
+(--flag or --no-flag), Literal[...] (one of), list[str] (one or more words). Both --max-tokens and
+--max_tokens are accepted. An unknown flag or key, or a value that does not fit or is outside its
+range, is refused with the nearest valid name or the range.
 """
 
 import dataclasses
 import difflib
 import inspect
 import json
+import math
 import re
 import sys
 import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NamedTuple,
+    TypeVar,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Range:
+    """The valid values of a number, part of the type of its field; all are finite.
+
+    above, below: without the end itself, `Range(0, 1, above=True)` is above 0 and at most 1.
+    zero: 0 is valid as well, where it means something else.
+    """
+
+    low: float = -math.inf
+    high: float = math.inf
+    above: bool = False
+    below: bool = False
+    zero: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        enough = value > self.low if self.above else value >= self.low
+        few = value < self.high if self.below else value <= self.high
+        inside = enough and few and -math.inf < value < math.inf
+        return inside or (self.zero and value == 0)
+
+    def __str__(self) -> str:
+        ends = []
+        if self.low > -math.inf:
+            ends.append(f"{'above' if self.above else 'at least'} {self.low:g}")
+        if self.high not in (math.inf, LARGEST):
+            ends.append(f"{'below' if self.below else 'at most'} {self.high:.10g}")
+        return ("0, or " if self.zero else "") + (" and ".join(ends) or "finite")
+
+
+LARGEST = 2**31 - 1  # of whole numbers: more is a slip of the finger
+
+# Types of numbers, with their valid values.
+Count = Annotated[int, Range(0, LARGEST)]
+Number = Annotated[int, Range(1, LARGEST)]
+Seed = Annotated[int, Range(0, 2**32 - 1)]  # NumPy's limit
+Real = Annotated[float, Range()]
+Amount = Annotated[float, Range(0)]
+Above0 = Annotated[float, Range(0, above=True)]
+Share = Annotated[float, Range(0, 1)]
+Part = Annotated[float, Range(0, 1, below=True)]
+Epsilon = Annotated[float, Range(1e-30)]  # fp32 holds no less for sure
+Temperature = Annotated[float, Range(1e-3)]  # logits / 1e-3 still fit
+SampleTemperature = Annotated[float, Range(1e-3, zero=True)]  # 0: the likeliest token
+Wait = Annotated[float, Range(0, 1e6, above=True)]  # timers take no more
 
 
 @dataclass
@@ -34,12 +91,12 @@ class RunConfig:
     eval_data: list[str] = field(default_factory=list)  # held-out rows for evaluation
     template: Literal["auto", "plain", "chatml", "zephyr", "llama2", "llama3"] = "auto"  # of chats;
     # auto: that of --model if it has one, else plain: bos, prompt, response, eos
-    max_length: int = 1024  # most tokens of a prompt with one response; see --overlong
+    max_length: Number = 1024  # most tokens of a prompt with one response; see --overlong
     overlong: Literal["drop", "truncate"] = "drop"  # longer rows: drop them, or cut the prompt from
     # the left (never the response)
-    max_bad_rows: int = 0  # unreadable rows to skip and report; 0 stops at the first
+    max_bad_rows: Count = 0  # unreadable rows to skip and report; 0 stops at the first
     shuffle: bool = True  # new order every epoch, from --seed; --no-shuffle keeps that of the files
-    seed: int = 0  # of data order, sampling and everything else random
+    seed: Seed = 0  # of data order, sampling and everything else random
     cache: str = ""  # folder of tokenised data and reference log-probs, can be shared by runs;
     # default: OUT/cache
 
@@ -53,13 +110,13 @@ class RunConfig:
     compile: bool = False  # torch.compile the layers: slow start, faster steps
 
     # adapters: LoRA, of which alone is trained where --lora or --adapter is given
-    lora: int = 0  # rank of an adapter beside every target, 8 to 64; 0: train all weights
-    lora_alpha: float = 0.0  # an adapter counts alpha / rank; 0: twice the rank
+    lora: Count = 0  # rank of an adapter beside every target, 8 to 64; 0: train all weights
+    lora_alpha: Amount = 0.0  # an adapter counts alpha / rank; 0: twice the rank
     lora_targets: list[str] = field(
         default_factory=lambda: ["all"]
     )  # all, attention, mlp, or names
     # of linears: q k v out gate up down
-    lora_dropout: float = 0.0  # share of an adapter's inputs dropped in training; 0 to 0.1
+    lora_dropout: Part = 0.0  # share of an adapter's inputs dropped in training; 0 to 0.1
     rslora: bool = False  # scale alpha / √rank, for ranks of 64 and more
     base_dtype: Literal["none", "bf16", "fp8", "int8", "nf4"] = "none"  # of the frozen linears;
     # none: --dtype. nf4 takes a quarter of bf16's memory, int8 and fp8 half
@@ -67,30 +124,30 @@ class RunConfig:
     merge: bool = True  # --no-merge writes OUT/adapter alone, without the merged OUT/final
 
     # optimisation: AdamW with fp32 master weights, no decay on norms and biases
-    batch_size: int = 64  # examples an optimizer step, over all ranks
-    epochs: int = 1  # passes over the data; preference losses overfit after 1 to 3
-    max_steps: int = 0  # stop after this many optimizer steps; 0: when the epochs are done
-    max_minutes: float = 0.0  # save and stop after this long; 0: never
-    lr: float = 5e-7  # peak learning rate; for 7B models 5e-7 (preferences), 1e-5 to 2e-5 (SFT)
+    batch_size: Number = 64  # examples an optimizer step, over all ranks
+    epochs: Number = 1  # passes over the data; preference losses overfit after 1 to 3
+    max_steps: Count = 0  # stop after this many optimizer steps; 0: when the epochs are done
+    max_minutes: Amount = 0.0  # save and stop after this long; 0: never
+    lr: Amount = 5e-7  # peak learning rate; for 7B models 5e-7 (preferences), 1e-5 to 2e-5 (SFT)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"  # after the warm-up: to 0, or flat
-    warmup: float = 0.1  # share of all steps over which the learning rate rises from 0
-    weight_decay: float = 0.0  # 0 to 0.1; matters little in short runs
-    beta1: float = 0.9  # AdamW's decay of the mean gradient; rarely worth changing
-    beta2: float = 0.95  # AdamW's decay of the mean squared gradient; 0.999 for noisy gradients
-    eps: float = 1e-8  # AdamW's term in the denominator; rarely worth changing
-    clip: float = 1.0  # largest gradient norm; 0: no clipping
+    warmup: Share = 0.1  # share of all steps over which the learning rate rises from 0
+    weight_decay: Amount = 0.0  # 0 to 0.1; matters little in short runs
+    beta1: Part = 0.9  # AdamW's decay of the mean gradient; rarely worth changing
+    beta2: Part = 0.95  # AdamW's decay of the mean squared gradient; 0.999 for noisy gradients
+    eps: Epsilon = 1e-8  # AdamW's term in the denominator; rarely worth changing
+    clip: Amount = 1.0  # largest gradient norm; 0: no clipping
 
     # layout: torchrun starts the processes; those that --tp, --cp and --pp leave are data parallel
-    max_tokens: int = 8192  # tokens of a micro-batch on a rank; lower it when memory runs out:
+    max_tokens: Number = 8192  # tokens of a micro-batch on a rank; lower it when memory runs out:
     # results do not change
     share_prompts: bool = True  # compute a prompt once for all its responses; --no-share-prompts
     # repeats it, with the same results
-    tp: int = 1  # ranks that split every matrix: as few as make the model fit, within one node
-    cp: int = 1  # ranks that split a row of tokens: for very long prompts
-    pp: int = 1  # pipeline stages: for models that --tp within a node cannot hold; needs many
+    tp: Number = 1  # ranks that split every matrix: as few as make the model fit, within one node
+    cp: Number = 1  # ranks that split a row of tokens: for very long prompts
+    pp: Number = 1  # pipeline stages: for models that --tp within a node cannot hold; needs many
     # micro-batches a step
     zero: Literal[1, 2] = 1  # 1 shards the optimizer; 2 gradients too, reduced every micro-batch
-    timeout_minutes: float = 30.0  # longest wait for another rank before the run ends and names it
+    timeout_minutes: Wait = 30.0  # longest wait for another rank before the run ends and names it
 
     # output
     out: str = "out"  # folder of metrics.jsonl, checkpoints step_N/, best/ and final/
@@ -98,11 +155,11 @@ class RunConfig:
     resume_changed: bool = False  # resume although what --data, --model or another flag names has
     # changed since the checkpoint was written
     config: str = ""  # JSON file of flags, such as OUT/config.json; flags given here override it
-    eval_every: int = 0  # steps between evaluations; 0: only at the end, if there is --eval-data
-    samples: int = 0  # answers to held-out prompts to print at every evaluation
-    save_every: int = 0  # steps between checkpoints; 0: only when stopped
-    keep: int = 2  # newest checkpoints to keep, 0: all; OUT/best is kept as well
-    log_every: int = 1  # steps between rows of metrics.jsonl
+    eval_every: Count = 0  # steps between evaluations; 0: only at the end, if there is --eval-data
+    samples: Count = 0  # answers to held-out prompts to print at every evaluation
+    save_every: Count = 0  # steps between checkpoints; 0: only when stopped
+    keep: Count = 2  # newest checkpoints to keep, 0: all; OUT/best is kept as well
+    log_every: Number = 1  # steps between rows of metrics.jsonl
     wandb: str = ""  # Weights & Biases project to log to as well (pip install wandb)
 
 
@@ -110,25 +167,28 @@ class RunConfig:
 class RolloutConfig(RunConfig):
     """The flags of scripts that train on samples of their own policy."""
 
-    batch_size: int = 64  # prompts an optimizer step, over all ranks; each has --group-size samples
+    batch_size: Number = 64  # prompts an optimizer step, over all ranks; each has --group-size
+    # samples
 
     # rollout
-    group_size: int = 4  # samples a prompt; more make better baselines, 4 to 16
-    max_new_tokens: int = 256  # longest sample; its prompt may have the rest of --max-length
-    temperature: float = 1.0  # of samples and of the trained policy; 1 unless it stops exploring
-    rollout_batch: int = 128  # samples drawn at a time on a rank; lower it when memory runs out
+    group_size: Number = 4  # samples a prompt; more make better baselines, 4 to 16
+    max_new_tokens: Number = 256  # longest sample; its prompt may have the rest of --max-length
+    temperature: Temperature = 1.0  # of samples and of the trained policy; 1 unless it stops
+    # exploring
+    rollout_batch: Number = 128  # samples drawn at a time on a rank; lower it when memory runs out
     reward: str = ""  # reward-model folder, file.py:function, exact:MARKER, regex:PATTERN or
     # length:WORDS (sampling/rewards.py)
-    no_eos_penalty: float = 0.0  # subtracted from the reward of a sample that did not end;
+    no_eos_penalty: Amount = 0.0  # subtracted from the reward of a sample that did not end;
     # about one standard deviation of the reward
-    eval_temperature: float = 0.7  # of the sample to each prompt of --eval-data; their mean reward
-    # is eval/reward
-    log_samples: int = 10  # steps between samples in OUT/samples.jsonl, besides the first; 0: never
+    eval_temperature: SampleTemperature = 0.7  # of the sample to each prompt of --eval-data; their
+    # mean reward is eval/reward
+    log_samples: Count = 10  # steps between samples in OUT/samples.jsonl, besides the first; 0:
+    # never
     rollout_url: str = ""  # OpenAI-compatible server to sample from (vLLM, SGLang):
     # http://host:8000
     rollout_reload: str = ""  # command that makes the server load new weights from {folder}, which
     # is also in the environment as PLUMB_FOLDER
-    rollout_timeout: float = 600.0  # seconds that a request or a reload may take
+    rollout_timeout: Wait = 600.0  # seconds that a request or a reload may take
 
 
 # Groups in the order of --help. A script's own flags are "algorithm" if no comment names them.
@@ -257,8 +317,11 @@ def _help_lines(cls: type, f: dataclasses.Field, written: dict[str, Field]) -> l
         head = f"--{flag} {'|'.join(choices)}"
     else:
         head = f"--{flag} " + {int: "N", float: "X", str: "TEXT"}.get(hint, "TEXT [TEXT ...]")
+    notes = [str(valid)] if (valid := ranges(cls).get(f.name)) else []
     if not isinstance(default, bool) and default not in ("", []):
-        text += f" (default {default})"
+        notes.append(f"default {default}")
+    if notes:
+        text += f" ({'; '.join(notes)})"
     indent = " " * 8
     wrap = textwrap.TextWrapper(
         100, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
@@ -336,7 +399,26 @@ def _convert(cls: type, name: str, words: list[str], label: str) -> Any:
             return word.lower() == "true"
         raise ValueError(f"{label} must be true or false, not {word!r}")
     try:
-        return hint(word)
+        value = hint(word)
     except ValueError:
-        kind = {int: "a whole number", float: "a number"}[hint]
+        kind = {int: "a whole number", float: "a number"}.get(hint)
         raise ValueError(f"{label} must be {kind}, not {word!r}") from None
+    valid = ranges(cls).get(name)
+    if valid and value not in valid:
+        raise ValueError(f"{label} must be {valid}, not {word}")
+    return value
+
+
+def ranges(cls: type) -> dict[str, Range]:
+    """Return the valid range of every field that has one."""
+    hints = get_type_hints(cls, include_extras=True)
+    extras = {name: getattr(hint, "__metadata__", ()) for name, hint in hints.items()}
+    return {name: extra[0] for name, extra in extras.items() if extra}
+
+
+def check_ranges(config: Any) -> None:
+    """Raise ValueError for a field outside its range, however the config was made."""
+    for name, valid in ranges(type(config)).items():
+        if getattr(config, name) not in valid:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} must be {valid}, not {getattr(config, name)}")

@@ -18,11 +18,11 @@ import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 
-from config import parse
+from config import Count, Number, Range, SampleTemperature, Seed, parse
 from data import attributes
 from data.rows import read_rows, write_rows
 from data.templates import Template
@@ -46,16 +46,18 @@ class Flags:
         "auto"  # chat format, as in training
     )
     attributes: str = ""  # for a SteerLM model: what to ask for, "helpfulness:4,verbosity:1"
-    n: int = 1  # responses to each prompt
-    temperature: float = 0.7  # 0 = always the likeliest token; 1 = the model's own distribution
-    top_k: int = 0  # sample from the k likeliest tokens; 0 = all
-    top_p: float = 1.0  # sample from the likeliest tokens that make up this much probability
-    max_new_tokens: int = 256  # longest response
+    n: Number = 1  # responses to each prompt
+    temperature: SampleTemperature = 0.7  # 0 = always the likeliest token; 1 = the model's own
+    # distribution
+    top_k: Count = 0  # sample from the k likeliest tokens; 0 = all
+    top_p: Annotated[float, Range(0, 1, above=True)] = 1.0  # sample from the likeliest tokens that
+    # make up this much probability
+    max_new_tokens: Number = 256  # longest response
     stop: list[str] = field(default_factory=list)  # texts that end a response, left out of it
-    no_repeat: int = 0  # end a response if its last N tokens repeat a cycle; 32 is safe; 0 = off
-    batch_size: int = 64  # responses in progress at a time: lower it when memory runs out
-    seed: int = 0  # seed of the samples
-    limit: int = 0  # use only the first rows of --data; 0 = all
+    no_repeat: Count = 0  # end a response if its last N tokens repeat a cycle; 32 is safe; 0 = off
+    batch_size: Number = 64  # responses in progress at a time: lower it when memory runs out
+    seed: Seed = 0  # seed of the samples
+    limit: Count = 0  # use only the first rows of --data; 0 = all
     dtype: Literal["auto", "bf16", "fp32", "fp64"] = "auto"  # auto: bf16 on GPUs, else fp32
 
 

@@ -19,7 +19,7 @@ from typing import Literal
 
 import torch
 
-from config import parse
+from config import Above0, Amount, Count, Number, Seed, parse
 from data.templates import Template
 from data.tokenizer import Tokenizer, load_tokenizer
 from model import GPT, parameter_count
@@ -36,19 +36,20 @@ class New:
     out: str = ""  # folder to make
     family: Literal["llama", "mistral", "qwen2", "qwen3", "gpt_neox"] = "llama"  # architecture
     tokenizer: str = ""  # folder whose tokenizer is copied
-    vocab: int = 0  # rows of the embedding; 0 = what the tokenizer needs
-    width: int = 256  # of the residual stream
-    layers: int = 4  # blocks
-    heads: int = 4  # query heads
-    kv_heads: int = 0  # key/value heads; 0 = as many as query heads
-    head_size: int = 0  # 0 = width / heads
-    ffn: int = 0  # MLP width; 0 = 8/3 of the width (4 for gpt_neox), rounded up to a multiple of 16
-    max_position: int = 2048  # longest text the model is meant for, in tokens
-    sliding_window: int = 0  # mistral only: positions that attention looks back; 0 = all
-    rope_theta: float = 10000.0  # base of the rotary frequencies; larger for long contexts
+    vocab: Count = 0  # rows of the embedding; 0 = what the tokenizer needs
+    width: Number = 256  # of the residual stream
+    layers: Number = 4  # blocks
+    heads: Number = 4  # query heads
+    kv_heads: Count = 0  # key/value heads; 0 = as many as query heads
+    head_size: Count = 0  # 0 = width / heads
+    ffn: Count = 0  # MLP width; 0 = 8/3 of the width (4 for gpt_neox), rounded up to a multiple of
+    # 16
+    max_position: Number = 2048  # longest text the model is meant for, in tokens
+    sliding_window: Count = 0  # mistral only: positions that attention looks back; 0 = all
+    rope_theta: Above0 = 10000.0  # base of the rotary frequencies; larger for long contexts
     tied: bool = False  # one matrix for embedding and head: fewer parameters
-    std: float = 0.02  # of the random weights; 1/sqrt(width) is a good choice for small models
-    seed: int = 0  # of the random weights
+    std: Amount = 0.02  # of the random weights; 1/sqrt(width) is a good choice for small models
+    seed: Seed = 0  # of the random weights
     dtype: Literal["bf16", "fp32", "fp64"] = "fp32"  # of the weights in the file
 
 

@@ -12,11 +12,11 @@ overlap: they rank layouts, they promise nothing.
 import dataclasses
 import sys
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 
-from config import RunConfig, parse
+from config import Amount, Count, Number, Range, RunConfig, check_ranges, parse
 from footprint import Layout, layers_of, memory, sent
 from model import GPTConfig, parameter_count
 from weights.adapters import Lora
@@ -50,25 +50,26 @@ class Plan:
     """Flags of plan.py."""
 
     model: str = ""  # Hugging Face folder; or give the sizes below
-    width: int = 0  # of the residual stream
-    layers: int = 0  # blocks
-    heads: int = 0  # query heads
-    kv_heads: int = 0  # key/value heads; 0 = as many as query heads
-    ffn: int = 0  # MLP width; 0 = 8/3 of the width, rounded up to a multiple of 16
-    vocab: int = 0  # tokens
-    gpus: int = 8  # in all nodes together
-    nodes: int = 1  # machines
+    width: Count = 0  # of the residual stream
+    layers: Count = 0  # blocks
+    heads: Count = 0  # query heads
+    kv_heads: Count = 0  # key/value heads; 0 = as many as query heads
+    ffn: Count = 0  # MLP width; 0 = 8/3 of the width, rounded up to a multiple of 16
+    vocab: Count = 0  # tokens
+    gpus: Number = 8  # in all nodes together
+    nodes: Number = 1  # machines
     gpu: Literal[tuple(GPUS)] = "h100"  # assumed speeds and memory
-    memory: float = 0.0  # GiB a GPU; 0 = that of --gpu
-    efficiency: float = 0.5  # share of the GPU's peak FLOPs that is reached
+    memory: Amount = 0.0  # GiB a GPU; 0 = that of --gpu
+    efficiency: Annotated[float, Range(0, 1, above=True)] = 0.5  # share of the GPU's peak FLOPs
+    # that is reached
     algorithm: Literal["sft", "rm", "dpo", "kto", "ppo"] = "dpo"  # ppo adds critic and reference
-    lora: int = 0  # rank of adapters on all linears (training scripts' --lora); 0 = all weights
+    lora: Count = 0  # rank of adapters on all linears (training scripts' --lora); 0 = all weights
     base_dtype: Literal["none", "bf16", "fp8", "int8", "nf4"] = "none"  # of the frozen linears,
     # with --lora; none: bf16
-    batch_size: int = 64  # examples an optimizer step
-    max_length: int = 2048  # tokens of a prompt with one response
-    example_tokens: int = 0  # mean of an example with all its responses; 0 = half of --max-length
-    max_tokens: int = 8192  # of a micro-batch; halves are tried too, which changes no result
+    batch_size: Number = 64  # examples an optimizer step
+    max_length: Number = 2048  # tokens of a prompt with one response
+    example_tokens: Count = 0  # mean of an example with all its responses; 0 = half of --max-length
+    max_tokens: Number = 8192  # of a micro-batch; halves are tried too, which changes no result
     checkpoint_activations: bool = False  # always recompute; else where nothing faster fits
 
 
@@ -273,22 +274,13 @@ def _aligned(rows: list[Row]) -> list[str]:
 
 def sizes(flags: Plan) -> GPTConfig:
     """Return the model that the flags describe. ValueError names the flag to change."""
-    for name in ("gpus", "nodes", "batch_size", "max_length", "max_tokens"):
-        value = getattr(flags, name)
-        if value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+    check_ranges(flags)
     if flags.gpus % flags.nodes:
         raise ValueError(
             f"--gpus {flags.gpus} counts all nodes: it must be a multiple of --nodes {flags.nodes}"
         )
-    if flags.lora < 0:
-        raise ValueError(f"--lora {flags.lora} is a rank: at least 1, or 0 for all weights")
     if flags.base_dtype != "none" and not flags.lora:
         raise ValueError(f"--base-dtype {flags.base_dtype} is for frozen weights: add --lora 16")
-    if not 0 < flags.efficiency <= 1:
-        raise ValueError(
-            f"--efficiency {flags.efficiency} is a share of the peak: above 0, at most 1"
-        )
     if flags.model:
         return read_config(flags.model)[0]
     for name in ("width", "layers", "heads", "vocab"):

@@ -12,7 +12,6 @@ import contextlib
 import ctypes
 import dataclasses
 import json
-import math
 import os
 import random
 import signal
@@ -32,7 +31,7 @@ import lock
 import parallel
 import plan
 import weights.folder
-from config import RunConfig, to_json
+from config import RunConfig, check_ranges, to_json
 from data.dataset import Dataset, load_dataset
 from data.templates import Template
 from data.tokenizer import load_tokenizer
@@ -50,8 +49,6 @@ from weights.peft import check_base, load_adapter, read_adapter_config, save_ada
 _config: RunConfig | None = None  # of this process, for advice when GPU memory runs out
 ECHO_SECONDS = 3.0  # a signal repeated within this time counts once
 PATIENCE = 10.0  # seconds to wait for another rank to say why it failed
-AT_LEAST_1 = ("batch_size", "max_tokens", "max_length", "log_every", "epochs")
-AT_LEAST_0 = "max_steps max_minutes eval_every save_every samples keep max_bad_rows clip".split()
 
 
 @dataclass(frozen=True)
@@ -191,25 +188,12 @@ def validate(config: RunConfig) -> None:
     for name in ("model", "data"):
         if not getattr(config, name):
             raise ValueError(f"{flags[name]} is missing; --help lists the flags")
-    for name, value in vars(config).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{flags[name]} must be a finite number, not {value}")
-    for names, least in ((AT_LEAST_1, 1), (AT_LEAST_0, 0)):
-        for name in names:
-            if getattr(config, name) < least:
-                value = getattr(config, name)
-                raise ValueError(f"{flags[name]} must be at least {least}, not {value}")
-    if not 0 <= config.warmup <= 1:
-        raise ValueError(
-            f"--warmup must be a share of all steps, between 0 and 1, not {config.warmup}"
-        )
+    check_ranges(config)
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             "--device cuda, but torch finds no GPU: "
             "install a CUDA build of torch or use --device cpu"
         )
-    if config.lora < 0 or config.lora_alpha < 0 or not 0 <= config.lora_dropout < 1:
-        raise ValueError("--lora and --lora-alpha must be at least 0, --lora-dropout from 0 to 1")
     if config.lora and config.adapter:
         raise ValueError("--adapter goes on with an adapter and its rank: drop --lora")
     if not config.merge and not (config.lora or config.adapter):

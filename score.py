@@ -23,7 +23,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from config import parse
+from config import Number, parse
 from data.rows import read_rows, write_rows
 from data.templates import Template
 from data.tokenizer import load_tokenizer
@@ -43,7 +43,7 @@ class Flags:
     template: Literal["auto", "plain", "chatml", "zephyr", "llama2", "llama3"] = (
         "auto"  # chat format, as in training
     )
-    max_tokens: int = 8192  # tokens per micro-batch: lower it when memory runs out
+    max_tokens: Number = 8192  # tokens per micro-batch: lower it when memory runs out
     dtype: Literal["auto", "bf16", "fp32", "fp64"] = "auto"  # auto: bf16 on GPUs, else fp32
 
 

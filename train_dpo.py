@@ -16,7 +16,7 @@ tokens.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ import torch
 import losses
 import runtime
 import training
-from config import RunConfig, parse
+from config import Above0, Amount, Range, RunConfig, parse
 from data.dataset import Dataset
 from data.trees import TreeBatch
 from losses import Pairs, StepLosses
@@ -38,13 +38,13 @@ from reporting import add, means
 @dataclass
 class Config(RunConfig):
     loss: Literal[losses.DPO_LOSSES] = "sigmoid"  # sigmoid is DPO; formulas and papers: docs/dpo.md
-    beta: float = 0.1  # temperature of the implicit reward; smaller strays further; simpo: 2
-    label_smoothing: float = 0.0  # assumed share of wrong labels (sigmoid, robust, aot)
-    # and exo_pair's ε, which must be above 0: 0.001
-    gamma: float = 0.5  # simpo: target margin, in units of β-scaled log-prob a token; 0.3 to 1.6
-    reward_scale: float = 1.0  # rpo_*: scale of the data's rewards relative to the implicit ones
+    beta: Above0 = 0.1  # temperature of the implicit reward; smaller strays further; simpo: 2
+    label_smoothing: Annotated[float, Range(0, 0.5, below=True)] = 0.0  # assumed share of wrong
+    # labels (sigmoid, robust, aot), and exo_pair's ε, which must be above 0: 0.001
+    gamma: Amount = 0.5  # simpo: target margin, in units of β-scaled log-prob a token; 0.3 to 1.6
+    reward_scale: Above0 = 1.0  # rpo_*: scale of the data's rewards relative to the implicit ones
     average_logps: bool = False  # divide log-probs by the response's length, as TRL's ipo does
-    sft_weight: float = 0.0  # weight of the mean token NLL of the chosen answers;
+    sft_weight: Amount = 0.0  # weight of the mean token NLL of the chosen answers;
     # 0.1 to 1 keeps logps/chosen up
     reference_free: bool = False  # the reward is the log-prob itself, as with a uniform reference
     ref: str = ""  # another Hugging Face folder as reference; default: the policy at step 0;

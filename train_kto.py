@@ -24,7 +24,7 @@ import torch
 import losses
 import runtime
 import training
-from config import RunConfig, parse
+from config import Above0, Amount, RunConfig, parse
 from data.dataset import Dataset
 from data.mismatched import kto_trees
 from data.trees import TreeBatch
@@ -40,9 +40,9 @@ OWN, MISMATCHED = 0, 1  # the responses of a tree
 @dataclass
 class Config(RunConfig):
     loss: Literal[losses.KTO_LOSSES] = "kto"  # apo_zero_unpaired and bco need no mismatched answers
-    beta: float = 0.1  # temperature of the implicit reward; smaller strays further
-    desirable_weight: float = 1.0  # λ_D of good answers; a run first prints what balances the data
-    undesirable_weight: float = 1.0  # λ_U of bad answers
+    beta: Above0 = 0.1  # temperature of the implicit reward; smaller strays further
+    desirable_weight: Amount = 1.0  # λ_D of good answers; a run first prints what balances the data
+    undesirable_weight: Amount = 1.0  # λ_U of bad answers
     ref: str = ""  # another Hugging Face folder as reference; default: the policy at step 0
 
 

@@ -21,14 +21,14 @@ Letters: n prompts of a step, G samples each, R = n G responses, M scored tokens
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 
 import losses
 import runtime
 import training
-from config import RolloutConfig, parse
+from config import Amount, Count, Number, Range, RolloutConfig, Share, parse
 from data.dataset import Dataset
 from data.tokenizer import load_tokenizer
 from data.trees import TreeBatch, make_batch
@@ -44,25 +44,26 @@ from sampling.server import Server
 
 @dataclass
 class Config(RolloutConfig):
-    group_size: int = 1  # samples per prompt; the critic is the baseline, so 1 will do
-    gamma: float = 1.0  # discount of future rewards; 1 unless responses are very long
-    lam: float = 0.95  # λ of GAE: 1 = the rewards that followed, 0 = the critic one token later
-    clip_ratio: float = 0.2  # how far the ratio may move from 1 before the gradient stops
-    clip_value: float = 0.2  # how far a value may move in a step, in reward units; 0 = no limit
-    entropy_weight: float = 0.0  # weight of an entropy bonus; 0 to 0.01
-    kl: float = 0.05  # β: cost of a nat away from the reference, in reward units; 0 = no reference
+    group_size: Number = 1  # samples per prompt; the critic is the baseline, so 1 will do
+    gamma: Share = 1.0  # discount of future rewards; 1 unless responses are very long
+    lam: Share = 0.95  # λ of GAE: 1 = the rewards that followed, 0 = the critic one token later
+    clip_ratio: Annotated[float, Range(0, 1, above=True)] = 0.2  # how far the ratio may move from 1
+    # before the gradient stops
+    clip_value: Amount = 0.2  # how far a value may move in a step, in reward units; 0 = no limit
+    entropy_weight: Amount = 0.0  # weight of an entropy bonus; 0 to 0.01
+    kl: Amount = 0.05  # β: cost of a nat away from the reference, in reward units; 0 = no reference
     kl_estimator: Literal[losses.KL_ESTIMATORS] = "k1"  # k1 is unbiased; abs is NeMo-Aligner's
-    kl_target: float = 0.0  # nats per response that β is adapted to; 0 = β is fixed
-    kl_gain: float = 0.1  # rate of that: β changes by this times the relative error, at most 0.2
-    ppo_epochs: int = 4  # passes over each rollout; 1 to 4
-    minibatches: int = 1  # updates per pass, on equal parts of its prompts
+    kl_target: Amount = 0.0  # nats per response that β is adapted to; 0 = β is fixed
+    kl_gain: Share = 0.1  # rate of that: β changes by this times the relative error, at most 0.2
+    ppo_epochs: Number = 4  # passes over each rollout; 1 to 4
+    minibatches: Number = 1  # updates per pass, on equal parts of its prompts
     critic: str = ""  # folder the critic starts from; default: the reward model, else --model
-    critic_lr: float = 1e-5  # peak learning rate of the critic; about 10 times --lr
+    critic_lr: Amount = 1e-5  # peak learning rate of the critic; about 10 times --lr
     shared_base: bool = False  # with --lora: policy, critic and reward model are adapters and
     # heads on one base; --reward and --critic then are adapters trained on --model
-    critic_warmup: int = 0  # steps that train only the critic; 4 to 20 for a new head
+    critic_warmup: Count = 0  # steps that train only the critic; 4 to 20 for a new head
     ref: str = ""  # another Hugging Face folder as reference; default: --model as it was at step 0
-    lr: float = 1e-6  # peak learning rate; 1e-6 for 7B models
+    lr: Amount = 1e-6  # peak learning rate; 1e-6 for 7B models
 
 
 # ---- the algorithm -----------------------------------------------------------------------------
@@ -162,10 +163,6 @@ def load_critic(run: runtime.Run, model: GPT, config: Config) -> GPT:
 def validate(config: Config) -> None:
     """Raise ValueError for flags that contradict each other or would have no effect."""
     rollout.validate(config)
-    if config.ppo_epochs < 1 or config.minibatches < 1:
-        raise ValueError("--ppo-epochs and --minibatches must be at least 1")
-    if config.shared_base and not (config.lora or config.adapter):
-        raise ValueError("--shared-base trains adapters on one frozen base: add --lora 16")
     if config.kl_target and not config.kl:
         raise ValueError("--kl-target adapts β, which --kl 0 keeps at 0: give an initial --kl")
 

@@ -24,7 +24,7 @@ import torch
 import losses
 import runtime
 import training
-from config import RolloutConfig, parse
+from config import Amount, Number, RolloutConfig, Share, parse
 from data.trees import TreeBatch, make_batch
 from pipeline import pipeline
 from reporting import add, means
@@ -39,18 +39,18 @@ from sampling.server import Server
 class Config(RolloutConfig):
     advantage: Literal[losses.ADVANTAGES] = "rloo"  # baseline of the rewards; formulas: losses.py
     loss: Literal[tuple(losses.POLICY_LOSSES)] = "grpo"  # policy loss; formulas: losses.py
-    clip_low: float = 0.0  # lower clip of the ratio; 0 = grpo and dapo 0.2, gspo 3e-4
-    clip_high: float = 0.0  # upper clip; 0 = grpo 0.2, dapo 0.28, gspo 4e-4, cispo 4
+    clip_low: Share = 0.0  # lower clip of the ratio; 0 = grpo and dapo 0.2, gspo 3e-4
+    clip_high: Amount = 0.0  # upper clip; 0 = grpo 0.2, dapo 0.28, gspo 4e-4, cispo 4
     aggregate: Literal[losses.AGGREGATES] = "token"  # weight of a token; formulas: losses.py
-    kl: float = 0.05  # β: cost of a nat away from the reference, in reward units; 0 = no reference
+    kl: Amount = 0.05  # β: cost of a nat away from the reference, in reward units; 0 = no reference
     kl_in: Literal["auto", "reward", "loss"] = "auto"  # part of the reward, or a term of the loss;
     # auto: loss where advantages are scaled (grpo, reinforce++), else reward
     kl_estimator: Literal["auto", *losses.KL_ESTIMATORS] = "auto"  # auto: k1 in the reward, k3 (or
     # take k2) in the loss; what each differentiates to: losses.py
-    rollout_epochs: int = 1  # passes over each rollout; more reuse samples, and clipping matters
-    minibatches: int = 1  # updates per pass, on equal parts of its prompts
+    rollout_epochs: Number = 1  # passes over each rollout; more reuse samples, and clipping matters
+    minibatches: Number = 1  # updates per pass, on equal parts of its prompts
     ref: str = ""  # another Hugging Face folder as reference; default: --model as it was at step 0
-    lr: float = 1e-6  # peak learning rate; 1e-6 for 7B models
+    lr: Amount = 1e-6  # peak learning rate; 1e-6 for 7B models
 
 
 # ---- the algorithm -----------------------------------------------------------------------------
@@ -121,8 +121,6 @@ def policy_loss(
 def validate(config: Config) -> None:
     """Raise ValueError for flags that contradict each other or would have no effect."""
     rollout.validate(config)
-    if config.rollout_epochs < 1 or config.minibatches < 1:
-        raise ValueError("--rollout-epochs and --minibatches must be at least 1")
     if config.advantage != "reinforce++" and config.group_size < 2:
         raise ValueError(
             f"--advantage {config.advantage} compares the responses to a prompt: "

@@ -24,7 +24,7 @@ import torch
 import losses
 import runtime
 import training
-from config import RunConfig, parse
+from config import Amount, RunConfig, parse
 from data.dataset import Dataset
 from data.formats import ATTRIBUTES, known_attributes
 from data.trees import TreeBatch, make_batch
@@ -38,10 +38,10 @@ from reporting import add, means
 class Config(RunConfig):
     loss: Literal[losses.REWARD_MODEL_LOSSES] = "bradley_terry"  # margin_bt and scaled_bt weigh a
     # pair by how much better the data says its chosen answer is; regression learns attributes
-    centering: float = 0.0  # weight of r_c² + r_r², which pulls scores towards 0; 0.001 to 0.01
+    centering: Amount = 0.0  # weight of r_c² + r_r², which pulls scores towards 0; 0.001 to 0.01
     attributes: list[str] = field(default_factory=list)  # regression: names of what to learn;
     # default: all that the data has
-    lr: float = 1e-5  # peak learning rate; 1e-6 to 1e-5 for 7B models
+    lr: Amount = 1e-5  # peak learning rate; 1e-6 to 1e-5 for 7B models
 
 
 # ---- the algorithm -----------------------------------------------------------------------------

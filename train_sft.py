@@ -22,7 +22,7 @@ import torch
 
 import runtime
 import training
-from config import RunConfig, parse
+from config import Amount, RunConfig, Share, parse
 from data import attributes
 from data.dataset import Dataset
 from model import GPT
@@ -33,10 +33,10 @@ from reporting import add, means
 
 @dataclass
 class Config(RunConfig):
-    lr: float = 2e-5  # peak learning rate; 1e-5 to 2e-5 for 7B models, from 1e-3 for tiny new ones
+    lr: Amount = 2e-5  # peak learning rate; 1e-5 to 2e-5 for 7B models, from 1e-3 for tiny new ones
     attributes: bool = False  # SteerLM: put the attributes of each row into its prompt
     attribute_template: str = ""  # their place; default "{prompt}<extra_id_2>{attributes}\n"
-    attribute_dropout: float = 0.0  # share of values to leave out, so that subsets can be asked for
+    attribute_dropout: Share = 0.0  # share of values to leave out, so that subsets can be asked for
 
 
 # ---- the algorithm -----------------------------------------------------------------------------

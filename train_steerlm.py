@@ -23,7 +23,7 @@ Letters: R responses, M scored tokens, A attributes.
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ import torch
 import losses
 import runtime
 import training
-from config import RunConfig, parse
+from config import Amount, Count, Number, Range, RunConfig, Temperature, parse
 from data import attributes
 from data.attributes import Conditioned, ConditionedRows
 from data.dataset import Dataset
@@ -55,13 +55,15 @@ class Config(RunConfig):
     loss: Literal["nll", "steerlm2"] = "nll"  # SteerLM's own, or 2.0 over several responses
     predictor: str = ""  # folder of the attribute model
     ask: str = ""  # attributes to sample at, "helpfulness:4,verbosity:2"; default: the best of all
-    answers: int = 1  # samples per prompt; steerlm2 wants 4 or more, or 0: those of --data
-    temperature: float = 1.0  # of the samples; leave it at 1 for steerlm2, whose weights need it
-    max_new_tokens: int = 512  # longest sample; one that has not ended is left out
+    answers: Count = 1  # samples per prompt; steerlm2 wants 4 or more, or 0: those of --data
+    temperature: Temperature = 1.0  # of the samples; leave it at 1 for steerlm2, whose weights
+    # need it
+    max_new_tokens: Number = 512  # longest sample; one that has not ended is left out
     attribute_template: str = ""  # place of the attribute line; default: --model's own
     prior: str = ""  # steerlm2: folder of P(y|x), a model tuned without attributes
-    spread: float = 1.0  # steerlm2: standard deviation of the predictor's errors
-    lr: float = 2e-5  # peak learning rate; 1e-5 to 2e-5 for 7B models, from 1e-3 for tiny new ones
+    spread: Annotated[float, Range(1e-6)] = 1.0  # steerlm2: standard deviation of the predictor's
+    # errors
+    lr: Amount = 2e-5  # peak learning rate; 1e-5 to 2e-5 for 7B models, from 1e-3 for tiny new ones
 
 
 # ---- the algorithm -----------------------------------------------------------------------------

@@ -118,10 +118,6 @@ def validate(config: RolloutConfig) -> None:
             "give the command that loads new weights"
         )
     reload_words(config.rollout_reload)
-    if config.temperature <= 0:
-        raise ValueError(
-            f"--temperature must be above 0, not {config.temperature}: the policy has to explore"
-        )
 
 
 # ---- prompts ---------------------------------------------------------------------------------

@@ -164,10 +164,8 @@ def test_what_cannot_be_is_refused(folders: Path, toy: Path, tmp_path: Path):
         (["--teacher", ""], "--teacher is missing"),
         (["--teacher", str(tmp_path / "padded")], "700 rows of vocabulary, the student"),
         (["--teacher", str(other)], "tokenizer"),
-        (["--on-policy", "2"], "--on-policy is a share"),
-        (["--divergence", "jsd", "--mix", "1"], "--mix must be between 0 and 1"),
+        (["--divergence", "jsd", "--mix", "0"], "--mix must be above 0 for jsd"),
         (["--on-policy", "1", "--sft-weight", "1"], "--sft-weight has no effect"),
-        (["--distill-temperature", "0"], "--distill-temperature must be above 0"),
     ):
         with pytest.raises((ValueError, OSError), match=complaint):
             run(folders, toy, tmp_path / "out", *flags)
