@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from config import RunConfig
 from data.dataset import Dataset
@@ -106,17 +106,23 @@ def _cache_path(
 
 def _read_cache(path: Path, n: int) -> np.ndarray | None:
     """Return the cached log-probs of n responses, None if there are none or the file is damaged."""
+    if not path.exists():
+        return None
     try:
-        cached = load_file(path)["logps"] if path.exists() else None
-    except (SafetensorError, KeyError):
+        with safe_open(path, framework="np") as file:
+            cached = file.get_tensor("logps")
+            digest = (file.metadata() or {}).get("sha256")
+    except (SafetensorError, OSError):
+        cached, digest = np.empty(0), None
+    if len(cached) != n or digest != hashlib.sha256(cached.tobytes()).hexdigest():
         print(f"warning: {path} is damaged, scoring again")
         return None
-    return cached if cached is not None and len(cached) == n else None
+    return cached
 
 
 def _write_cache(path: Path, logps: np.ndarray) -> None:
     """Write the log-probs to a temporary file and rename it, so that no reader sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.partial")
-    save_file({"logps": logps}, partial)
+    save_file({"logps": logps}, partial, {"sha256": hashlib.sha256(logps.tobytes()).hexdigest()})
     partial.replace(path)

@@ -3,7 +3,8 @@
     CACHE/<key>/tokens.npy, ..., meta.json   key: the hash of everything that decides the arrays
     CACHE/.partial-<random>/                 while it is written; renamed at the end
 
-A killed process leaves at most a .partial folder. A damaged folder is recognised and replaced.
+A killed process leaves at most a .partial folder. meta.json has the hash of every array: a damaged
+folder, down to a flipped bit, is recognised and replaced.
 """
 
 import contextlib
@@ -21,6 +22,7 @@ from tqdm import tqdm
 
 from data.encode import Job, encode_files
 from data.rows import SHOWN, check_bad_rows
+from disk import file_sha256
 
 DTYPES: dict[str, type[np.generic]] = {
     "tokens": np.int32,
@@ -77,6 +79,7 @@ def write_cache(
         sizes = arrays.finish()
         columns = [name for name in sizes if name not in DTYPES]
         meta = {"key": key, "counts": counts, "bad": bad, "columns": columns, "bytes": sizes}
+        meta["sha256"] = {name: file_sha256(temporary / f"{name}.npy") for name in sizes}
         with open(temporary / "meta.json", "w") as file:
             json.dump(meta, file, indent=1)
             _sync(file)
@@ -163,13 +166,14 @@ def _publish(temporary: Path, folder: Path, key: str) -> None:
 
 
 def read_meta(folder: Path, key: str) -> dict[str, Any] | None:
-    """Return meta.json of a cached data set, or None when a file is missing or has another size."""
+    """Return meta.json of a cached data set, or None when a file is missing or has changed."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
         if meta["key"] != key:
             return None
         for name, size in meta["bytes"].items():
-            if (folder / f"{name}.npy").stat().st_size != size:
+            path = folder / f"{name}.npy"
+            if path.stat().st_size != size or file_sha256(path) != meta["sha256"][name]:
                 return None
         return meta
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -126,8 +126,7 @@ def load_dataset(
     else:
         if folder.exists():
             log(
-                f"warning: {folder} is damaged (a file is missing or has the wrong size): "
-                "tokenising again"
+                f"warning: {folder} is damaged (a file is missing or has changed): tokenising again"
             )
         meta = write_cache(folder, key, job, max_bad_rows, workers, log)
         source = f"tokenised in {time.perf_counter() - began:.1f} s"

@@ -302,3 +302,27 @@ def test_resuming_with_other_flags_is_said(toy: Path, tmp_path: Path, train, cap
     train(train_sft, tmp_path / "out", **flags, max_minutes=1e-6)
     train(train_sft, tmp_path / "out", **flags, lr=0.5, resume="auto")
     assert "another --lr: 0.5, it was 2e-05" in capsys.readouterr().out
+
+
+def test_a_damaged_reference_is_scored_again(toy: Path, tmp_path: Path, train, capsys):
+    """Cut short, a flipped bit, empty, no such file: a warning, and the same losses."""
+    flags = {
+        "model": toy / "model",
+        "data": toy / "world" / "preferences.jsonl",
+        "batch_size": 8,
+        "max_steps": 2,
+        "cache": tmp_path / "cache",
+    }
+    first = train(train_dpo, tmp_path / "first", **flags)
+    (path,) = (tmp_path / "cache").glob("reference-*.safetensors")
+    whole = path.read_bytes()
+    again = train(train_dpo, tmp_path / "again", **flags)
+    assert "from" in capsys.readouterr().out and again[-1]["loss"] == first[-1]["loss"]
+    flipped = bytearray(whole)
+    flipped[-3] ^= 4
+    for i, content in enumerate((whole[:-9], bytes(flipped), b"", b"x" * 100)):
+        path.write_bytes(content)
+        rows = train(train_dpo, tmp_path / f"damaged{i}", **flags)
+        assert "is damaged, scoring again" in capsys.readouterr().out
+        assert rows[-1]["loss"] == first[-1]["loss"]
+        assert path.read_bytes() == whole

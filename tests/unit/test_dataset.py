@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 import data.encode
 import data.trees
+from data.cache import read_meta
 from data.dataset import from_trees, load_dataset
 from data.formats import answers_of, preference_row, sft_row
 from data.keys import canonical
@@ -570,9 +571,9 @@ def test_cache_miss(tmp_path):
     assert len(keys) == len(requests)
 
 
-@pytest.mark.parametrize("damage", ["missing", "short", "meta", "no meta"])
+@pytest.mark.parametrize("damage", ["missing", "short", "meta", "no meta", "flipped"])
 def test_damaged_cache(tmp_path, damage):
-    """A cache with a missing or short file is rebuilt, with a warning."""
+    """A cache with a missing, short or changed file is rebuilt, with a warning."""
     expected = load(tmp_path, [GOOD] * 5).tokens.tolist()
     template = Plain()
     lines = []
@@ -581,6 +582,15 @@ def test_damaged_cache(tmp_path, damage):
         (folder / "prompt_len.npy").unlink()
     elif damage == "short":
         os.truncate(folder / "tokens.npy", (folder / "tokens.npy").stat().st_size - 4)
+    elif damage == "flipped":  # in every file, one bit at a time
+        for path in sorted(folder.glob("*.npy")):
+            content = bytearray(path.read_bytes())
+            content[-1] ^= 1
+            path.write_bytes(content)
+            assert read_meta(folder, json.loads((folder / "meta.json").read_text())["key"]) is None
+            if path.name != "tree_start.npy":
+                content[-1] ^= 1
+                path.write_bytes(content)
     elif damage == "meta":
         (folder / "meta.json").write_text("{")
     else:
