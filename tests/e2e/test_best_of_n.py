@@ -156,8 +156,7 @@ def test_a_killed_run_starts_over(toy: Path, tmp_path: Path):
 def test_impossible_settings_are_refused(toy: Path, tmp_path: Path):
     """One line that names the flag."""
     for more, words in (
-        ({"group_size": 1}, "--group-size of 2 or more"),
-        ({"top": 7}, "--top between 1 and --group-size"),
+        ({"top": 7}, "--top 7 of --group-size 6"),
         ({"lr": 1e-5}, "--lr has no effect here: pass it to train_sft.py"),
         ({"min_reward": 5}, "none of 120 samples can be kept .* lower --min-reward"),
     ):

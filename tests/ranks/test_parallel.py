@@ -449,7 +449,6 @@ def test_torch_agrees(kind: str, bench: Bench, tmp_path: Path):
         (1, "--tp 2", "torchrun --nproc_per_node 2"),
         (1, "--tp 2 --pp 3", "torchrun --nproc_per_node 6"),
         (3, "--tp 2", "multiple of 2 processes, torchrun started 3: start 4 or lower one of them"),
-        (1, "--cp 0", "must be at least 1"),
         (4, "--tp 4", "--tp 4: the model has 3 key/value heads, use at most that many"),
         (4, "--pp 4", "--pp 4: the model has 3 layers, use at most that many stages"),
         (2, "--pp 2 --samples 1", "--samples is not supported with --pp > 1"),
