@@ -17,6 +17,7 @@ import difflib
 import inspect
 import json
 import math
+import os
 import re
 import sys
 import textwrap
@@ -210,7 +211,8 @@ def parse(cls: type[T], doc: str | None = None, argv: list[str] | None = None) -
         values = from_file(cls, flags["config"]) if flags.get("config") else {}
         return cls(**{**values, **flags})
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # all ranks have the same flags: say it once
+            print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
 

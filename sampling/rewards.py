@@ -240,7 +240,6 @@ def reward_model(
         print(
             f"warning: the reward model {folder} was trained with another chat template than the "
             "policy",
-            file=sys.stderr,
         )
     model, names = load_scorer(folder, dtype, device, mesh)
     if len(names) != 1:

@@ -6,7 +6,6 @@ the batch. The responses to one prompt share its computation.
 Letters: A outputs of the model.
 """
 
-import sys
 from collections import Counter
 
 import numpy as np
@@ -88,7 +87,6 @@ def load_scorer(
         print(
             f"warning: {folder} pads with its end token, so transformers reads scores one token "
             "before the end; here they are read at the end token, as in training",
-            file=sys.stderr,
         )
     return model, score_names(config)
 

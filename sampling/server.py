@@ -10,7 +10,6 @@ import re
 import shlex
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -243,7 +242,6 @@ class Server:
             print(
                 f"warning: {self.url} reports log-probs that are above 0 or not finite; they are "
                 "computed again, and left out of sampler_gap",
-                file=sys.stderr,
             )
         self.bad_logps += bad
         return logps
@@ -284,7 +282,6 @@ class Server:
         if not self.warned:
             print(
                 f"warning: {self.url} returns text instead of token ids: it is tokenised again",
-                file=sys.stderr,
             )
             self.warned = True
         text = choice.get("text") or ""

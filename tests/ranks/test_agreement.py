@@ -7,6 +7,8 @@ a test of the backend's words instead of the place where an error came up.
 
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -151,3 +153,20 @@ def test_a_rank_that_never_comes_is_waited_for_and_named(tmp_path: Path, monkeyp
     monkeypatch.setenv("MASTER_PORT", "1")
     with pytest.raises(OSError, match="rank 1 of 2 did not meet the others at 127.0.0.1:1 within"):
         parallel.join("cpu", 0.01)
+
+
+def test_a_wrong_flag_is_said_once(tmp_path: Path):
+    """Both ranks end with status 2; one of them prints the line."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    texts = []
+    for rank in "01":
+        done = subprocess.run(
+            [sys.executable, "train_sft.py", "--lr", "-1"],
+            cwd=Path(__file__).parents[2],
+            env={**environment, "RANK": rank, "WORLD_SIZE": "2"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 2
+        texts.append(done.stderr)
+    assert texts == ["error: --lr must be at least 0, not -1\n", ""]

@@ -398,7 +398,7 @@ def test_samples_of_a_server_are_its_tokens(form: str, toy: Path, engine, capsys
     assert set(body["stop_token_ids"]) == template.stop_ids
     assert body["max_tokens"] == 12
     assert body["logprobs"] == 1
-    assert ("tokenised again" in capsys.readouterr().err) == (form == "text")
+    assert ("tokenised again" in capsys.readouterr().out) == (form == "text")
     (hot,) = client.sample(ids[:1], seeds[:1], 1, 0.7)
     assert math.isnan(hot.logps[0])  # an engine reports log-probs at temperature 1
     assert math.isnan(hot.policy_logps[0]) == (form == "text")

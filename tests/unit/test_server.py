@@ -265,7 +265,7 @@ def test_log_probs_that_cannot_be_are_unknown_and_counted(client: Server, liar: 
     assert known == [[False, True, True], [False, False, True], [False] * 3, [True] * 3]
     assert drawn[3].policy_logps[0] == 0.0
     assert client.bad_logps == 5  # None is unknown, not wrong
-    assert capsys.readouterr().err.count("above 0 or not finite") == 1
+    assert capsys.readouterr().out.count("above 0 or not finite") == 1
 
 
 # ---- reloading -------------------------------------------------------------------------------
