@@ -1,4 +1,6 @@
-"""JSONL files in and out: numbered lines, one JSON object a line, .gz files too; bad rows reported.
+"""Files of rows in and out: numbered JSON objects, one a line or otherwise; bad rows reported.
+
+JSONL, also as .gz, is read here line by line; arrays, tables and Parquet by data/containers.py.
 
 Every line carries its file and number, so that every error can name file:line.
 """
@@ -10,6 +12,8 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from data.containers import kind_of, rows_of
 
 Line = tuple[int, int, bytes]  # index of the file, line number from 1, content
 
@@ -25,6 +29,11 @@ def existing_files(files: Iterable[str | Path]) -> list[Path]:
     """Return the paths. FileNotFoundError names the first one that is not a file."""
     paths = [Path(file) for file in files]
     for path in paths:
+        if path.is_dir():
+            inside = sorted(p.name for p in path.iterdir() if not p.name.endswith("_info.json"))
+            raise FileNotFoundError(
+                f"{path} is a folder: give the files in it, such as {path}/{(inside or ['*'])[0]}"
+            )
         if not path.is_file():
             raise FileNotFoundError(
                 f"{path}: no such file: give JSONL files, one JSON object a line"
@@ -39,6 +48,11 @@ def read_lines(files: list[Path]) -> Iterator[Line]:
     beyond reason.
     """
     for index, file in enumerate(files):
+        kind = kind_of(file)
+        if kind != "lines":
+            for number, row in rows_of(file, kind):
+                yield index, number, row
+            continue
         opener = gzip.open if file.suffix == ".gz" else open
         try:
             with opener(file, "rb") as stream:
