@@ -163,6 +163,8 @@ def load_critic(run: runtime.Run, model: GPT, config: Config) -> GPT:
 def validate(config: Config) -> None:
     """Raise ValueError for flags that contradict each other or would have no effect."""
     rollout.validate(config)
+    if config.shared_base and not (config.lora or config.adapter):
+        raise ValueError("--shared-base trains adapters on one frozen base: add --lora 16")
     if config.kl_target and not config.kl:
         raise ValueError("--kl-target adapts β, which --kl 0 keeps at 0: give an initial --kl")
 
