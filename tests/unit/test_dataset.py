@@ -819,13 +819,13 @@ def test_lines_and_archives_without_end_meet_a_limit(tmp_path: Path, monkeypatch
     with pytest.raises(ValueError, match=r"long\.jsonl:2: a line of more than 1 MB"):
         list(read_rows(tmp_path / "long.jsonl"))
     with gzip.open(tmp_path / "long.jsonl.gz", "wb") as file:
-        file.write(good * 3 + b"0" * (64 << 20))
+        file.write(good * 3 + b"0" * (4 << 20))
     with pytest.raises(ValueError, match=r"long\.jsonl\.gz:4: a line of more than 1 MB"):
         list(read_rows(tmp_path / "long.jsonl.gz"))
-    monkeypatch.setattr("data.rows.BOMB_BYTES", 1 << 20)
+    monkeypatch.setattr("data.rows.BOMB_BYTES", 1 << 16)
     with gzip.open(tmp_path / "bomb.jsonl.gz", "wb") as file:
-        file.write(b"\n" * (40 << 20))
-    with pytest.raises(ValueError, match=r"bomb\.jsonl\.gz:\d+: 4\d,\d+ bytes have grown to 1"):
+        file.write(b"\n" * (1 << 20))
+    with pytest.raises(ValueError, match=r"bomb\.jsonl\.gz:\d+: 1,\d+ bytes have grown to \d+"):
         list(read_rows(tmp_path / "bomb.jsonl.gz"))
     with gzip.open(tmp_path / "fine.jsonl.gz", "wb") as file:
         file.write(good * 1000)
