@@ -103,6 +103,7 @@ def read(folder: Path) -> dict[str, torch.Tensor]:
     return {name: w for file in files for name, w in load_file(file).items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_tensors_are_those_that_transformers_reads(
