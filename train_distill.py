@@ -22,7 +22,7 @@ first, while the student finds prompts that it answers badly.
 Letters: M scored tokens of a micro-batch, D the teacher's width.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -126,6 +126,16 @@ def validate(config: Config) -> None:
     rollout.validate(config)
     if not config.teacher:
         raise ValueError("--teacher is missing: the folder of the model to learn from")
+    defaults = {f.name: f.default for f in fields(Config)}
+    for name in ("reward", "no_eos_penalty", "eval_temperature"):
+        if getattr(config, name) != defaults[name]:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} has no effect here, the teacher judges: drop it")
+    if config.divergence in ("forward", "reverse") and config.mix != defaults["mix"]:
+        raise ValueError(
+            f"--mix has no effect on --divergence {config.divergence}: drop it, or choose jsd or a "
+            "skewed one"
+        )
     if config.on_policy == 1 and config.sft_weight:
         raise ValueError("--sft-weight has no effect with --on-policy 1: drop one of them")
     if config.divergence == "jsd" and config.mix == 0:

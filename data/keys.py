@@ -15,6 +15,7 @@ from data.formats import ATTRIBUTES, ROLES
 # Keys that data/formats.py reads, by kind of row. Those of other kinds are ignored, by name.
 ANSWERS = set("prompt response completion input output messages conversations".split())
 PAIRS = set("prompt chosen rejected chosen_response rejected_response".split())
+RESPONSES = (ANSWERS | PAIRS) - {"prompt", "input", "messages", "conversations"}
 SAMPLED = set("tokenizer response_ids chosen_ids rejected_ids".split())
 USED = {
     "sft": ANSWERS | SAMPLED,
@@ -93,6 +94,9 @@ def _messages(messages: list, key: str, ignored: set[str]) -> list:
         known = {"role", "from", text_key, "learn", *LEARNED, *LOST_IN_MESSAGE}
         ignored |= {f"{key}[].{name}" for name in message.keys() - known}
         result.append(new)
+    answers = [new for new in result if _role(new) == "assistant"]
+    if key in RESPONSES and answers and not any(new.get("learn", True) for new in answers):
+        raise ValueError(f"no turn of `{key}` is to be learned: remove the row")
     return result
 
 
@@ -132,7 +136,7 @@ def _add_instruction(row: dict[str, Any], clean: dict[str, Any]) -> None:
         return
     if not isinstance(instruction, str):
         raise ValueError("`instruction` must be text")
-    if clean.get("prompt") is not None or clean.get("messages") is not None:
+    if any(clean.get(key) is not None for key in ("prompt", "messages", "conversations")):
         raise ValueError(
             "`instruction` beside a prompt: which comes first is not said; join them, or call it "
             "`system`"

@@ -11,7 +11,7 @@ p = softmax(z_t / τ) of the teacher and q = softmax(z_s / τ) of the student:
 
 No (M, V) matrix is ever held: the vocabulary is taken in chunks, as in kernels/logprob.py. Pass 1
 finds log Σ exp of both; pass 2 sums the divergence and the mean slope; the backward, pass 3, turns
-slopes into gradients. It is torch's own operations on every device.
+slopes into gradients. On every device these are torch's own operations.
 
 Letters: M scored tokens, D width, V vocabulary (or a rank's shard of it), C columns of a chunk.
 """

@@ -118,6 +118,12 @@ def validate(config: RolloutConfig) -> None:
             "give the command that loads new weights"
         )
     reload_words(config.rollout_reload)
+    if config.base_dtype != "none" and (config.pp > 1 or config.rollout_url):
+        flag = f"--pp {config.pp}" if config.pp > 1 else "--rollout-url"
+        raise ValueError(
+            f"--base-dtype {config.base_dtype} with {flag}: samples would come from the weights "
+            "before rounding, and not from the policy that trains: drop one of the two"
+        )
 
 
 # ---- prompts ---------------------------------------------------------------------------------

@@ -174,7 +174,7 @@ class Server:
         if len(choices) != n:
             raise self._bad(f"{len(choices)} samples: asked for {n}")
         places = [choice.get("index", i) for i, choice in enumerate(choices)]
-        if not all(isinstance(place, int) for place in places) or len(set(places)) != n:
+        if not all(type(place) is int for place in places) or set(places) != set(range(n)):
             raise self._bad(f"samples numbered {places}, not 0 to {n - 1}")
         ordered = sorted(zip(places, range(n)))
         return [self._read(choices[i], temperature) for _, i in ordered]

@@ -130,6 +130,14 @@ def test_fewer_bits_want_a_frozen_base(toy: Path, tmp_path: Path):
         train("sft", toy, tmp_path / "out", "--lora", "0", "--base-dtype", "nf4")
 
 
+@pytest.mark.parametrize("flags", ["--pp 2", "--rollout-url http://x --rollout-reload y"])
+def test_no_sample_comes_from_another_model(flags: str, toy: Path, tmp_path: Path):
+    """Merged weights stand on the base before rounding: the policy is another one."""
+    for name in ("ppo", "reinforce"):
+        with pytest.raises(ValueError, match="not from the policy that trains"):
+            train(name, toy, tmp_path / "out", "--base-dtype", "nf4", *flags.split())
+
+
 # ---- one base for policy, critic and reward model ------------------------------------------------
 
 PPO = f"{' '.join(SHORT)} --max-new-tokens 8 --ppo-epochs 1 --kl 0.1 --device cpu".split()

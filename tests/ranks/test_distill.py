@@ -165,6 +165,9 @@ def test_what_cannot_be_is_refused(folders: Path, toy: Path, tmp_path: Path):
         (["--teacher", str(tmp_path / "padded")], "700 rows of vocabulary, the student"),
         (["--teacher", str(other)], "tokenizer"),
         (["--divergence", "jsd", "--mix", "0"], "--mix must be above 0 for jsd"),
+        (["--divergence", "reverse", "--mix", "0.1"], "--mix has no effect on --divergence rev"),
+        (["--reward", "length:5"], "--reward has no effect here, the teacher judges"),
+        (["--no-eos-penalty", "1"], "--no-eos-penalty has no effect here"),
         (["--on-policy", "1", "--sft-weight", "1"], "--sft-weight has no effect"),
     ):
         with pytest.raises((ValueError, OSError), match=complaint):

@@ -110,6 +110,8 @@ def test_a_key_of_a_message_that_would_be_lost_is_refused(key: str, place: str):
         ({"history": [["q"]], "prompt": "Q"}, r"`history\[0\]` must be a pair"),
         ({"history": [["q", 5]], "prompt": "Q"}, r"`history\[0\]` must be a pair"),
         ({"instruction": "Do", "prompt": "Q", "response": "A"}, "`instruction` beside a prompt"),
+        ({"instruction": "Do", "messages": [USER, ANSWER]}, "`instruction` beside a prompt"),
+        ({"instruction": "Do", "conversations": [USER, ANSWER]}, "`instruction` beside a prompt"),
         ({"instruction": ["Do"], "output": "A"}, "`instruction` must be text"),
         (
             {"prompt": [{"role": "user", "content": [{"type": "image_url"}]}]},
@@ -144,6 +146,10 @@ def test_a_turn_of_weight_0_is_not_learned(key: str, toy: Path, tmp_path: Path):
     assert learned[-1] in template.stop_ids
     with pytest.raises(ValueError, match="no assistant turn to train on"):
         sft_row(canonical({"messages": turns[:2]}, "sft")[0])
+    for answer in ("response", "completion", "chosen", "rejected"):
+        with pytest.raises(ValueError, match=f"no turn of `{answer}` is to be learned"):
+            canonical({"prompt": "Q", answer: turns[1:2]})
+    canonical({"prompt": turns[:3], "response": turns[3:]}, "sft")  # in a prompt it is context
 
 
 def test_ignored_keys_are_named_once(toy: Path, tmp_path: Path):

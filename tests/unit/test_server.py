@@ -148,6 +148,7 @@ REFUSED: dict[str, tuple[bytes | Callable, str]] = {
     "one": (samples({}), "returned 1 samples: asked for 2"),
     "three": (samples({}, {}, {}), "returned 3 samples: asked for 2"),
     "twins": (samples({}, {"index": 0}), r"samples numbered \[0, 0\]"),
+    "gap": (samples({}, {"index": 2}), r"samples numbered \[0, 2\], not 0 to 1"),
     "odd index": (samples({}, {"index": "b"}), r"samples numbered \[0, 'b'\]"),
     "float ids": (samples({}, {"token_ids": [1.5]}), r"no list of whole numbers: \[1.5\]"),
     "text ids": (samples({}, {"token_ids": ["40"]}), "no list of whole numbers"),

@@ -114,7 +114,7 @@ PLACES = [("reward", kind) for kind in KINDS] + [("loss", kind) for kind in ("k2
 @pytest.mark.parametrize("advantage", losses.ADVANTAGES)
 @pytest.mark.parametrize(("place", "kind"), PLACES)
 def test_the_mean_gradient_is_the_enumerated_one(advantage: str, place: str, kind: str):
-    """Within three standard errors in every direction (four for the worst of six).
+    """Within three standard errors in every direction.
 
     The bias, the distance from ∇ (E[R] - β KL), is printed and equals its formula.
     """
@@ -125,7 +125,7 @@ def test_the_mean_gradient_is_the_enumerated_one(advantage: str, place: str, kin
     error = gradients.std(0, ddof=1) / math.sqrt(seeds)
     exact = expected(advantage, kind, place)
     distance = np.abs(gradients.mean(0) - exact) / error
-    assert distance.max() < 4 and np.sort(distance)[-2] < 3
+    assert distance.max() < 3
     bias = exact - (EXACT_REWARD - BETA * EXACT_KL)
     print(f"{advantage} {kind} in the {place}: bias {np.round(bias, 4).tolist()}")
     if advantage in ("rloo", "dr_grpo"):
