@@ -88,7 +88,8 @@ class RunConfig:
     """The flags of every training script; a comment after a blank line opens a group of them."""
 
     # data
-    data: list[str] = field(default_factory=list)  # training rows: .jsonl or .jsonl.gz files
+    data: list[str] = field(default_factory=list)  # training rows: JSONL, a JSON array, CSV
+    # or TSV, each also as .gz; Parquet
     eval_data: list[str] = field(default_factory=list)  # held-out rows for evaluation
     template: Literal["auto", "plain", "chatml", "zephyr", "llama2", "llama3"] = "auto"  # of chats;
     # auto: that of --model if it has one, else plain: bos, prompt, response, eos

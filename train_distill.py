@@ -1,8 +1,7 @@
 """Distillation: a student learns the distribution of a teacher, token by token.
 
     python train_distill.py --model small --teacher big --data demos.jsonl --out distilled
-    python train_distill.py --model small --teacher big --data demos.jsonl --on-policy 1 \
-        --divergence reverse --max-new-tokens 128
+    python train_distill.py --model distilled/final --teacher big --data demos.jsonl --on-policy 1
     torchrun --nproc_per_node 8 train_distill.py --model small --teacher big --data demos.jsonl
 
 Rows: {prompt, response} or {messages}, as for train_sft.py. At every scored token the loss is a

@@ -68,6 +68,7 @@ def test_help_shows_every_flag_in_its_group(script: str, capsys):
     text = capsys.readouterr().out
     assert text.startswith(module.__doc__.strip().splitlines()[0])
     assert "Letters:" not in text
+    assert max(map(len, text.splitlines())) <= 100
     heads = [line for line in text.splitlines() if line.startswith(config.GROUPS)]
     groups = [name for name in config.GROUPS if any(line.startswith(name) for line in heads)]
     assert set(groups) >= set(config.GROUPS) - {"rollout", "algorithm"}
