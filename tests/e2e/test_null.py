@@ -80,18 +80,25 @@ def test_a_later_pass_keeps_its_micro_batches(toy: Path, tiny: Path, tmp_path: P
     """
     flags = null_flags(tiny, toy / "world" / "sft.jsonl", dtype="bf16", advantage="grpo")
     flags |= {"batch_size": 8, "rollout_epochs": 3, "minibatches": 2, "max_tokens": 60}
-    plans = []
-    plan_of = updates.plan
+    plans, scorings = [], []
+    plan_of, token_logps = updates.plan, updates.token_logps
 
     def spy(*args) -> list[updates.Update]:
         plans.append(plan_of(*args))
         return plans[-1]
 
+    def spy_on_scoring(model, data, bins, config):
+        scorings.append(bins)
+        return token_logps(model, data, bins, config)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(updates, "plan", spy)
+        patch.setattr(updates, "token_logps", spy_on_scoring)
         train(train_reinforce, tmp_path / "out", **flags)
-    for plan in plans:
+    assert len(scorings) == 2 * len(plans)  # the policy and the reference of every step
+    for i, plan in enumerate(plans):
         scored = updates.first_epoch(plan)
+        assert scorings[2 * i : 2 * i + 2] == [scored] * 2
         assert len(plan) == 6 and len(scored) > 2
         assert all(items in scored for update in plan for items in update.bins)
     assert null_numbers(tmp_path / "out", tiny) == NOTHING
