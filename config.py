@@ -14,6 +14,7 @@ range, is refused with the nearest valid name or the range.
 
 import dataclasses
 import difflib
+import functools
 import inspect
 import json
 import math
@@ -412,6 +413,7 @@ def _convert(cls: type, name: str, words: list[str], label: str) -> Any:
     return value
 
 
+@functools.cache
 def ranges(cls: type) -> dict[str, Range]:
     """Return the valid range of every field that has one."""
     hints = get_type_hints(cls, include_extras=True)

@@ -49,6 +49,7 @@ def way(request, monkeypatch) -> str:
     return request.param
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS, indirect=True)
 @pytest.mark.parametrize("family", ["llama3", "mistral_window", "qwen3", "gpt_neox"])
 def test_greedy_equals_the_naive_loop_and_transformers(family: str, way: str, tmp_path: Path):
