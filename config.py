@@ -423,7 +423,8 @@ def ranges(cls: type) -> dict[str, Range]:
 
 def check_ranges(config: Any) -> None:
     """Raise ValueError for a field outside its range, however the config was made."""
-    for name, valid in ranges(type(config)).items():
+    cls: type = type(config)
+    for name, valid in ranges(cls).items():
         if getattr(config, name) not in valid:
             flag = name.replace("_", "-")
             raise ValueError(f"--{flag} must be {valid}, not {getattr(config, name)}")
