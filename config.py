@@ -336,15 +336,20 @@ def _help_lines(cls: type, f: dataclasses.Field, written: dict[str, Field]) -> l
 # ---- values ------------------------------------------------------------------------------------
 
 
-def _known(cls: type, name: str, complaint: str) -> str:
-    """Return the field that a flag or key means. ValueError: none; names the nearest."""
+def _known(cls: type, name: str, complaint: str, dashes: str = "") -> str:
+    """Return the field that a flag or key means. ValueError: none; names the nearest.
+
+    dashes: what stands before a name, "--" for flags.
+    """
     names = [f.name for f in dataclasses.fields(cls)]
     plain = name.replace("-", "_")
     if plain in names:
         return plain
     near = difflib.get_close_matches(plain, names, n=1, cutoff=0.5)
-    hint = f": did you mean {near[0].replace('_', '-')}?" if near else "; --help lists them"
-    raise ValueError(f"{complaint} {name}{hint}")
+    hint = "; --help lists them"
+    if near:
+        hint = f": did you mean {dashes}{near[0].replace('_', '-')}?"
+    raise ValueError(f"{complaint} {dashes}{name}{hint}")
 
 
 def _read_flags(cls: type, argv: list[str]) -> dict[str, Any]:
@@ -361,7 +366,7 @@ def _read_flags(cls: type, argv: list[str]) -> dict[str, Any]:
         positive = True
         if name.startswith(("no-", "no_")) and hints.get(name[3:].replace("-", "_")) is bool:
             name, positive = name[3:], False
-        name = _known(cls, name, "unknown flag --")
+        name = _known(cls, name, "unknown flag", "--")
         flag = "--" + name.replace("_", "-")
         if hints[name] is bool and not equals:
             values[name] = positive

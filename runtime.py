@@ -37,7 +37,7 @@ from data.templates import Template
 from data.tokenizer import load_tokenizer
 from data.trees import check_longest
 from disk import write_text
-from faults import is_about_others, last_words
+from faults import is_about_others, last_words, said_by, who_failed_first
 from identity import Description, changed_flags, check_resumed, compare_ranks, describe
 from model import GPT
 from optimizer import AdamW
@@ -49,6 +49,7 @@ from weights.peft import check_base, load_adapter, read_adapter_config, save_ada
 _config: RunConfig | None = None  # of this process, for advice when GPU memory runs out
 ECHO_SECONDS = 3.0  # a signal repeated within this time counts once
 PATIENCE = 10.0  # seconds to wait for another rank to say why it failed
+ALIKE_SECONDS = 2.0  # seconds to wait for the other ranks to fail for the same reason
 
 
 @dataclass(frozen=True)
@@ -90,20 +91,28 @@ def run(main: Callable[[], None]) -> None:
     except Exception as error:
         if parallel.here().world == 1:
             raise
-        traceback.print_exc()
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        _exit(reason, ask_others=is_about_others(error))
+        _exit(reason, is_about_others(error), traceback.format_exc())
 
 
-def _exit(reason: str, ask_others: bool = False) -> None:
-    """End the process with one line that says what went wrong, here or on another rank."""
+def _exit(reason: str, ask_others: bool = False, details: str = "") -> None:
+    """End the process with one line that says what went wrong, here or on another rank.
+
+    Where several ranks fail alike, one of them says it. details: text to print before the line.
+    """
     mesh = parallel.here()
     lock.release()
     if mesh.world == 1:
         sys.exit(f"error: {reason}")
-    others = last_words(mesh, reason, patience=PATIENCE if ask_others else 0.0)
-    text = f"error on rank {mesh.rank}: {reason}" + (f"\n  {others}" if ask_others else "")
-    print(text, file=sys.stderr, flush=True)
+    messages = last_words(mesh, reason, PATIENCE if ask_others else ALIKE_SECONDS)
+    if ask_others:
+        others = who_failed_first(mesh.rank, mesh.world, messages)
+        text = f"error on rank {mesh.rank}: {reason}\n  {others}"
+    else:  # often all ranks fail alike: one of them says it
+        who = said_by(mesh.rank, mesh.world, reason, messages)
+        text = f"error on {who}: {reason}" if who else ""
+    if text:
+        print(details + text, file=sys.stderr, flush=True)
     os._exit(1)  # not through c10d's tear-down, which may wait for ranks that are gone
 
 
