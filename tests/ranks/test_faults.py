@@ -356,11 +356,8 @@ def test_an_out_that_is_not_shared_is_refused(toy: Path, tmp_path: Path):
 
     ranks = Ranks(2, body, tmp_path / "said")
     assert ranks.wait() == [1, 1]
-    for rank in (0, 1):
-        assert (
-            "is not the same folder on every node: use one on a shared file system"
-            in ranks.text(rank)
-        )
+    why = "is not the same folder on every node: use one on a shared file system"
+    assert why in ranks.text(0) + ranks.text(1)
 
 
 # ---- another layout ------------------------------------------------------------------------------
