@@ -94,6 +94,8 @@ class RunConfig:
     eval_data: list[str] = field(default_factory=list)  # held-out rows for evaluation
     template: Literal["auto", "plain", "chatml", "zephyr", "llama2", "llama3"] = "auto"  # of chats;
     # auto: that of --model if it has one, else plain: bos, prompt, response, eos
+    template_kwargs: str = ""  # a JSON object of values for the chat template, for example
+    # '{"enable_thinking": false}'; a row's chat_template_kwargs come first
     max_length: Number = 1024  # most tokens of a prompt with one response; see --overlong
     overlong: Literal["drop", "truncate"] = "drop"  # longer rows: drop them, or cut the prompt from
     # the left (never the response)

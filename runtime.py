@@ -33,7 +33,7 @@ import plan
 import weights.folder
 from config import RunConfig, check_ranges, to_json
 from data.dataset import Dataset, load_dataset
-from data.templates import Template
+from data.templates import Template, read_kwargs
 from data.tokenizer import load_tokenizer
 from data.trees import check_longest
 from disk import write_text
@@ -181,7 +181,8 @@ def start(config: RunConfig) -> Run:
     if resume_from:
         warnings += mesh.ask(lambda: _compare(resume_from, mine, config))
     mesh.ask(lambda: write_text(Path(config.out) / "config.json", to_json(config)))
-    template = Template(config.template, load_tokenizer(config.model))
+    kwargs = read_kwargs(config.template_kwargs)
+    template = Template(config.template, load_tokenizer(config.model), kwargs)
     return Run(config, mesh, device, dtype, template, stop, resume_from, mine, tuple(warnings))
 
 
@@ -198,6 +199,7 @@ def validate(config: RunConfig) -> None:
         if not getattr(config, name):
             raise ValueError(f"{flags[name]} is missing; --help lists the flags")
     check_ranges(config)
+    read_kwargs(config.template_kwargs)
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             "--device cuda, but torch finds no GPU: "

@@ -25,7 +25,7 @@ import torch
 
 from config import Number, parse
 from data.rows import read_rows, write_rows
-from data.templates import Template
+from data.templates import Template, read_kwargs
 from data.tokenizer import load_tokenizer
 from sampling.scoring import Answers, all_answers, annotate, load_scorer, score
 from weights.folder import DTYPES, load_model
@@ -43,6 +43,8 @@ class Flags:
     template: Literal["auto", "plain", "chatml", "zephyr", "llama2", "llama3"] = (
         "auto"  # chat format, as in training
     )
+    template_kwargs: str = ""  # a JSON object of values for the chat template, for example
+    # '{"enable_thinking": false}'
     max_tokens: Number = 8192  # tokens per micro-batch: lower it when memory runs out
     dtype: Literal["auto", "bf16", "fp32", "fp64"] = "auto"  # auto: bf16 on GPUs, else fp32
 
@@ -56,7 +58,8 @@ def main(argv: list[str] | None = None) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     best_dtype = "bf16" if device == "cuda" else "fp32"
     dtype = DTYPES[best_dtype if flags.dtype == "auto" else flags.dtype]
-    template = Template(flags.template, load_tokenizer(flags.model))
+    kwargs = read_kwargs(flags.template_kwargs)
+    template = Template(flags.template, load_tokenizer(flags.model), kwargs)
     rows, answers = all_answers(list(read_rows(flags.data)), template, flags.data)
     if flags.ref:
         write_logps(rows, answers, template, dtype, device, flags)

@@ -25,12 +25,11 @@ import numpy as np
 
 from data.cache import DTYPES, read_meta, write_cache
 from data.encode import ROWS, Job, cut_prompt
-from data.formats import prompt_of
-from data.keys import canonical
+from data.keys import prompt_in
 from data.rows import SHOWN, check_bad_rows, existing_files, parse_row, read_lines
 from disk import file_sha256
 
-FORMAT = 4  # raise it when the same rows would give other arrays, here or in data/formats.py
+FORMAT = 5  # raise it when the same rows would give other arrays, here or in data/formats.py
 
 
 @dataclass
@@ -50,7 +49,7 @@ class Dataset:
     response_len: np.ndarray  # (R,) int32
     # name -> (R,) float32, NaN where a row has no value
     columns: dict[str, np.ndarray] = field(default_factory=dict)
-    # rows = trees + too_long + bad; all other counts are of the trees kept
+    # rows + split = trees + too_long + bad; all other counts are of the trees kept
     counts: dict[str, int] = field(default_factory=dict)
     key: str = ""  # hash of everything that decides the arrays
     # name -> (N,), meaningful where `scored` is 1
@@ -179,8 +178,22 @@ def _summary(dataset: Dataset, job: Job, source: str) -> str:
         f"{counts['moved']} borders moved{identical}), "
         f"{counts['too_long']} dropped as longer than {job.max_length}, {counts['bad']} bad; "
         f"{counts['tokens']:,} tokens, mean prompt {dataset.prompt_len.sum() / trees:.1f}, "
-        f"mean response {dataset.response_len.sum() / responses:.1f}; {source}" + _ignored(counts)
+        f"mean response {dataset.response_len.sum() / responses:.1f}; {source}"
+        + _noted(counts)
+        + _ignored(counts)
     )
+
+
+NOTES = {  # count -> what it says; left out where there is none
+    "split": "trees more, because the template writes earlier turns in another way: one a turn",
+    "own_ends": "rows with a bos or an end of turn of their own, not doubled",
+    "control": "rows with control tokens in their texts",
+}
+
+
+def _noted(counts: dict[str, int]) -> str:
+    """Return what else is worth a word about the rows."""
+    return "".join(f"; {counts[name]} {words}" for name, words in NOTES.items() if counts[name])
 
 
 def _ignored(counts: dict[str, int]) -> str:
@@ -268,7 +281,7 @@ def load_prompts(
         counts["rows"] += 1
         try:
             row = parse_row(line)
-            prompt = prompt_of(canonical(row)[0], template.plain)
+            prompt = prompt_in(row, template.plain)
             ids = template.prompt(prompt)
         except ValueError as error:
             bad.append((file, number, str(error)))

@@ -39,7 +39,9 @@ class Tokenizer:
     bos, eos, pad         ids or None
     bos_token, eos_token  their texts, "" for None
     stops                 ids that end an answer: eos and those of generation_config.json
+    named                 texts of all tokens that the folder names, as chat templates read them
     special               {text: id} of every token that is never split inside a text
+    control               the texts of those that decoding leaves out: markers, not words
     size                  largest id + 1 (the model's vocabulary may be padded beyond it)
     chat_template         jinja source in the folder, or None
     hash                  hex digest of everything that decides ids and templates
@@ -79,6 +81,7 @@ class Tokenizer:
                 )
         self.bos_token = ends["bos_token"] or ""
         self.eos_token = ends["eos_token"] or ""
+        self.named = _named_texts(names | {name: text for name, text in ends.items() if text})
         self.bos, self.eos, self.pad = (
             added[text]["id"] if text in added else None for text in ends.values()
         )
@@ -93,7 +96,7 @@ class Tokenizer:
         decides = [added, ends, self.legacy, self.prefix]
         ids_json = json.dumps(decides, sort_keys=True)
         self.ids_hash = hashlib.sha256(source + ids_json.encode()).hexdigest()
-        decides_json = json.dumps([*decides, self.chat_template], sort_keys=True)
+        decides_json = json.dumps([*decides, self.named, self.chat_template], sort_keys=True)
         self.hash = hashlib.sha256(source + decides_json.encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
@@ -200,6 +203,7 @@ class Tokenizer:
         self.special = {text: token["id"] for text, token in added.items()}
         self.texts = {i: text for text, i in self.special.items()}
         self.silent = {token["id"] for token in added.values() if token["special"]}
+        self.control = {text for text, token in added.items() if token["special"]}
         self.size = max(len(self.sp), 1 + max(self.texts))
         patterns = []
         for text in sorted(added, key=len, reverse=True):
@@ -226,9 +230,9 @@ class Tokenizer:
                     f"added_tokens.json but {self.fast.token_to_id(text)} in tokenizer.json: take "
                     "both files from the same model"
                 )
-        self.special = {
-            token.content: i for i, token in self.fast.get_added_tokens_decoder().items()
-        }
+        tokens = self.fast.get_added_tokens_decoder()
+        self.special = {token.content: i for i, token in tokens.items()}
+        self.control = {token.content for token in tokens.values() if token.special}
         self.size = 1 + max(self.fast.get_vocab(with_added_tokens=True).values())
 
     def _encode_plain(self, text: str, start: int) -> list[int]:
@@ -317,6 +321,21 @@ def _named_tokens(names: dict) -> list[str | dict]:
         more = names.get(name) or []
         tokens += more.values() if isinstance(more, dict) else more
     return tokens
+
+
+def _named_texts(names: dict) -> dict[str, str | list[str]]:
+    """Return the texts of the tokens that a folder names, under the names that templates read."""
+    named: dict[str, str | list[str]] = {}
+    for name, token in names.items():
+        if name.endswith("_token") and isinstance(token, (str, dict)):
+            named[name] = _text(token) or ""
+    extra = names.get("extra_special_tokens")
+    if isinstance(extra, dict):  # {"image_token": "<image>"}
+        named |= {name: _text(token) or "" for name, token in extra.items()}
+    more = names.get("additional_special_tokens")
+    if isinstance(more, list):
+        named["additional_special_tokens"] = [_text(token) or "" for token in more]
+    return named
 
 
 def _chat_template(folder: Path, config: dict) -> str | None:

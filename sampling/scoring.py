@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from data import attributes
+from data.chat import as_chat, as_row
 from data.dataset import Dataset, from_trees
 from data.encode import encode_pair, sampled_ids
 from data.formats import answers_of, known_attributes
@@ -103,7 +104,9 @@ def all_answers(
     reasons: Counter[str] = Counter()
     for number, row in enumerate(rows, 1):
         try:
-            answer = answers_of(canonical(row)[0], template.plain)
+            content, _, options = canonical(row)
+            prompt, responses = answers_of(content, template.plain)
+            answer = as_chat(prompt, options), responses
         except ValueError as error:
             raise ValueError(f"row {number} of {file}: {error}") from None
         try:
@@ -140,7 +143,7 @@ def annotate(
     for (prompt, responses), scores in zip(answers, score(model, template, answers, max_tokens)):
         values = [dict(zip(names, map(attributes.whole, one))) for one in scores.tolist()]
         if len(responses) > 1:
-            rows.append({"prompt": prompt, "responses": responses, "attributes": values})
+            rows.append({**as_row(prompt), "responses": responses, "attributes": values})
         else:
-            rows.append({"prompt": prompt, "response": responses[0], "attributes": values[0]})
+            rows.append({**as_row(prompt), "response": responses[0], "attributes": values[0]})
     return rows

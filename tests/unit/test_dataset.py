@@ -78,7 +78,10 @@ class Plain:
             turn = [*self.tokenizer.encode(m["content"]), EOS]
             ids += turn
             scored += [int(m["role"] == "assistant")] * len(turn)
-        return head, (ids, scored)
+        return [(head, (ids, scored))]
+
+    def marks(self, said):
+        return set()
 
 
 class Chat(Plain):
@@ -159,7 +162,7 @@ def test_sft_conversations():
     names = {"user": "human", "assistant": "gpt", "system": "system"}
     turns = [{"from": names[m["role"]], "value": m["content"], "weight": None} for m in messages]
     assert sft_row({"conversations": turns}) == (None, [messages], {})
-    row, _ = canonical({"conversations": turns[1:], "system": "s"})
+    row, _, _ = canonical({"conversations": turns[1:], "system": "s"})
     assert sft_row(row) == (None, [messages], {})
     assert sft_row({"messages": [*messages, USER("thanks")]}) == (None, [messages], {})
     assert sft_row({"prompt": "informative", "messages": messages}) == (None, [messages], {})
@@ -337,7 +340,7 @@ BAD_SFT = [
     ({"messages": ["hello"]}, r"messages\[0\]"),
     (
         {"messages": [{"role": "robot", "content": "x"}]},
-        "'robot': must be system, user or assistant",
+        "'robot': must be system, user, assistant",
     ),
     ({"messages": [{"content": "x"}]}, "role` is None"),
     (

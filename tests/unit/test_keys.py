@@ -46,9 +46,74 @@ USED = {  # row -> the same under the keys that are read
 @pytest.mark.parametrize("name", USED)
 def test_what_stands_beside_the_prompt_becomes_part_of_it(name: str):
     row, prompt = USED[name]
-    clean, ignored = canonical(row)
+    clean, ignored, _ = canonical(row)
     assert clean["prompt"] == prompt and not ignored
     assert not {"system", "system_prompt", "history", "instruction"} & clean.keys()
+
+
+TOOL = {"type": "function", "function": {"name": "f"}}
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+SPOKEN = {  # what a sender writes beside the text -> what the chat template gets
+    "reasoning_content": ({"reasoning_content": "hm"}, {"reasoning_content": "hm"}),
+    "thinking": ({"thinking": "hm"}, {"reasoning_content": "hm"}),
+    "reasoning": ({"reasoning": "hm", "reasoning_content": None}, {"reasoning_content": "hm"}),
+    "tool_calls": ({"tool_calls": [CALL]}, {"tool_calls": [CALL]}),
+    "flat": ({"tool_calls": [{"name": "f", "arguments": {"x": 1}}]}, {"tool_calls": [CALL]}),
+    "as text": (
+        {"tool_calls": [{"id": "7", "function": {"name": "f", "arguments": '{"x": 1}'}}]},
+        {"tool_calls": [{"id": "7", **CALL}]},
+    ),
+    "function_call": (
+        {"function_call": {"name": "f", "arguments": '{"x": 1}'}},
+        {"tool_calls": [CALL]},
+    ),
+    "nothing": ({"tool_calls": [], "thinking": ""}, {}),
+}
+
+
+@pytest.mark.parametrize("name", SPOKEN)
+def test_what_stands_beside_a_text_reaches_the_template(name: str):
+    """Under one name, calls with their arguments as objects; content may be null beside a call."""
+    given, got = SPOKEN[name]
+    for content in ("A", None):
+        if content is None and "tool_calls" not in got:
+            continue
+        row = {"messages": [USER, {**ANSWER, "content": content, **given}]}
+        [_, message] = sft_row(canonical(row, "sft").row).responses[0]
+        assert message == {**ANSWER, "content": content or "", **got}
+
+
+@pytest.mark.parametrize(
+    ("given", "options"),
+    [
+        ({"tools": [TOOL]}, {"tools": [TOOL]}),
+        ({"tools": [TOOL["function"]]}, {"tools": [TOOL]}),
+        ({"tools": json.dumps([TOOL])}, {"tools": [TOOL]}),
+        ({"functions": [{"name": "f"}], "tools": None}, {"tools": [TOOL]}),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, {"enable_thinking": False}),
+        ({"template_kwargs": {"a": 1}, "tools": [TOOL]}, {"a": 1, "tools": [TOOL]}),
+        ({"tools": [], "chat_template_kwargs": {}}, {}),
+    ],
+)
+def test_options_of_the_template(given: dict, options: dict):
+    """Tools under their names and shapes, and values for the chat template."""
+    clean, ignored, got = canonical({"prompt": "Q", "response": "A", **given}, "sft")
+    assert got == options and not ignored
+    assert clean == {"prompt": "Q", "response": "A"}
+
+
+@pytest.mark.parametrize("role", ["tool", "function", "observation", "ipython"])
+def test_results_of_tools_are_messages_of_a_tool(role: str):
+    """LLaMA-Factory's function_call is an answer that calls; results come back by any name."""
+    turns = [
+        {"from": "human", "value": "Q"},
+        {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
+        {"from": role, "value": "1"},
+        {"from": "gpt", "value": "A"},
+    ]
+    [_, call, result, _] = sft_row(canonical({"conversations": turns}, "sft").row).responses[0]
+    assert call == {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    assert result == {"role": "tool", "content": "1"}
 
 
 def with_key(key: str, value: object, place: str) -> dict:
@@ -61,25 +126,14 @@ def with_key(key: str, value: object, place: str) -> dict:
 
 
 ROW_KEYS = {
-    "tools": [{"type": "function"}],
-    "functions": [{}, {"name": "f"}],
     "documents": ["d"],
-    "chat_template_kwargs": {"enable_thinking": False},
     "images": ["a.png"],
     "audio": "a.wav",
     "weight": 0.5,
     "train": False,
     "mask": [0, 1],
 }
-MESSAGE_KEYS = {
-    "reasoning_content": "two and two",
-    "thinking": "hm",
-    "reasoning": {"text": "hm"},
-    "tool_calls": [{"function": {"name": "calc"}}],
-    "tool_call_id": "call_1",
-    "function_call": {"name": "calc"},
-    "refusal": "no",
-}
+MESSAGE_KEYS = {"refusal": "no", "images": ["a.png"], "audio": "a.wav"}
 
 
 @pytest.mark.parametrize("key", ROW_KEYS)
@@ -117,6 +171,21 @@ def test_a_key_of_a_message_that_would_be_lost_is_refused(key: str, place: str):
             {"prompt": [{"role": "user", "content": [{"type": "image_url"}]}]},
             r"`prompt\[0\].content` has a part of type 'image_url': only text",
         ),
+        ({"prompt": "Q", "tools": 5}, "`tools` must be a list of tools"),
+        ({"prompt": "Q", "tools": "{"}, "`tools` is not valid JSON"),
+        ({"prompt": "Q", "tools": [{"type": "function"}]}, r"`tools\[0\]` must be"),
+        ({"prompt": "Q", "tools": [TOOL], "functions": [{"name": "g"}]}, "say different things"),
+        ({"prompt": "Q", "chat_template_kwargs": [1]}, "must be one object of values"),
+        ({"messages": [USER, {**ANSWER, "tool_calls": [{}]}]}, r"`messages\[1\].tool_calls\[0\]`"),
+        (
+            {"messages": [USER, {**ANSWER, "tool_calls": [{"name": "f", "arguments": "{"}]}]},
+            r"arguments` is not valid JSON",
+        ),
+        ({"messages": [USER, {**ANSWER, "reasoning": {"text": "hm"}}]}, "reasoning` must be text"),
+        (
+            {"messages": [USER, {**ANSWER, "reasoning": "a", "thinking": "b"}]},
+            "two reasonings that differ",
+        ),
         ({"messages": [USER, {**ANSWER, "weight": 0.5}]}, "weight` is 0.5: 0 .not learned. or 1"),
         ({"messages": [USER, {**ANSWER, "weight": 1, "train": False}]}, "say different things"),
     ],
@@ -136,7 +205,7 @@ def test_a_turn_of_weight_0_is_not_learned(key: str, toy: Path, tmp_path: Path):
         {**ANSWER, "content": "four", key: 1},
     ]
     template = Template("auto", load_tokenizer(toy / "model"))
-    prompt, (response, scored) = template.conversation(
+    [(prompt, (response, scored))] = template.conversation(
         sft_row(canonical({"messages": turns}, "sft")[0]).responses[0]
     )
     whole = prompt + response
@@ -157,7 +226,7 @@ def test_ignored_keys_are_named_once(toy: Path, tmp_path: Path):
     rows = [
         {"prompt": "Q", "response": "A", "id": 1, "source": "web"},
         {"prompt": "Q", "response": "A", "id": 2},
-        {"messages": [{**USER, "name": "Ada"}, ANSWER], "label": False},
+        {"messages": [{**USER, "lang": "en"}, ANSWER], "label": False},
     ]
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -166,17 +235,17 @@ def test_ignored_keys_are_named_once(toy: Path, tmp_path: Path):
         said: list[str] = []
         load_dataset(file, "sft", template, cache=tmp_path / "cache", log=said.append)
         assert said[-1].endswith(
-            "; keys ignored: id (2), label (1), messages[].name (1), source (1)"
+            "; keys ignored: id (2), label (1), messages[].lang (1), source (1)"
         )
 
 
 def test_a_refused_key_names_file_and_line(toy: Path, tmp_path: Path):
     file = tmp_path / "rows.jsonl"
     file.write_text(
-        '{"prompt": "Q", "response": "A"}\n{"prompt": "Q", "response": "A", "tools": [1]}\n'
+        '{"prompt": "Q", "response": "A"}\n{"prompt": "Q", "response": "A", "images": ["x.png"]}\n'
     )
     template = Template("auto", load_tokenizer(toy / "model"))
-    with pytest.raises(ValueError, match=r"rows\.jsonl:2: `tools` cannot be used"):
+    with pytest.raises(ValueError, match=r"rows\.jsonl:2: `images` cannot be used"):
         load_dataset(file, "sft", template, cache=tmp_path / "cache", log=str)
-    with pytest.raises(ValueError, match=r"rows\.jsonl:2: `tools` cannot be used"):
+    with pytest.raises(ValueError, match=r"rows\.jsonl:2: `images` cannot be used"):
         load_prompts([file], template, 100, log=str)
