@@ -1,7 +1,6 @@
 """Rewards: rules by hand, functions of a file, reward models that read tokens; helpful errors."""
 
 import json
-import math
 from pathlib import Path
 
 import numpy as np
@@ -181,7 +180,7 @@ def test_unusable_reward_models_are_refused(
     with pytest.raises(ValueError, match="scores correctness, verbosity: a reward is one number"):
         rewards.load_reward(str(tmp_path / "several"), template)
     broken = load_model(reward_folder, torch.float32, scores=())
-    broken.score_head.weight.data[:] = math.nan
+    broken.score_head.weight.data[:] = 3e38  # finite, and its products are not
     save_model(broken, tmp_path / "broken", reward_folder)
     reward = rewards.load_reward(str(tmp_path / "broken"), template)
     data = rollout.trees([[5, 6]], [Sample([7, 8], [], [], False)])
