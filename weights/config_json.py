@@ -9,16 +9,20 @@ nothing (IDLE_KEYS) are ignored. Optional keys have transformers' defaults.
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from architecture import GPTConfig
+from rotary import Linear, Llama3, Scaling, Yarn
+from weights import families
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
     "gpt_neox": "GPTNeoXForCausalLM",
 }  # a reward model has ForSequenceClassification instead
 
@@ -44,14 +48,16 @@ SUPPORTED_VALUES = {
 WHOLE_NUMBERS = set(
     "hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
     "intermediate_size vocab_size max_position_embeddings sliding_window max_window_layers "
-    "num_labels original_max_position_embeddings".split()
+    "num_labels original_max_position_embeddings no_rope_layer_interval".split()
 )
 NUMBERS = set(
     "rope_theta rotary_emb_base rotary_pct partial_rotary_factor layer_norm_eps rms_norm_eps "
-    "factor low_freq_factor high_freq_factor".split()
+    "factor low_freq_factor high_freq_factor attention_factor beta_fast beta_slow mscale "
+    "mscale_all_dim".split()
 )
 SWITCHES = set(
-    "use_parallel_residual attention_bias mlp_bias use_sliding_window tie_word_embeddings".split()
+    "use_parallel_residual attention_bias mlp_bias use_sliding_window tie_word_embeddings "
+    "truncate".split()
 )
 # Upper bounds of whole numbers, 2**24 for the others: a damaged file must not eat all memory.
 LARGEST = {"num_hidden_layers": 1000, "num_labels": 10_000}
@@ -119,6 +125,8 @@ def model_config(raw: dict, family: str) -> GPTConfig:
     options = _Options(raw)
     sizes = _sizes(options, family)
     rope = _rope(options, family)
+    reader = families.READERS.get(family)
+    own = reader(options.take, sizes) if reader else {}
     fields = {
         **sizes,
         **_norm_and_mlp(options, family),
@@ -126,10 +134,11 @@ def model_config(raw: dict, family: str) -> GPTConfig:
         "rope_theta": rope.theta,
         "rope_size": int(sizes["head_size"] * rope.share),
         "rope_scaling": rope.scaling,
-        "windows": _windows(options, family, sizes["layers"]),
-        "tied": options.take("tie_word_embeddings", False),
+        "windows": _windows(options, family, sizes["layers"], own.get("unrotated", ())),
+        "tied": options.take("tie_word_embeddings", family in families.TIED),
         "max_position": options.peek("max_position_embeddings", 2048),
         "outputs": len(score_names(raw)),
+        **own,
     }
     _check_rest(options, raw, family)
     if rope.share > 1 or fields["rope_size"] % 2:
@@ -150,7 +159,7 @@ def _sizes(options: _Options, family: str) -> dict[str, int]:
     width = options.require("hidden_size")
     layers = options.require("num_hidden_layers")
     heads = options.require("num_attention_heads")
-    kv_heads = options.take("num_key_value_heads", 8 if family == "mistral" else None)
+    kv_heads = options.take("num_key_value_heads", {"mistral": 8, "smollm3": 4}.get(family))
     head_size = options.take("head_dim", 128 if family == "qwen3" else None)
     return {
         "vocab": options.require("vocab_size"),
@@ -167,11 +176,20 @@ class _Rope(NamedTuple):
     """Options of the rotary positions."""
 
     theta: float
-    scaling: tuple | None  # llama3: factor, low and high frequency factor, original length
+    scaling: Scaling | None
     share: float  # part of every head that is rotated
 
 
+# Kind of rope -> keys that it needs, keys that it may have.
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+YARN = ("factor", "original_max_position_embeddings")
+YARN_MORE = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate")
+ROPES = {
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "llama3": (LLAMA3, ()),
+    "yarn": (YARN, YARN_MORE),
+}
 
 
 def _rope(options: _Options, family: str) -> _Rope:
@@ -182,7 +200,8 @@ def _rope(options: _Options, family: str) -> _Rope:
 
     # Of two keys for one thing, `or` leaves the second one unread, so it is refused as unknown.
     theta = options.take("rope_theta")
-    theta = rope.pop("rope_theta", None) or options.take("rotary_emb_base") or theta or 10000.0
+    theta = rope.pop("rope_theta", None) or options.take("rotary_emb_base") or theta
+    theta = theta or families.THETA.get(family, 10000.0)
 
     share = options.take("partial_rotary_factor") or options.take("rotary_pct")
     default_share = 0.25 if family == "gpt_neox" else 1.0
@@ -190,12 +209,43 @@ def _rope(options: _Options, family: str) -> _Rope:
 
     kind = rope.pop("rope_type", None) or rope.get("type") or "default"
     rope.pop("type", None)
-    keys = _translate("rope_type", kind, {"default": (), "llama3": LLAMA3})
-    if missing := [key for key in keys if key not in rope]:
+    return _Rope(float(theta), _scaling(kind, rope), share)
+
+
+def _scaling(kind: str, rope: dict) -> Scaling | None:
+    """Build the stretching of a kind of rope from its keys. ValueError: they do not fit."""
+    keys, more = _translate("rope_type", kind, ROPES)
+    if missing := [key for key in keys if rope.get(key) is None]:
         raise ValueError(f"config.json: rope_type {kind} needs {missing[0]}")
-    if unknown := sorted(set(rope) - set(keys)):
+    if unknown := sorted(set(rope) - {*keys, *more}):
         raise ValueError(f"config.json: plumb does not know {unknown[0]} for rope_type {kind}")
-    return _Rope(float(theta), tuple(rope[key] for key in keys) or None, share)
+    if kind == "linear":
+        return Linear(rope["factor"])
+    if kind == "llama3":
+        return Llama3(*(rope[key] for key in keys))
+    if kind == "yarn":
+        return _yarn(rope)
+    return None
+
+
+def _yarn(rope: dict) -> Yarn:
+    """Build YaRN from its keys; where they do not give the amplitude it follows from the factor."""
+
+    def sharpness(scale: float) -> float:
+        return 1.0 if rope["factor"] <= 1 else 0.1 * scale * math.log(rope["factor"]) + 1.0
+
+    own, whole = rope.get("mscale"), rope.get("mscale_all_dim")
+    amplitude = rope.get("attention_factor")
+    if amplitude is None:
+        amplitude = sharpness(own) / sharpness(whole) if own and whole else sharpness(1.0)
+    return Yarn(
+        rope["factor"],
+        rope["original_max_position_embeddings"],
+        rope.get("beta_fast") or 32.0,
+        rope.get("beta_slow") or 1.0,
+        rope.get("truncate", True) is not False,
+        amplitude,
+    )
 
 
 def _norm_and_mlp(options: _Options, family: str) -> dict[str, Any]:
@@ -220,26 +270,25 @@ def _biases(options: _Options, family: str) -> dict[str, bool]:
     if family == "gpt_neox":
         attention = options.take("attention_bias", True)
         return {"qkv_bias": attention, "out_bias": attention, "mlp_bias": True}
-    if family == "llama":
-        attention = options.take("attention_bias", False)
-        mlp = options.take("mlp_bias", False)
-        return {"qkv_bias": attention, "out_bias": attention, "mlp_bias": mlp}
-    if family == "qwen3":
-        attention = options.take("attention_bias", False)
-        return {"qkv_bias": attention, "out_bias": attention, "mlp_bias": False}
-    return {"qkv_bias": family == "qwen2", "out_bias": False, "mlp_bias": False}
+    attention = family in families.ATTENTION_BIAS and options.take("attention_bias", False)
+    mlp = family in families.MLP_BIAS and options.take("mlp_bias", False)
+    return {"qkv_bias": attention or family == "qwen2", "out_bias": attention, "mlp_bias": mlp}
 
 
-def _windows(options: _Options, family: str, layers: int) -> tuple[int, ...]:
+def _windows(
+    options: _Options, family: str, layers: int, unrotated: tuple[int, ...]
+) -> tuple[int, ...]:
     """Read the sliding window of every layer, 0 = none; () if no layer may have one."""
     window = options.take("sliding_window", 4096 if family == "mistral" else None) or 0
     first = 0  # first layer with a window, where layer_types does not say
-    if family in ("qwen2", "qwen3"):
+    if family in ("qwen2", "qwen3", "smollm3"):
         if not options.take("use_sliding_window", False):
             window = 0
         first = options.peek("max_window_layers", 28)
     full = min(first, layers)
     types = ["full_attention"] * full + ["sliding_attention"] * (layers - full)
+    if family == "smollm3":
+        types = ["sliding_attention" if i in unrotated else "full_attention" for i in range(layers)]
     types = options.take("layer_types", types) or types
     if len(types) != layers:
         raise ValueError(
