@@ -1,8 +1,10 @@
 """config.json of a Hugging Face folder, read into a GPTConfig.
 
 Every key must be known. A key that changes the arithmetic is either computed exactly or refused by
-name, because a model that is computed wrongly would train without a complaint. Keys that change
-nothing (IDLE_KEYS) are ignored. Optional keys have transformers' defaults.
+name, because a model that is computed wrongly would train without a complaint; so are two keys that
+say different things. A key of another family, which this family's own code in transformers never
+reads (READ_BY), may only say what is done anyway. Keys that change nothing (IDLE_KEYS) and nulls
+are ignored. Optional keys have transformers' defaults.
 
     {"model_type": "llama", "hidden_size": 64, ...}   -> GPTConfig(family="llama", width=64, ...)
     {..., "logit_scale": 2.0}                          -> ValueError: unknown option logit_scale
@@ -30,7 +32,11 @@ IDLE_KEYS = set(
     "bos_token_id eos_token_id pad_token_id initializer_range max_position_embeddings id2label "
     "label2id problem_type return_dict output_attentions output_hidden_states "
     "chunk_size_feed_forward classifier_dropout is_encoder_decoder is_decoder max_window_layers "
-    "_attn_implementation_autoset attn_implementation".split()
+    "_attn_implementation_autoset attn_implementation "
+    # of published folders: SmolLM2, unsloth, Vicuna, Dolly, Falcon3, and DeepSeek's dense models
+    "is_llama_config transformers.js_config unsloth_fixed unsloth_version max_sequence_length "
+    "custom_pipelines activation gradient_checkpointing aux_loss_alpha seq_aux moe_layer_freq "
+    "first_k_dense_replace norm_topk_prob scoring_func ep_size".split()
 )
 # Keys that change the arithmetic unless they have one of these values.
 SUPPORTED_VALUES = {
@@ -39,6 +45,26 @@ SUPPORTED_VALUES = {
     "pretraining_tp": (1, None),
     "quantization_config": (None,),
     "use_mrope": (False, None),
+    "rope_interleaved": (False, None),
+    "attention_probs_dropout_prob": (0, 0.0, None),
+    "hidden_dropout_prob": (0, 0.0, None),
+}
+QWEN, MODERN = ("qwen2", "qwen3"), ("llama", "mistral", "qwen2", "qwen3")
+# Optional keys that change the arithmetic -> the families whose own code reads them.
+READ_BY = {
+    "num_key_value_heads": MODERN,
+    "head_dim": MODERN,
+    "rms_norm_eps": MODERN,
+    "layer_norm_eps": ("gpt_neox",),
+    "attention_bias": ("llama", "qwen3", "gpt_neox"),
+    "mlp_bias": ("llama",),
+    "sliding_window": ("mistral", *QWEN),
+    "use_sliding_window": QWEN,
+    "layer_types": QWEN,
+    "rotary_pct": ("gpt_neox",),
+    "rotary_emb_base": ("gpt_neox",),
+    "partial_rotary_factor": ("gpt_neox",),
+    "use_parallel_residual": ("gpt_neox",),
 }
 # Types of values. null is allowed for all of them and means the same as a missing key.
 WHOLE_NUMBERS = set(
@@ -117,6 +143,7 @@ def model_config(raw: dict, family: str) -> GPTConfig:
     """
     _check_types(raw)
     options = _Options(raw)
+    _drop_unread(options, family)
     sizes = _sizes(options, family)
     rope = _rope(options, family)
     fields = {
@@ -143,6 +170,46 @@ def model_config(raw: dict, family: str) -> GPTConfig:
             f"{sizes['kv_heads']} key/value heads"
         )
     return GPTConfig(family=family, **fields)
+
+
+def _drop_unread(options: _Options, family: str) -> None:
+    """Drop keys that this family's own code never reads. ValueError: one of them asks for more."""
+    left = options.left
+    heads, width = left.get("num_attention_heads"), left.get("hidden_size")
+    switched_off = left.get("use_sliding_window") is False
+    harmless = {  # values that say what is done anyway
+        "num_key_value_heads": lambda value: value == heads,
+        "head_dim": lambda value: bool(heads and width) and value * heads == width,
+        "sliding_window": lambda value: value == 0 or switched_off,
+        "use_sliding_window": lambda value: not value or not left.get("sliding_window"),
+        "layer_types": lambda value: set(value) == {"full_attention"},
+        "rotary_pct": lambda value: value == 1,
+        "partial_rotary_factor": lambda value: value == 1,
+        "use_parallel_residual": lambda value: value is False,
+        "attention_bias": lambda value: value is False,
+        "mlp_bias": lambda value: value is False,
+    }
+    for key, families in READ_BY.items():
+        value = left.get(key)
+        if family in families or key not in left:
+            continue
+        if value is not None and not (key in harmless and harmless[key](value)):
+            raise ValueError(
+                f"config.json: {key} = {value!r} is not read by the code of {family} models, and "
+                "would change the arithmetic: remove it if the model was trained without it"
+            )
+    for key, families in READ_BY.items():
+        if family not in families:
+            left.pop(key, None)
+
+
+def _agreed(values: dict[str, Any]) -> Any:
+    """Return the one value that some keys give, None if all are null. ValueError: they differ."""
+    given = {key: value for key, value in values.items() if value is not None}
+    if len(set(given.values())) > 1:
+        words = " and ".join(f"{key} = {value!r}" for key, value in given.items())
+        raise ValueError(f"config.json: {words} say different things: remove the wrong one")
+    return next(iter(given.values()), None)
 
 
 def _sizes(options: _Options, family: str) -> dict[str, int]:
@@ -176,20 +243,34 @@ LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_positio
 
 def _rope(options: _Options, family: str) -> _Rope:
     """Read the rotary options: rope_parameters of transformers 5, or the older separate keys."""
-    new = options.take("rope_parameters")
-    old = options.take("rope_scaling")
-    rope = dict(new or old or {})
-
-    # Of two keys for one thing, `or` leaves the second one unread, so it is refused as unknown.
-    theta = options.take("rope_theta")
-    theta = rope.pop("rope_theta", None) or options.take("rotary_emb_base") or theta or 10000.0
-
-    share = options.take("partial_rotary_factor") or options.take("rotary_pct")
-    default_share = 0.25 if family == "gpt_neox" else 1.0
-    share = rope.pop("partial_rotary_factor", None) or share or default_share
-
-    kind = rope.pop("rope_type", None) or rope.get("type") or "default"
-    rope.pop("type", None)
+    new = dict(options.take("rope_parameters") or {})
+    old = dict(options.take("rope_scaling") or {})
+    for name in old.keys() & new.keys():
+        _agreed({f"rope_scaling.{name}": old[name], f"rope_parameters.{name}": new[name]})
+    rope = old | new
+    theta = _agreed(
+        {
+            "rope_parameters.rope_theta": rope.pop("rope_theta", None),
+            "rope_theta": options.take("rope_theta"),
+            "rotary_emb_base": options.take("rotary_emb_base"),
+        }
+    )
+    share = _agreed(
+        {
+            "rope_parameters.partial_rotary_factor": rope.pop("partial_rotary_factor", None),
+            "partial_rotary_factor": options.take("partial_rotary_factor"),
+            "rotary_pct": options.take("rotary_pct"),
+        }
+    )
+    if family != "gpt_neox" and share not in (None, 1):
+        raise ValueError(
+            f"config.json: partial_rotary_factor = {share} is not read by the code of {family} "
+            "models: remove it if the model was trained without it"
+        )
+    share = share or (0.25 if family == "gpt_neox" else 1.0)
+    theta = theta or 10000.0
+    kind = _agreed({"rope_type": rope.pop("rope_type", None), "type": rope.pop("type", None)})
+    kind = kind or "default"
     keys = _translate("rope_type", kind, {"default": (), "llama3": LLAMA3})
     if missing := [key for key in keys if key not in rope]:
         raise ValueError(f"config.json: rope_type {kind} needs {missing[0]}")
@@ -201,7 +282,8 @@ def _rope(options: _Options, family: str) -> _Rope:
 def _norm_and_mlp(options: _Options, family: str) -> dict[str, Any]:
     """Read the kinds of norm and MLP, and how a block adds them up."""
     if family == "gpt_neox":
-        gelus = {"gelu": "gelu", "gelu_new": "gelu_tanh"}
+        tanh = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")  # one formula under three names
+        gelus = {"gelu": "gelu", **dict.fromkeys(tanh, "gelu_tanh")}
         return {
             "norm": "layer",
             "norm_eps": options.take("layer_norm_eps", 1e-5),
@@ -210,7 +292,9 @@ def _norm_and_mlp(options: _Options, family: str) -> dict[str, Any]:
         }
     return {
         "norm_eps": options.take("rms_norm_eps", 1e-6),
-        "mlp": _translate("hidden_act", options.take("hidden_act", "silu"), {"silu": "swiglu"}),
+        "mlp": _translate(
+            "hidden_act", options.take("hidden_act", "silu"), {"silu": "swiglu", "swish": "swiglu"}
+        ),
         "qk_norm": family == "qwen3",
     }
 
@@ -238,13 +322,15 @@ def _windows(options: _Options, family: str, layers: int) -> tuple[int, ...]:
         if not options.take("use_sliding_window", False):
             window = 0
         first = options.peek("max_window_layers", 28)
-    full = min(first, layers)
+    full = min(first, layers) if window else layers
     types = ["full_attention"] * full + ["sliding_attention"] * (layers - full)
     types = options.take("layer_types", types) or types
     if len(types) != layers:
         raise ValueError(
             f"config.json: layer_types names {len(types)} layers, num_hidden_layers is {layers}"
         )
+    if "sliding_attention" in types and not window:
+        raise ValueError("config.json: layer_types names sliding layers, sliding_window is null")
     of_type = {"sliding_attention": window, "full_attention": 0}
     windows = tuple(_translate("layer_types", kind, of_type) for kind in types)
     return windows if window else ()
@@ -257,7 +343,8 @@ def _check_rest(options: _Options, raw: dict, family: str) -> None:
             raise ValueError(
                 f"config.json: {key} = {raw[key]!r} is not supported: only {values[0]!r}"
             )
-    if unknown := sorted(set(options.left) - IDLE_KEYS):
+    said = {key for key, value in options.left.items() if value is not None}
+    if unknown := sorted(said - IDLE_KEYS):
         raise ValueError(
             f"config.json: plumb does not know the option {unknown[0]} = {raw[unknown[0]]!r} of "
             f"this {family} model; if it does not change the arithmetic, remove it from the file"
@@ -336,6 +423,11 @@ def score_names(raw: dict) -> tuple[str, ...]:
         return ()
     unnamed = {i: f"LABEL_{i}" for i in range(raw.get("num_labels", 2))}  # as in transformers
     labels = raw.get("id2label") or unnamed
+    if raw.get("num_labels") is not None and raw["num_labels"] != len(labels):
+        raise ValueError(
+            f"config.json: num_labels = {raw['num_labels']} and id2label of {len(labels)} say "
+            "different things: remove the wrong one"
+        )
     return tuple(name for _, name in sorted((int(i), name) for i, name in labels.items()))
 
 
