@@ -1,21 +1,23 @@
 """config.json of a Hugging Face folder, read into a GPTConfig.
 
 Every key must be known. A key that changes the arithmetic is either computed exactly or refused by
-name, because a model that is computed wrongly would train without a complaint. Keys that change
-nothing (IDLE_KEYS) are ignored. Optional keys have transformers' defaults.
+name, because a model that is computed wrongly would train without a complaint; so are two keys that
+say different things. A key of another family, which this family's own code in transformers never
+reads (READ_BY), may only say what is done anyway. Keys that change nothing (IDLE_KEYS) and nulls
+are ignored. Optional keys have transformers' defaults.
 
     {"model_type": "llama", "hidden_size": 64, ...}   -> GPTConfig(family="llama", width=64, ...)
     {..., "logit_scale": 2.0}                          -> ValueError: unknown option logit_scale
 """
 
 import json
-import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from architecture import GPTConfig
-from rotary import Linear, Llama3, Scaling, Yarn
 from weights import families
+from weights.options import Options, translate
+from weights.ropes import read_rope
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -34,7 +36,11 @@ IDLE_KEYS = set(
     "bos_token_id eos_token_id pad_token_id initializer_range max_position_embeddings id2label "
     "label2id problem_type return_dict output_attentions output_hidden_states "
     "chunk_size_feed_forward classifier_dropout is_encoder_decoder is_decoder max_window_layers "
-    "_attn_implementation_autoset attn_implementation".split()
+    "_attn_implementation_autoset attn_implementation "
+    # of published folders: SmolLM2, unsloth, Vicuna, Dolly, Falcon3, and DeepSeek's dense models
+    "is_llama_config transformers.js_config unsloth_fixed unsloth_version max_sequence_length "
+    "custom_pipelines activation gradient_checkpointing aux_loss_alpha seq_aux moe_layer_freq "
+    "first_k_dense_replace norm_topk_prob scoring_func ep_size".split()
 )
 # Keys that change the arithmetic unless they have one of these values.
 SUPPORTED_VALUES = {
@@ -43,6 +49,9 @@ SUPPORTED_VALUES = {
     "pretraining_tp": (1, None),
     "quantization_config": (None,),
     "use_mrope": (False, None),
+    "rope_interleaved": (False, None),
+    "attention_probs_dropout_prob": (0, 0.0, None),
+    "hidden_dropout_prob": (0, 0.0, None),
 }
 # Types of values. null is allowed for all of them and means the same as a missing key.
 WHOLE_NUMBERS = set(
@@ -83,36 +92,6 @@ def _check_types(raw: dict) -> None:
             _check_types(dict(value))
 
 
-class _Options:
-    """The keys of a config.json that have not been read yet."""
-
-    def __init__(self, raw: dict):
-        self.left = dict(raw)
-
-    def require(self, key: str) -> Any:
-        """Take the value of a key. ValueError: it is missing or null."""
-        if self.left.get(key) is None:
-            raise ValueError(f"config.json has no {key}")
-        return self.left.pop(key)
-
-    def take(self, key: str, default: Any = None) -> Any:
-        """Take the value of a key, or the default if the key is missing. null stays None."""
-        return self.left.pop(key, default)
-
-    def peek(self, key: str, default: Any) -> Any:
-        """Return the value of a key that is one of IDLE_KEYS, and leave it there."""
-        return self.left.get(key, default)
-
-
-def _translate(key: str, value: Any, known: dict) -> Any:
-    """Return the entry of `known` for a value. ValueError: there is none."""
-    if value not in known:
-        raise ValueError(
-            f"config.json: plumb does not know {key} = {value!r}: only {', '.join(known)}"
-        )
-    return known[value]
-
-
 # ---- config.json -> GPTConfig, one concern at a time ---------------------------------------------
 
 
@@ -122,9 +101,10 @@ def model_config(raw: dict, family: str) -> GPTConfig:
     ValueError names the key that is missing, of the wrong type or not supported.
     """
     _check_types(raw)
-    options = _Options(raw)
+    options = Options(raw)
+    _drop_unread(options, family)
     sizes = _sizes(options, family)
-    rope = _rope(options, family)
+    rope = read_rope(options, family)
     reader = families.READERS.get(family)
     own = reader(options.take, sizes) if reader else {}
     fields = {
@@ -154,7 +134,38 @@ def model_config(raw: dict, family: str) -> GPTConfig:
     return GPTConfig(family=family, **fields)
 
 
-def _sizes(options: _Options, family: str) -> dict[str, int]:
+def _drop_unread(options: Options, family: str) -> None:
+    """Drop keys that this family's own code never reads. ValueError: one of them asks for more."""
+    left = options.left
+    heads, width = left.get("num_attention_heads"), left.get("hidden_size")
+    switched_off = left.get("use_sliding_window") is False
+    harmless = {  # values that say what is done anyway
+        "num_key_value_heads": lambda value: value == heads,
+        "head_dim": lambda value: bool(heads and width) and value * heads == width,
+        "sliding_window": lambda value: value == 0 or switched_off,
+        "use_sliding_window": lambda value: not value or not left.get("sliding_window"),
+        "layer_types": lambda value: set(value) == {"full_attention"},
+        "rotary_pct": lambda value: value == 1,
+        "partial_rotary_factor": lambda value: value == 1,
+        "use_parallel_residual": lambda value: value is False,
+        "attention_bias": lambda value: value is False,
+        "mlp_bias": lambda value: value is False,
+    }
+    for key, readers in families.READ_BY.items():
+        value = left.get(key)
+        if family in readers or key not in left:
+            continue
+        if value is not None and not (key in harmless and harmless[key](value)):
+            raise ValueError(
+                f"config.json: {key} = {value!r} is not read by the code of {family} models, and "
+                "would change the arithmetic: remove it if the model was trained without it"
+            )
+    for key, readers in families.READ_BY.items():
+        if family not in readers:
+            left.pop(key, None)
+
+
+def _sizes(options: Options, family: str) -> dict[str, int]:
     """Read widths and counts."""
     width = options.require("hidden_size")
     layers = options.require("num_hidden_layers")
@@ -172,111 +183,38 @@ def _sizes(options: _Options, family: str) -> dict[str, int]:
     }
 
 
-class _Rope(NamedTuple):
-    """Options of the rotary positions."""
-
-    theta: float
-    scaling: Scaling | None
-    share: float  # part of every head that is rotated
-
-
-# Kind of rope -> keys that it needs, keys that it may have.
-LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-YARN = ("factor", "original_max_position_embeddings")
-YARN_MORE = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate")
-ROPES = {
-    "default": ((), ()),
-    "linear": (("factor",), ()),
-    "llama3": (LLAMA3, ()),
-    "yarn": (YARN, YARN_MORE),
-}
-
-
-def _rope(options: _Options, family: str) -> _Rope:
-    """Read the rotary options: rope_parameters of transformers 5, or the older separate keys."""
-    new = options.take("rope_parameters")
-    old = options.take("rope_scaling")
-    rope = dict(new or old or {})
-
-    # Of two keys for one thing, `or` leaves the second one unread, so it is refused as unknown.
-    theta = options.take("rope_theta")
-    theta = rope.pop("rope_theta", None) or options.take("rotary_emb_base") or theta
-    theta = theta or families.THETA.get(family, 10000.0)
-
-    share = options.take("partial_rotary_factor") or options.take("rotary_pct")
-    default_share = 0.25 if family == "gpt_neox" else 1.0
-    share = rope.pop("partial_rotary_factor", None) or share or default_share
-
-    kind = rope.pop("rope_type", None) or rope.get("type") or "default"
-    rope.pop("type", None)
-    return _Rope(float(theta), _scaling(kind, rope), share)
-
-
-def _scaling(kind: str, rope: dict) -> Scaling | None:
-    """Build the stretching of a kind of rope from its keys. ValueError: they do not fit."""
-    keys, more = _translate("rope_type", kind, ROPES)
-    if missing := [key for key in keys if rope.get(key) is None]:
-        raise ValueError(f"config.json: rope_type {kind} needs {missing[0]}")
-    if unknown := sorted(set(rope) - {*keys, *more}):
-        raise ValueError(f"config.json: plumb does not know {unknown[0]} for rope_type {kind}")
-    if kind == "linear":
-        return Linear(rope["factor"])
-    if kind == "llama3":
-        return Llama3(*(rope[key] for key in keys))
-    if kind == "yarn":
-        return _yarn(rope)
-    return None
-
-
-def _yarn(rope: dict) -> Yarn:
-    """Build YaRN from its keys; where they do not give the amplitude it follows from the factor."""
-
-    def sharpness(scale: float) -> float:
-        return 1.0 if rope["factor"] <= 1 else 0.1 * scale * math.log(rope["factor"]) + 1.0
-
-    own, whole = rope.get("mscale"), rope.get("mscale_all_dim")
-    amplitude = rope.get("attention_factor")
-    if amplitude is None:
-        amplitude = sharpness(own) / sharpness(whole) if own and whole else sharpness(1.0)
-    return Yarn(
-        rope["factor"],
-        rope["original_max_position_embeddings"],
-        rope.get("beta_fast") or 32.0,
-        rope.get("beta_slow") or 1.0,
-        rope.get("truncate", True) is not False,
-        amplitude,
-    )
-
-
-def _norm_and_mlp(options: _Options, family: str) -> dict[str, Any]:
+def _norm_and_mlp(options: Options, family: str) -> dict[str, Any]:
     """Read the kinds of norm and MLP, and how a block adds them up."""
     if family == "gpt_neox":
-        gelus = {"gelu": "gelu", "gelu_new": "gelu_tanh"}
+        tanh = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")  # one formula under three names
+        gelus = {"gelu": "gelu", **dict.fromkeys(tanh, "gelu_tanh")}
         return {
             "norm": "layer",
             "norm_eps": options.take("layer_norm_eps", 1e-5),
-            "mlp": _translate("hidden_act", options.take("hidden_act", "gelu"), gelus),
+            "mlp": translate("hidden_act", options.take("hidden_act", "gelu"), gelus),
             "parallel_residual": options.take("use_parallel_residual", True),
         }
     return {
         "norm_eps": options.take("rms_norm_eps", 1e-6),
-        "mlp": _translate("hidden_act", options.take("hidden_act", "silu"), {"silu": "swiglu"}),
+        "mlp": translate(
+            "hidden_act", options.take("hidden_act", "silu"), {"silu": "swiglu", "swish": "swiglu"}
+        ),
         "qk_norm": family == "qwen3",
     }
 
 
-def _biases(options: _Options, family: str) -> dict[str, bool]:
+def _biases(options: Options, family: str) -> dict[str, bool]:
     """Read which linears have a bias."""
     if family == "gpt_neox":
         attention = options.take("attention_bias", True)
         return {"qkv_bias": attention, "out_bias": attention, "mlp_bias": True}
-    attention = family in families.ATTENTION_BIAS and options.take("attention_bias", False)
-    mlp = family in families.MLP_BIAS and options.take("mlp_bias", False)
+    attention = options.take("attention_bias", False) or False
+    mlp = options.take("mlp_bias", False) or False
     return {"qkv_bias": attention or family == "qwen2", "out_bias": attention, "mlp_bias": mlp}
 
 
 def _windows(
-    options: _Options, family: str, layers: int, unrotated: tuple[int, ...]
+    options: Options, family: str, layers: int, unrotated: tuple[int, ...]
 ) -> tuple[int, ...]:
     """Read the sliding window of every layer, 0 = none; () if no layer may have one."""
     window = options.take("sliding_window", 4096 if family == "mistral" else None) or 0
@@ -285,28 +223,31 @@ def _windows(
         if not options.take("use_sliding_window", False):
             window = 0
         first = options.peek("max_window_layers", 28)
-    full = min(first, layers)
+    full = min(first, layers) if window else layers
     types = ["full_attention"] * full + ["sliding_attention"] * (layers - full)
-    if family == "smollm3":
+    if family == "smollm3" and window:
         types = ["sliding_attention" if i in unrotated else "full_attention" for i in range(layers)]
     types = options.take("layer_types", types) or types
     if len(types) != layers:
         raise ValueError(
             f"config.json: layer_types names {len(types)} layers, num_hidden_layers is {layers}"
         )
+    if "sliding_attention" in types and not window:
+        raise ValueError("config.json: layer_types names sliding layers, sliding_window is null")
     of_type = {"sliding_attention": window, "full_attention": 0}
-    windows = tuple(_translate("layer_types", kind, of_type) for kind in types)
+    windows = tuple(translate("layer_types", kind, of_type) for kind in types)
     return windows if window else ()
 
 
-def _check_rest(options: _Options, raw: dict, family: str) -> None:
+def _check_rest(options: Options, raw: dict, family: str) -> None:
     """Raise ValueError for the first unread key that may change the arithmetic."""
     for key, values in SUPPORTED_VALUES.items():
         if options.take(key, values[0]) not in values:
             raise ValueError(
                 f"config.json: {key} = {raw[key]!r} is not supported: only {values[0]!r}"
             )
-    if unknown := sorted(set(options.left) - IDLE_KEYS):
+    said = {key for key, value in options.left.items() if value is not None}
+    if unknown := sorted(said - IDLE_KEYS):
         raise ValueError(
             f"config.json: plumb does not know the option {unknown[0]} = {raw[unknown[0]]!r} of "
             f"this {family} model; if it does not change the arithmetic, remove it from the file"
@@ -385,6 +326,11 @@ def score_names(raw: dict) -> tuple[str, ...]:
         return ()
     unnamed = {i: f"LABEL_{i}" for i in range(raw.get("num_labels", 2))}  # as in transformers
     labels = raw.get("id2label") or unnamed
+    if raw.get("num_labels") is not None and raw["num_labels"] != len(labels):
+        raise ValueError(
+            f"config.json: num_labels = {raw['num_labels']} and id2label of {len(labels)} say "
+            "different things: remove the wrong one"
+        )
     return tuple(name for _, name in sorted((int(i), name) for i, name in labels.items()))
 
 

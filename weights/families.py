@@ -14,9 +14,23 @@ Fields = dict[str, Any]
 TIED = ("smollm3",)
 # Base of the rotary frequencies where config.json does not say; 10000 for the others.
 THETA = {"smollm3": 2e6}
-# Families with a key for the biases of attention and of the MLP.
-ATTENTION_BIAS = ("llama", "qwen3", "smollm3")
-MLP_BIAS = ("llama", "smollm3")
+QWEN, MODERN = ("qwen2", "qwen3"), ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+# Optional keys that change the arithmetic -> the families whose own code reads them.
+READ_BY = {
+    "num_key_value_heads": MODERN,
+    "head_dim": MODERN,
+    "rms_norm_eps": MODERN,
+    "layer_norm_eps": ("gpt_neox",),
+    "attention_bias": ("llama", "qwen3", "smollm3", "gpt_neox"),
+    "mlp_bias": ("llama", "smollm3"),
+    "sliding_window": ("mistral", "smollm3", *QWEN),
+    "use_sliding_window": ("smollm3", *QWEN),
+    "layer_types": ("smollm3", *QWEN),
+    "rotary_pct": ("gpt_neox",),
+    "rotary_emb_base": ("gpt_neox",),
+    "partial_rotary_factor": ("gpt_neox",),
+    "use_parallel_residual": ("gpt_neox",),
+}
 
 
 def smollm3(take: Take, fields: Fields) -> Fields:

@@ -26,6 +26,11 @@ def weight_files(folder: str | Path) -> dict[str, Path]:
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if index.is_file():
         files = _indexed(folder, index)
+        if single.is_file() and single not in files.values():
+            raise ValueError(
+                f"{folder} holds {single.name} and the shards of {index.name}, and they may be two "
+                "models: remove the older ones"
+            )
     elif single.is_file():
         files = dict.fromkeys(open_weights(single).keys(), single)
     else:

@@ -69,6 +69,7 @@ def load_model(
     with torch.device("meta"):
         model = GPT(c, mesh)
     handles = {path: open_weights(path) for path in sorted(set(files.values()))}
+    _check_tied(folder, c, files, handles)
     quantised = {}
     if base_dtype != "none":
         quantised = {f"{path}.weight": linear for path, linear in frozen_linears(model).items()}
@@ -86,11 +87,13 @@ def load_model(
             )
         if name in quantised and base_dtype != "none":
             whole = _read_slice(on_disk, stored, c, ALONE)
+            _check_finite(folder, stored.name, whole)
             quantised[name].quantize(whole.to(device), base_dtype)
             tensors[name] = torch.empty(p.shape, dtype=dtype, device="meta")
             continue
         tensor = _read_slice(on_disk, stored, c, mesh)
         tensors[name] = tensor.to(device=device, dtype=dtype, copy=True)
+        _check_finite(folder, stored.name, tensors[name])
     model.load_state_dict(tensors, assign=True)
     declared = model.weights()
     for name, p in model.named_parameters():
@@ -134,6 +137,32 @@ def _check_names(
     if unknown:
         raise ValueError(
             f"{folder}: plumb does not know the weight {min(unknown)} ({len(unknown)} in all)"
+        )
+
+
+def _check_tied(
+    folder: str | Path, c: GPTConfig, files: dict[str, Path], handles: dict[Path, Any]
+) -> None:
+    """Raise ValueError where config.json ties a head that differs from the embedding."""
+    table = weight_table(c)
+    heads = [name for name in HEADS if name in files]
+    if not c.tied or not heads:
+        return
+    one, other = table["embed.weight"].name, heads[0]
+    tensors = [handles[files[name]].get_tensor(name) for name in (one, other)]
+    if tensors[0].shape != tensors[1].shape or not torch.equal(*tensors):
+        raise ValueError(
+            f"{folder}/config.json ties the head to the embedding, but {other} differs from {one}: "
+            "set tie_word_embeddings to false to use it, or remove it from the file"
+        )
+
+
+def _check_finite(folder: str | Path, name: str, tensor: Tensor) -> None:
+    """Raise ValueError for a weight with NaN or infinity, in the dtype that it is used in."""
+    if not is_finite(tensor):
+        raise ValueError(
+            f"{folder}: {name} has values that are not finite in {tensor.dtype}: fetch it again, "
+            "or choose another --dtype"
         )
 
 
