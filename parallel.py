@@ -380,6 +380,26 @@ def exit(x: Tensor, group: Group) -> Tensor:
     return x if group.n == 1 else _Exit.apply(x, group)
 
 
+class _SumOver(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return group.all_reduce(x, "tp")
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.group.all_reduce(grad.contiguous(), "tp"), None
+
+
+def sum_over(x: Tensor, group: Group) -> Tensor:
+    """Sum what each rank has computed of its heads: (T, k) -> (T, k), the same on every rank.
+
+    forward: all-reduce of x             backward: all-reduce of the gradient, of which every rank
+    has the part that came through its own heads
+    """
+    return x if group.n == 1 else _SumOver.apply(x, group)
+
+
 class _Assemble(torch.autograd.Function):
     @staticmethod
     def forward(ctx, values, places, total, group):

@@ -46,7 +46,7 @@ NEOX = GPTConfig(
     **BIASES,
 )
 REWARD = GPTConfig(
-    "qwen3", vocab=50, layers=3, kv_heads=2, head_size=6, ffn=30, outputs=2, qk_norm=True, **SMALL
+    "qwen3", vocab=50, layers=3, kv_heads=2, head_size=6, ffn=30, outputs=2, qk_norm="head", **SMALL
 )
 SEVEN = GPTConfig(
     "llama", vocab=32000, width=4096, layers=32, heads=32, kv_heads=32, head_size=128, ffn=11008
