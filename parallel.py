@@ -392,11 +392,7 @@ class _SumOver(torch.autograd.Function):
 
 
 def sum_over(x: Tensor, group: Group) -> Tensor:
-    """Sum what each rank has computed of its heads: (T, k) -> (T, k), the same on every rank.
-
-    forward: all-reduce of x             backward: all-reduce of the gradient, of which every rank
-    has the part that came through its own heads
-    """
+    """Sum (T, k) over the ranks by an all-reduce; backward: an all-reduce of the gradient."""
     return x if group.n == 1 else _SumOver.apply(x, group)
 
 
@@ -416,8 +412,7 @@ def assemble(values: Tensor, places: Tensor, total: int, group: Group) -> Tensor
     """Put the rows of all ranks together: (k, ...) at indices `places` (k,) -> (total, ...).
 
     forward: all-reduce of a (total, ...) that is 0 elsewhere
-    backward: nothing is sent. All ranks compute the same from the result, so each already has the
-    gradient of its rows.
+    backward: nothing is sent, as all ranks compute the same from the result
     """
     return values if group.n == 1 else _Assemble.apply(values, places, total, group)
 
