@@ -2,12 +2,14 @@
 
 from dataclasses import dataclass
 
+from rotary import Scaling
+
 
 @dataclass(frozen=True)
 class GPTConfig:
     """Options that decide the arithmetic. weights/config_json.py fills it from a config.json."""
 
-    family: str  # llama, mistral, qwen2, qwen3 or gpt_neox: decides the weights' names on disk
+    family: str  # model_type of config.json: decides the weights' names on disk
     vocab: int
     width: int
     layers: int
@@ -20,8 +22,10 @@ class GPTConfig:
     mlp: str = "swiglu"  # swiglu, gelu, gelu_tanh
     rope_theta: float = 10000.0
     rope_size: int = 0  # rotated components of a head; 0 = all
-    # llama3 scaling: factor, low and high frequency factor, original length
-    rope_scaling: tuple[float, float, float, int] | None = None
+    rope_scaling: Scaling | None = None  # of rotary.py
+    # base of the layers with a window, whose rope is never stretched; 0 = all layers have one rope
+    local_theta: float = 0.0
+    unrotated: tuple[int, ...] = ()  # layers without rotary positions (SmolLM3)
     windows: tuple[int, ...] = ()  # sliding window of each layer, 0 = none; () = none anywhere
     qkv_bias: bool = False
     out_bias: bool = False
@@ -35,6 +39,12 @@ class GPTConfig:
     def window(self, layer: int) -> int:
         """Return the sliding window of a layer, 0 = none."""
         return self.windows[layer] if self.windows else 0
+
+    def rope(self, layer: int) -> str:
+        """Name the rotary positions of a layer: main, local (of its window) or none."""
+        if layer in self.unrotated:
+            return "none"
+        return "local" if self.local_theta and self.window(layer) else "main"
 
     def flops_per_token(self, context: float) -> float:
         """Count matmul FLOPs, forward and backward, of a scored token that sees `context` keys."""

@@ -34,7 +34,9 @@ class New:
     """Flags of `hf.py new`."""
 
     out: str = ""  # folder to make
-    family: Literal["llama", "mistral", "qwen2", "qwen3", "gpt_neox"] = "llama"  # architecture
+    family: Literal["llama", "mistral", "qwen2", "qwen3", "smollm3", "gpt_neox"] = (
+        "llama"  # architecture
+    )
     tokenizer: str = ""  # folder whose tokenizer is copied
     vocab: Count = 0  # rows of the embedding; 0 = what the tokenizer needs
     width: Number = 256  # of the residual stream
@@ -72,6 +74,7 @@ def new_model(flags: New) -> GPT:
         "hidden_act": "gelu" if neox else "silu",
         "bos_token_id": tokenizer.bos if tokenizer else None,
         "eos_token_id": tokenizer.eos if tokenizer else None,
+        "pad_token_id": None,  # some families have a default beyond a small vocabulary
     }
     if neox:
         raw |= {"rotary_pct": 0.25, "rotary_emb_base": flags.rope_theta, "layer_norm_eps": 1e-5}

@@ -26,6 +26,9 @@ from parallel import Group, Mesh, gather_rows, split
 
 # ---- what a mixer sees ---------------------------------------------------------------------------
 
+# GPTConfig.rope's name -> cos and sin, (T, R/2) each, of the R rotated components of a head.
+Angles = dict[str, tuple[Tensor, Tensor]]
+
 
 @dataclass
 class TreeView:
@@ -38,8 +41,7 @@ class TreeView:
     layout: TreeLayout  # for this rank's queries
     shares: list[Tensor]  # rows of every context rank
     cp: Group
-    cos: Tensor = field(default_factory=torch.Tensor)  # (T, E / 2) or less, set by the model
-    sin: Tensor = field(default_factory=torch.Tensor)
+    angles: Angles = field(default_factory=dict)  # set by the model
 
 
 @dataclass
@@ -93,8 +95,7 @@ class SamplingView:
     extension: Extension | None
     prompts: NewPrompts | None
     caches: dict[int, "KVCache"]  # of every layer, as its mixer made it
-    cos: Tensor = field(default_factory=torch.Tensor)
-    sin: Tensor = field(default_factory=torch.Tensor)
+    angles: Angles = field(default_factory=dict)
 
 
 View = TreeView | SamplingView
@@ -122,6 +123,7 @@ class Attention(nn.Module):
     def __init__(self, c: GPTConfig, layer: int, mesh: Mesh):
         super().__init__()
         self.layer, self.size, self.window = layer, c.head_size, c.window(layer)
+        self.rope = c.rope(layer)
         first, last = split(c.kv_heads, mesh.tp, mesh.tp_rank)
         self.kv_heads = last - first  # of this rank
         self.group = c.heads // c.kv_heads  # query heads of one key/value head
@@ -145,7 +147,9 @@ class Attention(nn.Module):
         v = v.view(tokens, self.kv_heads, self.size)
         if self.normalise:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rope(q, view.cos, view.sin), rope(k, view.cos, view.sin)
+        if self.rope != "none":
+            cos, sin = view.angles[self.rope]
+            q, k = rope(q, cos, sin), rope(k, cos, sin)
         if isinstance(view, TreeView):
             k, v = gather_rows(k, view.shares, view.cp), gather_rows(v, view.shares, view.cp)
             y = tree_attention(q, k, v, view.layout, self.window)

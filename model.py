@@ -1,4 +1,4 @@
-"""One compact GPT on flat rows of packed trees: Llama 2/3, Mistral, Qwen2, Qwen3, GPT-NeoX/Pythia.
+"""One compact GPT on flat rows of packed trees: Llama and its relatives, GPT-NeoX.
 
     hidden = model(batch)                             (T, D); a rank's rows of it with --tp or --cp
     logps = model.logps(hidden, batch)                (M,) log-prob of each scored token
@@ -25,29 +25,11 @@ from data.trees import TreeBatch
 from kernels.kl import Divergence
 from kernels.swiglu import swiglu
 from layers import ColumnLinear, Linear, Norm, RowLinear, Vocabulary, Weight, columns, weights_of
-from mixers import Attention, TreeView, View
+from mixers import Angles, Attention, TreeView, View
 from parallel import Mesh, assemble, enter, split
+from rotary import amplitude, frequencies
 
 ALONE = Mesh()
-
-
-def rope_frequencies(c: GPTConfig) -> Tensor:
-    """Return radians a position for each rotated pair, (R/2,) fp32, with Llama 3.1's stretching.
-
-    Computed in fp32 step by step as transformers does, so that angles agree to the last bit.
-    """
-    size = c.rope_size or c.head_size
-    frequency = 1.0 / (c.rope_theta ** (torch.arange(0, size, 2, dtype=torch.float32) / size))
-    if c.rope_scaling is None:
-        return frequency
-    factor, low, high, original = c.rope_scaling
-    # Long waves are stretched by `factor`, short ones kept, those between blended (Llama 3.1).
-    wavelength = 2 * math.pi / frequency
-    blend = (original / wavelength - low) / (high - low)
-    blended = (1 - blend) * frequency / factor + blend * frequency
-    stretched = torch.where(wavelength > original / low, frequency / factor, frequency)
-    middle = (wavelength <= original / low) & (wavelength >= original / high)
-    return torch.where(middle, blended, stretched)
 
 
 class MLP(nn.Module):
@@ -124,7 +106,7 @@ class GPT(nn.Module):
             self.score_head = Linear(c.width, c.outputs, mesh)
         self.checkpoint_activations = False
         self.pending: dict[str, list] = {}  # part of the model -> buckets whose weights may be late
-        self._frequencies: Tensor | None = None
+        self._frequencies: dict[str, Tensor] = {}
 
     @property
     def device(self) -> torch.device:
@@ -161,12 +143,21 @@ class GPT(nn.Module):
             else:
                 nn.init.constant_(p, 1.0 if weight.start == "ones" else 0.0)
 
-    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cos and sin of every rotation, (T, R/2) each, in fp32 as transformers does."""
-        if self._frequencies is None or self._frequencies.device != positions.device:
-            self._frequencies = rope_frequencies(self.c).to(positions.device)
-        angle = positions.float()[:, None] * self._frequencies
-        return angle.cos(), angle.sin()
+    def angles(self, positions: Tensor) -> Angles:
+        """Return cos and sin of every rotation, in fp32 as transformers does."""
+        c, size = self.c, self.c.rope_size or self.c.head_size
+        if not self._frequencies or self._frequencies["main"].device != positions.device:
+            ropes = {"main": frequencies(c.rope_theta, size, c.rope_scaling)}
+            if c.local_theta:
+                ropes["local"] = frequencies(c.local_theta, size)
+            self._frequencies = {name: rope.to(positions.device) for name, rope in ropes.items()}
+        angles = {}
+        for name, frequency in self._frequencies.items():
+            angle = positions.float()[:, None] * frequency
+            factor = amplitude(c.rope_scaling) if name == "main" else 1.0
+            cos, sin = angle.cos(), angle.sin()
+            angles[name] = (cos, sin) if factor == 1.0 else (cos * factor, sin * factor)
+        return angles
 
     def forward(self, batch: TreeBatch, x: Tensor | None = None) -> Tensor:
         """Return the hidden states of a batch before the final norm, (T, D), or this rank's rows.
@@ -194,7 +185,7 @@ class GPT(nn.Module):
         if self.mesh.pp_rank == 0:
             self.wait("embed")
             x = self.embed.embed(tokens)
-        view.cos, view.sin = self.angles(view.positions)
+        view.angles = self.angles(view.positions)
         for name, block in self.blocks.items():
             self.wait(f"blocks.{name}")
             if self.checkpoint_activations and torch.is_grad_enabled():

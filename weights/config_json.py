@@ -12,15 +12,19 @@ are ignored. Optional keys have transformers' defaults.
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from architecture import GPTConfig
+from weights import families
+from weights.options import Options, translate
+from weights.ropes import read_rope
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
     "gpt_neox": "GPTNeoXForCausalLM",
 }  # a reward model has ForSequenceClassification instead
 
@@ -49,35 +53,20 @@ SUPPORTED_VALUES = {
     "attention_probs_dropout_prob": (0, 0.0, None),
     "hidden_dropout_prob": (0, 0.0, None),
 }
-QWEN, MODERN = ("qwen2", "qwen3"), ("llama", "mistral", "qwen2", "qwen3")
-# Optional keys that change the arithmetic -> the families whose own code reads them.
-READ_BY = {
-    "num_key_value_heads": MODERN,
-    "head_dim": MODERN,
-    "rms_norm_eps": MODERN,
-    "layer_norm_eps": ("gpt_neox",),
-    "attention_bias": ("llama", "qwen3", "gpt_neox"),
-    "mlp_bias": ("llama",),
-    "sliding_window": ("mistral", *QWEN),
-    "use_sliding_window": QWEN,
-    "layer_types": QWEN,
-    "rotary_pct": ("gpt_neox",),
-    "rotary_emb_base": ("gpt_neox",),
-    "partial_rotary_factor": ("gpt_neox",),
-    "use_parallel_residual": ("gpt_neox",),
-}
 # Types of values. null is allowed for all of them and means the same as a missing key.
 WHOLE_NUMBERS = set(
     "hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
     "intermediate_size vocab_size max_position_embeddings sliding_window max_window_layers "
-    "num_labels original_max_position_embeddings".split()
+    "num_labels original_max_position_embeddings no_rope_layer_interval".split()
 )
 NUMBERS = set(
     "rope_theta rotary_emb_base rotary_pct partial_rotary_factor layer_norm_eps rms_norm_eps "
-    "factor low_freq_factor high_freq_factor".split()
+    "factor low_freq_factor high_freq_factor attention_factor beta_fast beta_slow mscale "
+    "mscale_all_dim".split()
 )
 SWITCHES = set(
-    "use_parallel_residual attention_bias mlp_bias use_sliding_window tie_word_embeddings".split()
+    "use_parallel_residual attention_bias mlp_bias use_sliding_window tie_word_embeddings "
+    "truncate".split()
 )
 # Upper bounds of whole numbers, 2**24 for the others: a damaged file must not eat all memory.
 LARGEST = {"num_hidden_layers": 1000, "num_labels": 10_000}
@@ -103,36 +92,6 @@ def _check_types(raw: dict) -> None:
             _check_types(dict(value))
 
 
-class _Options:
-    """The keys of a config.json that have not been read yet."""
-
-    def __init__(self, raw: dict):
-        self.left = dict(raw)
-
-    def require(self, key: str) -> Any:
-        """Take the value of a key. ValueError: it is missing or null."""
-        if self.left.get(key) is None:
-            raise ValueError(f"config.json has no {key}")
-        return self.left.pop(key)
-
-    def take(self, key: str, default: Any = None) -> Any:
-        """Take the value of a key, or the default if the key is missing. null stays None."""
-        return self.left.pop(key, default)
-
-    def peek(self, key: str, default: Any) -> Any:
-        """Return the value of a key that is one of IDLE_KEYS, and leave it there."""
-        return self.left.get(key, default)
-
-
-def _translate(key: str, value: Any, known: dict) -> Any:
-    """Return the entry of `known` for a value. ValueError: there is none."""
-    if value not in known:
-        raise ValueError(
-            f"config.json: plumb does not know {key} = {value!r}: only {', '.join(known)}"
-        )
-    return known[value]
-
-
 # ---- config.json -> GPTConfig, one concern at a time ---------------------------------------------
 
 
@@ -142,10 +101,12 @@ def model_config(raw: dict, family: str) -> GPTConfig:
     ValueError names the key that is missing, of the wrong type or not supported.
     """
     _check_types(raw)
-    options = _Options(raw)
+    options = Options(raw)
     _drop_unread(options, family)
     sizes = _sizes(options, family)
-    rope = _rope(options, family)
+    rope = read_rope(options, family)
+    reader = families.READERS.get(family)
+    own = reader(options.take, sizes) if reader else {}
     fields = {
         **sizes,
         **_norm_and_mlp(options, family),
@@ -153,10 +114,11 @@ def model_config(raw: dict, family: str) -> GPTConfig:
         "rope_theta": rope.theta,
         "rope_size": int(sizes["head_size"] * rope.share),
         "rope_scaling": rope.scaling,
-        "windows": _windows(options, family, sizes["layers"]),
-        "tied": options.take("tie_word_embeddings", False),
+        "windows": _windows(options, family, sizes["layers"], own.get("unrotated", ())),
+        "tied": options.take("tie_word_embeddings", family in families.TIED),
         "max_position": options.peek("max_position_embeddings", 2048),
         "outputs": len(score_names(raw)),
+        **own,
     }
     _check_rest(options, raw, family)
     if rope.share > 1 or fields["rope_size"] % 2:
@@ -172,7 +134,7 @@ def model_config(raw: dict, family: str) -> GPTConfig:
     return GPTConfig(family=family, **fields)
 
 
-def _drop_unread(options: _Options, family: str) -> None:
+def _drop_unread(options: Options, family: str) -> None:
     """Drop keys that this family's own code never reads. ValueError: one of them asks for more."""
     left = options.left
     heads, width = left.get("num_attention_heads"), left.get("hidden_size")
@@ -189,35 +151,26 @@ def _drop_unread(options: _Options, family: str) -> None:
         "attention_bias": lambda value: value is False,
         "mlp_bias": lambda value: value is False,
     }
-    for key, families in READ_BY.items():
+    for key, readers in families.READ_BY.items():
         value = left.get(key)
-        if family in families or key not in left:
+        if family in readers or key not in left:
             continue
         if value is not None and not (key in harmless and harmless[key](value)):
             raise ValueError(
                 f"config.json: {key} = {value!r} is not read by the code of {family} models, and "
                 "would change the arithmetic: remove it if the model was trained without it"
             )
-    for key, families in READ_BY.items():
-        if family not in families:
+    for key, readers in families.READ_BY.items():
+        if family not in readers:
             left.pop(key, None)
 
 
-def _agreed(values: dict[str, Any]) -> Any:
-    """Return the one value that some keys give, None if all are null. ValueError: they differ."""
-    given = {key: value for key, value in values.items() if value is not None}
-    if len(set(given.values())) > 1:
-        words = " and ".join(f"{key} = {value!r}" for key, value in given.items())
-        raise ValueError(f"config.json: {words} say different things: remove the wrong one")
-    return next(iter(given.values()), None)
-
-
-def _sizes(options: _Options, family: str) -> dict[str, int]:
+def _sizes(options: Options, family: str) -> dict[str, int]:
     """Read widths and counts."""
     width = options.require("hidden_size")
     layers = options.require("num_hidden_layers")
     heads = options.require("num_attention_heads")
-    kv_heads = options.take("num_key_value_heads", 8 if family == "mistral" else None)
+    kv_heads = options.take("num_key_value_heads", {"mistral": 8, "smollm3": 4}.get(family))
     head_size = options.take("head_dim", 128 if family == "qwen3" else None)
     return {
         "vocab": options.require("vocab_size"),
@@ -230,56 +183,7 @@ def _sizes(options: _Options, family: str) -> dict[str, int]:
     }
 
 
-class _Rope(NamedTuple):
-    """Options of the rotary positions."""
-
-    theta: float
-    scaling: tuple | None  # llama3: factor, low and high frequency factor, original length
-    share: float  # part of every head that is rotated
-
-
-LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-
-
-def _rope(options: _Options, family: str) -> _Rope:
-    """Read the rotary options: rope_parameters of transformers 5, or the older separate keys."""
-    new = dict(options.take("rope_parameters") or {})
-    old = dict(options.take("rope_scaling") or {})
-    for name in old.keys() & new.keys():
-        _agreed({f"rope_scaling.{name}": old[name], f"rope_parameters.{name}": new[name]})
-    rope = old | new
-    theta = _agreed(
-        {
-            "rope_parameters.rope_theta": rope.pop("rope_theta", None),
-            "rope_theta": options.take("rope_theta"),
-            "rotary_emb_base": options.take("rotary_emb_base"),
-        }
-    )
-    share = _agreed(
-        {
-            "rope_parameters.partial_rotary_factor": rope.pop("partial_rotary_factor", None),
-            "partial_rotary_factor": options.take("partial_rotary_factor"),
-            "rotary_pct": options.take("rotary_pct"),
-        }
-    )
-    if family != "gpt_neox" and share not in (None, 1):
-        raise ValueError(
-            f"config.json: partial_rotary_factor = {share} is not read by the code of {family} "
-            "models: remove it if the model was trained without it"
-        )
-    share = share or (0.25 if family == "gpt_neox" else 1.0)
-    theta = theta or 10000.0
-    kind = _agreed({"rope_type": rope.pop("rope_type", None), "type": rope.pop("type", None)})
-    kind = kind or "default"
-    keys = _translate("rope_type", kind, {"default": (), "llama3": LLAMA3})
-    if missing := [key for key in keys if key not in rope]:
-        raise ValueError(f"config.json: rope_type {kind} needs {missing[0]}")
-    if unknown := sorted(set(rope) - set(keys)):
-        raise ValueError(f"config.json: plumb does not know {unknown[0]} for rope_type {kind}")
-    return _Rope(float(theta), tuple(rope[key] for key in keys) or None, share)
-
-
-def _norm_and_mlp(options: _Options, family: str) -> dict[str, Any]:
+def _norm_and_mlp(options: Options, family: str) -> dict[str, Any]:
     """Read the kinds of norm and MLP, and how a block adds them up."""
     if family == "gpt_neox":
         tanh = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")  # one formula under three names
@@ -287,43 +191,42 @@ def _norm_and_mlp(options: _Options, family: str) -> dict[str, Any]:
         return {
             "norm": "layer",
             "norm_eps": options.take("layer_norm_eps", 1e-5),
-            "mlp": _translate("hidden_act", options.take("hidden_act", "gelu"), gelus),
+            "mlp": translate("hidden_act", options.take("hidden_act", "gelu"), gelus),
             "parallel_residual": options.take("use_parallel_residual", True),
         }
     return {
         "norm_eps": options.take("rms_norm_eps", 1e-6),
-        "mlp": _translate(
+        "mlp": translate(
             "hidden_act", options.take("hidden_act", "silu"), {"silu": "swiglu", "swish": "swiglu"}
         ),
         "qk_norm": family == "qwen3",
     }
 
 
-def _biases(options: _Options, family: str) -> dict[str, bool]:
+def _biases(options: Options, family: str) -> dict[str, bool]:
     """Read which linears have a bias."""
     if family == "gpt_neox":
         attention = options.take("attention_bias", True)
         return {"qkv_bias": attention, "out_bias": attention, "mlp_bias": True}
-    if family == "llama":
-        attention = options.take("attention_bias", False)
-        mlp = options.take("mlp_bias", False)
-        return {"qkv_bias": attention, "out_bias": attention, "mlp_bias": mlp}
-    if family == "qwen3":
-        attention = options.take("attention_bias", False)
-        return {"qkv_bias": attention, "out_bias": attention, "mlp_bias": False}
-    return {"qkv_bias": family == "qwen2", "out_bias": False, "mlp_bias": False}
+    attention = options.take("attention_bias", False) or False
+    mlp = options.take("mlp_bias", False) or False
+    return {"qkv_bias": attention or family == "qwen2", "out_bias": attention, "mlp_bias": mlp}
 
 
-def _windows(options: _Options, family: str, layers: int) -> tuple[int, ...]:
+def _windows(
+    options: Options, family: str, layers: int, unrotated: tuple[int, ...]
+) -> tuple[int, ...]:
     """Read the sliding window of every layer, 0 = none; () if no layer may have one."""
     window = options.take("sliding_window", 4096 if family == "mistral" else None) or 0
     first = 0  # first layer with a window, where layer_types does not say
-    if family in ("qwen2", "qwen3"):
+    if family in ("qwen2", "qwen3", "smollm3"):
         if not options.take("use_sliding_window", False):
             window = 0
         first = options.peek("max_window_layers", 28)
     full = min(first, layers) if window else layers
     types = ["full_attention"] * full + ["sliding_attention"] * (layers - full)
+    if family == "smollm3" and window:
+        types = ["sliding_attention" if i in unrotated else "full_attention" for i in range(layers)]
     types = options.take("layer_types", types) or types
     if len(types) != layers:
         raise ValueError(
@@ -332,11 +235,11 @@ def _windows(options: _Options, family: str, layers: int) -> tuple[int, ...]:
     if "sliding_attention" in types and not window:
         raise ValueError("config.json: layer_types names sliding layers, sliding_window is null")
     of_type = {"sliding_attention": window, "full_attention": 0}
-    windows = tuple(_translate("layer_types", kind, of_type) for kind in types)
+    windows = tuple(translate("layer_types", kind, of_type) for kind in types)
     return windows if window else ()
 
 
-def _check_rest(options: _Options, raw: dict, family: str) -> None:
+def _check_rest(options: Options, raw: dict, family: str) -> None:
     """Raise ValueError for the first unread key that may change the arithmetic."""
     for key, values in SUPPORTED_VALUES.items():
         if options.take(key, values[0]) not in values:

@@ -58,7 +58,14 @@ GPT_NEOX = [
     Row("head", "embed_out"),
     Row("score_head", "score"),
 ]
-TABLES = {"llama": LLAMA, "mistral": LLAMA, "qwen2": LLAMA, "qwen3": LLAMA, "gpt_neox": GPT_NEOX}
+TABLES = {
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "qwen2": LLAMA,
+    "qwen3": LLAMA,
+    "smollm3": LLAMA,
+    "gpt_neox": GPT_NEOX,
+}
 HEADS = ("lm_head.weight", "embed_out.weight")  # on disk; a tied or a reward model does without
 
 

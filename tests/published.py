@@ -1,0 +1,115 @@
+"""config.json of published models, their keys as published and their sizes shrunk.
+
+folder = published_folder("SmolLM3-3B", path)      random weights, as transformers writes them
+theirs = transformers_model(folder)                the same model in transformers
+"""
+
+import json
+from pathlib import Path
+
+import torch
+
+SHRUNK = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 100,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+    "attention_dropout": 0.0,
+    "use_cache": True,
+    "torch_dtype": "float32",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+
+# published model: its config.json where it differs from SHRUNK
+PUBLISHED = {
+    "SmolLM3-3B": {
+        "architectures": ["SmolLM3ForCausalLM"],
+        "model_type": "smollm3",
+        "attention_bias": False,
+        "hidden_act": "silu",
+        "layer_types": ["full_attention"] * 4,
+        "max_window_layers": 28,
+        "mlp_bias": False,
+        "no_rope_layer_interval": 4,
+        "no_rope_layers": [1, 1, 1, 0],
+        "pretraining_tp": 2,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 5000.0,
+        "sliding_window": None,
+        "use_sliding_window": False,
+    },
+    "Qwen3 with YaRN": {  # as the model's page says for long texts
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "attention_bias": False,
+        "head_dim": 16,
+        "hidden_act": "silu",
+        "max_window_layers": 28,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": YARN,
+        "rope_theta": 1000.0,
+        "sliding_window": None,
+        "tie_word_embeddings": True,
+        "use_sliding_window": False,
+    },
+    "Llama with linear rope": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": {"type": "linear", "factor": 4.0},
+        "rope_theta": 100.0,
+        "tie_word_embeddings": False,
+    },
+}
+
+
+def published_config(name: str) -> dict:
+    """Return the shrunk config.json of a published model."""
+    own = PUBLISHED[name]
+    return {**SHRUNK, **own}
+
+
+def published_folder(name: str, folder: Path) -> Path:
+    """Write a folder with a published config.json and random weights of transformers' own class.
+
+    The weights are large enough for two models to give different outputs.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(published_config(name))
+    (folder / "config.json").write_text(text)
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    for path, p in model.named_parameters():
+        if p.dim() == 1:  # norms and biases, which start as ones and zeros
+            p.data += 0.3 * torch.randn_like(p) if "norm" in path else 0.1 * torch.randn_like(p)
+    model.save_pretrained(folder)
+    (folder / "config.json").write_text(text)  # transformers writes the keys of its own version
+    return folder
+
+
+def transformers_model(folder: Path):
+    """Load a folder in transformers. AssertionError: a weight is missing, or not its own."""
+    from transformers import AutoModelForCausalLM
+
+    model, report = AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True, attn_implementation="eager", dtype=torch.float32
+    )
+    keys = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    assert not any(report[key] for key in keys), report
+    return model.eval()

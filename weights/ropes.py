@@ -1,0 +1,97 @@
+"""Rotary positions of a config.json: their base, their share of a head, how they are stretched."""
+
+import math
+from typing import NamedTuple
+
+from rotary import Linear, Llama3, Scaling, Yarn
+from weights import families
+from weights.options import Options, agreed, translate
+
+
+class Rope(NamedTuple):
+    """Options of the rotary positions."""
+
+    theta: float
+    scaling: Scaling | None
+    share: float  # part of every head that is rotated
+
+
+# Kind of rope -> keys that it needs, keys that it may have.
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+YARN = ("factor", "original_max_position_embeddings")
+YARN_MORE = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate")
+ROPES = {
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "llama3": (LLAMA3, ()),
+    "yarn": (YARN, YARN_MORE),
+}
+
+
+def read_rope(options: Options, family: str) -> Rope:
+    """Read the rotary options: rope_parameters of transformers 5, or the older separate keys."""
+    new = dict(options.take("rope_parameters") or {})
+    old = dict(options.take("rope_scaling") or {})
+    for name in old.keys() & new.keys():
+        agreed({f"rope_scaling.{name}": old[name], f"rope_parameters.{name}": new[name]})
+    rope = old | new
+    theta = agreed(
+        {
+            "rope_parameters.rope_theta": rope.pop("rope_theta", None),
+            "rope_theta": options.take("rope_theta"),
+            "rotary_emb_base": options.take("rotary_emb_base"),
+        }
+    )
+    share = agreed(
+        {
+            "rope_parameters.partial_rotary_factor": rope.pop("partial_rotary_factor", None),
+            "partial_rotary_factor": options.take("partial_rotary_factor"),
+            "rotary_pct": options.take("rotary_pct"),
+        }
+    )
+    if family != "gpt_neox" and share not in (None, 1):
+        raise ValueError(
+            f"config.json: partial_rotary_factor = {share} is not read by the code of {family} "
+            "models: remove it if the model was trained without it"
+        )
+    share = share or (0.25 if family == "gpt_neox" else 1.0)
+    theta = theta or families.THETA.get(family, 10000.0)
+    kind = agreed({"rope_type": rope.pop("rope_type", None), "type": rope.pop("type", None)})
+    kind = kind or "default"
+    return Rope(float(theta), _scaling(kind, rope), share)
+
+
+def _scaling(kind: str, rope: dict) -> Scaling | None:
+    """Build the stretching of a kind of rope from its keys. ValueError: they do not fit."""
+    keys, more = translate("rope_type", kind, ROPES)
+    if missing := [key for key in keys if rope.get(key) is None]:
+        raise ValueError(f"config.json: rope_type {kind} needs {missing[0]}")
+    if unknown := sorted(set(rope) - {*keys, *more}):
+        raise ValueError(f"config.json: plumb does not know {unknown[0]} for rope_type {kind}")
+    if kind == "linear":
+        return Linear(rope["factor"])
+    if kind == "llama3":
+        return Llama3(*(rope[key] for key in keys))
+    if kind == "yarn":
+        return _yarn(rope)
+    return None
+
+
+def _yarn(rope: dict) -> Yarn:
+    """Build YaRN from its keys; where they do not give the amplitude it follows from the factor."""
+
+    def sharpness(scale: float) -> float:
+        return 1.0 if rope["factor"] <= 1 else 0.1 * scale * math.log(rope["factor"]) + 1.0
+
+    own, whole = rope.get("mscale"), rope.get("mscale_all_dim")
+    amplitude = rope.get("attention_factor")
+    if amplitude is None:
+        amplitude = sharpness(own) / sharpness(whole) if own and whole else sharpness(1.0)
+    return Yarn(
+        rope["factor"],
+        rope["original_max_position_embeddings"],
+        rope.get("beta_fast") or 32.0,
+        rope.get("beta_slow") or 1.0,
+        rope.get("truncate", True) is not False,
+        amplitude,
+    )
