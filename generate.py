@@ -24,9 +24,10 @@ import torch
 
 from config import Count, Number, Range, SampleTemperature, Seed, parse
 from data import attributes
+from data.jinja import read_kwargs
 from data.keys import prompt_in
 from data.rows import read_rows, write_rows
-from data.templates import Template, read_kwargs
+from data.templates import Template
 from data.tokenizer import load_tokenizer
 from sampling.sampler import Sample, generate
 from weights.folder import DTYPES, fingerprint, load_model

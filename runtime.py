@@ -33,7 +33,8 @@ import plan
 import weights.folder
 from config import RunConfig, check_ranges, to_json
 from data.dataset import Dataset, load_dataset
-from data.templates import Template, read_kwargs
+from data.jinja import read_kwargs
+from data.templates import Template
 from data.tokenizer import load_tokenizer
 from data.trees import check_longest
 from disk import write_text

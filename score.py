@@ -24,8 +24,9 @@ import numpy as np
 import torch
 
 from config import Number, parse
+from data.jinja import read_kwargs
 from data.rows import read_rows, write_rows
-from data.templates import Template, read_kwargs
+from data.templates import Template
 from data.tokenizer import load_tokenizer
 from sampling.scoring import Answers, all_answers, annotate, load_scorer, score
 from weights.folder import DTYPES, load_model

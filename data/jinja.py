@@ -79,6 +79,20 @@ def render(source: str, values: dict[str, Any]) -> str:
         raise ValueError(f"the chat template refuses this row: {error}") from error
 
 
+def read_kwargs(text: str) -> dict[str, Any]:
+    """Return the values that --template-kwargs gives, {} for "". ValueError: no JSON object."""
+    try:
+        kwargs = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        kwargs = None
+    if not isinstance(kwargs, dict):
+        raise ValueError(
+            f"--template-kwargs {text!r} is no JSON object: write it as in "
+            """'{"enable_thinking": false}'"""
+        )
+    return kwargs
+
+
 class _TooLong(Exception):
     """A template has run for SECONDS."""
 

@@ -53,7 +53,9 @@ class Template:
         self.kwargs = dict(kwargs or {})
         self.plain = name == "plain" or (name == "auto" and folder is None)
         self.name = "plain" if self.plain else name
-        self.source = None if self.plain else folder or BUILT_IN[name]
+        self.source = None
+        if not self.plain:
+            self.source = BUILT_IN[name] if folder is None else folder
         if self.name == "chatml" and "<|im_end|>" not in tokenizer.special:
             # Without its markers in the vocabulary, turns end with eos, a single token.
             self.source = self.source.replace("<|im_end|>", "{{ eos_token }}")
@@ -403,20 +405,6 @@ class Template:
 
 class _RewrittenError(ValueError):
     """One rendering of a conversation cannot hold all its answers as serving would write them."""
-
-
-def read_kwargs(text: str) -> dict[str, Any]:
-    """Return the values that --template-kwargs gives, {} for "". ValueError: no JSON object."""
-    try:
-        kwargs = json.loads(text or "{}")
-    except (ValueError, RecursionError):
-        kwargs = None
-    if not isinstance(kwargs, dict):
-        raise ValueError(
-            f"--template-kwargs {text!r} is no JSON object: write it as in "
-            """'{"enable_thinking": false}'"""
-        )
-    return kwargs
 
 
 def _lost(what: str) -> str:

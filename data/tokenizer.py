@@ -16,6 +16,8 @@ from typing import Any
 
 import sentencepiece
 
+from data.settings import read_json, read_settings
+
 # The files of a tokenizer; a model that is saved elsewhere takes them along.
 TOKENIZER_FILES = (
     "tokenizer.model",
@@ -49,17 +51,17 @@ class Tokenizer:
     """
 
     def __init__(self, folder: Path):
-        config = _json(folder / "tokenizer_config.json")
-        ids = _json(folder / "config.json") | _json(folder / "generation_config.json")
+        config, special_map, ids, more = read_settings(folder)
         self.sp: Any = None
         self.bare: Any = None  # sentencepiece without its dummy space
         self.fast: Any = None
         if (folder / "tokenizer.model").exists():
             source = (folder / "tokenizer.model").read_bytes()
             self._open_sentencepiece(folder / "tokenizer.model", source)
+            self._check_twin(folder)
         elif (folder / "tokenizer.json").exists():
             source = (folder / "tokenizer.json").read_bytes()
-            self._open_tokenizers(folder / "tokenizer.json")
+            self._open_tokenizers(folder / "tokenizer.json", config)
         else:
             raise FileNotFoundError(
                 f"{folder} has no tokenizer.model and no tokenizer.json: copy the model's "
@@ -70,9 +72,9 @@ class Tokenizer:
         self.legacy = bool(config.get("legacy", True))
         self.prefix = config.get("add_prefix_space") is not False
 
-        names = _json(folder / "special_tokens_map.json") | config
+        names = special_map | config
         ends = {f"{name}_token": self._declared(name, names, ids) for name in ("bos", "eos", "pad")}
-        added = _added_tokens(folder, config, ends | names, self._piece)
+        added = _added_tokens(more, config, ends | names, self._piece)
         for key in ("bos_token", "eos_token"):
             if ends[key] and ends[key] not in added:
                 raise ValueError(
@@ -151,7 +153,27 @@ class Tokenizer:
                 "download the real file, or remove it so that tokenizer.json is read"
             ) from error
 
-    def _open_tokenizers(self, path: Path) -> None:
+    def _check_twin(self, folder: Path) -> None:
+        """Check that tokenizer.json numbers the pieces as tokenizer.model does.
+
+        Transformers reads the one, plumb the other. ValueError names a piece that differs.
+        """
+        path = folder / "tokenizer.json"
+        model = read_json(path).get("model") if path.exists() else None
+        vocab = model.get("vocab") if isinstance(model, dict) else None
+        if isinstance(vocab, list):  # unigram: [[piece, score], ...]
+            vocab = {entry[0]: i for i, entry in enumerate(vocab) if entry}
+        if not isinstance(vocab, dict):
+            return
+        for i in range(len(self.sp)):
+            piece = self.sp.id_to_piece(i)
+            if piece in vocab and vocab[piece] != i:
+                raise ValueError(
+                    f"{folder}: {piece!r} is token {i} in tokenizer.model and {vocab[piece]} in "
+                    "tokenizer.json: remove the file that is not the model's own"
+                )
+
+    def _open_tokenizers(self, path: Path, config: dict) -> None:
         try:
             import tokenizers
         except ImportError as error:
@@ -159,7 +181,10 @@ class Tokenizer:
                 f"{path} needs the package tokenizers: pip install tokenizers"
             ) from error
         try:
-            self.fast = tokenizers.Tokenizer.from_file(str(path))
+            text = _with_prefix_space(read_json(path), config, path)
+            self.fast = tokenizers.Tokenizer.from_str(text)
+        except ValueError:
+            raise
         except Exception as error:  # the package raises bare Exception
             raise ValueError(
                 f"{path} cannot be read as a tokenizer ({error}): download it again"
@@ -274,14 +299,33 @@ def _user_defined(model: bytes) -> list[int]:
     return ids
 
 
-def _json(path: Path) -> dict:
-    """Return a JSON file, {} if there is none."""
-    if not path.exists():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): download it again") from error
+# Classes of transformers that put no space in front of a text unless tokenizer_config.json says so,
+# whatever tokenizer.json says.
+NO_SPACE_CLASSES = ("GPT2Tokenizer", "Qwen2Tokenizer")
+
+
+def _with_prefix_space(content: dict, config: dict, path: Path) -> str:
+    """Return tokenizer.json as text, with the space in front of texts that its class puts there.
+
+    ValueError: tokenizer_config.json and tokenizer.json say different things.
+    """
+    before = content.get("pre_tokenizer")
+    inner = before.get("pretokenizers") if isinstance(before, dict) else None
+    steps = inner if isinstance(inner, list) else [before]
+    wanted = config.get("add_prefix_space")
+    name = str(config.get("tokenizer_class") or "").removesuffix("Fast")
+    for step in steps:
+        if not isinstance(step, dict) or step.get("type") != "ByteLevel":
+            continue
+        given = step.get("add_prefix_space")
+        if name in NO_SPACE_CLASSES:
+            step["add_prefix_space"] = bool(wanted)
+        elif wanted is not None and given is not None and bool(wanted) != given:
+            raise ValueError(
+                f"{path}: add_prefix_space is {given}, in tokenizer_config.json it is {wanted}: "
+                "make them alike"
+            )
+    return json.dumps(content, ensure_ascii=False)
 
 
 def _text(token: str | dict | None) -> str | None:
@@ -289,17 +333,15 @@ def _text(token: str | dict | None) -> str | None:
 
 
 def _added_tokens(
-    folder: Path, config: dict, names: dict, piece: Callable[[str], int | None]
+    more: dict, config: dict, names: dict, piece: Callable[[str], int | None]
 ) -> dict[str, dict]:
     """Return {text: {"id", "special", "lstrip", ...}} of the tokens that the folder adds or names.
 
-    piece(text) is the id of a text in the model's own vocabulary. A named token without an id is
-    left out.
+    more: added_tokens.json. piece(text) is the id of a text in the model's own vocabulary. A named
+    token without an id is left out.
     """
-    added = {
-        text: {"id": i, "special": False} for text, i in _json(folder / "added_tokens.json").items()
-    }
-    for i, token in config.get("added_tokens_decoder", {}).items():
+    added = {text: {"id": i, "special": False} for text, i in more.items()}
+    for i, token in (config.get("added_tokens_decoder") or {}).items():
         added[token["content"]] = {"special": False} | token | {"id": int(i)}
     for token in _named_tokens(names):
         text = _text(token)
@@ -339,8 +381,12 @@ def _named_texts(names: dict) -> dict[str, str | list[str]]:
 
 
 def _chat_template(folder: Path, config: dict) -> str | None:
-    if (folder / "chat_template.jinja").exists():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    path = folder / "chat_template.jinja"
+    if path.exists():
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 text ({error}): download it again") from None
     template = config.get("chat_template")
     if isinstance(template, list):  # one for tools, one for retrieval, a default for conversations
         template = {t["name"]: t["template"] for t in template}.get("default")

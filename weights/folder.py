@@ -18,8 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from architecture import GPTConfig
+from data.settings import read_json
 from data.templates import Template
-from data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
+from data.tokenizer import NO_DUMMY_PREFIX, TOKENIZER_FILES, Tokenizer, load_tokenizer
 from disk import replace_folder
 from layers import Linear, gather_slices, is_finite
 from model import ALONE, GPT
@@ -286,9 +287,40 @@ def _write_settings(
             shutil.copyfile(Path(tokenizer_from) / name, folder / name)
     if padding:
         _update_json(folder / "tokenizer_config.json", pad_token=padding[1])
+    if tokenizer_from:
+        _name_tokenizer(folder, model.c.family)
     if template and not template.plain:
         (folder / "chat_template.jinja").write_text(template.source)
+    if template and template.stop_ids:  # what was trained as the end, whatever the folder said
         _update_json(folder / "generation_config.json", eos_token_id=sorted(template.stop_ids))
+
+
+def _name_tokenizer(folder: Path, family: str) -> None:
+    """Write which class of transformers reads the tokenizer as it was read here.
+
+    Of a tokenizer.model alone, LlamaTokenizer splits runs of spaces in another way, and for qwen2
+    transformers takes Qwen2Tokenizer whatever the folder says, unless auto_map is there: without
+    code to load, it then takes the class that is named.
+    """
+    config = read_json(folder / "tokenizer_config.json")
+    name = str(config.get("tokenizer_class") or "").removesuffix("Fast")
+    model, twin = folder / "tokenizer.model", folder / "tokenizer.json"
+    changes: dict[str, Any] = {}
+    if model.is_file() and not twin.is_file():
+        changes["tokenizer_class"] = "PreTrainedTokenizerFast"
+        if config.get("add_prefix_space") is False:
+            content = model.read_bytes()
+            if not content.endswith(NO_DUMMY_PREFIX):
+                model.write_bytes(content + NO_DUMMY_PREFIX)
+    if family == "qwen2" and (changes or name not in ("", "Qwen2Tokenizer")):
+        changes["tokenizer_class"] = "PreTrainedTokenizerFast"
+        changes["auto_map"] = {"AutoTokenizer": [None, None]}
+    if changes:
+        tokenizer = load_tokenizer(folder)
+        for key, text in (("bos_token", tokenizer.bos_token), ("eos_token", tokenizer.eos_token)):
+            if text and config.get(key) is None:
+                changes[key] = text
+        _update_json(folder / "tokenizer_config.json", **changes)
 
 
 def _update_json(path: Path, **values: Any) -> None:

@@ -7,11 +7,14 @@ import json
 import shutil
 from pathlib import Path
 
+import fuzz_folders
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import hf
+from data.templates import Template
+from data.tokenizer import load_tokenizer
 from weights.config_json import ARCHITECTURES, model_config, read_config, score_names
 from weights.folder import load_model, save_model
 
@@ -233,3 +236,133 @@ def test_a_folder_without_weights_says_so(folder: Path, tmp_path: Path):
         load_model(folder, torch.float32)
     with pytest.raises(FileNotFoundError, match="config.json does not exist"):
         read_config(tmp_path / "nowhere")
+
+
+# ---- the tokenizer -------------------------------------------------------------------------------
+
+
+TEXT = "Ada  lives\n\tin </s> the <s>forest, 12 é"
+
+
+@pytest.mark.parametrize("settings", [{}, {"legacy": False}, {"add_prefix_space": False}], ids=str)
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_final_is_tokenised_by_transformers_as_here(
+    family: str, settings: dict, real_model: Path, tmp_path: Path
+):
+    """A bare tokenizer.model, of Llama 2, under every family."""
+    transformers = pytest.importorskip("transformers")
+    start = tmp_path / "tokenizer"
+    start.mkdir()
+    shutil.copyfile(real_model / "tokenizer.model", start / "tokenizer.model")
+    if settings:
+        (start / "tokenizer_config.json").write_text(json.dumps(settings))
+    final = save_with(family, start, tmp_path / "final")
+    theirs = transformers.AutoTokenizer.from_pretrained(final)
+    mine = load_tokenizer(final)
+    assert mine.encode(TEXT) == load_tokenizer(start).encode(TEXT)
+    assert theirs(TEXT, add_special_tokens=False)["input_ids"] == mine.encode(TEXT)
+    assert (theirs.bos_token, theirs.eos_token) == (mine.bos_token, mine.eos_token)
+
+
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_final_of_a_tokenizer_json_is_tokenised_as_here(family: str, toy: Path, tmp_path: Path):
+    """A tokenizer.json beside tokenizer.model that no Qwen has made, under every family."""
+    transformers = pytest.importorskip("transformers")
+    final = save_with(family, toy / "world" / "tokenizer", tmp_path / "final")
+    theirs = transformers.AutoTokenizer.from_pretrained(final)
+    assert theirs(TEXT, add_special_tokens=False)["input_ids"] == load_tokenizer(final).encode(TEXT)
+
+
+def save_with(family: str, tokenizer: Path, folder: Path) -> Path:
+    """Save a tiny model of a family with a tokenizer and return its folder."""
+    flags = hf.New(family=family, width=16, layers=1, heads=2, ffn=8, tokenizer=str(tokenizer))
+    save_model(hf.new_model(flags), folder, tokenizer)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["plain", "chatml"])
+def test_final_names_the_end_that_was_trained(name: str, toy: Path, tmp_path: Path):
+    """generation_config.json has the end of every template, plain included."""
+    template = Template(name, load_tokenizer(toy / "model"))
+    flags = hf.New(width=16, layers=1, heads=2, ffn=8, tokenizer=str(toy / "model"))
+    save_model(hf.new_model(flags), tmp_path / "final", toy / "model", template)
+    ends = json.loads((tmp_path / "final" / "generation_config.json").read_text())["eos_token_id"]
+    assert ends == sorted(template.stop_ids) and template.end in ends
+    again = Template(name, load_tokenizer(tmp_path / "final"))
+    assert again.stop_ids == template.stop_ids
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "complaint"),
+    [
+        ("tokenizer_config.json", [1], "must hold one JSON object"),
+        ("tokenizer_config.json", {"eos_token": 5}, "eos_token is 5, not a token"),
+        ("tokenizer_config.json", {"eos_token": {"content": 5}}, "eos_token is .* not a token"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"x": {}}}, "added_tokens_decoder is"),
+        ("tokenizer_config.json", {"chat_template": [{"name": "a"}]}, "chat_template is"),
+        ("tokenizer_config.json", {"legacy": "yes"}, "legacy is 'yes', not true or false"),
+        ("special_tokens_map.json", {"bos_token": []}, "bos_token is .., not a token"),
+        ("special_tokens_map.json", {"additional_special_tokens": [1]}, "not a list of tokens"),
+        ("added_tokens.json", {"<a>": "5"}, "<a> is '5', not a token id"),
+        ("generation_config.json", {"eos_token_id": "3"}, "eos_token_id is '3', not a token id"),
+        ("tokenizer_config.json", "\\ud800", "is not valid JSON"),
+    ],
+)
+def test_settings_of_the_wrong_kind_name_their_file(
+    file: str, content, complaint: str, folder: Path
+):
+    text = '{"eos_token": "\\ud800"}' if isinstance(content, str) else json.dumps(content)
+    (folder / file).write_text(text)
+    with pytest.raises(ValueError, match=complaint) as caught:
+        load_tokenizer(folder)
+    assert str(folder / file) in str(caught.value)
+
+
+def test_files_that_number_a_token_differently_are_refused(folder: Path):
+    """tokenizer.json against tokenizer.model, added_tokens.json against tokenizer_config.json."""
+    content = json.loads((folder / "tokenizer.json").read_text())
+    vocab = content["model"]["vocab"]
+    one, other = list(vocab)[20:22]
+    vocab[one], vocab[other] = vocab[other], vocab[one]
+    whole = (folder / "tokenizer.json").read_text()
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="in tokenizer.model and .* in tokenizer.json: remove"):
+        load_tokenizer(folder)
+    (folder / "tokenizer.json").write_text(whole)
+    raw = json.loads((folder / "tokenizer_config.json").read_text())
+    raw["added_tokens_decoder"] = {"7": {"content": "<a>"}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(raw))
+    (folder / "added_tokens.json").write_text(json.dumps({"<a>": 8}))
+    with pytest.raises(ValueError, match="'<a>' is token 8, tokenizer_config.json says otherwise"):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("wanted", [True, False, None])
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("name", ["Qwen2Tokenizer", "GPT2TokenizerFast", "PreTrainedTokenizerFast"])
+def test_add_prefix_space_is_obeyed(name: str, given: bool, wanted: bool | None, tmp_path: Path):
+    """As by transformers, or refused where tokenizer.json says otherwise."""
+    tokenizers = pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    model = tokenizers.models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[])
+    tok = tokenizers.Tokenizer(model)
+    tok.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=given)
+    tok.add_special_tokens(["</s>"])
+    tok.save(str(tmp_path / "tokenizer.json"))
+    config = {"eos_token": "</s>", "tokenizer_class": name, "add_prefix_space": wanted}
+    if wanted is None:
+        del config["add_prefix_space"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    if name == "PreTrainedTokenizerFast" and wanted not in (None, given):
+        with pytest.raises(ValueError, match="add_prefix_space is .* make them alike"):
+            load_tokenizer(tmp_path)
+        return
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert load_tokenizer(tmp_path).encode("hi") == theirs("hi")["input_ids"]
+
+
+def test_mutated_folders_open_or_say_what_is_wrong(tmp_path: Path):
+    """A short part of tests/fuzz_folders.py: no traceback, and every error names a file."""
+    counts = fuzz_folders.run(tmp_path, 120, 5)
+    assert counts["refused"] > 40 and counts["opened"] > 10
