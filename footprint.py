@@ -125,7 +125,7 @@ def sent(
     has_head = mesh.last_stage and not c.outputs
     # A block has four collectives, forward and backward. Checkpointing repeats three of them: no
     # backward needs the output of the last one, unless a norm follows it.
-    repeated = (4 if c.post_norm else 3) if checkpointing else 0
+    repeated = checkpointing * (4 if c.post_norm else 3)
     crossings = (8 + repeated) * layers + 2 * (mesh.pp_rank == 0) + 2 * has_head
     gathers = (3 if checkpointing else 2) * layers * 2  # of k and v: forward, (repeated,) backward
     key_size = _share(c.kv_heads, mesh) * c.head_size * size
