@@ -30,7 +30,9 @@ class GPTConfig:
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False  # RMSNorm on every head of q and k (Qwen3)
+    # RMSNorm on q and k: head (each head by itself, Qwen3), whole (all heads together, OLMo 2)
+    qk_norm: str = ""
+    post_norm: bool = False  # x + norm(f(x)) in place of x + f(norm(x)) (OLMo 2)
     parallel_residual: bool = False  # x + attention(x) + mlp(x) (GPT-NeoX)
     tied: bool = False  # the output head is the embedding
     outputs: int = 0  # numbers of a reward model's score head, which replaces the head; 0 = none

@@ -23,7 +23,7 @@ from config import Above0, Amount, Count, Number, Seed, parse
 from data.templates import Template
 from data.tokenizer import Tokenizer, load_tokenizer
 from model import GPT, parameter_count
-from weights import gguf
+from weights import families, gguf
 from weights.config_json import ARCHITECTURES, model_config, read_config, score_names
 from weights.folder import DTYPES, load_model, save_model, weight_files
 from weights.peft import adapter_scores, load_adapter
@@ -34,9 +34,9 @@ class New:
     """Flags of `hf.py new`."""
 
     out: str = ""  # folder to make
-    family: Literal["llama", "mistral", "qwen2", "qwen3", "smollm3", "gpt_neox"] = (
-        "llama"  # architecture
-    )
+    family: Literal[
+        "llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo2", "olmo3", "gpt_neox"
+    ] = "llama"  # architecture
     tokenizer: str = ""  # folder whose tokenizer is copied
     vocab: Count = 0  # rows of the embedding; 0 = what the tokenizer needs
     width: Number = 256  # of the residual stream
@@ -47,7 +47,7 @@ class New:
     ffn: Count = 0  # MLP width; 0 = 8/3 of the width (4 for gpt_neox), rounded up to a multiple of
     # 16
     max_position: Number = 2048  # longest text the model is meant for, in tokens
-    sliding_window: Count = 0  # mistral only: positions that attention looks back; 0 = all
+    sliding_window: Count = 0  # of mistral or olmo3: positions that attention looks back; 0 = all
     rope_theta: Above0 = 10000.0  # base of the rotary frequencies; larger for long contexts
     tied: bool = False  # one matrix for embedding and head: fewer parameters
     std: Amount = 0.02  # of the random weights; 1/sqrt(width) is a good choice for small models
@@ -85,8 +85,14 @@ def new_model(flags: New) -> GPT:
             "rms_norm_eps": 1e-6,
             "head_dim": flags.head_size or flags.width // flags.heads,
         }
-    if flags.family == "mistral":
-        raw["sliding_window"] = flags.sliding_window or None
+    if flags.family in families.LOCAL_ROPE:
+        del raw["rope_theta"]
+        rope = {"rope_type": "default", "rope_theta": flags.rope_theta}
+        raw["rope_parameters"] = {"full_attention": rope, "sliding_attention": rope}
+    if flags.family in families.WINDOW:
+        # transformers computes an olmo3 only with a window
+        no_window = None if flags.family == "mistral" else flags.max_position
+        raw["sliding_window"] = flags.sliding_window or no_window
     model = GPT(model_config(raw, flags.family)).to(DTYPES[flags.dtype])
     model.init_weights(flags.seed, flags.std)
     model.hf_config = raw
@@ -101,8 +107,9 @@ def _validate(flags: New, tokenizer: Tokenizer | None) -> None:
         raise ValueError(
             f"--width {flags.width} is no multiple of --heads {flags.heads}: or give --head-size"
         )
-    if flags.sliding_window and flags.family != "mistral":
-        raise ValueError("--sliding-window is for --family mistral")
+    if flags.sliding_window and flags.family not in families.WINDOW:
+        names = ", ".join(families.WINDOW)
+        raise ValueError(f"--sliding-window is for --family {names}")
     if tokenizer and flags.vocab and flags.vocab < tokenizer.size:
         raise ValueError(
             f"--vocab {flags.vocab} is too small for the tokenizer: it has {tokenizer.size} ids"

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from architecture import GPTConfig
 from kernels.attention import tree_attention
 from kernels.rope import rope
-from layers import ColumnLinear, Norm, RowLinear, columns
+from layers import ColumnLinear, HeadsNorm, Norm, RowLinear, columns
 from layout import TreeLayout
 from parallel import Group, Mesh, gather_rows, split
 
@@ -132,8 +132,13 @@ class Attention(nn.Module):
         self.k = ColumnLinear(c.width, key, c.kv_heads, mesh, c.qkv_bias)
         self.v = ColumnLinear(c.width, key, c.kv_heads, mesh, c.qkv_bias)
         self.out = RowLinear(query, c.width, c.kv_heads, mesh, c.out_bias)
-        self.normalise = c.qk_norm
-        if c.qk_norm:
+        self.qk_norm = c.qk_norm
+        self.q_norm: HeadsNorm | Norm
+        self.k_norm: HeadsNorm | Norm
+        if c.qk_norm == "whole":
+            self.q_norm = HeadsNorm(query, c.kv_heads, c.norm_eps, mesh)
+            self.k_norm = HeadsNorm(key, c.kv_heads, c.norm_eps, mesh)
+        if c.qk_norm == "head":
             self.q_norm = Norm(c.head_size, "rms", c.norm_eps, mesh)
             self.k_norm = Norm(c.head_size, "rms", c.norm_eps, mesh)
 
@@ -141,11 +146,13 @@ class Attention(nn.Module):
         """(T / tp, D) -> (T / tp, D); in between (T, H, E) with this rank's heads."""
         tokens = len(view.positions)
         q, k, v = columns(x, tokens, self.q, self.k, self.v)
+        if self.qk_norm == "whole":
+            q, k = self.q_norm(q), self.k_norm(k)
         # No -1 in these shapes: a rank without examples has zero tokens, which decide no size.
         q = q.view(tokens, self.kv_heads * self.group, self.size)
         k = k.view(tokens, self.kv_heads, self.size)
         v = v.view(tokens, self.kv_heads, self.size)
-        if self.normalise:
+        if self.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rope != "none":
             cos, sin = view.angles[self.rope]

@@ -53,11 +53,14 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: a mixer and an MLP, one after the other or (GPT-NeoX) side by side."""
+    """One layer: a mixer and an MLP, one after the other or (GPT-NeoX) side by side.
+
+    Each has a norm before it, or (OLMo 2) after it.
+    """
 
     def __init__(self, c: GPTConfig, layer: int, mesh: Mesh):
         super().__init__()
-        self.parallel_residual = c.parallel_residual
+        self.parallel_residual, self.post_norm = c.parallel_residual, c.post_norm
         self.norm1 = Norm(c.width, c.norm, c.norm_eps, mesh)
         self.norm2 = Norm(c.width, c.norm, c.norm_eps, mesh)
         self.mixer = Attention(c, layer, mesh)
@@ -68,6 +71,9 @@ class Block(nn.Module):
         tokens = len(view.positions)
         if self.parallel_residual:
             return x + self.mixer(self.norm1(x), view) + self.mlp(self.norm2(x), tokens)
+        if self.post_norm:
+            x = x + self.norm1(self.mixer(x, view))
+            return x + self.norm2(self.mlp(x, tokens))
         x, normed = self.norm2.add(x, self.mixer(self.norm1(x), view))
         return x + self.mlp(normed, tokens)
 

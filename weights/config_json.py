@@ -25,6 +25,8 @@ ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "smollm3": "SmolLM3ForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+    "olmo3": "Olmo3ForCausalLM",
     "gpt_neox": "GPTNeoXForCausalLM",
 }  # a reward model has ForSequenceClassification instead
 
@@ -88,7 +90,7 @@ def _check_types(raw: dict) -> None:
             raise ValueError(f"config.json: {key} = {value!r} is no number above 0")
         if key in SWITCHES and type(value) is not bool:
             raise ValueError(f"config.json: {key} = {value!r} is neither true nor false")
-        if key in ("rope_parameters", "rope_scaling"):
+        if key in ("rope_parameters", "rope_scaling", "full_attention", "sliding_attention"):
             _check_types(dict(value))
 
 
@@ -114,6 +116,7 @@ def model_config(raw: dict, family: str) -> GPTConfig:
         "rope_theta": rope.theta,
         "rope_size": int(sizes["head_size"] * rope.share),
         "rope_scaling": rope.scaling,
+        "local_theta": rope.local_theta,
         "windows": _windows(options, family, sizes["layers"], own.get("unrotated", ())),
         "tied": options.take("tie_word_embeddings", family in families.TIED),
         "max_position": options.peek("max_position_embeddings", 2048),
@@ -195,11 +198,11 @@ def _norm_and_mlp(options: Options, family: str) -> dict[str, Any]:
             "parallel_residual": options.take("use_parallel_residual", True),
         }
     return {
-        "norm_eps": options.take("rms_norm_eps", 1e-6),
+        "norm_eps": options.take("rms_norm_eps", families.EPS.get(family, 1e-6)),
         "mlp": translate(
             "hidden_act", options.take("hidden_act", "silu"), {"silu": "swiglu", "swish": "swiglu"}
         ),
-        "qk_norm": family == "qwen3",
+        "qk_norm": "head" if family == "qwen3" else "",
     }
 
 
@@ -217,7 +220,7 @@ def _windows(
     options: Options, family: str, layers: int, unrotated: tuple[int, ...]
 ) -> tuple[int, ...]:
     """Read the sliding window of every layer, 0 = none; () if no layer may have one."""
-    window = options.take("sliding_window", 4096 if family == "mistral" else None) or 0
+    window = options.take("sliding_window", families.WINDOW.get(family)) or 0
     first = 0  # first layer with a window, where layer_types does not say
     if family in ("qwen2", "qwen3", "smollm3"):
         if not options.take("use_sliding_window", False):
@@ -225,6 +228,8 @@ def _windows(
         first = options.peek("max_window_layers", 28)
     full = min(first, layers) if window else layers
     types = ["full_attention"] * full + ["sliding_attention"] * (layers - full)
+    if family == "olmo3":
+        types = ["full_attention" if i % 4 == 3 else "sliding_attention" for i in range(layers)]
     if family == "smollm3" and window:
         types = ["sliding_attention" if i in unrotated else "full_attention" for i in range(layers)]
     types = options.take("layer_types", types) or types

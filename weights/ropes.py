@@ -14,6 +14,7 @@ class Rope(NamedTuple):
     theta: float
     scaling: Scaling | None
     share: float  # part of every head that is rotated
+    local_theta: float  # base of the layers with a window; 0 = that of all layers
 
 
 # Kind of rope -> keys that it needs, keys that it may have.
@@ -31,6 +32,11 @@ ROPES = {
 def read_rope(options: Options, family: str) -> Rope:
     """Read the rotary options: rope_parameters of transformers 5, or the older separate keys."""
     new = dict(options.take("rope_parameters") or {})
+    local: dict = {}
+    split = "sliding_attention" in new
+    if family in families.LOCAL_ROPE:  # one set of keys a kind of layer
+        local = dict(new.pop("sliding_attention", None) or {})
+        new = new | dict(new.pop("full_attention", None) or {})
     old = dict(options.take("rope_scaling") or {})
     for name in old.keys() & new.keys():
         agreed({f"rope_scaling.{name}": old[name], f"rope_parameters.{name}": new[name]})
@@ -58,7 +64,18 @@ def read_rope(options: Options, family: str) -> Rope:
     theta = theta or families.THETA.get(family, 10000.0)
     kind = agreed({"rope_type": rope.pop("rope_type", None), "type": rope.pop("type", None)})
     kind = kind or "default"
-    return Rope(float(theta), _scaling(kind, rope), share)
+    local_theta = 0.0
+    if family in families.LOCAL_ROPE:
+        local_theta = float(local.pop("rope_theta", None) or families.LOCAL_ROPE[family])
+        if family == "olmo3" and not split and theta != local_theta:
+            raise ValueError(
+                f"config.json: rope_theta = {theta} is read in two ways for the layers of an olmo3 "
+                "model that have a window: write rope_parameters with full_attention and "
+                "sliding_attention, a rope_theta each"
+            )
+        if _scaling(local.pop("rope_type", None) or "default", local):
+            raise ValueError("config.json: rope_parameters.sliding_attention may not be stretched")
+    return Rope(float(theta), _scaling(kind, rope), share, local_theta)
 
 
 def _scaling(kind: str, rope: dict) -> Scaling | None:

@@ -41,6 +41,12 @@ LLAMA = [
     Row("head", "lm_head"),
     Row("score_head", "score"),
 ]
+# Norms after attention and MLP.
+OLMO = [
+    *LLAMA,
+    Row("blocks.{i}.norm1", "model.layers.{i}.post_attention_layernorm"),
+    Row("blocks.{i}.norm2", "model.layers.{i}.post_feedforward_layernorm"),
+]
 GPT_NEOX = [
     Row("embed", "gpt_neox.embed_in"),
     Row("blocks.{i}", "gpt_neox.layers.{i}"),
@@ -64,6 +70,8 @@ TABLES = {
     "qwen2": LLAMA,
     "qwen3": LLAMA,
     "smollm3": LLAMA,
+    "olmo2": OLMO,
+    "olmo3": OLMO,
     "gpt_neox": GPT_NEOX,
 }
 HEADS = ("lm_head.weight", "embed_out.weight")  # on disk; a tied or a reward model does without

@@ -5,6 +5,8 @@ transformers in tests/unit/test_families.py.
 
 Faults that were put in one by one and made a test here fail:
   rope      the layers without rope counted from the first of a stage
+  heads     squares of q and k summed over no rank, or their gradient summed over no rank; a rank's
+            share of the heads counted as all
 """
 
 import math
