@@ -99,6 +99,8 @@ class RunConfig:
     max_length: Number = 1024  # most tokens of a prompt with one response; see --overlong
     overlong: Literal["drop", "truncate"] = "drop"  # longer rows: drop them, or cut the prompt from
     # the left (never the response)
+    ignore_keys: list[str] = field(default_factory=list)  # keys of rows and messages to leave out,
+    # such as images, which are refused otherwise
     max_bad_rows: Count = 0  # unreadable rows to skip and report; 0 stops at the first
     shuffle: bool = True  # new order every epoch, from --seed; --no-shuffle keeps that of the files
     seed: Seed = 0  # of data order, sampling and everything else random

@@ -298,6 +298,7 @@ def load_rows(run: Run, files: list[str], kind: str, whole_trees: bool = True) -
             config.overlong,
             config.max_bad_rows,
             cache_folder(config),
+            ignore=config.ignore_keys,
         )
     if whole_trees:
         check_fit(data, config)

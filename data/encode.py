@@ -29,7 +29,7 @@ from data.formats import (
     weight_row,
     with_options,
 )
-from data.keys import canonical
+from data.keys import canonical, without
 from data.rows import BadRow, Line, parse_row, read_lines
 
 CHUNK_ROWS = 256  # rows of one task of a worker; a file of one chunk needs no workers
@@ -38,7 +38,7 @@ MAX_WORKERS = 32
 
 # kind -> function of (JSON object, keep HH transcripts as text) -> Row
 ROWS: dict[str, Callable[[dict, bool], Row]] = {
-    "sft": lambda row, plain: sft_row(row),
+    "sft": sft_row,
     "preference": preference_row,
     "label": label_row,
     "attributes": lambda row, plain: attribute_row(row),
@@ -56,6 +56,7 @@ class Job(NamedTuple):
     template: Any
     max_length: int  # tokens of a prompt with one response
     overlong: str  # "drop" or "truncate"
+    ignore: tuple[str, ...] = ()  # keys to leave out of rows and messages
 
 
 class Chunk(NamedTuple):
@@ -119,7 +120,7 @@ def encode_lines(job: Job, lines: list[Line]) -> Chunk:
     counts = dict.fromkeys(names, 0)
     for file, number, line in lines:
         try:
-            content, ignored, options = canonical(parse_row(line), job.kind)
+            content, ignored, options = canonical(without(parse_row(line), job.ignore), job.kind)
             row = with_options(ROWS[job.kind](content, job.template.plain), options)
             ids = sampled_ids(content)
             encoded = _tokenise(row, job.template, ids)

@@ -2,7 +2,7 @@
 
     SFT          {prompt, response}, {prompt, completion}, {input, output}: text or message lists
                  {messages: [{role, content}, ...]}, {conversations: [{from, value}, ...]}:
-                 every assistant turn is scored
+                 every assistant turn is scored; {text}, with --template plain
     preferences  {prompt, chosen, rejected}, {prompt, chosen_response, rejected_response}:
                  text or message lists
                  {chosen, rejected} without a prompt: message lists that repeat it (UltraFeedback),
@@ -66,10 +66,10 @@ def with_options(row: Row, options: dict[str, Any]) -> Row:
     return row._replace(prompt=as_chat(row.prompt, options))
 
 
-def sft_row(row: dict[str, Any]) -> Row:
-    """Return one demonstration: a prompt with its response, or a conversation.
+def sft_row(row: dict[str, Any], plain: bool = False) -> Row:
+    """Return one demonstration: a prompt with its response, a conversation, or a whole text.
 
-    ValueError names the keys that a row needs.
+    plain: take {text}, every token of which is learned. ValueError names the keys that a row needs.
     """
     pairs = (("prompt", "response"), ("prompt", "completion"), ("input", "output"))
     for prompt_key, response_key in pairs:
@@ -83,6 +83,13 @@ def sft_row(row: dict[str, Any]) -> Row:
     for key in ("messages", "conversations"):
         if row.get(key) is not None:
             return Row(None, [_conversation(row, key)], {})
+    if row.get("text") is not None:
+        if not plain:
+            raise ValueError(
+                "`text` is a whole document without roles: use --template plain, which learns all "
+                "of it, or write `messages`"
+            )
+        return Row("", [_text(row["text"], "text")], {})
     raise ValueError(
         f"{_missing(row, pairs)}: an SFT row needs `prompt` and `response` (or `completion`), "
         f"`input` and `output`, `messages` or `conversations`; this one has {_keys(row)}"

@@ -10,10 +10,12 @@ the rest would teach something else.
 """
 
 import json
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 from data.chat import ROLES, SPOKEN, Messages, as_chat
 from data.formats import ATTRIBUTES, prompt_of
+from data.senders import TOOLS, renamed
 
 # Keys that data/formats.py reads, by kind of row. Those of other kinds are ignored, by name.
 ANSWERS = set("prompt response completion input output messages conversations".split())
@@ -21,7 +23,7 @@ PAIRS = set("prompt chosen rejected chosen_response rejected_response".split())
 RESPONSES = (ANSWERS | PAIRS) - {"prompt", "input", "messages", "conversations"}
 SAMPLED = set("tokenizer response_ids chosen_ids rejected_ids".split())
 USED = {
-    "sft": ANSWERS | SAMPLED,
+    "sft": ANSWERS | SAMPLED | {"text"},
     "preference": PAIRS
     | SAMPLED
     | set("chosen_reward rejected_reward score_chosen score_rejected margin".split()),
@@ -35,8 +37,7 @@ LOST_IN_ROW = set("documents images image audio videos video weight train loss m
 FOR_REWARDS = {"documents", "weight", "train", "loss", "mask"}  # a reward may read them
 LOST_IN_MESSAGE = set("images audio refusal".split())
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # the same under three names
-CALLS = ("tool_calls", "function_call")
-TOOLS = ("tools", "functions")  # functions and function_call: OpenAI's older names
+CALLS = ("tool_calls", "function_call")  # the second is OpenAI's older name
 VALUES = ("chat_template_kwargs", "template_kwargs")  # for the chat template
 LEARNED = ("weight", "train", "loss", "mask")  # of a message: 0 or false is not learned
 LISTS = sorted(ANSWERS | PAIRS)
@@ -48,6 +49,21 @@ class Canonical(NamedTuple):
     row: dict[str, Any]
     ignored: set[str]  # names of keys
     options: dict[str, Any]  # what the chat template takes besides the messages: tools, ...
+
+
+def without(row: dict[str, Any], ignore: Collection[str]) -> dict[str, Any]:
+    """Return a row without some keys, in it and in its messages: --ignore-keys."""
+    if not ignore:
+        return row
+
+    def kept(value: Any) -> Any:
+        if isinstance(value, list):
+            return [kept(one) for one in value]
+        if isinstance(value, dict):
+            return {key: one for key, one in value.items() if key not in ignore}
+        return value
+
+    return {key: kept(value) for key, value in row.items() if key not in ignore}
 
 
 def canonical(row: dict[str, Any], kind: str = "") -> Canonical:
@@ -64,6 +80,7 @@ def canonical(row: dict[str, Any], kind: str = "") -> Canonical:
                 f"`{key}` cannot be used, and without it the row would mean something else: "
                 "render it into the texts, or remove the key"
             )
+    row = renamed(row)
     beside = (*BESIDE, *TOOLS, *VALUES)
     clean = {key: value for key, value in row.items() if key not in beside}
     for key in LISTS:

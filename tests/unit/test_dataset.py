@@ -331,7 +331,7 @@ BAD_SFT = [
     ("{}", "nothing to train on.*`prompt`.*`messages`"),
     ({"prompt": "Q"}, "`prompt` but no `response`"),
     ({"response": "Q", "prompt": None}, "`response` but no `prompt`"),
-    ({"question": "Q", "answer": "A"}, "this one has 'question', 'answer'"),
+    ({"ask": "Q", "answer": "A"}, "this one has 'ask', 'answer'"),
     ({"prompt": 3, "response": "A"}, "`prompt` must be text, got 3"),
     ({"prompt": "Q", "response": {"a": 1}}, "`response` must be text, got an object"),
     ('{"prompt": "\\ud800", "response": "A"}', "surrogate"),

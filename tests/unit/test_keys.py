@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from data.dataset import load_dataset, load_prompts
+from data.encode import ROWS
 from data.formats import sft_row
-from data.keys import canonical
+from data.keys import canonical, prompt_in
 from data.templates import Template
 from data.tokenizer import load_tokenizer
 
@@ -249,3 +250,123 @@ def test_a_refused_key_names_file_and_line(toy: Path, tmp_path: Path):
         load_dataset(file, "sft", template, cache=tmp_path / "cache", log=str)
     with pytest.raises(ValueError, match=r"rows\.jsonl:2: `images` cannot be used"):
         load_prompts([file], template, 100, log=str)
+
+
+TURNS = [{"from": "human", "value": "Q"}]
+FORMATS = {  # rows of other systems: (kind, row, prompt, responses)
+    "alpaca": ("sft", {"instruction": "Do", "input": "it", "output": "A"}, "Do\nit", ["A"]),
+    "dolly": (
+        "sft",
+        {"instruction": "Do", "context": "it", "response": "A", "category": "qa"},
+        "Do\nit",
+        ["A"],
+    ),
+    "orca": (
+        "sft",
+        {"system_prompt": "S", "question": "Q", "response": "A"},
+        [SYSTEM, USER],
+        ["A"],
+    ),
+    "gsm8k": ("sft", {"question": "Q", "answer": "A"}, "Q", ["A"]),
+    "metamath": ("sft", {"query": "Q", "response": "A", "type": "x"}, "Q", ["A"]),
+    "trl prompt and completion": ("sft", {"prompt": "Q", "completion": "A"}, "Q", ["A"]),
+    "orca pairs": (
+        "preference",
+        {"system": "S", "question": "Q", "chosen": "A", "rejected": "B"},
+        [SYSTEM, USER],
+        ["A", "B"],
+    ),
+    "openrlhf": ("preference", {"input": "Q", "chosen": "A", "rejected": "B"}, "Q", ["A", "B"]),
+    "alpaca pairs": (
+        "preference",
+        {"instruction": "Do", "input": "it", "chosen": "A", "rejected": "B"},
+        "Do\nit",
+        ["A", "B"],
+    ),
+    "sharegpt pairs": (
+        "preference",
+        {
+            "conversations": TURNS,
+            "chosen": {"from": "gpt", "value": "A"},
+            "rejected": {"from": "gpt", "value": "B"},
+        },
+        [USER],
+        [[ANSWER], [{**ANSWER, "content": "B"}]],
+    ),
+    "openai preference": (
+        "preference",
+        {
+            "input": {"messages": [USER], "tools": [], "parallel_tool_calls": True},
+            "preferred_output": [ANSWER],
+            "non_preferred_output": [{**ANSWER, "content": "B"}],
+        },
+        [USER],
+        [[ANSWER], [{**ANSWER, "content": "B"}]],
+    ),
+    "ultrafeedback": (
+        "preference",
+        {
+            "source": "x",
+            "instruction": "Q",
+            "completions": [
+                {"response": "B", "overall_score": 4.0},
+                {"response": "A", "overall_score": 8.5},
+                {"response": "C", "overall_score": 5},
+            ],
+        },
+        "Q",
+        ["A", "B"],
+    ),
+    "kto of llama-factory": (
+        "label",
+        {"instruction": "Q", "output": "A", "kto_tag": True},
+        "Q",
+        ["A"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_rows_of_other_systems(name: str):
+    kind, row, prompt, responses = FORMATS[name]
+    parsed = ROWS[kind](canonical(row, kind).row, False)
+    assert parsed[:2] == (prompt, responses)
+    assert prompt_in(row) == prompt
+
+
+def test_whole_texts_are_learned_with_plain_only(toy: Path, tmp_path: Path):
+    """TRL's {text}: bos, every token of the text, eos; a chat template has no roles for it."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"text": "Ada lives here."}) + "\n")
+    tokenizer = load_tokenizer(toy / "model")
+    data = load_dataset(file, "sft", Template("plain", tokenizer), cache=tmp_path / "c", log=str)
+    ids = tokenizer.encode("Ada lives here.")
+    assert list(data.tokens) == [tokenizer.bos, *ids, tokenizer.eos]
+    assert list(data.scored) == [0, *[1] * len(ids), 1]
+    with pytest.raises(ValueError, match="`text` is a whole document without roles: use --templ"):
+        load_dataset(file, "sft", Template("auto", tokenizer), cache=tmp_path / "c", log=str)
+
+
+def test_completions_without_a_pair_are_refused():
+    """Equal scores are no preference; a row without scores has none either."""
+    same = [{"response": "A", "overall_score": 5}, {"response": "B", "overall_score": 5}]
+    with pytest.raises(ValueError, match="no `chosen`"):
+        ROWS["preference"](canonical({"prompt": "Q", "completions": same}, "preference").row, False)
+    with pytest.raises(ValueError, match="none with an `overall_score`"):
+        canonical({"prompt": "Q", "completions": [{"response": "A"}]}, "preference")
+
+
+def test_ignored_keys_are_left_out_of_rows_and_messages(toy: Path, tmp_path: Path):
+    """--ignore-keys: what would be refused is gone and not named; others make a new cache."""
+    row = {"prompt": [{**USER, "audio": "x.wav"}], "response": "A", "images": ["x.png"]}
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    template = Template("auto", load_tokenizer(toy / "model"))
+    said: list[str] = []
+    options = {"cache": tmp_path / "cache", "log": said.append}
+    data = load_dataset(file, "sft", template, ignore=["images", "audio"], **options)
+    assert len(data) == 1 and "ignored" not in said[-1]
+    with pytest.raises(ValueError, match="images"):
+        load_dataset(file, "sft", template, **options)
+    prompts = load_prompts([file], template, 100, log=str, ignore=["images", "audio"])
+    assert prompts.rows == [row]

@@ -1,6 +1,7 @@
 """Rewards: rules by hand, functions of a file, reward models that read tokens; helpful errors."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,61 @@ def rewards_of(name: str, template, *answers: tuple) -> list[float]:
     return rewards.load_reward(name, template)(*map(list, zip(*answers)), None).tolist()
 
 
+@pytest.mark.parametrize(
+    ("answer", "given", "equal"),
+    [
+        ("9007199254740993", "9007199254740992", False),  # the same as floats
+        ("9007199254740993", "9007199254740993.0", True),
+        ("12", "1,2", False),
+        ("1234567", "1,234,567", True),
+        ("1234567", "1,234567", False),
+        ("-1200", "-1,200.00", True),
+        ("0.5", ".5", True),
+        ("nan", "nan", True),
+        ("inf", "infinity", False),
+        ("1e3", "1000", False),
+        ("x", ".", False),
+    ],
+)
+def test_exact_numbers(answer: str, given: str, equal: bool):
+    """Whole numbers of any size; commas only where thousands are; words are words."""
+    assert rewards.exact("")("", f"so #### {given}", {"answer": answer}) == float(equal)
+
+
+@pytest.mark.parametrize(
+    ("answer", "given", "equal"),
+    [
+        ("\\frac{1}{2}", "0.5", True),
+        ("0.5", "\\dfrac12", True),
+        ("50\\%", "\\frac{1}{2}", True),
+        ("1,234", "1234", True),
+        ("12", "1,2", False),
+        ("x^2+2x+1", "(x+1)^2", True),
+        ("9007199254740993", "9007199254740992", False),
+        ("2", "\\sqrt{4}", True),
+        ("3", "-3", False),
+        ("so \\boxed{7}", "7", True),
+        ("7", "", False),
+    ],
+)
+def test_boxed_answers(answer: str, given: str, equal: bool):
+    pytest.importorskip("math_verify")
+    reward = rewards.boxed("")
+    assert reward("", f"\\boxed{{1}}, no: \\boxed{{{given}}}.", {"answer": answer}) == float(equal)
+    assert reward("", f"{given}, in no box", {"answer": answer}) == 0.0
+
+
+def test_the_last_box_of_a_text():
+    assert rewards.in_box("\\boxed{1} then \\boxed{\\frac{1}{2}} end}") == "\\frac{1}{2}"
+    assert rewards.in_box("\\boxed{1") is None and rewards.in_box("none") is None
+
+
+def test_boxed_needs_its_package(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    with pytest.raises(ImportError, match="pip install math-verify"):
+        rewards.boxed("")
+
+
 def test_exact_answers_by_hand():
     """The text after the last marker is compared as a number or a word; no marker, no reward."""
     reward = rewards.exact("")
@@ -44,7 +100,7 @@ def test_exact_answers_by_hand():
         ("#### Yes", "yes", 1),
         ("#### 72 clips", "72", 0),
         ("####", "72", 0),
-        ("#### nan", "nan", 0),
+        ("#### nan", "nan", 1),
         ("#### 7", 7, 1),
     ):
         assert reward("", response, {"answer": answer}) == wanted, (response, answer)
