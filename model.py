@@ -81,6 +81,7 @@ class Block(nn.Module):
         return x + self.scaled(self.mlp(normed, tokens))
 
     def scaled(self, update: Tensor) -> Tensor:
+        """Return what is added to the residual stream."""
         return update if self.scale == 1.0 else update * self.scale
 
 
