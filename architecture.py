@@ -17,9 +17,9 @@ class GPTConfig:
     kv_heads: int
     head_size: int
     ffn: int
-    norm: str = "rms"  # rms, or layer (with bias)
+    norm: str = "rms"  # rms, layer (with bias), layer1p (stored less 1, with bias: Nemotron)
     norm_eps: float = 1e-5
-    mlp: str = "swiglu"  # swiglu, gelu, gelu_tanh
+    mlp: str = "swiglu"  # swiglu; without a gate gelu, gelu_tanh, relu2 (squared ReLU)
     rope_theta: float = 10000.0
     rope_size: int = 0  # rotated components of a head; 0 = all
     rope_scaling: Scaling | None = None  # of rotary.py
@@ -34,6 +34,10 @@ class GPTConfig:
     qk_norm: str = ""
     post_norm: bool = False  # x + norm(f(x)) in place of x + f(norm(x)) (OLMo 2)
     parallel_residual: bool = False  # x + attention(x) + mlp(x) (GPT-NeoX)
+    embedding_scale: float = 1.0  # of what the embedding gives (Granite, as the next three)
+    residual_scale: float = 1.0  # of what attention and MLP add to the residual stream
+    attention_scale: float = 0.0  # of q · k; 0 = 1 / √head_size
+    logit_scale: float = 1.0
     tied: bool = False  # the output head is the embedding
     outputs: int = 0  # numbers of a reward model's score head, which replaces the head; 0 = none
     max_position: int = 4096  # longest row the model was made for; longer ones are warned about

@@ -36,7 +36,17 @@ class New:
 
     out: str = ""  # folder to make
     family: Literal[
-        "llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo2", "olmo3", "gpt_neox"
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "smollm3",
+        "olmo2",
+        "olmo3",
+        "nemotron",
+        "granite",
+        "stablelm",
+        "gpt_neox",
     ] = "llama"  # architecture
     tokenizer: str = ""  # folder whose tokenizer is copied
     vocab: Count = 0  # rows of the embedding; 0 = what the tokenizer needs
@@ -45,7 +55,9 @@ class New:
     heads: Number = 4  # query heads
     kv_heads: Count = 0  # key/value heads; 0 = as many as query heads
     head_size: Count = 0  # 0 = width / heads
-    ffn: Count = 0  # MLP width; 0 = 8/3 of the width (4 for gpt_neox), rounded up to a multiple of
+    ffn: Count = (
+        0  # MLP width; 0 = 8/3 of the width (4 without a gate), rounded up to a multiple of
+    )
     # 16
     max_position: Number = 2048  # longest text the model is meant for, in tokens
     sliding_window: Count = 0  # of mistral or olmo3: positions that attention looks back; 0 = all
@@ -60,8 +72,8 @@ def new_model(flags: New) -> GPT:
     """Return a model of random weights for save_model. ValueError names the flag to change."""
     tokenizer = load_tokenizer(flags.tokenizer) if flags.tokenizer else None
     _validate(flags, tokenizer)
-    neox = flags.family == "gpt_neox"
-    ffn = 4 * flags.width if neox else -(-flags.width * 8 // 48) * 16
+    ungated = flags.family in ("gpt_neox", "nemotron")
+    ffn = 4 * flags.width if ungated else -(-flags.width * 8 // 48) * 16
     raw = {
         "architectures": [ARCHITECTURES[flags.family]],
         "model_type": flags.family,
@@ -72,20 +84,21 @@ def new_model(flags: New) -> GPT:
         "num_attention_heads": flags.heads,
         "max_position_embeddings": flags.max_position,
         "tie_word_embeddings": flags.tied,
-        "hidden_act": "gelu" if neox else "silu",
+        "hidden_act": "silu",
         "bos_token_id": tokenizer.bos if tokenizer else None,
         "eos_token_id": tokenizer.eos if tokenizer else None,
         "pad_token_id": None,  # some families have a default beyond a small vocabulary
+        "rope_theta": flags.rope_theta,
+        "num_key_value_heads": flags.kv_heads or flags.heads,
+        "head_dim": flags.head_size or flags.width // flags.heads,
+        "layer_norm_eps": 1e-5,
+        "norm_eps": 1e-5,
+        "rms_norm_eps": 1e-6,
+        **families.NEW.get(flags.family, {}),
     }
-    if neox:
-        raw |= {"rotary_pct": 0.25, "rotary_emb_base": flags.rope_theta, "layer_norm_eps": 1e-5}
-    else:
-        raw |= {
-            "num_key_value_heads": flags.kv_heads or flags.heads,
-            "rope_theta": flags.rope_theta,
-            "rms_norm_eps": 1e-6,
-            "head_dim": flags.head_size or flags.width // flags.heads,
-        }
+    raw = {key: value for key, value in raw.items() if families.reads(flags.family, key)}
+    if flags.family == "gpt_neox":
+        raw["rotary_emb_base"] = raw.pop("rope_theta")
     if flags.family in families.LOCAL_ROPE:
         del raw["rope_theta"]
         rope = {"rope_type": "default", "rope_theta": flags.rope_theta}
@@ -115,8 +128,10 @@ def _validate(flags: New, tokenizer: Tokenizer | None) -> None:
         raise ValueError(
             f"--vocab {flags.vocab} is too small for the tokenizer: it has {tokenizer.size} ids"
         )
-    if flags.family == "gpt_neox" and (flags.kv_heads or flags.head_size):
-        raise ValueError("--kv-heads and --head-size are not for gpt_neox: it has neither")
+    for flag, key in (("kv_heads", "num_key_value_heads"), ("head_size", "head_dim")):
+        if getattr(flags, flag) and not families.reads(flags.family, key):
+            name = flag.replace("_", "-")
+            raise ValueError(f"--{name} is not for {flags.family}: its config.json has no {key}")
 
 
 def describe(folder: str) -> str:

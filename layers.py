@@ -121,19 +121,22 @@ def weights_of(model: nn.Module) -> dict[str, Weight]:
 
 
 class Norm(Layer):
-    """RMSNorm, or LayerNorm with a bias; over the last dimension."""
+    """RMSNorm, or LayerNorm with a bias; over the last dimension. Kinds: see GPTConfig.norm."""
 
     def __init__(self, size: int, kind: str, eps: float, mesh: Mesh):
         super().__init__(mesh)
         self.eps = eps
-        self.has_bias = kind == "layer"
-        self.declare("weight", Weight((size,), decays=False, start="ones"))
+        self.has_bias = kind.startswith("layer")
+        self.less_one = kind.endswith("1p")  # the weight is stored less 1
+        start: Start = "zeros" if self.less_one else "ones"
+        self.declare("weight", Weight((size,), decays=False, start=start))
         if self.has_bias:
             self.declare("bias", Weight((size,), decays=False, start="zeros"))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.has_bias:
-            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+            weight = self.weight + 1 if self.less_one else self.weight
+            return F.layer_norm(x, weight.shape, weight, self.bias, self.eps)
         return rms_norm(x, self.weight, self.eps)
 
     def add(self, x: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:

@@ -124,6 +124,8 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.size, self.window = layer, c.head_size, c.window(layer)
         self.rope = c.rope(layer)
+        # What q is multiplied by, since attention divides by √E.
+        self.q_scale = c.attention_scale * c.head_size**0.5 or 1.0
         first, last = split(c.kv_heads, mesh.tp, mesh.tp_rank)
         self.kv_heads = last - first  # of this rank
         self.group = c.heads // c.kv_heads  # query heads of one key/value head
@@ -157,6 +159,8 @@ class Attention(nn.Module):
         if self.rope != "none":
             cos, sin = view.angles[self.rope]
             q, k = rope(q, cos, sin), rope(k, cos, sin)
+        if self.q_scale != 1.0:
+            q = q * self.q_scale
         if isinstance(view, TreeView):
             k, v = gather_rows(k, view.shares, view.cp), gather_rows(v, view.shares, view.cp)
             y = tree_attention(q, k, v, view.layout, self.window)

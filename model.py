@@ -33,7 +33,7 @@ ALONE = Mesh()
 
 
 class MLP(nn.Module):
-    """SwiGLU, or one hidden layer with GELU; tensor ranks share the hidden width F."""
+    """SwiGLU, or GELU or squared ReLU without a gate; tensor ranks share the hidden width F."""
 
     def __init__(self, c: GPTConfig, mesh: Mesh):
         super().__init__()
@@ -48,6 +48,8 @@ class MLP(nn.Module):
         if self.kind == "swiglu":
             gate, up = columns(x, tokens, self.gate, self.up)
             return self.down(swiglu(gate, up))
+        if self.kind == "relu2":
+            return self.down(F.relu(self.up(x, tokens)).square())
         approximate = "tanh" if self.kind == "gelu_tanh" else "none"
         return self.down(F.gelu(self.up(x, tokens), approximate=approximate))
 
@@ -61,6 +63,7 @@ class Block(nn.Module):
     def __init__(self, c: GPTConfig, layer: int, mesh: Mesh):
         super().__init__()
         self.parallel_residual, self.post_norm = c.parallel_residual, c.post_norm
+        self.scale = c.residual_scale
         self.norm1 = Norm(c.width, c.norm, c.norm_eps, mesh)
         self.norm2 = Norm(c.width, c.norm, c.norm_eps, mesh)
         self.mixer = Attention(c, layer, mesh)
@@ -74,8 +77,12 @@ class Block(nn.Module):
         if self.post_norm:
             x = x + self.norm1(self.mixer(x, view))
             return x + self.norm2(self.mlp(x, tokens))
-        x, normed = self.norm2.add(x, self.mixer(self.norm1(x), view))
-        return x + self.mlp(normed, tokens)
+        x, normed = self.norm2.add(x, self.scaled(self.mixer(self.norm1(x), view)))
+        return x + self.scaled(self.mlp(normed, tokens))
+
+    def scaled(self, update: Tensor) -> Tensor:
+        """Return what is added to the residual stream."""
+        return update if self.scale == 1.0 else update * self.scale
 
 
 class GPT(nn.Module):
@@ -191,6 +198,8 @@ class GPT(nn.Module):
         if self.mesh.pp_rank == 0:
             self.wait("embed")
             x = self.embed.embed(tokens)
+            if self.c.embedding_scale != 1.0:
+                x = x * self.c.embedding_scale
         view.angles = self.angles(view.positions)
         for name, block in self.blocks.items():
             self.wait(f"blocks.{name}")
@@ -246,8 +255,13 @@ class GPT(nn.Module):
             places, index = locate(share, index)
             rows = len(share)
         if cp.n == 1 and self.tp.n == 1:
-            return self.norm(hidden.index_select(0, index)), places
-        return enter(self.norm(hidden), rows, self.tp).index_select(0, index), places
+            return self.before_head(hidden.index_select(0, index)), places
+        return enter(self.before_head(hidden), rows, self.tp).index_select(0, index), places
+
+    def before_head(self, hidden: Tensor) -> Tensor:
+        """Return what the output head multiplies with, (..., D) -> (..., D)."""
+        normed, scale = self.norm(hidden), self.c.logit_scale
+        return normed if scale == 1.0 else normed * scale
 
     def kl(
         self,
@@ -274,8 +288,8 @@ class GPT(nn.Module):
         """Return the logits at places index (n,) of the flat row, (n, V); to sample from."""
         self.wait()
         if self.tp.n == 1:
-            return self.output.logits(self.norm(hidden.index_select(0, index)))
-        hidden = enter(self.norm(hidden), self.tp.n * len(hidden), self.tp)
+            return self.output.logits(self.before_head(hidden.index_select(0, index)))
+        hidden = enter(self.before_head(hidden), self.tp.n * len(hidden), self.tp)
         return self.output.logits(hidden.index_select(0, index))
 
     def score(self, hidden: Tensor, batch: TreeBatch, index: Tensor) -> Tensor:

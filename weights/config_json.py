@@ -27,6 +27,9 @@ ARCHITECTURES = {
     "smollm3": "SmolLM3ForCausalLM",
     "olmo2": "Olmo2ForCausalLM",
     "olmo3": "Olmo3ForCausalLM",
+    "nemotron": "NemotronForCausalLM",
+    "granite": "GraniteForCausalLM",
+    "stablelm": "StableLmForCausalLM",
     "gpt_neox": "GPTNeoXForCausalLM",
 }  # a reward model has ForSequenceClassification instead
 
@@ -62,13 +65,14 @@ WHOLE_NUMBERS = set(
     "num_labels original_max_position_embeddings no_rope_layer_interval".split()
 )
 NUMBERS = set(
+    "norm_eps embedding_multiplier residual_multiplier attention_multiplier logits_scaling "
     "rope_theta rotary_emb_base rotary_pct partial_rotary_factor layer_norm_eps rms_norm_eps "
     "factor low_freq_factor high_freq_factor attention_factor beta_fast beta_slow mscale "
     "mscale_all_dim".split()
 )
 SWITCHES = set(
     "use_parallel_residual attention_bias mlp_bias use_sliding_window tie_word_embeddings "
-    "truncate".split()
+    "truncate use_qkv_bias qk_layernorm".split()
 )
 # Upper bounds of whole numbers, 2**24 for the others: a damaged file must not eat all memory.
 LARGEST = {"num_hidden_layers": 1000, "num_labels": 10_000}
@@ -197,8 +201,16 @@ def _norm_and_mlp(options: Options, family: str) -> dict[str, Any]:
             "mlp": translate("hidden_act", options.take("hidden_act", "gelu"), gelus),
             "parallel_residual": options.take("use_parallel_residual", True),
         }
+    if family == "nemotron":
+        return {
+            "norm": "layer1p",
+            "norm_eps": options.take("norm_eps", 1e-5),
+            "mlp": translate("hidden_act", options.take("hidden_act", "relu2"), {"relu2": "relu2"}),
+        }
+    norm, eps = ("layer", "layer_norm_eps") if family == "stablelm" else ("rms", "rms_norm_eps")
     return {
-        "norm_eps": options.take("rms_norm_eps", families.EPS.get(family, 1e-6)),
+        "norm": norm,
+        "norm_eps": options.take(eps, families.EPS.get(family, 1e-6)),
         "mlp": translate(
             "hidden_act", options.take("hidden_act", "silu"), {"silu": "swiglu", "swish": "swiglu"}
         ),

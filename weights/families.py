@@ -14,28 +14,49 @@ Fields = dict[str, Any]
 TIED = ("smollm3",)
 # Base of the rotary frequencies where config.json does not say; 10000 for the others.
 THETA = {"smollm3": 2e6, "olmo3": 5e5}
-EPS = {"olmo2": 1e-5, "olmo3": 1e-5}  # of the norms; 1e-6 for the others
+EPS = {"olmo2": 1e-5, "olmo3": 1e-5, "stablelm": 1e-5}  # of the norms; 1e-6 for the others
 WINDOW = {"mistral": 4096, "olmo3": 4096}  # sliding window; none for the others
+# Families whose heads are rotated in part -> the share where config.json does not say.
+SHARE = {"gpt_neox": 0.25, "nemotron": 0.5, "stablelm": 0.25}
 # Families whose layers with a window have rotary positions of their own -> their default base.
 LOCAL_ROPE = {"olmo3": 5e5}
 QWEN, OLMO = ("qwen2", "qwen3"), ("olmo2", "olmo3")
-MODERN = ("llama", "mistral", *QWEN, "smollm3", *OLMO)
+RMS = ("llama", "mistral", *QWEN, "smollm3", *OLMO, "granite")
 # Optional keys that change the arithmetic -> the families whose own code reads them.
 READ_BY = {
-    "num_key_value_heads": MODERN,
-    "head_dim": MODERN,
-    "rms_norm_eps": MODERN,
-    "layer_norm_eps": ("gpt_neox",),
-    "attention_bias": ("llama", "qwen3", "smollm3", "gpt_neox", *OLMO),
-    "mlp_bias": ("llama", "smollm3"),
+    "num_key_value_heads": (*RMS, "nemotron", "stablelm"),
+    "head_dim": (*RMS, "nemotron"),
+    "rms_norm_eps": RMS,
+    "layer_norm_eps": ("gpt_neox", "stablelm"),
+    "norm_eps": ("nemotron",),
+    "attention_bias": ("llama", "qwen3", "smollm3", "gpt_neox", *OLMO, "nemotron", "granite"),
+    "mlp_bias": ("llama", "smollm3", "nemotron", "granite"),
     "sliding_window": ("mistral", "smollm3", "olmo3", *QWEN),
     "use_sliding_window": ("smollm3", *QWEN),
     "layer_types": ("smollm3", "olmo3", *QWEN),
     "rotary_pct": ("gpt_neox",),
     "rotary_emb_base": ("gpt_neox",),
-    "partial_rotary_factor": ("gpt_neox",),
-    "use_parallel_residual": ("gpt_neox",),
+    "partial_rotary_factor": tuple(SHARE),
+    "use_parallel_residual": ("gpt_neox", "stablelm"),
 }
+
+
+# Keys of a new folder of a family besides the usual ones.
+NEW: dict[str, Fields] = {
+    "gpt_neox": {"hidden_act": "gelu", "rotary_pct": 0.25},
+    "nemotron": {"hidden_act": "relu2"},
+    "granite": {
+        "attention_multiplier": 0.125,
+        "embedding_multiplier": 12.0,
+        "residual_multiplier": 0.22,
+        "logits_scaling": 8.0,
+    },
+}
+
+
+def reads(family: str, key: str) -> bool:
+    """Return whether a family's own code reads a key."""
+    return family in READ_BY.get(key, (family,))
 
 
 def smollm3(take: Take, fields: Fields) -> Fields:
@@ -56,8 +77,31 @@ def olmo(take: Take, fields: Fields) -> Fields:
     return {"post_norm": True, "qk_norm": "whole"}
 
 
+def granite(take: Take, fields: Fields) -> Fields:
+    """Read the multipliers of Granite 3 (as those of μP, arXiv 2203.03466)."""
+    take("attention_dropout")  # 0.1 in some folders: an option of training, and plumb has none
+    return {
+        "embedding_scale": take("embedding_multiplier") or 1.0,
+        "residual_scale": take("residual_multiplier") or 1.0,
+        "attention_scale": take("attention_multiplier") or 1.0,
+        "logit_scale": 1.0 / (take("logits_scaling") or 1.0),
+    }
+
+
+def stablelm(take: Take, fields: Fields) -> Fields:
+    """Read the biases of StableLM 2. ValueError: the norms or the order of blocks of the 12B."""
+    for key in ("qk_layernorm", "use_parallel_residual"):
+        if take(key):
+            raise ValueError(f"config.json: {key} = true is not supported for stablelm models")
+    if take("rotary_scaling_factor", 1.0) not in (1, None):
+        raise ValueError("config.json: rotary_scaling_factor is supported at 1 only")
+    return {"qkv_bias": take("use_qkv_bias") or False}
+
+
 READERS: dict[str, Callable[[Take, Fields], Fields]] = {
     "smollm3": smollm3,
     "olmo2": olmo,
     "olmo3": olmo,
+    "granite": granite,
+    "stablelm": stablelm,
 }

@@ -55,12 +55,12 @@ def read_rope(options: Options, family: str) -> Rope:
             "rotary_pct": options.take("rotary_pct"),
         }
     )
-    if family != "gpt_neox" and share not in (None, 1):
+    if family not in families.SHARE and share not in (None, 1):
         raise ValueError(
             f"config.json: partial_rotary_factor = {share} is not read by the code of {family} "
             "models: remove it if the model was trained without it"
         )
-    share = share or (0.25 if family == "gpt_neox" else 1.0)
+    share = share or families.SHARE.get(family, 1.0)
     theta = theta or families.THETA.get(family, 10000.0)
     kind = agreed({"rope_type": rope.pop("rope_type", None), "type": rope.pop("type", None)})
     kind = kind or "default"

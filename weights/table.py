@@ -72,6 +72,9 @@ TABLES = {
     "smollm3": LLAMA,
     "olmo2": OLMO,
     "olmo3": OLMO,
+    "nemotron": LLAMA,
+    "granite": LLAMA,
+    "stablelm": LLAMA,
     "gpt_neox": GPT_NEOX,
 }
 HEADS = ("lm_head.weight", "embed_out.weight")  # on disk; a tied or a reward model does without

@@ -6,7 +6,8 @@ of what is saved from here and read there.
 Faults that were put in one by one and made a test here fail:
   rope      no layer without rope; the amplitude of YaRN left out, the ends of its blend not
             rounded; layers with a window stretched as the others
-  norms     q and k normed head by head, norms before in place of after
+  norms     q and k normed head by head, norms before in place of after; LayerNorm1P without its 1
+  scales    Granite's of the residual stream, of the logits and of attention left out, one by one
 """
 
 from pathlib import Path
