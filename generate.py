@@ -22,6 +22,7 @@ from typing import Annotated, Literal
 
 import torch
 
+import hub
 from config import Count, Number, Range, SampleTemperature, Seed, parse
 from data import attributes
 from data.jinja import read_kwargs
@@ -212,6 +213,7 @@ def finished_rows(partial: Path, key: dict[str, str]) -> list[dict]:
 def main(argv: list[str] | None = None) -> None:
     flags = parse(Flags, __doc__, argv)
     validate(flags)
+    hub.resolve(flags, ("model",))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     best_dtype = "bf16" if device == "cuda" else "fp32"
     dtype = DTYPES[best_dtype if flags.dtype == "auto" else flags.dtype]

@@ -19,6 +19,7 @@ from typing import Literal
 
 import torch
 
+import hub
 from config import Above0, Amount, Count, Number, Seed, parse
 from data.templates import Template
 from data.tokenizer import Tokenizer, load_tokenizer
@@ -191,7 +192,7 @@ def main(argv: list[str]) -> None:
             save_model(new_model(flags), flags.out, flags.tokenizer or None)
             argv = ["check", flags.out] if flags.tokenizer else []
         if argv[:1] == ["check"] and len(argv) == 2:
-            print(describe(argv[1]))
+            print(describe(hub.model_folder(argv[1])))
         elif argv:
             print(__doc__)
     except (ImportError, OSError, ValueError) as error:

@@ -16,6 +16,7 @@ from typing import Annotated, Literal, NamedTuple
 
 import torch
 
+import hub
 from config import Amount, Count, Number, Range, RunConfig, check_ranges, parse
 from footprint import Layout, layers_of, memory, sent
 from model import GPTConfig, parameter_count
@@ -282,7 +283,7 @@ def sizes(flags: Plan) -> GPTConfig:
     if flags.base_dtype != "none" and not flags.lora:
         raise ValueError(f"--base-dtype {flags.base_dtype} is for frozen weights: add --lora 16")
     if flags.model:
-        return read_config(flags.model)[0]
+        return read_config(hub.model_folder(flags.model))[0]
     for name in ("width", "layers", "heads", "vocab"):
         if getattr(flags, name) < 1:
             raise ValueError(

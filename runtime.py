@@ -27,6 +27,7 @@ import numpy as np
 import torch
 
 import checkpoint
+import hub
 import lock
 import parallel
 import plan
@@ -39,7 +40,15 @@ from data.tokenizer import load_tokenizer
 from data.trees import check_longest
 from disk import write_text
 from faults import is_about_others, last_words, said_by, who_failed_first
-from identity import Description, changed_flags, check_resumed, compare_ranks, describe
+from identity import (
+    DATA_FLAGS,
+    MODEL_FLAGS,
+    Description,
+    changed_flags,
+    check_resumed,
+    compare_ranks,
+    describe,
+)
 from model import GPT
 from optimizer import AdamW
 from parallel import Mesh, init_mesh
@@ -154,6 +163,7 @@ def start(config: RunConfig) -> Run:
     All ranks but 0 print nothing from here on. ValueError names the flag and the fix.
     """
     global _config
+    hub.resolve(config, MODEL_FLAGS, DATA_FLAGS)
     mine = describe(config)
     mesh = parallel.join(config.device, config.timeout_minutes)
     _config = config

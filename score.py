@@ -23,6 +23,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+import hub
 from config import Number, parse
 from data.jinja import read_kwargs
 from data.rows import read_rows, write_rows
@@ -56,6 +57,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("score.py needs --model, --data and --out")
     if flags.ref and flags.attributes:
         raise ValueError("--ref compares language models, --attributes needs a reward model")
+    hub.resolve(flags, ("model", "ref"))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     best_dtype = "bf16" if device == "cuda" else "fp32"
     dtype = DTYPES[best_dtype if flags.dtype == "auto" else flags.dtype]
