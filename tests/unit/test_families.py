@@ -80,7 +80,7 @@ def test_a_published_model_is_that_of_transformers(name: str, tmp_path: Path):
 @pytest.mark.parametrize("name", ["Phi-4-mini-instruct", "Llama with dynamic rope"])
 @torch.no_grad()
 def test_rows_beyond_the_rope_are_refused(name: str, tmp_path: Path):
-    """Where a longer row has other angles for all its positions, one token more is an error."""
+    """One token more is an error where a longer row has other angles for all its positions."""
     model = load_model(published_folder(name, tmp_path / "model"), torch.float32)
     assert model.c.longest == 64
     logits_of(model, [5] * 64)
