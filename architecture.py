@@ -40,6 +40,7 @@ class GPTConfig:
     logit_scale: float = 1.0
     tied: bool = False  # the output head is the embedding
     outputs: int = 0  # numbers of a reward model's score head, which replaces the head; 0 = none
+    longest: int = 0  # beyond this many positions the rope is another one: refused; 0 = no limit
     max_position: int = 4096  # longest row the model was made for; longer ones are warned about
 
     def window(self, layer: int) -> int:

@@ -46,6 +46,7 @@ class New:
         "nemotron",
         "granite",
         "stablelm",
+        "phi3",
         "gpt_neox",
     ] = "llama"  # architecture
     tokenizer: str = ""  # folder whose tokenizer is copied

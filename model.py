@@ -159,6 +159,9 @@ class GPT(nn.Module):
     def angles(self, positions: Tensor) -> Angles:
         """Return cos and sin of every rotation, in fp32 as transformers does."""
         c, size = self.c, self.c.rope_size or self.c.head_size
+        if c.longest:
+            message = f"the model's rope ends at {c.longest} positions: lower --max-length"
+            torch._assert_async((positions < c.longest).all(), message)
         if not self._frequencies or self._frequencies["main"].device != positions.device:
             ropes = {"main": frequencies(c.rope_theta, size, c.rope_scaling)}
             if c.local_theta:

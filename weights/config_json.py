@@ -30,6 +30,7 @@ ARCHITECTURES = {
     "nemotron": "NemotronForCausalLM",
     "granite": "GraniteForCausalLM",
     "stablelm": "StableLmForCausalLM",
+    "phi3": "Phi3ForCausalLM",
     "gpt_neox": "GPTNeoXForCausalLM",
 }  # a reward model has ForSequenceClassification instead
 
@@ -110,7 +111,7 @@ def model_config(raw: dict, family: str) -> GPTConfig:
     options = Options(raw)
     _drop_unread(options, family)
     sizes = _sizes(options, family)
-    rope = read_rope(options, family)
+    rope = read_rope(options, family, raw)
     reader = families.READERS.get(family)
     own = reader(options.take, sizes) if reader else {}
     fields = {
@@ -121,6 +122,7 @@ def model_config(raw: dict, family: str) -> GPTConfig:
         "rope_size": int(sizes["head_size"] * rope.share),
         "rope_scaling": rope.scaling,
         "local_theta": rope.local_theta,
+        "longest": rope.longest,
         "windows": _windows(options, family, sizes["layers"], own.get("unrotated", ())),
         "tied": options.take("tie_word_embeddings", family in families.TIED),
         "max_position": options.peek("max_position_embeddings", 2048),
@@ -128,6 +130,12 @@ def model_config(raw: dict, family: str) -> GPTConfig:
         **own,
     }
     _check_rest(options, raw, family)
+    factors = getattr(rope.scaling, "factors", None)
+    if factors and len(factors) != fields["rope_size"] // 2:
+        raise ValueError(
+            f"config.json: {len(factors)} values in short_factor, the heads have "
+            f"{fields['rope_size'] // 2} rotated pairs"
+        )
     if rope.share > 1 or fields["rope_size"] % 2:
         raise ValueError(
             f"config.json: {fields['rope_size']} rotated components a head must be an even number, "

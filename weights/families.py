@@ -14,14 +14,19 @@ Fields = dict[str, Any]
 TIED = ("smollm3",)
 # Base of the rotary frequencies where config.json does not say; 10000 for the others.
 THETA = {"smollm3": 2e6, "olmo3": 5e5}
-EPS = {"olmo2": 1e-5, "olmo3": 1e-5, "stablelm": 1e-5}  # of the norms; 1e-6 for the others
+EPS = {
+    "olmo2": 1e-5,
+    "olmo3": 1e-5,
+    "stablelm": 1e-5,
+    "phi3": 1e-5,
+}  # of the norms; 1e-6 for the others
 WINDOW = {"mistral": 4096, "olmo3": 4096}  # sliding window; none for the others
 # Families whose heads are rotated in part -> the share where config.json does not say.
-SHARE = {"gpt_neox": 0.25, "nemotron": 0.5, "stablelm": 0.25}
+SHARE = {"gpt_neox": 0.25, "nemotron": 0.5, "stablelm": 0.25, "phi3": 1.0}
 # Families whose layers with a window have rotary positions of their own -> their default base.
 LOCAL_ROPE = {"olmo3": 5e5}
 QWEN, OLMO = ("qwen2", "qwen3"), ("olmo2", "olmo3")
-RMS = ("llama", "mistral", *QWEN, "smollm3", *OLMO, "granite")
+RMS = ("llama", "mistral", *QWEN, "smollm3", *OLMO, "granite", "phi3")
 # Optional keys that change the arithmetic -> the families whose own code reads them.
 READ_BY = {
     "num_key_value_heads": (*RMS, "nemotron", "stablelm"),
@@ -31,7 +36,7 @@ READ_BY = {
     "norm_eps": ("nemotron",),
     "attention_bias": ("llama", "qwen3", "smollm3", "gpt_neox", *OLMO, "nemotron", "granite"),
     "mlp_bias": ("llama", "smollm3", "nemotron", "granite"),
-    "sliding_window": ("mistral", "smollm3", "olmo3", *QWEN),
+    "sliding_window": ("mistral", "smollm3", "olmo3", "phi3", *QWEN),
     "use_sliding_window": ("smollm3", *QWEN),
     "layer_types": ("smollm3", "olmo3", *QWEN),
     "rotary_pct": ("gpt_neox",),
@@ -98,10 +103,22 @@ def stablelm(take: Take, fields: Fields) -> Fields:
     return {"qkv_bias": take("use_qkv_bias") or False}
 
 
+def phi3(take: Take, fields: Fields) -> Fields:
+    """Take keys of Phi-3 and Phi-4 that change nothing. ValueError: one that does."""
+    expected = {"embd_pdrop": 0, "resid_pdrop": 0, "full_attn_mod": 1, "lm_head_bias": False}
+    expected |= {"mlp_bias": False, "interpolate_factor": 1, "attention_bias": False}
+    for key, value in expected.items():
+        if (have := take(key, value)) not in (value, None):
+            raise ValueError(f"config.json: {key} = {have!r} is not supported, only {value!r}")
+    take("auto_map")  # code of its own, from before transformers knew the family
+    return {}
+
+
 READERS: dict[str, Callable[[Take, Fields], Fields]] = {
     "smollm3": smollm3,
     "olmo2": olmo,
     "olmo3": olmo,
     "granite": granite,
     "stablelm": stablelm,
+    "phi3": phi3,
 }

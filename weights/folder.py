@@ -28,7 +28,7 @@ from parallel import Mesh, split
 from weights.adapters import BaseDtype, frozen_linears
 from weights.config_json import model_config, read_config, score_names, with_scores
 from weights.files import DTYPES, fingerprint, open_weights, weight_files
-from weights.table import HEADS, Stored, fuse, part_of, weight_table
+from weights.table import HEADS, Stored, fuse, weight_table
 
 __all__ = ["DTYPES", "fingerprint", "load_model", "save_model", "weight_files"]
 NOT_FINITE = "a weight is not finite"
@@ -87,12 +87,12 @@ def load_model(
                 f"but config.json makes it {stored.shape}"
             )
         if name in quantised and base_dtype != "none":
-            whole = _read_slice(on_disk, stored, c, ALONE)
+            whole = _read_slice(on_disk, stored, ALONE)
             _check_finite(folder, stored.name, whole)
             quantised[name].quantize(whole.to(device), base_dtype)
             tensors[name] = torch.empty(p.shape, dtype=dtype, device="meta")
             continue
-        tensor = _read_slice(on_disk, stored, c, mesh)
+        tensor = _read_slice(on_disk, stored, mesh)
         tensors[name] = tensor.to(device=device, dtype=dtype, copy=True)
         _check_finite(folder, stored.name, tensors[name])
     model.load_state_dict(tensors, assign=True)
@@ -103,7 +103,7 @@ def load_model(
 
     def original(name: str) -> Tensor:
         stored = table[name]
-        return _read_slice(handles[files[stored.name]].get_slice(stored.name), stored, c, mesh)
+        return _read_slice(handles[files[stored.name]].get_slice(stored.name), stored, mesh)
 
     if quantised:
         model.original = original
@@ -167,17 +167,20 @@ def _check_finite(folder: str | Path, name: str, tensor: Tensor) -> None:
         )
 
 
-def _read_slice(on_disk: Any, stored: Stored, c: GPTConfig, mesh: Mesh) -> Tensor:
+def _read_slice(on_disk: Any, stored: Stored, mesh: Mesh) -> Tensor:
     """Read this rank's slice of a weight, and no more of the file than that."""
     cut = stored.weight.slice(mesh)
+    if stored.part:
+        first, last = cut[1:] if cut and cut[0] == 0 else (0, stored.weight.shape[0])
+        rows = stored.part.rows(first, last)
+        if not len(rows):
+            return on_disk[:0]
+        low, high = int(rows[0]), int(rows[-1]) + 1
+        tensor = on_disk[low:high]
+        return tensor if high - low == len(rows) else tensor[rows - low]
     if cut is None:
-        tensor = on_disk[:]
-    elif cut[0] == 0:
-        parts = 3 if stored.part else 1
-        tensor = on_disk[parts * cut[1] : parts * cut[2]]
-    else:
-        tensor = on_disk[:, cut[1] : cut[2]]
-    return part_of(tensor, stored.part, c.head_size) if stored.part else tensor
+        return on_disk[:]
+    return on_disk[cut[1] : cut[2]] if cut[0] == 0 else on_disk[:, cut[1] : cut[2]]
 
 
 # ---- writing -------------------------------------------------------------------------------------
@@ -193,7 +196,8 @@ def to_theirs(model: GPT, names: list[str] | None = None, keep: bool = True) -> 
     tensors: dict[str, Tensor] = {}
     fused: dict[str, dict[str, Tensor]] = {}
     here = dict(model.named_parameters())
-    for name, stored in weight_table(model.c).items():
+    table = weight_table(model.c)
+    for name, stored in table.items():
         if name not in here or names is not None and stored.name not in names:
             continue
         tensor, cut = _merged(model, name, here[name]).detach(), stored.weight.cut
@@ -204,10 +208,10 @@ def to_theirs(model: GPT, names: list[str] | None = None, keep: bool = True) -> 
             continue
         tensor = tensor.cpu().contiguous()
         if stored.part:
-            fused.setdefault(stored.name, {})[stored.part] = tensor
+            fused.setdefault(stored.name, {})[name] = tensor
         else:
             tensors[stored.name] = tensor
-    tensors |= {name: fuse(parts, model.c.head_size) for name, parts in fused.items()}
+    tensors |= {name: fuse(parts, table) for name, parts in fused.items()}
     return tensors
 
 

@@ -3,7 +3,7 @@
 import math
 from typing import NamedTuple
 
-from rotary import Linear, Llama3, Scaling, Yarn
+from rotary import Divisors, Linear, Llama3, Scaling, Yarn
 from weights import families
 from weights.options import Options, agreed, translate
 
@@ -15,22 +15,29 @@ class Rope(NamedTuple):
     scaling: Scaling | None
     share: float  # part of every head that is rotated
     local_theta: float  # base of the layers with a window; 0 = that of all layers
+    longest: int  # positions after which the rope is another one; 0 = never
 
 
 # Kind of rope -> keys that it needs, keys that it may have.
-LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-YARN = ("factor", "original_max_position_embeddings")
+ORIGINAL = "original_max_position_embeddings"
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", ORIGINAL)
+YARN = ("factor", ORIGINAL)
 YARN_MORE = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate")
 ROPES = {
     "default": ((), ()),
     "linear": (("factor",), ()),
     "llama3": (LLAMA3, ()),
     "yarn": (YARN, YARN_MORE),
+    "dynamic": (("factor",), ("original_max_position_embeddings",)),
+    "longrope": (("short_factor", "long_factor"), ("factor", "attention_factor", ORIGINAL)),
 }
 
 
-def read_rope(options: Options, family: str) -> Rope:
-    """Read the rotary options: rope_parameters of transformers 5, or the older separate keys."""
+def read_rope(options: Options, family: str, raw: dict) -> Rope:
+    """Read the rotary options: rope_parameters of transformers 5, or the older separate keys.
+
+    raw: the whole config.json.
+    """
     new = dict(options.take("rope_parameters") or {})
     local: dict = {}
     split = "sliding_attention" in new
@@ -75,7 +82,20 @@ def read_rope(options: Options, family: str) -> Rope:
             )
         if _scaling(local.pop("rope_type", None) or "default", local):
             raise ValueError("config.json: rope_parameters.sliding_attention may not be stretched")
-    return Rope(float(theta), _scaling(kind, rope), share, local_theta)
+    limit = raw.get("max_position_embeddings", 2048)
+    longest = 0
+    if kind == "dynamic":  # a longer row has a larger base, for all its positions
+        longest = limit
+    if family == "phi3":
+        kind = {"su": "longrope", "yarn": "longrope"}.get(kind, kind)
+        rope.setdefault(ORIGINAL, options.take(ORIGINAL, 4096))
+    if kind == "longrope":  # a longer row has the long factors, for all its positions
+        longest = agreed({ORIGINAL: rope.get(ORIGINAL), "before": options.take(ORIGINAL)}) or limit
+        rope |= {ORIGINAL: longest}
+        rope["factor"] = rope.get("factor") or limit / longest
+    elif family == "phi3":
+        del rope[ORIGINAL]
+    return Rope(float(theta), _scaling(kind, rope), share, local_theta, longest)
 
 
 def _scaling(kind: str, rope: dict) -> Scaling | None:
@@ -91,7 +111,20 @@ def _scaling(kind: str, rope: dict) -> Scaling | None:
         return Llama3(*(rope[key] for key in keys))
     if kind == "yarn":
         return _yarn(rope)
+    if kind == "longrope":
+        return _longrope(rope)
     return None
+
+
+def _longrope(rope: dict) -> Divisors:
+    """Build LongRoPE's short factors, and its amplitude where its keys do not give it."""
+    if (amplitude := rope.get("attention_factor")) is None:
+        stretched = math.log(max(rope["factor"], 1.0)) / math.log(rope[ORIGINAL])
+        amplitude = math.sqrt(1 + stretched)
+    factors = rope["short_factor"]
+    if not all(type(factor) in (int, float) and factor > 0 for factor in factors):
+        raise ValueError("config.json: short_factor must hold numbers above 0")
+    return Divisors(tuple(factors), amplitude)
 
 
 def _yarn(rope: dict) -> Yarn:

@@ -6,6 +6,7 @@ of what is saved from here and read there.
 Faults that were put in one by one and made a test here fail:
   rope      no layer without rope; the amplitude of YaRN left out, the ends of its blend not
             rounded; layers with a window stretched as the others
+  fused     gate and up swapped, k and v swapped, heads counted in place of blocks
   norms     q and k normed head by head, norms before in place of after; LayerNorm1P without its 1
   scales    Granite's of the residual stream, of the logits and of attention left out, one by one
 """
@@ -74,6 +75,17 @@ def test_a_published_model_is_that_of_transformers(name: str, tmp_path: Path):
         sampled = max(sampled, (torch.tensor(answer.policy_logps) - there).abs().max().item())
     print(f"\n| {name} | {logits:.1e} | {logps:.1e} | {back:.1e} | {sampled:.1e} |")
     assert max(logits, logps, back, sampled) < NEAR
+
+
+@pytest.mark.parametrize("name", ["Phi-4-mini-instruct", "Llama with dynamic rope"])
+@torch.no_grad()
+def test_rows_beyond_the_rope_are_refused(name: str, tmp_path: Path):
+    """One token more is an error where a longer row has other angles for all its positions."""
+    model = load_model(published_folder(name, tmp_path / "model"), torch.float32)
+    assert model.c.longest == 64
+    logits_of(model, [5] * 64)
+    with pytest.raises(RuntimeError, match="lower --max-length"):
+        logits_of(model, [5] * 65)
 
 
 def sampled_answers(model: GPT) -> list:
