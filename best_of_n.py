@@ -187,6 +187,7 @@ def main(argv: list[str] | None = None) -> None:
         run.device,
         config.max_tokens,
         run.mesh,
+        read=config.reward_read,
     )
     model = runtime.load_model(run)
     server = Server(run.template, config) if config.rollout_url else None

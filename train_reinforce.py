@@ -148,7 +148,14 @@ def main(argv: list[str] | None = None) -> None:
     heldout = rollout.load(config.eval_data, template, config)
     rollout.check_fits(train, config)
     reward = load_reward(
-        config.reward, template, config.template, run.dtype, run.device, config.max_tokens, mesh
+        config.reward,
+        template,
+        config.template,
+        run.dtype,
+        run.device,
+        config.max_tokens,
+        mesh,
+        read=config.reward_read,
     )
     steps = training.plan_steps(config, len(train.ids))
 

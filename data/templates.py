@@ -25,6 +25,8 @@ Tree = tuple[
     list[int], tuple[list[int], list[int]]
 ]  # ids of the prompt, (ids, scored) of an answer
 
+# A conversation that shows what a template writes around an answer.
+PROBE = (("user", "Where is it?"), ("assistant", "It is there."), ("user", "And now?"))
 LLAMA3_TOKENS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 
 
@@ -38,6 +40,7 @@ class Template:
     source    jinja text of the others; saved as chat_template.jinja for transformers
     stop_ids  ids that end an answer: eos, those of generation_config.json, the end of turn
     end       id that ends an answer in this template: its end of turn, else eos
+    tail      ids that the template writes behind the end of a last answer, such as a line end
     hash      hex digest of template and tokenizer
     fingerprint  hex digest of what decides the ids of a row: rows with sampled ids carry it
 
@@ -76,6 +79,7 @@ class Template:
         self._marks = re.compile("|".join(map(re.escape, marks)) or r"(?!)")
         # What the template writes after an answer, and what of it ends the answer here.
         self.closing, self.close = self._closing()
+        self.tail = self._tail()
         end_of_turn = self._end_of_turn()
         self.stop_ids = tokenizer.stops | end_of_turn
         self.end = next(iter(end_of_turn), tokenizer.eos)
@@ -375,9 +379,8 @@ class Template:
         """
         if self.plain:
             return "", ""
-        words = ("Where is it?", "It is there.", "And now?")
-        roles = ("user", "assistant", "user")
-        turns = [{"role": role, "content": text} for role, text in zip(roles, words)]
+        turns = [{"role": role, "content": text} for role, text in PROBE]
+        words = [text for _, text in PROBE]
         try:
             text = self.render(turns[:2], False)
         except ValueError:  # a template may need other turns; the rows will show
@@ -396,6 +399,15 @@ class Template:
             if mark and not gap[: mark.start()].strip():
                 return "", gap[: mark.end()]
         return after, after + self.tokenizer.eos_token
+
+    def _tail(self) -> list[int]:
+        """Return the ids that the template writes behind the end of a last answer."""
+        if not self.closing:
+            return []
+        turns = [{"role": role, "content": text} for role, text in PROBE[:2]]
+        whole = self.tokenizer.encode(self.render(turns, False))
+        closed = self.tokenizer.encode(self._closed(turns, {}))
+        return whole[len(closed) :] if whole[: len(closed)] == closed else []
 
     def _end_of_turn(self) -> set[int]:
         """Return the special token that ends an answer, in a set: empty if there is none."""

@@ -19,7 +19,7 @@ import math
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from decimal import Decimal
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from data.templates import Template
 from data.tokenizer import Tokenizer, load_tokenizer
 from model import GPT
 from parallel import Mesh
-from sampling.scoring import load_scorer, score_trees
+from sampling.scoring import load_scorer, score_trees, tail_of, with_tail
 
 # (prompts, responses, rows, trees) -> (R,) rewards: R prompts as in the rows, R texts, R rows, and
 # the same as n trees of G responses in token ids.
@@ -54,10 +54,12 @@ def load_reward(
     max_tokens: int = 8192,
     mesh: Mesh = Mesh(),  # noqa: B008 - a mesh of one never changes
     over: Callable[[str], GPT] | None = None,
+    read: str = "auto",
 ) -> Reward:
     """Return the reward that --reward names.
 
     template: the policy's. over: loads the folder of an adapter over a base that is in memory.
+    read: where a reward model is read, see sampling.scoring.tail_of.
     Every rank that shares some examples calls the reward on them; only a `leader`'s numbers count.
     ValueError or OSError: what is wrong with the name or the folder.
     """
@@ -68,7 +70,7 @@ def load_reward(
     if over and name and Path(name).is_dir():
         return model_reward(over(name).requires_grad_(False), name, max_tokens, mesh)
     if name and Path(name).is_dir():
-        return reward_model(name, template, template_name, dtype, device, max_tokens, mesh)
+        return reward_model(name, template, template_name, dtype, device, max_tokens, mesh, read)
     file, colon, function = name.rpartition(":")
     if colon and file.endswith(".py"):
         return _per_response(name, load_function(file, function), mesh)
@@ -279,6 +281,7 @@ def reward_model(
     device: torch.device | str,
     max_tokens: int,
     mesh: Mesh,
+    read: str,
 ) -> Reward:
     """Load a reward model and return it as a reward; each response is scored at its last token.
 
@@ -292,7 +295,8 @@ def reward_model(
             "samples: train one from the policy's family (train_rm.py), or call it from a "
             "function: --reward file.py:function"
         )
-    if Template(template_name, tokenizer).source != template.source:
+    own = Template(template_name, tokenizer)
+    if own.source != template.source:
         print(
             f"warning: the reward model {folder} was trained with another chat template than the "
             "policy",
@@ -302,14 +306,25 @@ def reward_model(
         raise ValueError(
             f"the reward model {folder} scores {', '.join(names)}: a reward is one number"
         )
-    return model_reward(model.requires_grad_(False), folder, max_tokens, mesh)
+    tail = tail_of(folder, names, own, read)
+    return model_reward(model.requires_grad_(False), folder, max_tokens, mesh, tail, own.end)
 
 
-def model_reward(model: GPT, folder: str, max_tokens: int, mesh: Mesh) -> Reward:
-    """Return a reward model with one output as a reward. folder: its name in errors."""
+def model_reward(
+    model: GPT,
+    folder: str,
+    max_tokens: int,
+    mesh: Mesh,
+    tail: Collection[int] = (),
+    end: int | None = None,
+) -> Reward:
+    """Return a reward model with one output as a reward.
+
+    folder: its name in errors. tail: ids read behind the end of an answer, `end`.
+    """
 
     def reward(prompts: list, responses: list[str], rows: list[dict], trees: Dataset) -> np.ndarray:
-        scores = score_trees(model, trees, max_tokens)
+        scores = score_trees(model, with_tail(trees, tail, end), max_tokens)
         if not mesh.last_stage:
             return np.zeros(len(responses))
         rewards = np.concatenate(scores)[:, 0].astype(np.float64)  # (R,)

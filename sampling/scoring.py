@@ -7,6 +7,7 @@ Letters: A outputs of the model.
 """
 
 from collections import Counter
+from collections.abc import Collection
 
 import numpy as np
 import torch
@@ -37,18 +38,56 @@ def score(
     answers: list[Answers],
     max_tokens: int = 8192,
     rows: list[dict] | None = None,
+    tail: Collection[int] = (),
 ) -> list[np.ndarray]:
     """Score every response to every prompt: one (responses, A) array per prompt, fp32 or fp64.
 
     A language model has no scores and gives log P(response | prompt): (responses,) arrays. Trees
     are packed into flat rows of at most max_tokens tokens, or more where a single tree has more.
     rows: those of the answers; where they carry sampled ids, these are scored and not the text.
+    tail: see `tail_of`.
     """
     trees = from_trees(
         encode_pair(template, *answer, sampled_ids(row))[:2]
         for answer, row in zip(answers, rows or [{}] * len(answers))
     )
-    return score_trees(model, trees, max_tokens)
+    return score_trees(model, with_tail(trees, tail, template.end), max_tokens)
+
+
+def tail_of(folder: str, names: tuple[str, ...], template: Template, read: str) -> list[int]:
+    """Return the ids behind the end of an answer at whose last one a reward model is read.
+
+    read: "end", at the end of turn, as train_rm.py trains; "last", at the last token of the text
+    that the chat template writes, often a line end, as reward models trained with transformers are;
+    "auto" takes "last" for a folder whose outputs nobody has named, and says so.
+    """
+    unnamed = all(name.startswith("LABEL_") for name in names)
+    if not template.tail or read == "end" or (read == "auto" and not unnamed):
+        return []
+    shown = template.tokenizer.decode(template.tail, False)
+    print(
+        f"the reward model {folder} is read at the last token that its chat template writes, "
+        f"{shown!r} behind the end of turn; at the end of turn with --reward-read end"
+    )
+    return template.tail
+
+
+def with_tail(data: Dataset, tail: Collection[int], end: int | None) -> Dataset:
+    """Return trees in which every response that has ended goes on with some ids, not scored."""
+    if not tail:
+        return data
+    trees = []
+    for i in range(len(data)):
+        at = data.tree_start[i] + data.prompt_len[i]
+        answers = []
+        for length in data.response_len[data.response_start[i] : data.response_start[i + 1]]:
+            ids = list(data.tokens[at : at + length])
+            more = list(tail) if ids and ids[-1] == end else []
+            answers.append((ids + more, [*data.scored[at : at + length], *[0] * len(more)]))
+            at += length
+        prompt = data.tokens[data.tree_start[i] : data.tree_start[i] + data.prompt_len[i]]
+        trees.append((list(prompt), answers))
+    return from_trees(trees)
 
 
 @torch.no_grad()

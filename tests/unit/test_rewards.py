@@ -4,11 +4,14 @@ import json
 import sys
 from pathlib import Path
 
+import chat_templates
 import numpy as np
 import pytest
 import torch
 from conftest import REAL, dataset_of
 
+import hf
+import score as score_command
 from data import toyworld
 from data.dataset import load_prompts
 from data.templates import Template
@@ -347,3 +350,53 @@ def test_a_reward_file_that_cannot_be_run_is_named(text: str, toy: Path, tmp_pat
     template = Template("plain", load_tokenizer(toy / "model"))
     with pytest.raises(ValueError, match=r"broken\.py cannot be run: .*broken\.py, line \d"):
         rewards.load_reward(f"{tmp_path}/broken.py:f", template)
+
+
+@pytest.mark.parametrize("names", [("LABEL_0",), ("reward",)], ids=str)
+def test_a_chat_reward_model_is_read_where_its_training_read(
+    names: tuple, toy: Path, tmp_path: Path, capsys
+):
+    """One from transformers at the line end that ChatML writes, one of train_rm.py at the end of
+    turn; both as transformers scores the texts; --reward-read decides for all.
+    """
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("tokenizers")
+    folder, source = tmp_path / "rm", chat_templates.MODELS["qwen2.5"]
+    tokenizer = chat_templates.save(tmp_path / "tokenizer", *source, {"pad_token": "<s>"})
+    size = load_tokenizer(tokenizer).size
+    shape = {"width": 32, "layers": 2, "heads": 4, "std": 0.3, "vocab": size}
+    save_model(hf.new_model(hf.New(**shape, tokenizer=str(tokenizer))), tmp_path / "lm", tokenizer)
+    model = load_model(tmp_path / "lm", torch.float32, scores=names)
+    torch.manual_seed(0)
+    model.score_head.weight.data.normal_(0, 0.3)
+    save_model(model, folder, tokenizer)
+    template = Template("auto", load_tokenizer(folder))
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    tok = transformers.AutoTokenizer.from_pretrained(folder)
+    chat = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "four"}]
+    text = tok.apply_chat_template(chat, tokenize=False)
+    wanted = {}
+    for read, whole in (("last", text), ("end", text.rstrip("\n"))):
+        ids = torch.tensor([tok(whole, add_special_tokens=False)["input_ids"]])
+        wanted[read] = theirs(ids).logits.item()
+    assert abs(wanted["last"] - wanted["end"]) > 1e-3
+    wanted["auto"] = wanted["last" if names == ("LABEL_0",) else "end"]
+    prompt, [(ids, _)], _ = template.pair("2+2?", ["four"])
+    data = rollout.trees([prompt], [Sample(ids, [], [], True), Sample(ids[:-1], [], [], False)])
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"prompt": "2+2?", "response": "four"}) + "\n")
+    for read in ("auto", "last", "end"):
+        reward = rewards.load_reward(str(folder), template, read=read)
+        got, cut = reward([""] * 2, [""] * 2, [{}] * 2, data)
+        assert got == pytest.approx(wanted[read], abs=1e-5), read
+        assert cut != pytest.approx(got, abs=1e-5)
+        said = "is read at the last token" in capsys.readouterr().out
+        assert said == (wanted[read] == wanted["last"])
+        out = tmp_path / f"{read}.jsonl"
+        score_command.main(
+            f"--model {folder} --data {file} --out {out} --reward-read {read}".split()
+        )
+        row = json.loads(out.read_text())
+        [value] = [row[key] for key in row.keys() - {"prompt", "response"}]
+        assert value == pytest.approx(wanted[read], abs=1e-5)
+        capsys.readouterr()
