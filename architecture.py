@@ -58,7 +58,7 @@ class GPTConfig:
 
     @property
     def gated(self) -> bool:
-        """Whether the MLP has a gate: three matrices, not two."""
+        """Return whether the MLP has a gate: three matrices, not two."""
         return self.mlp in ("swiglu", "geglu")
 
     def flops_per_token(self, context: float) -> float:

@@ -20,7 +20,7 @@ class Row(NamedTuple):
 
     ours: str
     theirs: str
-    # One of several weights that are one tensor on disk, in the order of their rows here: heads (a
+    # One of several weights that are one tensor on disk, in the order in which the model declares them: heads (a
     # head of each in turn, GPT-NeoX) or blocks (one after the other, Phi-3).
     fused: str = ""
 
