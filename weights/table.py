@@ -20,8 +20,8 @@ class Row(NamedTuple):
 
     ours: str
     theirs: str
-    # One of several weights that are one tensor on disk, in the order in which the model declares them: heads (a
-    # head of each in turn, GPT-NeoX) or blocks (one after the other, Phi-3).
+    # One of several weights that are one tensor on disk, in the order of the model's declarations:
+    # heads (a head of each in turn, GPT-NeoX) or blocks (one after the other, Phi-3).
     fused: str = ""
 
 
