@@ -17,9 +17,11 @@ class GPTConfig:
     kv_heads: int
     head_size: int
     ffn: int
-    norm: str = "rms"  # rms, layer (with bias), layer1p (stored less 1, with bias: Nemotron)
+    norm: str = "rms"  # rms, layer (with bias); stored less 1: rms1p (Gemma), layer1p (Nemotron)
     norm_eps: float = 1e-5
-    mlp: str = "swiglu"  # swiglu; without a gate gelu, gelu_tanh, relu2 (squared ReLU)
+    mlp: str = (
+        "swiglu"  # swiglu, geglu (tanh); without a gate gelu, gelu_tanh, relu2 (squared ReLU)
+    )
     rope_theta: float = 10000.0
     rope_size: int = 0  # rotated components of a head; 0 = all
     rope_scaling: Scaling | None = None  # of rotary.py
@@ -32,7 +34,8 @@ class GPTConfig:
     mlp_bias: bool = False
     # RMSNorm on q and k: head (each head by itself, Qwen3), whole (all heads together, OLMo 2)
     qk_norm: str = ""
-    post_norm: bool = False  # x + norm(f(x)) in place of x + f(norm(x)) (OLMo 2)
+    # x + f(norm(x)): before; x + norm(f(x)): after (OLMo 2); x + norm(f(norm(x))): both (Gemma)
+    norms: str = "before"
     parallel_residual: bool = False  # x + attention(x) + mlp(x) (GPT-NeoX)
     embedding_scale: float = 1.0  # of what the embedding gives (Granite, as the next three)
     residual_scale: float = 1.0  # of what attention and MLP add to the residual stream
@@ -53,10 +56,15 @@ class GPTConfig:
             return "none"
         return "local" if self.local_theta and self.window(layer) else "main"
 
+    @property
+    def gated(self) -> bool:
+        """Return whether the MLP has a gate: three matrices, not two."""
+        return self.mlp in ("swiglu", "geglu")
+
     def flops_per_token(self, context: float) -> float:
         """Count matmul FLOPs, forward and backward, of a scored token that sees `context` keys."""
         attention = self.width * self.head_size * (self.heads * 2 + self.kv_heads * 2)
-        mlp = self.width * self.ffn * (3 if self.mlp == "swiglu" else 2)
+        mlp = self.width * self.ffn * (3 if self.gated else 2)
         scores = 2 * context * self.heads * self.head_size
         head = (self.outputs or self.vocab) * self.width
         return 6 * (self.layers * (attention + mlp + scores) + head)

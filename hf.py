@@ -47,6 +47,7 @@ class New:
         "granite",
         "stablelm",
         "phi3",
+        "gemma3_text",
         "gpt_neox",
     ] = "llama"  # architecture
     tokenizer: str = ""  # folder whose tokenizer is copied

@@ -137,14 +137,20 @@ class Norm(Layer):
         if self.has_bias:
             weight = self.weight + 1 if self.less_one else self.weight
             return F.layer_norm(x, weight.shape, weight, self.bias, self.eps)
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.rms_weight(), self.eps)
+
+    def rms_weight(self) -> Tensor:
+        """Return the weight that multiplies; 1 + w is kept in fp32 at least, as in Gemma."""
+        if not self.less_one:
+            return self.weight
+        return self.weight.to(torch.promote_types(self.weight.dtype, torch.float32)) + 1
 
     def add(self, x: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
         """Return (x + update, its norm), in one kernel where there is one."""
         if self.has_bias:
             x = x + update
             return x, self(x)
-        return add_rms_norm(x, update, self.weight, self.eps)
+        return add_rms_norm(x, update, self.rms_weight(), self.eps)
 
 
 class HeadsNorm(Layer):

@@ -141,8 +141,8 @@ class Attention(nn.Module):
             self.q_norm = HeadsNorm(query, c.kv_heads, c.norm_eps, mesh)
             self.k_norm = HeadsNorm(key, c.kv_heads, c.norm_eps, mesh)
         if c.qk_norm == "head":
-            self.q_norm = Norm(c.head_size, "rms", c.norm_eps, mesh)
-            self.k_norm = Norm(c.head_size, "rms", c.norm_eps, mesh)
+            self.q_norm = Norm(c.head_size, c.norm, c.norm_eps, mesh)
+            self.k_norm = Norm(c.head_size, c.norm, c.norm_eps, mesh)
 
     def forward(self, x: Tensor, view: View) -> Tensor:
         """(T / tp, D) -> (T / tp, D); in between (T, H, E) with this rank's heads."""

@@ -33,12 +33,12 @@ ALONE = Mesh()
 
 
 class MLP(nn.Module):
-    """SwiGLU, or GELU or squared ReLU without a gate; tensor ranks share the hidden width F."""
+    """An MLP of a kind of GPTConfig.mlp; tensor ranks share the hidden width F."""
 
     def __init__(self, c: GPTConfig, mesh: Mesh):
         super().__init__()
         self.kind = c.mlp
-        if c.mlp == "swiglu":
+        if c.gated:
             self.gate = ColumnLinear(c.width, c.ffn, c.ffn, mesh, c.mlp_bias)
         self.up = ColumnLinear(c.width, c.ffn, c.ffn, mesh, c.mlp_bias)
         self.down = RowLinear(c.ffn, c.width, c.ffn, mesh, c.mlp_bias)
@@ -48,6 +48,9 @@ class MLP(nn.Module):
         if self.kind == "swiglu":
             gate, up = columns(x, tokens, self.gate, self.up)
             return self.down(swiglu(gate, up))
+        if self.kind == "geglu":
+            gate, up = columns(x, tokens, self.gate, self.up)
+            return self.down(F.gelu(gate, approximate="tanh") * up)
         if self.kind == "relu2":
             return self.down(F.relu(self.up(x, tokens)).square())
         approximate = "tanh" if self.kind == "gelu_tanh" else "none"
@@ -57,15 +60,18 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One layer: a mixer and an MLP, one after the other or (GPT-NeoX) side by side.
 
-    Each has a norm before it, or (OLMo 2) after it.
+    Each has a norm before it, or (OLMo 2) after it, or (Gemma) both.
     """
 
     def __init__(self, c: GPTConfig, layer: int, mesh: Mesh):
         super().__init__()
-        self.parallel_residual, self.post_norm = c.parallel_residual, c.post_norm
+        self.parallel_residual, self.norms = c.parallel_residual, c.norms
         self.scale = c.residual_scale
         self.norm1 = Norm(c.width, c.norm, c.norm_eps, mesh)
         self.norm2 = Norm(c.width, c.norm, c.norm_eps, mesh)
+        if c.norms == "both":
+            self.after1 = Norm(c.width, c.norm, c.norm_eps, mesh)
+            self.after2 = Norm(c.width, c.norm, c.norm_eps, mesh)
         self.mixer = Attention(c, layer, mesh)
         self.mlp = MLP(c, mesh)
 
@@ -74,9 +80,12 @@ class Block(nn.Module):
         tokens = len(view.positions)
         if self.parallel_residual:
             return x + self.mixer(self.norm1(x), view) + self.mlp(self.norm2(x), tokens)
-        if self.post_norm:
+        if self.norms == "after":
             x = x + self.norm1(self.mixer(x, view))
             return x + self.norm2(self.mlp(x, tokens))
+        if self.norms == "both":
+            x, normed = self.norm2.add(x, self.after1(self.mixer(self.norm1(x), view)))
+            return x + self.after2(self.mlp(normed, tokens))
         x, normed = self.norm2.add(x, self.scaled(self.mixer(self.norm1(x), view)))
         return x + self.scaled(self.mlp(normed, tokens))
 
@@ -202,7 +211,8 @@ class GPT(nn.Module):
             self.wait("embed")
             x = self.embed.embed(tokens)
             if self.c.embedding_scale != 1.0:
-                x = x * self.c.embedding_scale
+                # rounded to the dtype of the weights, as Gemma's is
+                x = x * torch.tensor(self.c.embedding_scale, dtype=x.dtype).item()
         view.angles = self.angles(view.positions)
         for name, block in self.blocks.items():
             self.wait(f"blocks.{name}")

@@ -169,7 +169,7 @@ def _flops(
     c: GPTConfig, flags: Plan, layout: Layout, stage: int, tokens: int, checkpointing: bool
 ) -> int:
     """Return the FLOPs of a micro-batch in a stage, its tensor and context ranks together."""
-    mlp = c.ffn * (3 if c.mlp == "swiglu" else 2)
+    mlp = c.ffn * (3 if c.gated else 2)
     matmuls = c.width * (c.head_size * 2 * (c.heads + c.kv_heads) + mlp)
     # q k and p v: 2 * heads * head size * keys, and a token sees half of its example.
     attention = mean_tokens(flags) * c.heads * c.head_size

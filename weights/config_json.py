@@ -31,6 +31,7 @@ ARCHITECTURES = {
     "granite": "GraniteForCausalLM",
     "stablelm": "StableLmForCausalLM",
     "phi3": "Phi3ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
     "gpt_neox": "GPTNeoXForCausalLM",
 }  # a reward model has ForSequenceClassification instead
 
@@ -63,10 +64,12 @@ SUPPORTED_VALUES = {
 WHOLE_NUMBERS = set(
     "hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
     "intermediate_size vocab_size max_position_embeddings sliding_window max_window_layers "
-    "num_labels original_max_position_embeddings no_rope_layer_interval".split()
+    "num_labels original_max_position_embeddings no_rope_layer_interval "
+    "sliding_window_pattern _sliding_window_pattern".split()
 )
 NUMBERS = set(
-    "norm_eps embedding_multiplier residual_multiplier attention_multiplier logits_scaling "
+    "query_pre_attn_scalar rope_local_base_freq norm_eps embedding_multiplier "
+    "residual_multiplier attention_multiplier logits_scaling "
     "rope_theta rotary_emb_base rotary_pct partial_rotary_factor layer_norm_eps rms_norm_eps "
     "factor low_freq_factor high_freq_factor attention_factor beta_fast beta_slow mscale "
     "mscale_all_dim".split()
@@ -185,8 +188,8 @@ def _sizes(options: Options, family: str) -> dict[str, int]:
     width = options.require("hidden_size")
     layers = options.require("num_hidden_layers")
     heads = options.require("num_attention_heads")
-    kv_heads = options.take("num_key_value_heads", {"mistral": 8, "smollm3": 4}.get(family))
-    head_size = options.take("head_dim", 128 if family == "qwen3" else None)
+    kv_heads = options.take("num_key_value_heads", families.KV_HEADS.get(family))
+    head_size = options.take("head_dim", families.HEAD_SIZE.get(family))
     return {
         "vocab": options.require("vocab_size"),
         "width": width,
@@ -216,12 +219,22 @@ def _norm_and_mlp(options: Options, family: str) -> dict[str, Any]:
             "mlp": translate("hidden_act", options.take("hidden_act", "relu2"), {"relu2": "relu2"}),
         }
     norm, eps = ("layer", "layer_norm_eps") if family == "stablelm" else ("rms", "rms_norm_eps")
+    activations = {"silu": "swiglu", "swish": "swiglu"}
+    if family == "gemma3_text":
+        return {
+            "norm": "rms1p",
+            "norm_eps": options.take("rms_norm_eps", 1e-6),
+            "mlp": translate(
+                "hidden_activation",
+                options.take("hidden_activation") or "gelu_pytorch_tanh",
+                {"gelu_pytorch_tanh": "geglu"},
+            ),
+            "qk_norm": "head",
+        }
     return {
         "norm": norm,
         "norm_eps": options.take(eps, families.EPS.get(family, 1e-6)),
-        "mlp": translate(
-            "hidden_act", options.take("hidden_act", "silu"), {"silu": "swiglu", "swish": "swiglu"}
-        ),
+        "mlp": translate("hidden_act", options.take("hidden_act", "silu"), activations),
         "qk_norm": "head" if family == "qwen3" else "",
     }
 
@@ -248,6 +261,11 @@ def _windows(
         first = options.peek("max_window_layers", 28)
     full = min(first, layers) if window else layers
     types = ["full_attention"] * full + ["sliding_attention"] * (layers - full)
+    if family == "gemma3_text":
+        patterns = [options.take(f"{mark}sliding_window_pattern") for mark in ("", "_")]
+        every = next(filter(None, patterns), 6)
+        types = ["sliding_attention"] * layers
+        types[every - 1 :: every] = ["full_attention"] * (layers // every)
     if family == "olmo3":
         types = ["full_attention" if i % 4 == 3 else "sliding_attention" for i in range(layers)]
     if family == "smollm3" and window:
@@ -339,7 +357,8 @@ def _family(raw: dict) -> str:
 
 def _classifier(family: str) -> str:
     """Return the architecture of a reward model, as transformers names it."""
-    return ARCHITECTURES[family].replace("CausalLM", "SequenceClassification")
+    name = {"gemma3_text": "Gemma3TextForCausalLM"}.get(family, ARCHITECTURES[family])
+    return name.replace("CausalLM", "SequenceClassification")
 
 
 def score_names(raw: dict) -> tuple[str, ...]:

@@ -11,22 +11,28 @@ Take = Callable[..., Any]  # take(key, default=None): the value of a key, which 
 Fields = dict[str, Any]
 
 # Families whose output head is the embedding where config.json does not say.
-TIED = ("smollm3",)
+TIED = ("smollm3", "gemma3_text")
 # Base of the rotary frequencies where config.json does not say; 10000 for the others.
-THETA = {"smollm3": 2e6, "olmo3": 5e5}
+THETA = {"smollm3": 2e6, "olmo3": 5e5, "gemma3_text": 1e6}
 EPS = {
     "olmo2": 1e-5,
     "olmo3": 1e-5,
     "stablelm": 1e-5,
     "phi3": 1e-5,
 }  # of the norms; 1e-6 for the others
-WINDOW = {"mistral": 4096, "olmo3": 4096}  # sliding window; none for the others
+KV_HEADS = {"mistral": 8, "smollm3": 4, "gemma3_text": 4}  # as many as query heads for the others
+HEAD_SIZE = {"qwen3": 128, "gemma3_text": 256}  # width / heads for the others
+WINDOW = {
+    "mistral": 4096,
+    "olmo3": 4096,
+    "gemma3_text": 4096,
+}  # sliding window; none for the others
 # Families whose heads are rotated in part -> the share where config.json does not say.
 SHARE = {"gpt_neox": 0.25, "nemotron": 0.5, "stablelm": 0.25, "phi3": 1.0}
 # Families whose layers with a window have rotary positions of their own -> their default base.
-LOCAL_ROPE = {"olmo3": 5e5}
+LOCAL_ROPE = {"olmo3": 5e5, "gemma3_text": 1e4}
 QWEN, OLMO = ("qwen2", "qwen3"), ("olmo2", "olmo3")
-RMS = ("llama", "mistral", *QWEN, "smollm3", *OLMO, "granite", "phi3")
+RMS = ("llama", "mistral", *QWEN, "smollm3", *OLMO, "granite", "phi3", "gemma3_text")
 # Optional keys that change the arithmetic -> the families whose own code reads them.
 READ_BY = {
     "num_key_value_heads": (*RMS, "nemotron", "stablelm"),
@@ -34,11 +40,20 @@ READ_BY = {
     "rms_norm_eps": RMS,
     "layer_norm_eps": ("gpt_neox", "stablelm"),
     "norm_eps": ("nemotron",),
-    "attention_bias": ("llama", "qwen3", "smollm3", "gpt_neox", *OLMO, "nemotron", "granite"),
+    "attention_bias": (
+        "llama",
+        "qwen3",
+        "smollm3",
+        "gpt_neox",
+        *OLMO,
+        "nemotron",
+        "granite",
+        "gemma3_text",
+    ),
     "mlp_bias": ("llama", "smollm3", "nemotron", "granite"),
-    "sliding_window": ("mistral", "smollm3", "olmo3", "phi3", *QWEN),
+    "sliding_window": ("mistral", "smollm3", "olmo3", "phi3", "gemma3_text", *QWEN),
     "use_sliding_window": ("smollm3", *QWEN),
-    "layer_types": ("smollm3", "olmo3", *QWEN),
+    "layer_types": ("smollm3", "olmo3", "gemma3_text", *QWEN),
     "rotary_pct": ("gpt_neox",),
     "rotary_emb_base": ("gpt_neox",),
     "partial_rotary_factor": tuple(SHARE),
@@ -50,6 +65,7 @@ READ_BY = {
 NEW: dict[str, Fields] = {
     "gpt_neox": {"hidden_act": "gelu", "rotary_pct": 0.25},
     "nemotron": {"hidden_act": "relu2"},
+    "gemma3_text": {"hidden_activation": "gelu_pytorch_tanh"},
     "granite": {
         "attention_multiplier": 0.125,
         "embedding_multiplier": 12.0,
@@ -79,7 +95,7 @@ def smollm3(take: Take, fields: Fields) -> Fields:
 
 def olmo(take: Take, fields: Fields) -> Fields:
     """Say what OLMo 2 and 3 do (arXiv 2501.00656): norms after, and over all heads of q and k."""
-    return {"post_norm": True, "qk_norm": "whole"}
+    return {"norms": "after", "qk_norm": "whole"}
 
 
 def granite(take: Take, fields: Fields) -> Fields:
@@ -114,6 +130,20 @@ def phi3(take: Take, fields: Fields) -> Fields:
     return {}
 
 
+def gemma3(take: Take, fields: Fields) -> Fields:
+    """Read the scales of Gemma 3 (arXiv 2503.19786). ValueError: soft caps, which it has not."""
+    for key in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"):
+        if take(key):
+            raise ValueError(f"config.json: {key} is not supported")
+    take("cache_implementation")
+    take("hidden_act")  # of Gemma 1: the code reads hidden_activation
+    return {
+        "norms": "both",
+        "embedding_scale": fields["width"] ** 0.5,
+        "attention_scale": (take("query_pre_attn_scalar") or 256) ** -0.5,
+    }
+
+
 READERS: dict[str, Callable[[Take, Fields], Fields]] = {
     "smollm3": smollm3,
     "olmo2": olmo,
@@ -121,4 +151,5 @@ READERS: dict[str, Callable[[Take, Fields], Fields]] = {
     "granite": granite,
     "stablelm": stablelm,
     "phi3": phi3,
+    "gemma3_text": gemma3,
 }

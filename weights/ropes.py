@@ -73,7 +73,12 @@ def read_rope(options: Options, family: str, raw: dict) -> Rope:
     kind = kind or "default"
     local_theta = 0.0
     if family in families.LOCAL_ROPE:
-        local_theta = float(local.pop("rope_theta", None) or families.LOCAL_ROPE[family])
+        before = options.take("rope_local_base_freq") if family == "gemma3_text" else None
+        given = agreed(
+            {"sliding_attention.rope_theta": local.pop("rope_theta", None)}
+            | {"rope_local_base_freq": before}
+        )
+        local_theta = float(given or families.LOCAL_ROPE[family])
         if family == "olmo3" and not split and theta != local_theta:
             raise ValueError(
                 f"config.json: rope_theta = {theta} is read in two ways for the layers of an olmo3 "

@@ -20,8 +20,8 @@ class Row(NamedTuple):
 
     ours: str
     theirs: str
-    # One of several weights that are one tensor on disk, in the order of their rows here: heads (a
-    # head of each in turn, GPT-NeoX) or blocks (one after the other, Phi-3).
+    # One of several weights that are one tensor on disk, in the order of the model's declarations:
+    # heads (a head of each in turn, GPT-NeoX) or blocks (one after the other, Phi-3).
     fused: str = ""
 
 
@@ -48,6 +48,12 @@ OLMO = [
     *LLAMA,
     Row("blocks.{i}.norm1", "model.layers.{i}.post_attention_layernorm"),
     Row("blocks.{i}.norm2", "model.layers.{i}.post_feedforward_layernorm"),
+]
+GEMMA3 = [
+    *LLAMA,
+    Row("blocks.{i}.after1", "model.layers.{i}.post_attention_layernorm"),
+    Row("blocks.{i}.norm2", "model.layers.{i}.pre_feedforward_layernorm"),
+    Row("blocks.{i}.after2", "model.layers.{i}.post_feedforward_layernorm"),
 ]
 GPT_NEOX = [
     Row("embed", "gpt_neox.embed_in"),
@@ -87,6 +93,7 @@ TABLES = {
     "granite": LLAMA,
     "stablelm": LLAMA,
     "phi3": PHI3,
+    "gemma3_text": GEMMA3,
     "gpt_neox": GPT_NEOX,
 }
 HEADS = ("lm_head.weight", "embed_out.weight")  # on disk; a tied or a reward model does without

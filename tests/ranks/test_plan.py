@@ -230,7 +230,7 @@ def one_step(
         (TIED, Layout(pp=2), True),
         (NEOX, Layout(tp=2), True),
         (OLMO, Layout(tp=2), False),
-        (replace(OLMO, post_norm=True), Layout(tp=2, cp=2), True),
+        (replace(OLMO, norms="after"), Layout(tp=2, cp=2), True),
         (REWARD, Layout(tp=2), False),
         (TIED, Layout(tp=2, pp=2), False),
         (ODD, Layout(tp=2, cp=2), True),

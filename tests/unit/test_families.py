@@ -6,9 +6,11 @@ of what is saved from here and read there.
 Faults that were put in one by one and made a test here fail:
   rope      no layer without rope; the amplitude of YaRN left out, the ends of its blend not
             rounded; layers with a window stretched as the others
-  fused     gate and up swapped, k and v swapped, heads counted in place of blocks
-  norms     q and k normed head by head, norms before in place of after; LayerNorm1P without its 1
-  scales    Granite's of the residual stream, of the logits and of attention left out, one by one
+  fused     the weights of a fused tensor in reverse order
+  norms     q and k normed head by head, norms before in place of after; LayerNorm1P without its 1;
+            norms after left out of Gemma; its 1 left out
+  scales    Granite's of the residual stream, of the logits and of attention left out, one by one;
+            Gemma's of the embedding
 """
 
 from pathlib import Path
