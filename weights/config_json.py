@@ -31,6 +31,7 @@ ARCHITECTURES = {
     "granite": "GraniteForCausalLM",
     "stablelm": "StableLmForCausalLM",
     "phi3": "Phi3ForCausalLM",
+    "ministral3": "Ministral3ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
     "gpt_neox": "GPTNeoXForCausalLM",
 }  # a reward model has ForSequenceClassification instead
@@ -72,7 +73,7 @@ NUMBERS = set(
     "residual_multiplier attention_multiplier logits_scaling "
     "rope_theta rotary_emb_base rotary_pct partial_rotary_factor layer_norm_eps rms_norm_eps "
     "factor low_freq_factor high_freq_factor attention_factor beta_fast beta_slow mscale "
-    "mscale_all_dim".split()
+    "mscale_all_dim llama_4_scaling_beta".split()
 )
 SWITCHES = set(
     "use_parallel_residual attention_bias mlp_bias use_sliding_window tie_word_embeddings "
@@ -126,6 +127,7 @@ def model_config(raw: dict, family: str) -> GPTConfig:
         "rope_scaling": rope.scaling,
         "local_theta": rope.local_theta,
         "longest": rope.longest,
+        "query_growth": rope.query_growth,
         "windows": _windows(options, family, sizes["layers"], own.get("unrotated", ())),
         "tied": options.take("tie_word_embeddings", family in families.TIED),
         "max_position": options.peek("max_position_embeddings", 2048),

@@ -10,7 +10,7 @@ Faults that were put in one by one and made a test here fail:
   norms     q and k normed head by head, norms before in place of after; LayerNorm1P without its 1;
             norms after left out of Gemma; its 1 left out
   scales    Granite's of the residual stream, of the logits and of attention left out, one by one;
-            Gemma's of the embedding
+            Gemma's of the embedding; queries that do not grow
 """
 
 from pathlib import Path
