@@ -26,6 +26,7 @@ import numpy as np
 
 import runtime
 from config import Count, Number, Range, Real, RolloutConfig, parse
+from data.chat import as_row
 from data.dataset import Prompts
 from data.rows import write_rows
 from data.trees import step_examples
@@ -68,14 +69,14 @@ def select(
         for k in ranked[: config.top]:
             reward = samples.rewards[k].item()
             if reward >= config.min_reward:
-                row = {"prompt": prompt, "response": samples.texts[k], "reward": reward}
+                row = {**as_row(prompt), "response": samples.texts[k], "reward": reward}
                 kept.append(row | sampled_ids(samples, {"response_ids": k}, fingerprint))
         if not ranked:
             continue
         best, worst = ranked[0], ranked[-1]
         high, low = samples.rewards[best].item(), samples.rewards[worst].item()
         if high > low:
-            pair = {"prompt": prompt, "chosen": samples.texts[best]}
+            pair = {**as_row(prompt), "chosen": samples.texts[best]}
             pair |= {"rejected": samples.texts[worst], "chosen_reward": high}
             pair["rejected_reward"] = low
             ids = sampled_ids(samples, {"chosen_ids": best, "rejected_ids": worst}, fingerprint)
@@ -186,6 +187,7 @@ def main(argv: list[str] | None = None) -> None:
         run.device,
         config.max_tokens,
         run.mesh,
+        read=config.reward_read,
     )
     model = runtime.load_model(run)
     server = Server(run.template, config) if config.rollout_url else None

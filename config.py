@@ -94,9 +94,13 @@ class RunConfig:
     eval_data: list[str] = field(default_factory=list)  # held-out rows for evaluation
     template: Literal["auto", "plain", "chatml", "zephyr", "llama2", "llama3"] = "auto"  # of chats;
     # auto: that of --model if it has one, else plain: bos, prompt, response, eos
+    template_kwargs: str = ""  # a JSON object of values for the chat template, for example
+    # '{"enable_thinking": false}'; a row's chat_template_kwargs come first
     max_length: Number = 1024  # most tokens of a prompt with one response; see --overlong
     overlong: Literal["drop", "truncate"] = "drop"  # longer rows: drop them, or cut the prompt from
     # the left (never the response)
+    ignore_keys: list[str] = field(default_factory=list)  # keys of rows and messages to leave out,
+    # such as images, which are refused otherwise
     max_bad_rows: Count = 0  # unreadable rows to skip and report; 0 stops at the first
     shuffle: bool = True  # new order every epoch, from --seed; --no-shuffle keeps that of the files
     seed: Seed = 0  # of data order, sampling and everything else random
@@ -179,8 +183,10 @@ class RolloutConfig(RunConfig):
     temperature: Temperature = 1.0  # of samples and of the trained policy; 1 unless it stops
     # exploring
     rollout_batch: Number = 128  # samples drawn at a time on a rank; lower it when memory runs out
-    reward: str = ""  # reward-model folder, file.py:function, exact:MARKER, regex:PATTERN or
-    # length:WORDS (sampling/rewards.py)
+    reward: str = ""  # reward-model folder, file.py:function, exact:MARKER, boxed:, regex:PATTERN
+    # or length:WORDS (sampling/rewards.py)
+    reward_read: Literal["auto", "end", "last"] = "auto"  # token at which a reward model is read:
+    # the end of turn, or the last that its template writes; auto: by the folder, which is said
     no_eos_penalty: Amount = 0.0  # subtracted from the reward of a sample that did not end;
     # about one standard deviation of the reward
     eval_temperature: SampleTemperature = 0.7  # of the sample to each prompt of --eval-data; their
@@ -336,15 +342,20 @@ def _help_lines(cls: type, f: dataclasses.Field, written: dict[str, Field]) -> l
 # ---- values ------------------------------------------------------------------------------------
 
 
-def _known(cls: type, name: str, complaint: str) -> str:
-    """Return the field that a flag or key means. ValueError: none; names the nearest."""
+def _known(cls: type, name: str, complaint: str, dashes: str = "") -> str:
+    """Return the field that a flag or key means. ValueError: none; names the nearest.
+
+    dashes: what stands before a name, "--" for flags.
+    """
     names = [f.name for f in dataclasses.fields(cls)]
     plain = name.replace("-", "_")
     if plain in names:
         return plain
     near = difflib.get_close_matches(plain, names, n=1, cutoff=0.5)
-    hint = f": did you mean {near[0].replace('_', '-')}?" if near else "; --help lists them"
-    raise ValueError(f"{complaint} {name}{hint}")
+    hint = "; --help lists them"
+    if near:
+        hint = f": did you mean {dashes}{near[0].replace('_', '-')}?"
+    raise ValueError(f"{complaint} {dashes}{name}{hint}")
 
 
 def _read_flags(cls: type, argv: list[str]) -> dict[str, Any]:
@@ -361,7 +372,7 @@ def _read_flags(cls: type, argv: list[str]) -> dict[str, Any]:
         positive = True
         if name.startswith(("no-", "no_")) and hints.get(name[3:].replace("-", "_")) is bool:
             name, positive = name[3:], False
-        name = _known(cls, name, "unknown flag --")
+        name = _known(cls, name, "unknown flag", "--")
         flag = "--" + name.replace("_", "-")
         if hints[name] is bool and not equals:
             values[name] = positive

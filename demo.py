@@ -338,6 +338,8 @@ def main() -> None:
         "--out", default="runs/demo", help="folder for all files; numbered if it exists"
     )
     flags = parser.parse_args()
+    if flags.seeds and (min(flags.seeds) < 0 or len(set(flags.seeds)) < len(flags.seeds)):
+        parser.error("--seeds must be different numbers of at least 0")
     seeds = flags.seeds or ([0] if flags.quick else [0, 1, 2])
     out = Path(flags.out)
     number = 1

@@ -29,13 +29,14 @@ def is_about_others(error: BaseException) -> bool:
     return frames[-1].filename.endswith(WAITING)
 
 
-def last_words(mesh: Mesh, words: str, patience: float) -> str:
-    """Publish why this rank failed, and return which rank failed first or does not answer.
+def last_words(mesh: Mesh, words: str, patience: float) -> dict[int, str]:
+    """Publish why this rank failed; return what every rank that failed so far has published.
 
-    Messages go through the store, since torchrun's store outlives broken groups. patience: seconds
-    to wait for the other ranks' messages.
+    A dict rank -> "time words", in which this rank is missing if rank 0, which may hold the store,
+    does not answer. Messages go through the store, since torchrun's store outlives broken groups.
+    patience: seconds to wait for the other ranks' messages.
     """
-    messages: dict[int, str] = {}  # rank -> "time words"
+    messages: dict[int, str] = {}
     deadline = time.monotonic() + patience
 
     def exchange() -> None:
@@ -56,10 +57,28 @@ def last_words(mesh: Mesh, words: str, patience: float) -> str:
     thread = threading.Thread(target=try_exchange, daemon=True)
     thread.start()
     thread.join(patience + 1)
-    if mesh.rank not in messages:
+    return dict(messages)
+
+
+def said_by(rank: int, world: int, words: str, messages: dict[int, str]) -> str:
+    """Return who says a reason that this rank and perhaps others have: "" if a lower rank does.
+
+    "rank 1", "ranks 0, 2" or "every rank".
+    """
+    alike = {other for other, text in messages.items() if text.partition(" ")[2] == words} | {rank}
+    if min(alike) < rank:
+        return ""
+    if len(alike) == 1:
+        return f"rank {rank}"
+    return "every rank" if len(alike) == world else f"ranks {', '.join(map(str, sorted(alike)))}"
+
+
+def who_failed_first(rank: int, world: int, messages: dict[int, str]) -> str:
+    """Return which rank failed first, with its reason, or which one does not answer."""
+    if rank not in messages:
         return "rank 0 does not answer: it is dead or hung, or the network to its node is"
-    silent = [str(rank) for rank in range(mesh.world) if rank not in messages]
+    silent = [str(other) for other in range(world) if other not in messages]
     if silent:
         return f"rank {', '.join(silent)} does not answer: dead, or hung"
-    first = min(messages, key=lambda rank: float(messages[rank].split()[0]))
+    first = min(messages, key=lambda other: float(messages[other].split()[0]))
     return f"rank {first} failed first: {messages[first].partition(' ')[2]}"

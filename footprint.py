@@ -124,14 +124,18 @@ def sent(
     exact = max(4, size)  # bytes of a number that is kept in fp32 at least
     has_head = mesh.last_stage and not c.outputs
     # A block has four collectives, forward and backward. Checkpointing repeats three of them: no
-    # backward needs the output of the last one.
-    crossings = (11 if checkpointing else 8) * layers + 2 * (mesh.pp_rank == 0) + 2 * has_head
+    # backward needs the output of the last one, unless a norm follows it.
+    repeated = checkpointing * (3 if c.norms == "before" else 4)
+    crossings = (8 + repeated) * layers + 2 * (mesh.pp_rank == 0) + 2 * has_head
     gathers = (3 if checkpointing else 2) * layers * 2  # of k and v: forward, (repeated,) backward
     key_size = _share(c.kv_heads, mesh) * c.head_size * size
     total = dict.fromkeys(("tp", "cp", "pp", "dp", "logps", "control"), 0)
     for tokens, marked in zip(rows, scored, strict=True):
         stream = -(-tokens[mesh.cp_rank] // tp) * c.width * size  # this rank's residual stream
         total["tp"] += (tp - 1) * crossings * stream
+        if c.qk_norm == "whole":  # a number a token of q and of k
+            squares = _all_reduced(tokens[mesh.cp_rank] * exact, tp)
+            total["tp"] += layers * (6 if checkpointing else 4) * squares
         total["cp"] += (cp - 1) * gathers * max(tokens) * key_size
         total["pp"] += ((not mesh.last_stage) + (mesh.pp_rank > 0)) * stream
         if has_head:
@@ -212,9 +216,12 @@ def _activations(
     h = g * c.heads // c.kv_heads
     # Elements kept of a block: the inputs of norms, q|k|v and gate|up; q, k, v and the output of
     # attention, whose fp32 logsumexp comes on top; gate, up and their product.
-    inputs = (1 if c.parallel_residual else 2) * stream + 2 * rows * c.width
-    heads = 2 * rows * h + 2 * (tokens if mesh.cp > 1 else rows) * g + rows * (h + g) * c.qk_norm
-    mlp = (3 if c.mlp == "swiglu" else 2) * rows * f
+    norms = {"before": 2, "after": 2, "both": 4}[c.norms] - c.parallel_residual
+    inputs = norms * stream + 2 * rows * c.width
+    heads = (
+        2 * rows * h + 2 * (tokens if mesh.cp > 1 else rows) * g + rows * (h + g) * bool(c.qk_norm)
+    )
+    mlp = (3 if c.gated else 2) * rows * f
     block = (inputs + heads * c.head_size + mlp) * size + 4 * rows * h
     in_flight = min(mesh.pp - mesh.pp_rank, micro_batches)
     kept = layers_of(c, mesh) * in_flight * (stream * size if checkpointing else block)

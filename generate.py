@@ -22,8 +22,11 @@ from typing import Annotated, Literal
 
 import torch
 
+import hub
 from config import Count, Number, Range, SampleTemperature, Seed, parse
 from data import attributes
+from data.jinja import read_kwargs
+from data.keys import prompt_in
 from data.rows import read_rows, write_rows
 from data.templates import Template
 from data.tokenizer import load_tokenizer
@@ -45,6 +48,8 @@ class Flags:
     template: Literal["auto", "plain", "chatml", "zephyr", "llama2", "llama3"] = (
         "auto"  # chat format, as in training
     )
+    template_kwargs: str = ""  # a JSON object of values for the chat template, for example
+    # '{"enable_thinking": false}'
     attributes: str = ""  # for a SteerLM model: what to ask for, "helpfulness:4,verbosity:1"
     n: Number = 1  # responses to each prompt
     temperature: SampleTemperature = 0.7  # 0 = always the likeliest token; 1 = the model's own
@@ -208,18 +213,22 @@ def finished_rows(partial: Path, key: dict[str, str]) -> list[dict]:
 def main(argv: list[str] | None = None) -> None:
     flags = parse(Flags, __doc__, argv)
     validate(flags)
+    hub.resolve(flags, ("model",))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     best_dtype = "bf16" if device == "cuda" else "fp32"
     dtype = DTYPES[best_dtype if flags.dtype == "auto" else flags.dtype]
     tokenizer = load_tokenizer(flags.model)
-    template = Template(flags.template, tokenizer)
+    template = Template(flags.template, tokenizer, read_kwargs(flags.template_kwargs))
     rows: list[dict] = [{"prompt": flags.prompt}] if flags.prompt else []
     if flags.data:
         rows = list(read_rows(flags.data))[: flags.limit or None]
+    prompts = []
     for number, row in enumerate(rows, 1):
-        if not row.get("prompt"):
-            raise ValueError(f"row {number} of {flags.data} has no prompt")
-    prompts = [template.prompt(conditioned(row["prompt"], flags)) for row in rows]
+        try:
+            prompt = conditioned(prompt_in(row, template.plain), flags)
+            prompts.append(template.prompt(prompt))
+        except ValueError as error:
+            raise ValueError(f"row {number} of {flags.data or '--prompt'}: {error}") from None
     answer = functools.partial(
         generate,
         load_model(flags.model, dtype, device),

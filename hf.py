@@ -19,11 +19,12 @@ from typing import Literal
 
 import torch
 
+import hub
 from config import Above0, Amount, Count, Number, Seed, parse
 from data.templates import Template
 from data.tokenizer import Tokenizer, load_tokenizer
 from model import GPT, parameter_count
-from weights import gguf
+from weights import families, gguf
 from weights.config_json import ARCHITECTURES, model_config, read_config, score_names
 from weights.folder import DTYPES, load_model, save_model, weight_files
 from weights.peft import adapter_scores, load_adapter
@@ -34,7 +35,22 @@ class New:
     """Flags of `hf.py new`."""
 
     out: str = ""  # folder to make
-    family: Literal["llama", "mistral", "qwen2", "qwen3", "gpt_neox"] = "llama"  # architecture
+    family: Literal[
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "smollm3",
+        "olmo2",
+        "olmo3",
+        "nemotron",
+        "granite",
+        "stablelm",
+        "ministral3",
+        "phi3",
+        "gemma3_text",
+        "gpt_neox",
+    ] = "llama"  # architecture
     tokenizer: str = ""  # folder whose tokenizer is copied
     vocab: Count = 0  # rows of the embedding; 0 = what the tokenizer needs
     width: Number = 256  # of the residual stream
@@ -42,10 +58,14 @@ class New:
     heads: Number = 4  # query heads
     kv_heads: Count = 0  # key/value heads; 0 = as many as query heads
     head_size: Count = 0  # 0 = width / heads
-    ffn: Count = 0  # MLP width; 0 = 8/3 of the width (4 for gpt_neox), rounded up to a multiple of
+    ffn: Count = (
+        0  # MLP width; 0 = 8/3 of the width (4 without a gate), rounded up to a multiple of
+    )
     # 16
     max_position: Number = 2048  # longest text the model is meant for, in tokens
-    sliding_window: Count = 0  # mistral only: positions that attention looks back; 0 = all
+    sliding_window: Count = (
+        0  # of mistral, olmo3, gemma3_text: positions that attention looks back; 0 = all
+    )
     rope_theta: Above0 = 10000.0  # base of the rotary frequencies; larger for long contexts
     tied: bool = False  # one matrix for embedding and head: fewer parameters
     std: Amount = 0.02  # of the random weights; 1/sqrt(width) is a good choice for small models
@@ -57,8 +77,8 @@ def new_model(flags: New) -> GPT:
     """Return a model of random weights for save_model. ValueError names the flag to change."""
     tokenizer = load_tokenizer(flags.tokenizer) if flags.tokenizer else None
     _validate(flags, tokenizer)
-    neox = flags.family == "gpt_neox"
-    ffn = 4 * flags.width if neox else -(-flags.width * 8 // 48) * 16
+    ungated = flags.family in ("gpt_neox", "nemotron")
+    ffn = 4 * flags.width if ungated else -(-flags.width * 8 // 48) * 16
     raw = {
         "architectures": [ARCHITECTURES[flags.family]],
         "model_type": flags.family,
@@ -69,21 +89,29 @@ def new_model(flags: New) -> GPT:
         "num_attention_heads": flags.heads,
         "max_position_embeddings": flags.max_position,
         "tie_word_embeddings": flags.tied,
-        "hidden_act": "gelu" if neox else "silu",
+        "hidden_act": "silu",
         "bos_token_id": tokenizer.bos if tokenizer else None,
         "eos_token_id": tokenizer.eos if tokenizer else None,
+        "pad_token_id": None,  # some families have a default beyond a small vocabulary
+        "rope_theta": flags.rope_theta,
+        "num_key_value_heads": flags.kv_heads or flags.heads,
+        "head_dim": flags.head_size or flags.width // flags.heads,
+        "layer_norm_eps": 1e-5,
+        "norm_eps": 1e-5,
+        "rms_norm_eps": 1e-6,
+        **families.NEW.get(flags.family, {}),
     }
-    if neox:
-        raw |= {"rotary_pct": 0.25, "rotary_emb_base": flags.rope_theta, "layer_norm_eps": 1e-5}
-    else:
-        raw |= {
-            "num_key_value_heads": flags.kv_heads or flags.heads,
-            "rope_theta": flags.rope_theta,
-            "rms_norm_eps": 1e-6,
-            "head_dim": flags.head_size or flags.width // flags.heads,
-        }
-    if flags.family == "mistral":
-        raw["sliding_window"] = flags.sliding_window or None
+    raw = {key: value for key, value in raw.items() if families.reads(flags.family, key)}
+    if flags.family == "gpt_neox":
+        raw["rotary_emb_base"] = raw.pop("rope_theta")
+    if flags.family in families.LOCAL_ROPE:
+        del raw["rope_theta"]
+        rope = {"rope_type": "default", "rope_theta": flags.rope_theta}
+        raw["rope_parameters"] = {"full_attention": rope, "sliding_attention": rope}
+    if flags.family in families.WINDOW:
+        # transformers computes an olmo3 only with a window
+        no_window = None if flags.family == "mistral" else flags.max_position
+        raw["sliding_window"] = flags.sliding_window or no_window
     model = GPT(model_config(raw, flags.family)).to(DTYPES[flags.dtype])
     model.init_weights(flags.seed, flags.std)
     model.hf_config = raw
@@ -98,14 +126,17 @@ def _validate(flags: New, tokenizer: Tokenizer | None) -> None:
         raise ValueError(
             f"--width {flags.width} is no multiple of --heads {flags.heads}: or give --head-size"
         )
-    if flags.sliding_window and flags.family != "mistral":
-        raise ValueError("--sliding-window is for --family mistral")
+    if flags.sliding_window and flags.family not in families.WINDOW:
+        names = ", ".join(families.WINDOW)
+        raise ValueError(f"--sliding-window is for --family {names}")
     if tokenizer and flags.vocab and flags.vocab < tokenizer.size:
         raise ValueError(
             f"--vocab {flags.vocab} is too small for the tokenizer: it has {tokenizer.size} ids"
         )
-    if flags.family == "gpt_neox" and (flags.kv_heads or flags.head_size):
-        raise ValueError("--kv-heads and --head-size are not for gpt_neox: it has neither")
+    for flag, key in (("kv_heads", "num_key_value_heads"), ("head_size", "head_dim")):
+        if getattr(flags, flag) and not families.reads(flags.family, key):
+            name = flag.replace("_", "-")
+            raise ValueError(f"--{name} is not for {flags.family}: its config.json has no {key}")
 
 
 def describe(folder: str) -> str:
@@ -165,7 +196,7 @@ def main(argv: list[str]) -> None:
             save_model(new_model(flags), flags.out, flags.tokenizer or None)
             argv = ["check", flags.out] if flags.tokenizer else []
         if argv[:1] == ["check"] and len(argv) == 2:
-            print(describe(argv[1]))
+            print(describe(hub.model_folder(argv[1])))
         elif argv:
             print(__doc__)
     except (ImportError, OSError, ValueError) as error:

@@ -28,7 +28,7 @@ from kernels.kl import Divergence, linear_kl
 from kernels.logprob import linear_logprob, merge_partials
 from kernels.quantized import Format, Quantized, quantize, quantized_linear
 from kernels.rmsnorm import add_rms_norm, rms_norm
-from parallel import Group, Mesh, enter, exit, split
+from parallel import Group, Mesh, enter, exit, split, sum_over
 
 Start = Literal["normal", "residual", "ones", "zeros", "uniform"]
 
@@ -121,27 +121,60 @@ def weights_of(model: nn.Module) -> dict[str, Weight]:
 
 
 class Norm(Layer):
-    """RMSNorm, or LayerNorm with a bias; over the last dimension."""
+    """RMSNorm, or LayerNorm with a bias; over the last dimension. Kinds: see GPTConfig.norm."""
 
     def __init__(self, size: int, kind: str, eps: float, mesh: Mesh):
         super().__init__(mesh)
         self.eps = eps
-        self.has_bias = kind == "layer"
-        self.declare("weight", Weight((size,), decays=False, start="ones"))
+        self.has_bias = kind.startswith("layer")
+        self.less_one = kind.endswith("1p")  # the weight is stored less 1
+        start: Start = "zeros" if self.less_one else "ones"
+        self.declare("weight", Weight((size,), decays=False, start=start))
         if self.has_bias:
             self.declare("bias", Weight((size,), decays=False, start="zeros"))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.has_bias:
-            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
-        return rms_norm(x, self.weight, self.eps)
+            weight = self.weight + 1 if self.less_one else self.weight
+            return F.layer_norm(x, weight.shape, weight, self.bias, self.eps)
+        return rms_norm(x, self.rms_weight(), self.eps)
+
+    def rms_weight(self) -> Tensor:
+        """Return the weight that multiplies; 1 + w is kept in fp32 at least, as in Gemma."""
+        if not self.less_one:
+            return self.weight
+        return self.weight.to(torch.promote_types(self.weight.dtype, torch.float32)) + 1
 
     def add(self, x: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
         """Return (x + update, its norm), in one kernel where there is one."""
         if self.has_bias:
             x = x + update
             return x, self(x)
-        return add_rms_norm(x, update, self.weight, self.eps)
+        return add_rms_norm(x, update, self.rms_weight(), self.eps)
+
+
+class HeadsNorm(Layer):
+    """RMSNorm over all heads of q or k at once, of which this rank has some (OLMo 2).
+
+        y_i = x_i / √(Σ_i |x_i|² / N + eps) · w_i      N components in all heads
+        forward: all-reduce of a number a token        backward: the same of its gradient
+
+    A rank holds the weights of its heads only, so their gradients are whole here.
+    """
+
+    def __init__(self, size: int, heads: int, eps: float, mesh: Mesh):
+        super().__init__(mesh)
+        self.size, self.eps, self.tp = size, eps, mesh.group("tp")
+        self.declare("weight", Weight((size,), Cut(0, heads), decays=False, start="ones"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(T, N / n) -> (T, N / n). Statistics are in fp32 at least."""
+        if self.tp.n == 1:
+            return rms_norm(x, self.weight, self.eps)
+        exact = x.to(torch.promote_types(x.dtype, torch.float32))
+        squares = sum_over(exact.square().sum(-1, keepdim=True), self.tp)  # (T, 1)
+        unit = exact * torch.rsqrt(squares / self.size + self.eps)
+        return unit.to(x.dtype) * self.weight
 
 
 # ---- linears -------------------------------------------------------------------------------------

@@ -20,11 +20,14 @@ from torch import Tensor, nn
 from architecture import GPTConfig
 from kernels.attention import tree_attention
 from kernels.rope import rope
-from layers import ColumnLinear, Norm, RowLinear, columns
+from layers import ColumnLinear, HeadsNorm, Norm, RowLinear, columns
 from layout import TreeLayout
 from parallel import Group, Mesh, gather_rows, split
 
 # ---- what a mixer sees ---------------------------------------------------------------------------
+
+# GPTConfig.rope's name -> cos and sin, (T, R/2) each, of the R rotated components of a head.
+Angles = dict[str, tuple[Tensor, Tensor]]
 
 
 @dataclass
@@ -38,8 +41,7 @@ class TreeView:
     layout: TreeLayout  # for this rank's queries
     shares: list[Tensor]  # rows of every context rank
     cp: Group
-    cos: Tensor = field(default_factory=torch.Tensor)  # (T, E / 2) or less, set by the model
-    sin: Tensor = field(default_factory=torch.Tensor)
+    angles: Angles = field(default_factory=dict)  # set by the model
 
 
 @dataclass
@@ -93,8 +95,7 @@ class SamplingView:
     extension: Extension | None
     prompts: NewPrompts | None
     caches: dict[int, "KVCache"]  # of every layer, as its mixer made it
-    cos: Tensor = field(default_factory=torch.Tensor)
-    sin: Tensor = field(default_factory=torch.Tensor)
+    angles: Angles = field(default_factory=dict)
 
 
 View = TreeView | SamplingView
@@ -122,6 +123,9 @@ class Attention(nn.Module):
     def __init__(self, c: GPTConfig, layer: int, mesh: Mesh):
         super().__init__()
         self.layer, self.size, self.window = layer, c.head_size, c.window(layer)
+        self.rope, self.query_growth = c.rope(layer), c.query_growth
+        # What q is multiplied by, since attention divides by √E.
+        self.q_scale = c.attention_scale * c.head_size**0.5 or 1.0
         first, last = split(c.kv_heads, mesh.tp, mesh.tp_rank)
         self.kv_heads = last - first  # of this rank
         self.group = c.heads // c.kv_heads  # query heads of one key/value head
@@ -130,22 +134,37 @@ class Attention(nn.Module):
         self.k = ColumnLinear(c.width, key, c.kv_heads, mesh, c.qkv_bias)
         self.v = ColumnLinear(c.width, key, c.kv_heads, mesh, c.qkv_bias)
         self.out = RowLinear(query, c.width, c.kv_heads, mesh, c.out_bias)
-        self.normalise = c.qk_norm
-        if c.qk_norm:
-            self.q_norm = Norm(c.head_size, "rms", c.norm_eps, mesh)
-            self.k_norm = Norm(c.head_size, "rms", c.norm_eps, mesh)
+        self.qk_norm = c.qk_norm
+        self.q_norm: HeadsNorm | Norm
+        self.k_norm: HeadsNorm | Norm
+        if c.qk_norm == "whole":
+            self.q_norm = HeadsNorm(query, c.kv_heads, c.norm_eps, mesh)
+            self.k_norm = HeadsNorm(key, c.kv_heads, c.norm_eps, mesh)
+        if c.qk_norm == "head":
+            self.q_norm = Norm(c.head_size, c.norm, c.norm_eps, mesh)
+            self.k_norm = Norm(c.head_size, c.norm, c.norm_eps, mesh)
 
     def forward(self, x: Tensor, view: View) -> Tensor:
         """(T / tp, D) -> (T / tp, D); in between (T, H, E) with this rank's heads."""
         tokens = len(view.positions)
         q, k, v = columns(x, tokens, self.q, self.k, self.v)
+        if self.qk_norm == "whole":
+            q, k = self.q_norm(q), self.k_norm(k)
         # No -1 in these shapes: a rank without examples has zero tokens, which decide no size.
         q = q.view(tokens, self.kv_heads * self.group, self.size)
         k = k.view(tokens, self.kv_heads, self.size)
         v = v.view(tokens, self.kv_heads, self.size)
-        if self.normalise:
+        if self.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rope(q, view.cos, view.sin), rope(k, view.cos, view.sin)
+        if self.rope != "none":
+            cos, sin = view.angles[self.rope]
+            q, k = rope(q, cos, sin), rope(k, cos, sin)
+        if self.q_scale != 1.0:
+            q = q * self.q_scale
+        if self.query_growth:
+            beta, period = self.query_growth
+            growth = 1 + beta * torch.log1p((view.positions // period).float())
+            q = q * growth[:, None, None].to(q.dtype)
         if isinstance(view, TreeView):
             k, v = gather_rows(k, view.shares, view.cp), gather_rows(v, view.shares, view.cp)
             y = tree_attention(q, k, v, view.layout, self.window)

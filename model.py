@@ -1,4 +1,4 @@
-"""One compact GPT on flat rows of packed trees: Llama 2/3, Mistral, Qwen2, Qwen3, GPT-NeoX/Pythia.
+"""One compact GPT on flat rows of packed trees: Llama and its relatives, GPT-NeoX.
 
     hidden = model(batch)                             (T, D); a rank's rows of it with --tp or --cp
     logps = model.logps(hidden, batch)                (M,) log-prob of each scored token
@@ -25,38 +25,20 @@ from data.trees import TreeBatch
 from kernels.kl import Divergence
 from kernels.swiglu import swiglu
 from layers import ColumnLinear, Linear, Norm, RowLinear, Vocabulary, Weight, columns, weights_of
-from mixers import Attention, TreeView, View
+from mixers import Angles, Attention, TreeView, View
 from parallel import Mesh, assemble, enter, split
+from rotary import amplitude, frequencies
 
 ALONE = Mesh()
 
 
-def rope_frequencies(c: GPTConfig) -> Tensor:
-    """Return radians a position for each rotated pair, (R/2,) fp32, with Llama 3.1's stretching.
-
-    Computed in fp32 step by step as transformers does, so that angles agree to the last bit.
-    """
-    size = c.rope_size or c.head_size
-    frequency = 1.0 / (c.rope_theta ** (torch.arange(0, size, 2, dtype=torch.float32) / size))
-    if c.rope_scaling is None:
-        return frequency
-    factor, low, high, original = c.rope_scaling
-    # Long waves are stretched by `factor`, short ones kept, those between blended (Llama 3.1).
-    wavelength = 2 * math.pi / frequency
-    blend = (original / wavelength - low) / (high - low)
-    blended = (1 - blend) * frequency / factor + blend * frequency
-    stretched = torch.where(wavelength > original / low, frequency / factor, frequency)
-    middle = (wavelength <= original / low) & (wavelength >= original / high)
-    return torch.where(middle, blended, stretched)
-
-
 class MLP(nn.Module):
-    """SwiGLU, or one hidden layer with GELU; tensor ranks share the hidden width F."""
+    """An MLP of a kind of GPTConfig.mlp; tensor ranks share the hidden width F."""
 
     def __init__(self, c: GPTConfig, mesh: Mesh):
         super().__init__()
         self.kind = c.mlp
-        if c.mlp == "swiglu":
+        if c.gated:
             self.gate = ColumnLinear(c.width, c.ffn, c.ffn, mesh, c.mlp_bias)
         self.up = ColumnLinear(c.width, c.ffn, c.ffn, mesh, c.mlp_bias)
         self.down = RowLinear(c.ffn, c.width, c.ffn, mesh, c.mlp_bias)
@@ -66,18 +48,30 @@ class MLP(nn.Module):
         if self.kind == "swiglu":
             gate, up = columns(x, tokens, self.gate, self.up)
             return self.down(swiglu(gate, up))
+        if self.kind == "geglu":
+            gate, up = columns(x, tokens, self.gate, self.up)
+            return self.down(F.gelu(gate, approximate="tanh") * up)
+        if self.kind == "relu2":
+            return self.down(F.relu(self.up(x, tokens)).square())
         approximate = "tanh" if self.kind == "gelu_tanh" else "none"
         return self.down(F.gelu(self.up(x, tokens), approximate=approximate))
 
 
 class Block(nn.Module):
-    """One layer: a mixer and an MLP, one after the other or (GPT-NeoX) side by side."""
+    """One layer: a mixer and an MLP, one after the other or (GPT-NeoX) side by side.
+
+    Each has a norm before it, or (OLMo 2) after it, or (Gemma) both.
+    """
 
     def __init__(self, c: GPTConfig, layer: int, mesh: Mesh):
         super().__init__()
-        self.parallel_residual = c.parallel_residual
+        self.parallel_residual, self.norms = c.parallel_residual, c.norms
+        self.scale = c.residual_scale
         self.norm1 = Norm(c.width, c.norm, c.norm_eps, mesh)
         self.norm2 = Norm(c.width, c.norm, c.norm_eps, mesh)
+        if c.norms == "both":
+            self.after1 = Norm(c.width, c.norm, c.norm_eps, mesh)
+            self.after2 = Norm(c.width, c.norm, c.norm_eps, mesh)
         self.mixer = Attention(c, layer, mesh)
         self.mlp = MLP(c, mesh)
 
@@ -86,8 +80,18 @@ class Block(nn.Module):
         tokens = len(view.positions)
         if self.parallel_residual:
             return x + self.mixer(self.norm1(x), view) + self.mlp(self.norm2(x), tokens)
-        x, normed = self.norm2.add(x, self.mixer(self.norm1(x), view))
-        return x + self.mlp(normed, tokens)
+        if self.norms == "after":
+            x = x + self.norm1(self.mixer(x, view))
+            return x + self.norm2(self.mlp(x, tokens))
+        if self.norms == "both":
+            x, normed = self.norm2.add(x, self.after1(self.mixer(self.norm1(x), view)))
+            return x + self.after2(self.mlp(normed, tokens))
+        x, normed = self.norm2.add(x, self.scaled(self.mixer(self.norm1(x), view)))
+        return x + self.scaled(self.mlp(normed, tokens))
+
+    def scaled(self, update: Tensor) -> Tensor:
+        """Return what is added to the residual stream."""
+        return update if self.scale == 1.0 else update * self.scale
 
 
 class GPT(nn.Module):
@@ -124,7 +128,7 @@ class GPT(nn.Module):
             self.score_head = Linear(c.width, c.outputs, mesh)
         self.checkpoint_activations = False
         self.pending: dict[str, list] = {}  # part of the model -> buckets whose weights may be late
-        self._frequencies: Tensor | None = None
+        self._frequencies: dict[str, Tensor] = {}
 
     @property
     def device(self) -> torch.device:
@@ -161,12 +165,24 @@ class GPT(nn.Module):
             else:
                 nn.init.constant_(p, 1.0 if weight.start == "ones" else 0.0)
 
-    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cos and sin of every rotation, (T, R/2) each, in fp32 as transformers does."""
-        if self._frequencies is None or self._frequencies.device != positions.device:
-            self._frequencies = rope_frequencies(self.c).to(positions.device)
-        angle = positions.float()[:, None] * self._frequencies
-        return angle.cos(), angle.sin()
+    def angles(self, positions: Tensor) -> Angles:
+        """Return cos and sin of every rotation, in fp32 as transformers does."""
+        c, size = self.c, self.c.rope_size or self.c.head_size
+        if c.longest:
+            message = f"the model's rope ends at {c.longest} positions: lower --max-length"
+            torch._assert_async((positions < c.longest).all(), message)
+        if not self._frequencies or self._frequencies["main"].device != positions.device:
+            ropes = {"main": frequencies(c.rope_theta, size, c.rope_scaling)}
+            if c.local_theta:
+                ropes["local"] = frequencies(c.local_theta, size)
+            self._frequencies = {name: rope.to(positions.device) for name, rope in ropes.items()}
+        angles = {}
+        for name, frequency in self._frequencies.items():
+            angle = positions.float()[:, None] * frequency
+            factor = amplitude(c.rope_scaling) if name == "main" else 1.0
+            cos, sin = angle.cos(), angle.sin()
+            angles[name] = (cos, sin) if factor == 1.0 else (cos * factor, sin * factor)
+        return angles
 
     def forward(self, batch: TreeBatch, x: Tensor | None = None) -> Tensor:
         """Return the hidden states of a batch before the final norm, (T, D), or this rank's rows.
@@ -194,7 +210,10 @@ class GPT(nn.Module):
         if self.mesh.pp_rank == 0:
             self.wait("embed")
             x = self.embed.embed(tokens)
-        view.cos, view.sin = self.angles(view.positions)
+            if self.c.embedding_scale != 1.0:
+                # rounded to the dtype of the weights, as Gemma's is
+                x = x * torch.tensor(self.c.embedding_scale, dtype=x.dtype).item()
+        view.angles = self.angles(view.positions)
         for name, block in self.blocks.items():
             self.wait(f"blocks.{name}")
             if self.checkpoint_activations and torch.is_grad_enabled():
@@ -249,8 +268,13 @@ class GPT(nn.Module):
             places, index = locate(share, index)
             rows = len(share)
         if cp.n == 1 and self.tp.n == 1:
-            return self.norm(hidden.index_select(0, index)), places
-        return enter(self.norm(hidden), rows, self.tp).index_select(0, index), places
+            return self.before_head(hidden.index_select(0, index)), places
+        return enter(self.before_head(hidden), rows, self.tp).index_select(0, index), places
+
+    def before_head(self, hidden: Tensor) -> Tensor:
+        """Return what the output head multiplies with, (..., D) -> (..., D)."""
+        normed, scale = self.norm(hidden), self.c.logit_scale
+        return normed if scale == 1.0 else normed * scale
 
     def kl(
         self,
@@ -277,8 +301,8 @@ class GPT(nn.Module):
         """Return the logits at places index (n,) of the flat row, (n, V); to sample from."""
         self.wait()
         if self.tp.n == 1:
-            return self.output.logits(self.norm(hidden.index_select(0, index)))
-        hidden = enter(self.norm(hidden), self.tp.n * len(hidden), self.tp)
+            return self.output.logits(self.before_head(hidden.index_select(0, index)))
+        hidden = enter(self.before_head(hidden), self.tp.n * len(hidden), self.tp)
         return self.output.logits(hidden.index_select(0, index))
 
     def score(self, hidden: Tensor, batch: TreeBatch, index: Tensor) -> Tensor:

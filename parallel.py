@@ -380,6 +380,22 @@ def exit(x: Tensor, group: Group) -> Tensor:
     return x if group.n == 1 else _Exit.apply(x, group)
 
 
+class _SumOver(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return group.all_reduce(x, "tp")
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.group.all_reduce(grad.contiguous(), "tp"), None
+
+
+def sum_over(x: Tensor, group: Group) -> Tensor:
+    """Sum (T, k) over the ranks by an all-reduce; backward: an all-reduce of the gradient."""
+    return x if group.n == 1 else _SumOver.apply(x, group)
+
+
 class _Assemble(torch.autograd.Function):
     @staticmethod
     def forward(ctx, values, places, total, group):
@@ -396,8 +412,7 @@ def assemble(values: Tensor, places: Tensor, total: int, group: Group) -> Tensor
     """Put the rows of all ranks together: (k, ...) at indices `places` (k,) -> (total, ...).
 
     forward: all-reduce of a (total, ...) that is 0 elsewhere
-    backward: nothing is sent. All ranks compute the same from the result, so each already has the
-    gradient of its rows.
+    backward: nothing is sent, as all ranks compute the same from the result
     """
     return values if group.n == 1 else _Assemble.apply(values, places, total, group)
 

@@ -16,6 +16,7 @@ from typing import Annotated, Literal, NamedTuple
 
 import torch
 
+import hub
 from config import Amount, Count, Number, Range, RunConfig, check_ranges, parse
 from footprint import Layout, layers_of, memory, sent
 from model import GPTConfig, parameter_count
@@ -168,7 +169,7 @@ def _flops(
     c: GPTConfig, flags: Plan, layout: Layout, stage: int, tokens: int, checkpointing: bool
 ) -> int:
     """Return the FLOPs of a micro-batch in a stage, its tensor and context ranks together."""
-    mlp = c.ffn * (3 if c.mlp == "swiglu" else 2)
+    mlp = c.ffn * (3 if c.gated else 2)
     matmuls = c.width * (c.head_size * 2 * (c.heads + c.kv_heads) + mlp)
     # q k and p v: 2 * heads * head size * keys, and a token sees half of its example.
     attention = mean_tokens(flags) * c.heads * c.head_size
@@ -282,7 +283,7 @@ def sizes(flags: Plan) -> GPTConfig:
     if flags.base_dtype != "none" and not flags.lora:
         raise ValueError(f"--base-dtype {flags.base_dtype} is for frozen weights: add --lora 16")
     if flags.model:
-        return read_config(flags.model)[0]
+        return read_config(hub.model_folder(flags.model))[0]
     for name in ("width", "layers", "heads", "vocab"):
         if getattr(flags, name) < 1:
             raise ValueError(

@@ -27,18 +27,28 @@ import numpy as np
 import torch
 
 import checkpoint
+import hub
 import lock
 import parallel
 import plan
 import weights.folder
 from config import RunConfig, check_ranges, to_json
 from data.dataset import Dataset, load_dataset
+from data.jinja import read_kwargs
 from data.templates import Template
 from data.tokenizer import load_tokenizer
 from data.trees import check_longest
 from disk import write_text
-from faults import is_about_others, last_words
-from identity import Description, changed_flags, check_resumed, compare_ranks, describe
+from faults import is_about_others, last_words, said_by, who_failed_first
+from identity import (
+    DATA_FLAGS,
+    MODEL_FLAGS,
+    Description,
+    changed_flags,
+    check_resumed,
+    compare_ranks,
+    describe,
+)
 from model import GPT
 from optimizer import AdamW
 from parallel import Mesh, init_mesh
@@ -49,6 +59,7 @@ from weights.peft import check_base, load_adapter, read_adapter_config, save_ada
 _config: RunConfig | None = None  # of this process, for advice when GPU memory runs out
 ECHO_SECONDS = 3.0  # a signal repeated within this time counts once
 PATIENCE = 10.0  # seconds to wait for another rank to say why it failed
+ALIKE_SECONDS = 2.0  # seconds to wait for the other ranks to fail for the same reason
 
 
 @dataclass(frozen=True)
@@ -90,20 +101,28 @@ def run(main: Callable[[], None]) -> None:
     except Exception as error:
         if parallel.here().world == 1:
             raise
-        traceback.print_exc()
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        _exit(reason, ask_others=is_about_others(error))
+        _exit(reason, is_about_others(error), traceback.format_exc())
 
 
-def _exit(reason: str, ask_others: bool = False) -> None:
-    """End the process with one line that says what went wrong, here or on another rank."""
+def _exit(reason: str, ask_others: bool = False, details: str = "") -> None:
+    """End the process with one line that says what went wrong, here or on another rank.
+
+    Where several ranks fail alike, one of them says it. details: text to print before the line.
+    """
     mesh = parallel.here()
     lock.release()
     if mesh.world == 1:
         sys.exit(f"error: {reason}")
-    others = last_words(mesh, reason, patience=PATIENCE if ask_others else 0.0)
-    text = f"error on rank {mesh.rank}: {reason}" + (f"\n  {others}" if ask_others else "")
-    print(text, file=sys.stderr, flush=True)
+    messages = last_words(mesh, reason, PATIENCE if ask_others else ALIKE_SECONDS)
+    if ask_others:
+        others = who_failed_first(mesh.rank, mesh.world, messages)
+        text = f"error on rank {mesh.rank}: {reason}\n  {others}"
+    else:  # often all ranks fail alike: one of them says it
+        who = said_by(mesh.rank, mesh.world, reason, messages)
+        text = f"error on {who}: {reason}" if who else ""
+    if text:
+        print(details + text, file=sys.stderr, flush=True)
     os._exit(1)  # not through c10d's tear-down, which may wait for ranks that are gone
 
 
@@ -144,6 +163,7 @@ def start(config: RunConfig) -> Run:
     All ranks but 0 print nothing from here on. ValueError names the flag and the fix.
     """
     global _config
+    hub.resolve(config, MODEL_FLAGS, DATA_FLAGS)
     mine = describe(config)
     mesh = parallel.join(config.device, config.timeout_minutes)
     _config = config
@@ -172,7 +192,8 @@ def start(config: RunConfig) -> Run:
     if resume_from:
         warnings += mesh.ask(lambda: _compare(resume_from, mine, config))
     mesh.ask(lambda: write_text(Path(config.out) / "config.json", to_json(config)))
-    template = Template(config.template, load_tokenizer(config.model))
+    kwargs = read_kwargs(config.template_kwargs)
+    template = Template(config.template, load_tokenizer(config.model), kwargs)
     return Run(config, mesh, device, dtype, template, stop, resume_from, mine, tuple(warnings))
 
 
@@ -189,6 +210,7 @@ def validate(config: RunConfig) -> None:
         if not getattr(config, name):
             raise ValueError(f"{flags[name]} is missing; --help lists the flags")
     check_ranges(config)
+    read_kwargs(config.template_kwargs)
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             "--device cuda, but torch finds no GPU: "
@@ -286,6 +308,7 @@ def load_rows(run: Run, files: list[str], kind: str, whole_trees: bool = True) -
             config.overlong,
             config.max_bad_rows,
             cache_folder(config),
+            ignore=config.ignore_keys,
         )
     if whole_trees:
         check_fit(data, config)

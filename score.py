@@ -23,11 +23,13 @@ from typing import Literal
 import numpy as np
 import torch
 
+import hub
 from config import Number, parse
+from data.jinja import read_kwargs
 from data.rows import read_rows, write_rows
 from data.templates import Template
 from data.tokenizer import load_tokenizer
-from sampling.scoring import Answers, all_answers, annotate, load_scorer, score
+from sampling.scoring import Answers, all_answers, annotate, load_scorer, score, tail_of
 from weights.folder import DTYPES, load_model
 
 
@@ -43,6 +45,10 @@ class Flags:
     template: Literal["auto", "plain", "chatml", "zephyr", "llama2", "llama3"] = (
         "auto"  # chat format, as in training
     )
+    template_kwargs: str = ""  # a JSON object of values for the chat template, for example
+    # '{"enable_thinking": false}'
+    reward_read: Literal["auto", "end", "last"] = "auto"  # token at which a reward model is read:
+    # the end of turn, or the last that its template writes; auto: by the folder, which is said
     max_tokens: Number = 8192  # tokens per micro-batch: lower it when memory runs out
     dtype: Literal["auto", "bf16", "fp32", "fp64"] = "auto"  # auto: bf16 on GPUs, else fp32
 
@@ -53,10 +59,12 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("score.py needs --model, --data and --out")
     if flags.ref and flags.attributes:
         raise ValueError("--ref compares language models, --attributes needs a reward model")
+    hub.resolve(flags, ("model", "ref"))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     best_dtype = "bf16" if device == "cuda" else "fp32"
     dtype = DTYPES[best_dtype if flags.dtype == "auto" else flags.dtype]
-    template = Template(flags.template, load_tokenizer(flags.model))
+    kwargs = read_kwargs(flags.template_kwargs)
+    template = Template(flags.template, load_tokenizer(flags.model), kwargs)
     rows, answers = all_answers(list(read_rows(flags.data)), template, flags.data)
     if flags.ref:
         write_logps(rows, answers, template, dtype, device, flags)
@@ -77,7 +85,8 @@ def write_scores(
 ) -> None:
     """Write the rows with their scores under --model; print the mean of each output."""
     model, names = load_scorer(flags.model, dtype, device)
-    scores = score(model, template, answers, flags.max_tokens, rows)
+    tail = tail_of(flags.model, names, template, flags.reward_read)
+    scores = score(model, template, answers, flags.max_tokens, rows, tail)
     scored = [{**row, **as_keys(row, values.tolist(), names)} for row, values in zip(rows, scores)]
     write_rows(flags.out, scored)
     table = np.concatenate(scores)  # (responses, outputs)

@@ -193,6 +193,7 @@ def main(argv: list[str] | None = None) -> None:
         config.max_tokens,
         mesh,
         over=partial(runtime.load_over, run, model) if config.shared_base else None,
+        read=config.reward_read,
     )
     critic = load_critic(run, model, config)
     ref = None

@@ -34,7 +34,9 @@ import training
 from config import Amount, Count, Number, Range, RunConfig, Temperature, parse
 from data import attributes
 from data.attributes import Conditioned, ConditionedRows
+from data.chat import as_row
 from data.dataset import Dataset
+from data.keys import prompt_in
 from data.rows import write_rows
 from data.templates import Template
 from data.tokenizer import load_tokenizer
@@ -83,9 +85,10 @@ def sample_responses(line: str, run: Run, config: Config) -> list[dict]:
     names = trained[1]
     asked = attributes.read_line(config.ask, names) if config.ask else attributes.best(names)
     rows = attributes.all_rows(config.data)
-    prompts = {json.dumps(row["prompt"]): row["prompt"] for row in rows if row.get("prompt")}
+    asked_for = [prompt_in(row, run.template.plain) for row in rows]
+    prompts = {json.dumps(as_row(prompt)): prompt for prompt in asked_for}
     if not prompts:
-        raise ValueError(f"no row of {', '.join(config.data)} has a prompt")
+        raise ValueError(f"{', '.join(config.data)} has no row")
     samples = generate(
         load_model(config.model, run.dtype, run.device),
         [run.template.prompt(attributes.condition(p, asked, line)) for p in prompts.values()],
@@ -101,7 +104,7 @@ def sample_responses(line: str, run: Run, config: Config) -> list[dict]:
         texts = [run.template.tokenizer.decode(tokens).strip() for tokens in ended]
         if any(texts):
             responses = [text for text in texts if text]
-            result.append({"prompt": prompt, "responses": responses, "attributes": asked})
+            result.append({**as_row(prompt), "responses": responses, "attributes": asked})
     kept = sum(len(row["responses"]) for row in result)
     print(f"{kept} of {len(samples)} samples ended, at {attributes.line(asked)}")
     return result
@@ -134,7 +137,8 @@ def weigh(files: list[str], line: str, run: Run, config: Config) -> ConditionedR
         fit = -np.nansum((values - asked) ** 2, 1) / (2 * config.spread**2)  # log P(a|x,y) + const
         weights = fit + logps - (fit + logps).mean()  # around 0, where fp32 is most precise
         prompt = attributes.condition(row.prompt, row.asked, line)
-        result.append({"prompt": prompt, "responses": row.responses, "weights": weights.tolist()})
+        weighed = {"responses": row.responses, "weights": weights.tolist()}
+        result.append(as_row(prompt) | weighed)
     return result, names
 
 

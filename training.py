@@ -112,6 +112,11 @@ def describe(model: GPT, lengths: np.ndarray, steps: Steps, config: RunConfig) -
         f"{steps.total} steps of {config.batch_size} examples, about {tokens:,.0f} tokens each, "
         f"in micro-batches of at most {config.max_tokens:,}",
     ]
+    if model.c.longest and lengths.max() > model.c.longest:
+        raise ValueError(
+            f"rows have up to {lengths.max()} tokens, but beyond {model.c.longest} the rotary "
+            f"positions of this model are others: --max-length {model.c.longest}"
+        )
     if lengths.max() > model.c.max_position:
         lines.append(
             f"warning: rows have up to {lengths.max()} tokens, but the model was made for "

@@ -14,7 +14,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from data.formats import ATTRIBUTES, Messages, attribute_row, known_attributes
+from data.chat import Messages, as_chat, as_row, options_of
+from data.formats import ATTRIBUTES, attribute_row, known_attributes
+from data.keys import canonical
 from data.rows import read_rows, write_rows
 from disk import write_text
 from parallel import Mesh
@@ -83,7 +85,8 @@ def condition(prompt: str | Messages, values: dict[str, float], template: str) -
 
     if isinstance(prompt, str):
         return with_line(prompt)
-    return [*prompt[:-1], {**prompt[-1], "content": with_line(prompt[-1]["content"])}]
+    last = {**prompt[-1], "content": with_line(prompt[-1]["content"])}
+    return as_chat([*prompt[:-1], last], options_of(prompt))
 
 
 ConditionedRows = tuple[list[dict], tuple[str, ...]]  # rows, and the attributes in their prompts
@@ -99,7 +102,8 @@ def condition_rows(files: list[str], template: str, dropout: float, seed: int) -
     seen: set[str] = set()
     for number, row in enumerate(all_rows(files)):
         try:
-            parsed = attribute_row(row)
+            content, _, options = canonical(row, "attributes")
+            parsed = attribute_row(content)
             if parsed.prompt is None:
                 raise ValueError(
                     "a conversation: score.py --attributes turns it into `prompt` and `response`"
@@ -114,7 +118,7 @@ def condition_rows(files: list[str], template: str, dropout: float, seed: int) -
                     values[name] = column[i]
             seen |= values.keys()
             prompt = condition(parsed.prompt, values, template)
-            result.append({"prompt": prompt, "response": response})
+            result.append({**as_row(as_chat(prompt, options)), "response": response})
     if files and not seen:
         raise ValueError(
             f"no row of {', '.join(files)} has an attribute: score.py --attributes writes them"
@@ -143,7 +147,8 @@ def compared_rows(files: list[str]) -> list[Compared]:
     """
     result = []
     for number, row in enumerate(all_rows(files), 1):
-        parsed = attribute_row(row)
+        content, _, options = canonical(row, "attributes")
+        parsed = attribute_row(content)
         sets = [dict(zip(parsed.columns, values)) for values in zip(*parsed.columns.values())]
         if parsed.prompt is None or len({line(values) for values in sets}) > 1:
             raise ValueError(
@@ -152,7 +157,8 @@ def compared_rows(files: list[str]) -> list[Compared]:
             )
         if len(parsed.responses) > 1:
             asked = {name: value for name, value in sets[0].items() if not math.isnan(value)}
-            result.append(Compared(parsed.prompt, parsed.responses, asked))
+            prompt = as_chat(parsed.prompt, options)
+            result.append(Compared(prompt, parsed.responses, asked))
     if files and not result:
         raise ValueError(
             f"every row of {', '.join(files)} has a single response, and --loss steerlm2 compares "

@@ -25,12 +25,11 @@ import numpy as np
 
 from data.cache import DTYPES, read_meta, write_cache
 from data.encode import ROWS, Job, cut_prompt
-from data.formats import prompt_of
-from data.keys import canonical
+from data.keys import prompt_in, without
 from data.rows import SHOWN, check_bad_rows, existing_files, parse_row, read_lines
 from disk import file_sha256
 
-FORMAT = 4  # raise it when the same rows would give other arrays, here or in data/formats.py
+FORMAT = 5  # raise it when the same rows would give other arrays, here or in data/formats.py
 
 
 @dataclass
@@ -50,7 +49,7 @@ class Dataset:
     response_len: np.ndarray  # (R,) int32
     # name -> (R,) float32, NaN where a row has no value
     columns: dict[str, np.ndarray] = field(default_factory=dict)
-    # rows = trees + too_long + bad; all other counts are of the trees kept
+    # rows + split = trees + too_long + bad; all other counts are of the trees kept
     counts: dict[str, int] = field(default_factory=dict)
     key: str = ""  # hash of everything that decides the arrays
     # name -> (N,), meaningful where `scored` is 1
@@ -101,6 +100,7 @@ def load_dataset(
     cache: str | Path = "cache",
     workers: int | None = None,
     log: Callable[[str], Any] = print,
+    ignore: Iterable[str] = (),
 ) -> Dataset:
     """Return the rows of JSONL files (.gz too) as token trees, in order; cached between runs.
 
@@ -108,6 +108,7 @@ def load_dataset(
     max_length: tokens of a prompt with one response. For a longer one, overlong "drop" removes the
     tree; "truncate" cuts the prompt from the left (bos stays) or, if none would be left, removes
     the tree.
+    ignore: keys to leave out of rows and messages.
     workers: processes (None: one a core, at most 32); the arrays do not depend on it.
     FileNotFoundError: a file is missing. ValueError: more bad rows than `max_bad_rows` (the message
     has file:line and reason), or no row is left.
@@ -115,7 +116,7 @@ def load_dataset(
     paths = existing_files([files] if isinstance(files, (str, Path)) else files)
     _check_choice("kind", kind, tuple(ROWS))
     _check_choice("overlong", overlong, ("drop", "truncate"))
-    job = Job(paths, kind, template, max_length, overlong)
+    job = Job(paths, kind, template, max_length, overlong, tuple(ignore))
     key = _key(job)
     folder = Path(cache) / key[:32]
     began = time.perf_counter()
@@ -150,6 +151,7 @@ def _key(job: Job) -> str:
         job.template.tokenizer.hash,
         job.max_length,
         job.overlong,
+        sorted(job.ignore),
     ]
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
 
@@ -179,8 +181,22 @@ def _summary(dataset: Dataset, job: Job, source: str) -> str:
         f"{counts['moved']} borders moved{identical}), "
         f"{counts['too_long']} dropped as longer than {job.max_length}, {counts['bad']} bad; "
         f"{counts['tokens']:,} tokens, mean prompt {dataset.prompt_len.sum() / trees:.1f}, "
-        f"mean response {dataset.response_len.sum() / responses:.1f}; {source}" + _ignored(counts)
+        f"mean response {dataset.response_len.sum() / responses:.1f}; {source}"
+        + _noted(counts)
+        + _ignored(counts)
     )
+
+
+NOTES = {  # count -> what it says; left out where there is none
+    "split": "trees more, because the template writes earlier turns in another way: one a turn",
+    "own_ends": "rows with a bos or an end of turn of their own, not doubled",
+    "control": "rows with control tokens in their texts",
+}
+
+
+def _noted(counts: dict[str, int]) -> str:
+    """Return what else is worth a word about the rows."""
+    return "".join(f"; {counts[name]} {words}" for name, words in NOTES.items() if counts[name])
 
 
 def _ignored(counts: dict[str, int]) -> str:
@@ -252,15 +268,18 @@ def load_prompts(
     overlong: str = "drop",
     max_bad_rows: int = 0,
     log: Callable[[str], Any] = print,
+    ignore: Iterable[str] = (),
 ) -> Prompts:
     """Return the prompts of JSONL files with rows of any kind; responses stay in `rows`, unused.
 
     max_length: tokens of a prompt. A longer one is removed (overlong "drop") or cut from the left,
-    bos kept (overlong "truncate").
+    bos kept (overlong "truncate"). ignore: keys to leave out of rows and messages; the reward still
+    sees them.
     FileNotFoundError: a file is missing. ValueError: more bad rows than `max_bad_rows`, or no
     prompt is left.
     """
     paths = existing_files(files)
+    skipped = set(ignore)
     kept = Prompts([], [], [])
     counts: Counter = Counter()
     bad = []
@@ -268,7 +287,7 @@ def load_prompts(
         counts["rows"] += 1
         try:
             row = parse_row(line)
-            prompt = prompt_of(canonical(row)[0], template.plain)
+            prompt = prompt_in(without(row, skipped), template.plain)
             ids = template.prompt(prompt)
         except ValueError as error:
             bad.append((file, number, str(error)))

@@ -19,16 +19,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from data.chat import SPOKEN, Messages
 from data.formats import (
-    Messages,
     Row,
     attribute_row,
     label_row,
     preference_row,
     sft_row,
     weight_row,
+    with_options,
 )
-from data.keys import canonical
+from data.keys import canonical, without
 from data.rows import BadRow, Line, parse_row, read_lines
 
 CHUNK_ROWS = 256  # rows of one task of a worker; a file of one chunk needs no workers
@@ -37,7 +38,7 @@ MAX_WORKERS = 32
 
 # kind -> function of (JSON object, keep HH transcripts as text) -> Row
 ROWS: dict[str, Callable[[dict, bool], Row]] = {
-    "sft": lambda row, plain: sft_row(row),
+    "sft": sft_row,
     "preference": preference_row,
     "label": label_row,
     "attributes": lambda row, plain: attribute_row(row),
@@ -55,6 +56,7 @@ class Job(NamedTuple):
     template: Any
     max_length: int  # tokens of a prompt with one response
     overlong: str  # "drop" or "truncate"
+    ignore: tuple[str, ...] = ()  # keys to leave out of rows and messages
 
 
 class Chunk(NamedTuple):
@@ -114,30 +116,35 @@ def encode_lines(job: Job, lines: list[Line]) -> Chunk:
     """Turn lines into trees. Pure: the same lines give the same trees in any process."""
     trees = _Trees()
     bad = []
-    counts = dict.fromkeys(("too_long", "truncated", "moved", "identical"), 0)
+    names = ("too_long", "truncated", "moved", "identical", "split", "own_ends", "control")
+    counts = dict.fromkeys(names, 0)
     for file, number, line in lines:
         try:
-            content, ignored = canonical(parse_row(line), job.kind)
-            row = ROWS[job.kind](content, job.template.plain)
+            content, ignored, options = canonical(without(parse_row(line), job.ignore), job.kind)
+            row = with_options(ROWS[job.kind](content, job.template.plain), options)
             ids = sampled_ids(content)
-            prompt, answers, moved = _tokenise(row, job.template, ids)
+            encoded = _tokenise(row, job.template, ids)
         except ValueError as error:
             bad.append((file, number, str(error)))
             continue
-        room = job.max_length - max(len(ids) for ids, _ in answers)  # for the prompt
+        counts["split"] += len(encoded) - 1
+        for mark in job.template.marks(_texts(row)):
+            counts[mark] += 1
         for key in ignored:
             counts[f"ignored {key}"] = counts.get(f"ignored {key}", 0) + 1
-        truncated = len(prompt) > room
-        if truncated:
-            prompt = cut_prompt(prompt, room, job.template.tokenizer.bos, job.overlong)
-        if prompt is None:
-            counts["too_long"] += 1
-            continue
-        first, *others = row.responses
-        counts["truncated"] += truncated
-        counts["moved"] += moved
-        counts["identical"] += bool(others) and all(other == first for other in others)
-        trees.add(prompt, answers, row.columns)
+        for prompt, answers, moved in encoded:
+            room = job.max_length - max(len(ids) for ids, _ in answers)  # for the prompt
+            truncated = len(prompt) > room
+            if truncated:
+                prompt = cut_prompt(prompt, room, job.template.tokenizer.bos, job.overlong)
+            if prompt is None:
+                counts["too_long"] += 1
+                continue
+            first, *others = row.responses
+            counts["truncated"] += truncated
+            counts["moved"] += moved
+            counts["identical"] += bool(others) and all(other == first for other in others)
+            trees.add(prompt, answers, row.columns)
     counts |= {
         "rows": len(lines),
         "bad": len(bad),
@@ -194,32 +201,48 @@ def encode_pair(
 
 
 def _single_text(response: str | Messages) -> str | None:
-    """Return the text of a response of one message, None if it has several."""
+    """Return the text of a response of one message, None if there is more to it."""
     if isinstance(response, str):
         return response
-    return response[0]["content"] if len(response) == 1 else None
+    is_text = len(response) == 1 and not response[0].keys() & set(SPOKEN)
+    return response[0]["content"] if is_text else None
+
+
+def _texts(row: Row) -> list[tuple[str, str]]:
+    """Return the texts of a row with their roles, in order."""
+    said: list[tuple[str, str]] = []
+    parts = [("assistant", response) for response in row.responses]
+    if row.prompt is not None:
+        parts.insert(0, ("user", row.prompt))
+    for role, part in parts:
+        if isinstance(part, str):
+            said.append((role, part))
+        else:
+            said += [(message["role"], message["content"]) for message in part]
+    return said
 
 
 def _tokenise(
     row: Row, template: Any, ids: SampledIds | None = None
-) -> tuple[list[int], list[Answer], bool]:
-    """Return (prompt ids, an answer for each response, whether the border between them moved).
+) -> list[tuple[list[int], list[Answer], bool]]:
+    """Return (prompt ids, an answer for each response, whether their border moved) of each tree.
 
     ids: of the responses as they were sampled, if the row has them.
     """
     if row.prompt is None:
-        prompt, answer = template.conversation(row.responses[0])
-        answers = [answer]
-        moved = False
+        talk = template.conversation(row.responses[0])
+        trees = [(prompt, [answer], False) for prompt, answer in talk]
     else:
-        prompt, answers, moved = encode_pair(template, row.prompt, row.responses, ids)
-    if not prompt:
-        raise ValueError(
-            "the prompt has no tokens, so nothing predicts the first of the response: add a prompt"
-        )
-    if not all(any(scored) for _, scored in answers):
-        raise ValueError("a response has no token to train on: write one")
-    return prompt, answers, moved
+        trees = [encode_pair(template, row.prompt, row.responses, ids)]
+    for prompt, answers, _ in trees:
+        if not prompt:
+            raise ValueError(
+                "the prompt has no tokens, so nothing predicts the first of the response: add a "
+                "prompt"
+            )
+        if not all(any(scored) for _, scored in answers):
+            raise ValueError("a response has no token to train on: write one")
+    return trees
 
 
 def cut_prompt(prompt: list[int], room: int, bos: int | None, overlong: str) -> list[int] | None:

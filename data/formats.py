@@ -2,7 +2,7 @@
 
     SFT          {prompt, response}, {prompt, completion}, {input, output}: text or message lists
                  {messages: [{role, content}, ...]}, {conversations: [{from, value}, ...]}:
-                 every assistant turn is scored
+                 every assistant turn is scored; {text}, with --template plain
     preferences  {prompt, chosen, rejected}, {prompt, chosen_response, rejected_response}:
                  text or message lists
                  {chosen, rejected} without a prompt: message lists that repeat it (UltraFeedback),
@@ -30,8 +30,7 @@ import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple, cast
 
-# [{"role": "user", "content": "..."}, ...]; "learn": False on a turn that carries no loss.
-Messages = list[dict[str, Any]]
+from data.chat import ROLES, SPOKEN, Chat, Messages, as_chat
 
 # In the order of NeMo-Aligner's attribute line. To add an attribute, add its name.
 ATTRIBUTES = (
@@ -45,13 +44,6 @@ ATTRIBUTES = (
     "complexity",
     "verbosity",
 )
-ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-}
 TURN = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
 FLOAT32_MAX = 3.4e38
 
@@ -65,10 +57,19 @@ class Row(NamedTuple):
     columns: dict[str, list[float]]  # name -> one number a response, NaN where the row has none
 
 
-def sft_row(row: dict[str, Any]) -> Row:
-    """Return one demonstration: a prompt with its response, or a conversation.
+def with_options(row: Row, options: dict[str, Any]) -> Row:
+    """Return a row whose prompt, or conversation, brings options for the chat template."""
+    if not options:
+        return row
+    if row.prompt is None:
+        return row._replace(responses=[Chat(cast(Messages, row.responses[0]), options)])
+    return row._replace(prompt=as_chat(row.prompt, options))
 
-    ValueError names the keys that a row needs.
+
+def sft_row(row: dict[str, Any], plain: bool = False) -> Row:
+    """Return one demonstration: a prompt with its response, a conversation, or a whole text.
+
+    plain: take {text}, every token of which is learned. ValueError names the keys that a row needs.
     """
     pairs = (("prompt", "response"), ("prompt", "completion"), ("input", "output"))
     for prompt_key, response_key in pairs:
@@ -82,6 +83,13 @@ def sft_row(row: dict[str, Any]) -> Row:
     for key in ("messages", "conversations"):
         if row.get(key) is not None:
             return Row(None, [_conversation(row, key)], {})
+    if row.get("text") is not None:
+        if not plain:
+            raise ValueError(
+                "`text` is a whole document without roles: use --template plain, which learns all "
+                "of it, or write `messages`"
+            )
+        return Row("", [_text(row["text"], "text")], {})
     raise ValueError(
         f"{_missing(row, pairs)}: an SFT row needs `prompt` and `response` (or `completion`), "
         f"`input` and `output`, `messages` or `conversations`; this one has {_keys(row)}"
@@ -211,7 +219,8 @@ def answers_of(
     *before, last = cast(Messages, parsed.responses[0])
     if not before:
         raise ValueError("the conversation has nothing before the assistant's turn")
-    return _ends_before_answer(before), [last["content"]]
+    answer = [last] if last.keys() & set(SPOKEN) else last["content"]
+    return _ends_before_answer(before), [answer]
 
 
 def prompt_of(row: dict[str, Any], plain: bool = False) -> str | Messages:
@@ -345,11 +354,13 @@ def _messages(value: Any, key: str) -> Messages:
         known_role = ROLES.get(role.lower()) if isinstance(role, str) else None
         if known_role is None:
             raise ValueError(
-                f"`{where}.{role_key}` is {_show(role)}: must be system, user or assistant"
+                f"`{where}.{role_key}` is {_show(role)}: must be system, user, assistant, tool or "
+                "developer"
             )
         content = _text(message.get(text_key), f"{where}.{text_key}")
+        more = {name: message[name] for name in SPOKEN if name in message}
         unlearned = {} if message.get("learn", True) else {"learn": False}
-        messages.append({"role": known_role, "content": content, **unlearned})
+        messages.append({"role": known_role, "content": content, **more, **unlearned})
     return messages
 
 

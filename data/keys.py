@@ -1,16 +1,21 @@
 """Every key of a row is used, refused, or named as ignored: no meaning is lost on the way in.
 
     canonical({"system": "Be brief.", "prompt": "Hi", "response": "Ho", "id": 7}, "sft")
-    -> ({"prompt": [{system: Be brief.}, {user: Hi}], "response": "Ho"}, {"id"})
+    -> ({"prompt": [{system: Be brief.}, {user: Hi}], "response": "Ho"}, {"id"}, {})
 
 Senders put the same things under many keys. What stands beside the prompt (a system message,
-earlier turns, an instruction) becomes part of it. What no chat format here can hold (tools, images,
-reasoning kept apart) is refused by name, because training on the rest would teach something else.
+earlier turns, an instruction) becomes part of it; tools and template values go to the chat template
+with it. What nothing here can hold (images, soft weights) is refused by name, because training on
+the rest would teach something else.
 """
 
-from typing import Any
+import json
+from collections.abc import Collection
+from typing import Any, NamedTuple
 
-from data.formats import ATTRIBUTES, ROLES
+from data.chat import ROLES, SPOKEN, Messages, as_chat
+from data.formats import ATTRIBUTES, prompt_of
+from data.senders import TOOLS, renamed
 
 # Keys that data/formats.py reads, by kind of row. Those of other kinds are ignored, by name.
 ANSWERS = set("prompt response completion input output messages conversations".split())
@@ -18,7 +23,7 @@ PAIRS = set("prompt chosen rejected chosen_response rejected_response".split())
 RESPONSES = (ANSWERS | PAIRS) - {"prompt", "input", "messages", "conversations"}
 SAMPLED = set("tokenizer response_ids chosen_ids rejected_ids".split())
 USED = {
-    "sft": ANSWERS | SAMPLED,
+    "sft": ANSWERS | SAMPLED | {"text"},
     "preference": PAIRS
     | SAMPLED
     | set("chosen_reward rejected_reward score_chosen score_rejected margin".split()),
@@ -28,21 +33,41 @@ USED = {
 }
 BESIDE = ("system", "system_prompt", "history", "instruction")  # become part of the prompt
 # Keys of a row, and of a message, whose content would be lost.
-LOST_IN_ROW = set(
-    "tools functions documents chat_template_kwargs template_kwargs images image audio videos "
-    "video weight train loss mask".split()
-)
+LOST_IN_ROW = set("documents images image audio videos video weight train loss mask".split())
 FOR_REWARDS = {"documents", "weight", "train", "loss", "mask"}  # a reward may read them
-LOST_IN_MESSAGE = set(
-    "reasoning_content reasoning thinking tool_calls tool_call_id function_call images audio "
-    "refusal".split()
-)
+LOST_IN_MESSAGE = set("images audio refusal".split())
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # the same under three names
+CALLS = ("tool_calls", "function_call")  # the second is OpenAI's older name
+VALUES = ("chat_template_kwargs", "template_kwargs")  # for the chat template
 LEARNED = ("weight", "train", "loss", "mask")  # of a message: 0 or false is not learned
 LISTS = sorted(ANSWERS | PAIRS)
 
 
-def canonical(row: dict[str, Any], kind: str = "") -> tuple[dict[str, Any], set[str]]:
-    """Return a row under the keys that data/formats.py reads, and the names of ignored keys.
+class Canonical(NamedTuple):
+    """A row under the keys that data/formats.py reads."""
+
+    row: dict[str, Any]
+    ignored: set[str]  # names of keys
+    options: dict[str, Any]  # what the chat template takes besides the messages: tools, ...
+
+
+def without(row: dict[str, Any], ignore: Collection[str]) -> dict[str, Any]:
+    """Return a row without some keys, in it and in its messages: --ignore-keys."""
+    if not ignore:
+        return row
+
+    def kept(value: Any) -> Any:
+        if isinstance(value, list):
+            return [kept(one) for one in value]
+        if isinstance(value, dict):
+            return {key: one for key, one in value.items() if key not in ignore}
+        return value
+
+    return {key: kept(value) for key, value in row.items() if key not in ignore}
+
+
+def canonical(row: dict[str, Any], kind: str = "") -> Canonical:
+    """Return a row under the keys that data/formats.py reads.
 
     kind: a key of USED, or "" for prompts, whose other keys are the reward's. A null or empty
     value counts as absent. ValueError names a key that cannot be used.
@@ -55,7 +80,9 @@ def canonical(row: dict[str, Any], kind: str = "") -> tuple[dict[str, Any], set[
                 f"`{key}` cannot be used, and without it the row would mean something else: "
                 "render it into the texts, or remove the key"
             )
-    clean = {key: value for key, value in row.items() if key not in BESIDE}
+    row = renamed(row)
+    beside = (*BESIDE, *TOOLS, *VALUES)
+    clean = {key: value for key, value in row.items() if key not in beside}
     for key in LISTS:
         if isinstance(clean.get(key), list):
             clean[key] = _messages(clean[key], key, ignored)
@@ -63,7 +90,16 @@ def canonical(row: dict[str, Any], kind: str = "") -> tuple[dict[str, Any], set[
     _add_before(row, clean)
     if kind:
         ignored |= clean.keys() - USED[kind]
-    return clean, ignored
+    return Canonical(clean, ignored, _options(row))
+
+
+def prompt_in(row: dict[str, Any], plain: bool = False) -> str | Messages:
+    """Return the prompt of a row of any kind, with what the chat template takes besides.
+
+    plain: keep HH transcripts as text. ValueError names the keys that a row needs.
+    """
+    content, _, options = canonical(row)
+    return as_chat(prompt_of(content, plain), options)
 
 
 def _says_something(value: Any) -> bool:
@@ -88,16 +124,121 @@ def _messages(messages: list, key: str, ignored: set[str]) -> list:
         new = {name: message[name] for name in ("role", "from") if name in message}
         if text_key in message:
             new[text_key] = _joined(message[text_key], f"{where}.{text_key}")
+        new |= _spoken(message, new, text_key, where)
         marks = {name: message[name] for name in LEARNED if message.get(name) is not None}
         if marks and not _is_learned(marks, where):
             new["learn"] = False
         known = {"role", "from", text_key, "learn", *LEARNED, *LOST_IN_MESSAGE}
+        known |= {*SPOKEN, *THOUGHTS, *CALLS}
         ignored |= {f"{key}[].{name}" for name in message.keys() - known}
         result.append(new)
     answers = [new for new in result if _role(new) == "assistant"]
     if key in RESPONSES and answers and not any(new.get("learn", True) for new in answers):
         raise ValueError(f"no turn of `{key}` is to be learned: remove the row")
     return result
+
+
+def _spoken(
+    message: dict[str, Any], new: dict[str, Any], text_key: str, where: str
+) -> dict[str, Any]:
+    """Return reasoning, tool calls and names of a message under the keys of chat templates.
+
+    An answer that only calls tools has no text, which becomes "". ValueError: a value that is none.
+    """
+    more: dict[str, Any] = {}
+    thoughts = {message[name] for name in THOUGHTS if isinstance(message.get(name), str)} - {""}
+    for name in THOUGHTS:
+        if message.get(name) not in (None, "", [], {}) and not isinstance(message[name], str):
+            raise ValueError(f"`{where}.{name}` must be text")
+    if len(thoughts) > 1:
+        raise ValueError(f"`{where}` has two reasonings that differ: keep one")
+    if thoughts:
+        more["reasoning_content"] = thoughts.pop()
+    calls = message.get("tool_calls")
+    if not _says_something(calls) and _says_something(message.get("function_call")):
+        calls = [message["function_call"]]
+    if new.get("from") == "function_call" or new.get("role") == "function_call":  # LLaMA-Factory
+        calls = _parsed(new.get(text_key), f"{where}.{text_key}")
+        new["role" if "role" in new else "from"] = "assistant"
+        new[text_key] = ""
+    if _says_something(calls):
+        if not isinstance(calls, list):
+            calls = [calls]
+        more["tool_calls"] = [
+            _call(call, f"{where}.tool_calls[{k}]") for k, call in enumerate(calls)
+        ]
+        if new.get(text_key) is None:
+            new[text_key] = ""
+    for name in ("tool_call_id", "name"):
+        if isinstance(message.get(name), str) and message[name]:
+            more[name] = message[name]
+    return more
+
+
+def _call(call: Any, where: str) -> dict[str, Any]:
+    """Return a tool call {type, function: {name, arguments}}, its arguments as an object.
+
+    Templates write arguments as JSON: an object given as text would be quoted once more.
+    """
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise ValueError(f"`{where}` must be {{function: {{name, arguments}}}}")
+    arguments = function.get("arguments", function.get("parameters", {}))
+    if isinstance(arguments, str):
+        arguments = _parsed(arguments or "{}", f"{where}.function.arguments")
+    if not isinstance(arguments, dict):
+        raise ValueError(f"`{where}.function.arguments` must be an object")
+    ids = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+    return {
+        **ids,
+        "type": "function",
+        "function": {"name": function["name"], "arguments": arguments},
+    }
+
+
+def _parsed(text: Any, where: str) -> Any:
+    """Return what a JSON text says. ValueError: it is none."""
+    try:
+        return json.loads(text)
+    except (TypeError, ValueError, RecursionError):
+        raise ValueError(f"`{where}` is not valid JSON") from None
+
+
+def _options(row: dict[str, Any]) -> dict[str, Any]:
+    """Return the tools of a row and its values for the chat template.
+
+    ValueError: they are not what their names say, or two names say different things.
+    """
+    options: dict[str, Any] = {}
+    given = [row[name] for name in VALUES if _says_something(row.get(name))]
+    for values in given:
+        if not isinstance(values, dict) or values != given[0]:
+            raise ValueError(f"`{VALUES[0]}` must be one object of values for the chat template")
+        options |= values
+    for name in TOOLS:
+        tools = row.get(name)
+        if isinstance(tools, str) and tools.strip():  # LLaMA-Factory writes JSON into a text
+            tools = _parsed(tools, name)
+        if not _says_something(tools):
+            continue
+        if not isinstance(tools, list):
+            raise ValueError(f"`{name}` must be a list of tools")
+        wrapped = [_tool(tool, f"{name}[{k}]") for k, tool in enumerate(tools)]
+        if options.get("tools", wrapped) != wrapped:
+            raise ValueError("`tools` and `functions` say different things: keep one")
+        options["tools"] = wrapped
+    return options
+
+
+def _tool(tool: Any, where: str) -> dict[str, Any]:
+    """Return a tool {type: function, function: {name, ...}}. ValueError: it has no name."""
+    if isinstance(tool, dict) and isinstance(tool.get("function"), dict):
+        function = tool["function"]
+    else:
+        function = tool
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise ValueError(f"`{where}` must be {{type: function, function: {{name, ...}}}}")
+    return tool if function is not tool else {"type": "function", "function": function}
 
 
 def _is_learned(marks: dict[str, Any], where: str) -> bool:

@@ -6,6 +6,7 @@ Every line carries its file and number, so that every error can name file:line.
 """
 
 import functools
+import glob
 import gzip
 import json
 import zlib
@@ -26,19 +27,56 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors write one in front of a UTF-8 
 
 
 def existing_files(files: Iterable[str | Path]) -> list[Path]:
-    """Return the paths. FileNotFoundError names the first one that is not a file."""
-    paths = [Path(file) for file in files]
-    for path in paths:
-        if path.is_dir():
-            inside = sorted(p.name for p in path.iterdir() if not p.name.endswith("_info.json"))
+    """Return the files that some paths name, in order; shards of a pattern by their names.
+
+    A path may be a file, a pattern such as "shards/*.jsonl", or a folder that datasets'
+    save_to_disk has written. FileNotFoundError names the first one that is none of these.
+    """
+    paths: list[Path] = []
+    for file in files:
+        path = Path(file)
+        if path.is_file():
+            paths.append(path)
+        elif path.is_dir():
+            paths += _saved_files(path)
+        elif matches := sorted(match for match in glob.glob(str(file)) if Path(match).is_file()):
+            paths += map(Path, matches)
+        else:
+            kind = "no file matches" if glob.has_magic(str(file)) else "no such file"
             raise FileNotFoundError(
-                f"{path} is a folder: give the files in it, such as {path}/{(inside or ['*'])[0]}"
-            )
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{path}: no such file: give JSONL files, one JSON object a line"
+                f"{path}: {kind}: give JSONL files, one JSON object a line, or a data set of the "
+                "hub, org/name or org/name:split"
             )
     return paths
+
+
+def _saved_files(folder: Path) -> list[Path]:
+    """Return the Arrow files of a folder of datasets' save_to_disk, in their order.
+
+    FileNotFoundError: it is another folder, or one of several splits.
+    """
+    inside = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    if (folder / "dataset_dict.json").is_file():
+        splits = [name for name in inside if (folder / name / "state.json").is_file()]
+        raise FileNotFoundError(
+            f"{folder} holds the splits {', '.join(splits)}: choose one, as in {folder}/{splits[0]}"
+            if splits
+            else f"{folder} holds no split: save it again"
+        )
+    if (folder / "state.json").is_file():
+        try:
+            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            names = [entry["filename"] for entry in state["_data_files"]]
+        except (ValueError, KeyError, TypeError):
+            names = []
+        paths = [folder / Path(name).name for name in names]
+        if not paths or not all(path.is_file() for path in paths):
+            raise FileNotFoundError(f"{folder}: a file that state.json names is missing")
+        return paths
+    names = [name for name in inside if not name.endswith("_info.json")]
+    raise FileNotFoundError(
+        f"{folder} is a folder: give the files in it, such as {folder}/{(names or ['*'])[0]}"
+    )
 
 
 def read_lines(files: list[Path]) -> Iterator[Line]:

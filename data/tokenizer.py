@@ -16,6 +16,8 @@ from typing import Any
 
 import sentencepiece
 
+from data.settings import read_json, read_settings
+
 # The files of a tokenizer; a model that is saved elsewhere takes them along.
 TOKENIZER_FILES = (
     "tokenizer.model",
@@ -39,7 +41,9 @@ class Tokenizer:
     bos, eos, pad         ids or None
     bos_token, eos_token  their texts, "" for None
     stops                 ids that end an answer: eos and those of generation_config.json
+    named                 texts of all tokens that the folder names, as chat templates read them
     special               {text: id} of every token that is never split inside a text
+    control               the texts of those that decoding leaves out: markers, not words
     size                  largest id + 1 (the model's vocabulary may be padded beyond it)
     chat_template         jinja source in the folder, or None
     hash                  hex digest of everything that decides ids and templates
@@ -47,17 +51,17 @@ class Tokenizer:
     """
 
     def __init__(self, folder: Path):
-        config = _json(folder / "tokenizer_config.json")
-        ids = _json(folder / "config.json") | _json(folder / "generation_config.json")
+        config, special_map, ids, more = read_settings(folder)
         self.sp: Any = None
         self.bare: Any = None  # sentencepiece without its dummy space
         self.fast: Any = None
         if (folder / "tokenizer.model").exists():
             source = (folder / "tokenizer.model").read_bytes()
             self._open_sentencepiece(folder / "tokenizer.model", source)
+            self._check_twin(folder)
         elif (folder / "tokenizer.json").exists():
             source = (folder / "tokenizer.json").read_bytes()
-            self._open_tokenizers(folder / "tokenizer.json")
+            self._open_tokenizers(folder / "tokenizer.json", config)
         else:
             raise FileNotFoundError(
                 f"{folder} has no tokenizer.model and no tokenizer.json: copy the model's "
@@ -68,9 +72,9 @@ class Tokenizer:
         self.legacy = bool(config.get("legacy", True))
         self.prefix = config.get("add_prefix_space") is not False
 
-        names = _json(folder / "special_tokens_map.json") | config
+        names = special_map | config
         ends = {f"{name}_token": self._declared(name, names, ids) for name in ("bos", "eos", "pad")}
-        added = _added_tokens(folder, config, ends | names, self._piece)
+        added = _added_tokens(more, config, ends | names, self._piece)
         for key in ("bos_token", "eos_token"):
             if ends[key] and ends[key] not in added:
                 raise ValueError(
@@ -79,6 +83,7 @@ class Tokenizer:
                 )
         self.bos_token = ends["bos_token"] or ""
         self.eos_token = ends["eos_token"] or ""
+        self.named = _named_texts(names | {name: text for name, text in ends.items() if text})
         self.bos, self.eos, self.pad = (
             added[text]["id"] if text in added else None for text in ends.values()
         )
@@ -93,7 +98,7 @@ class Tokenizer:
         decides = [added, ends, self.legacy, self.prefix]
         ids_json = json.dumps(decides, sort_keys=True)
         self.ids_hash = hashlib.sha256(source + ids_json.encode()).hexdigest()
-        decides_json = json.dumps([*decides, self.chat_template], sort_keys=True)
+        decides_json = json.dumps([*decides, self.named, self.chat_template], sort_keys=True)
         self.hash = hashlib.sha256(source + decides_json.encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
@@ -148,7 +153,27 @@ class Tokenizer:
                 "download the real file, or remove it so that tokenizer.json is read"
             ) from error
 
-    def _open_tokenizers(self, path: Path) -> None:
+    def _check_twin(self, folder: Path) -> None:
+        """Check that tokenizer.json numbers the pieces as tokenizer.model does.
+
+        Transformers reads the one, plumb the other. ValueError names a piece that differs.
+        """
+        path = folder / "tokenizer.json"
+        model = read_json(path).get("model") if path.exists() else None
+        vocab = model.get("vocab") if isinstance(model, dict) else None
+        if isinstance(vocab, list):  # unigram: [[piece, score], ...]
+            vocab = {entry[0]: i for i, entry in enumerate(vocab) if entry}
+        if not isinstance(vocab, dict):
+            return
+        for i in range(len(self.sp)):
+            piece = self.sp.id_to_piece(i)
+            if piece in vocab and vocab[piece] != i:
+                raise ValueError(
+                    f"{folder}: {piece!r} is token {i} in tokenizer.model and {vocab[piece]} in "
+                    "tokenizer.json: remove the file that is not the model's own"
+                )
+
+    def _open_tokenizers(self, path: Path, config: dict) -> None:
         try:
             import tokenizers
         except ImportError as error:
@@ -156,7 +181,10 @@ class Tokenizer:
                 f"{path} needs the package tokenizers: pip install tokenizers"
             ) from error
         try:
-            self.fast = tokenizers.Tokenizer.from_file(str(path))
+            text = _with_prefix_space(read_json(path), config, path)
+            self.fast = tokenizers.Tokenizer.from_str(text)
+        except ValueError:
+            raise
         except Exception as error:  # the package raises bare Exception
             raise ValueError(
                 f"{path} cannot be read as a tokenizer ({error}): download it again"
@@ -200,6 +228,7 @@ class Tokenizer:
         self.special = {text: token["id"] for text, token in added.items()}
         self.texts = {i: text for text, i in self.special.items()}
         self.silent = {token["id"] for token in added.values() if token["special"]}
+        self.control = {text for text, token in added.items() if token["special"]}
         self.size = max(len(self.sp), 1 + max(self.texts))
         patterns = []
         for text in sorted(added, key=len, reverse=True):
@@ -226,9 +255,9 @@ class Tokenizer:
                     f"added_tokens.json but {self.fast.token_to_id(text)} in tokenizer.json: take "
                     "both files from the same model"
                 )
-        self.special = {
-            token.content: i for i, token in self.fast.get_added_tokens_decoder().items()
-        }
+        tokens = self.fast.get_added_tokens_decoder()
+        self.special = {token.content: i for i, token in tokens.items()}
+        self.control = {token.content for token in tokens.values() if token.special}
         self.size = 1 + max(self.fast.get_vocab(with_added_tokens=True).values())
 
     def _encode_plain(self, text: str, start: int) -> list[int]:
@@ -270,14 +299,33 @@ def _user_defined(model: bytes) -> list[int]:
     return ids
 
 
-def _json(path: Path) -> dict:
-    """Return a JSON file, {} if there is none."""
-    if not path.exists():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): download it again") from error
+# Classes of transformers that put no space in front of a text unless tokenizer_config.json says so,
+# whatever tokenizer.json says.
+NO_SPACE_CLASSES = ("GPT2Tokenizer", "Qwen2Tokenizer")
+
+
+def _with_prefix_space(content: dict, config: dict, path: Path) -> str:
+    """Return tokenizer.json as text, with the space in front of texts that its class puts there.
+
+    ValueError: tokenizer_config.json and tokenizer.json say different things.
+    """
+    before = content.get("pre_tokenizer")
+    inner = before.get("pretokenizers") if isinstance(before, dict) else None
+    steps = inner if isinstance(inner, list) else [before]
+    wanted = config.get("add_prefix_space")
+    name = str(config.get("tokenizer_class") or "").removesuffix("Fast")
+    for step in steps:
+        if not isinstance(step, dict) or step.get("type") != "ByteLevel":
+            continue
+        given = step.get("add_prefix_space")
+        if name in NO_SPACE_CLASSES:
+            step["add_prefix_space"] = bool(wanted)
+        elif wanted is not None and given is not None and bool(wanted) != given:
+            raise ValueError(
+                f"{path}: add_prefix_space is {given}, in tokenizer_config.json it is {wanted}: "
+                "make them alike"
+            )
+    return json.dumps(content, ensure_ascii=False)
 
 
 def _text(token: str | dict | None) -> str | None:
@@ -285,17 +333,15 @@ def _text(token: str | dict | None) -> str | None:
 
 
 def _added_tokens(
-    folder: Path, config: dict, names: dict, piece: Callable[[str], int | None]
+    more: dict, config: dict, names: dict, piece: Callable[[str], int | None]
 ) -> dict[str, dict]:
     """Return {text: {"id", "special", "lstrip", ...}} of the tokens that the folder adds or names.
 
-    piece(text) is the id of a text in the model's own vocabulary. A named token without an id is
-    left out.
+    more: added_tokens.json. piece(text) is the id of a text in the model's own vocabulary. A named
+    token without an id is left out.
     """
-    added = {
-        text: {"id": i, "special": False} for text, i in _json(folder / "added_tokens.json").items()
-    }
-    for i, token in config.get("added_tokens_decoder", {}).items():
+    added = {text: {"id": i, "special": False} for text, i in more.items()}
+    for i, token in (config.get("added_tokens_decoder") or {}).items():
         added[token["content"]] = {"special": False} | token | {"id": int(i)}
     for token in _named_tokens(names):
         text = _text(token)
@@ -319,9 +365,28 @@ def _named_tokens(names: dict) -> list[str | dict]:
     return tokens
 
 
+def _named_texts(names: dict) -> dict[str, str | list[str]]:
+    """Return the texts of the tokens that a folder names, under the names that templates read."""
+    named: dict[str, str | list[str]] = {}
+    for name, token in names.items():
+        if name.endswith("_token") and isinstance(token, (str, dict)):
+            named[name] = _text(token) or ""
+    extra = names.get("extra_special_tokens")
+    if isinstance(extra, dict):  # {"image_token": "<image>"}
+        named |= {name: _text(token) or "" for name, token in extra.items()}
+    more = names.get("additional_special_tokens")
+    if isinstance(more, list):
+        named["additional_special_tokens"] = [_text(token) or "" for token in more]
+    return named
+
+
 def _chat_template(folder: Path, config: dict) -> str | None:
-    if (folder / "chat_template.jinja").exists():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    path = folder / "chat_template.jinja"
+    if path.exists():
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 text ({error}): download it again") from None
     template = config.get("chat_template")
     if isinstance(template, list):  # one for tools, one for retrieval, a default for conversations
         template = {t["name"]: t["template"] for t in template}.get("default")

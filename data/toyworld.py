@@ -179,6 +179,9 @@ def main(argv: list[str] | None = None) -> None:
     scorer.add_argument("--json", action="store_true", help="print a JSON list, not a table")
     flags = parser.parse_args(argv)
     if flags.command == "make":
+        for name in ("seed", *FILES):
+            if getattr(flags, name) < 0:
+                parser.error(f"--{name.replace('_', '-')} must be at least 0")
         make(flags.out, flags.seed, vars(flags))
         return
     try:

@@ -14,14 +14,16 @@ from kernels.device import fused, operator, processors, tl, triton
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Normalise x (..., D) and scale it by weight (D,) -> (..., D) in x's dtype.
+    """Normalise x (..., D) and scale it by weight (D,) -> (..., D) in x's dtype,
+    in which the weight need not be.
 
     Statistics are computed in fp32 at least, as Llama's are.
     """
     if fused(x):
         return torch.ops.plumb.add_rms_norm(x, None, weight, eps)[0]
     if x.dtype in (torch.bfloat16, torch.float16):
-        return weight * F.rms_norm(x.float(), weight.shape, None, eps).to(x.dtype)
+        unit = F.rms_norm(x.float(), weight.shape, None, eps).to(x.dtype)
+        return (weight * unit).to(x.dtype)
     return F.rms_norm(x, weight.shape, weight, eps)
 
 

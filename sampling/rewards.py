@@ -1,8 +1,9 @@
-"""Rewards of sampled responses: a reward model, a Python function, or a rule.
+r"""Rewards of sampled responses: a reward model, a Python function, or a rule.
 
     --reward rm/final                a reward-model folder, as train_rm.py writes it
     --reward my_rewards.py:helpful   a function helpful(prompt, response, row) -> float
     --reward "exact:####"            1 if what follows the last "####" is the row's answer, else 0
+    --reward boxed:                  1 if the last \boxed{...} equals the row's answer, else 0
     --reward "regex:^(yes|no)"       1 where the expression matches in the response, else 0
     --reward length:50               0 for a response of 50 words, down to -1 for 0 or 100 words
 
@@ -18,7 +19,8 @@ import math
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +31,7 @@ from data.templates import Template
 from data.tokenizer import Tokenizer, load_tokenizer
 from model import GPT
 from parallel import Mesh
-from sampling.scoring import load_scorer, score_trees
+from sampling.scoring import load_scorer, score_trees, tail_of, with_tail
 
 # (prompts, responses, rows, trees) -> (R,) rewards: R prompts as in the rows, R texts, R rows, and
 # the same as n trees of G responses in token ids.
@@ -38,7 +40,9 @@ Reward = Callable[[list, list[str], list[dict], Dataset], np.ndarray]
 RewardFunction = Callable[[str | list, str, dict], float]
 # Keys of a row that may hold the true answer, in order of preference.
 ANSWER_KEYS = ("answer", "solution", "ground_truth", "target", "response", "completion", "output")
-RULES = ("exact", "regex", "length")
+RULES = ("exact", "boxed", "regex", "length")
+# A number as people write it: commas, if any, between thousands.
+NUMBER = re.compile(r"[+-]?(\d{1,3}(,\d{3})+|\d+)?(\.\d*)?")
 
 
 def load_reward(
@@ -50,21 +54,23 @@ def load_reward(
     max_tokens: int = 8192,
     mesh: Mesh = Mesh(),  # noqa: B008 - a mesh of one never changes
     over: Callable[[str], GPT] | None = None,
+    read: str = "auto",
 ) -> Reward:
     """Return the reward that --reward names.
 
     template: the policy's. over: loads the folder of an adapter over a base that is in memory.
+    read: where a reward model is read, see sampling.scoring.tail_of.
     Every rank that shares some examples calls the reward on them; only a `leader`'s numbers count.
     ValueError or OSError: what is wrong with the name or the folder.
     """
     kind, _, argument = name.partition(":")
     if kind in RULES:
-        rule = {"exact": exact, "regex": regex, "length": length}[kind]
+        rule = {"exact": exact, "boxed": boxed, "regex": regex, "length": length}[kind]
         return _per_response(name, rule(argument), mesh)
     if over and name and Path(name).is_dir():
         return model_reward(over(name).requires_grad_(False), name, max_tokens, mesh)
     if name and Path(name).is_dir():
-        return reward_model(name, template, template_name, dtype, device, max_tokens, mesh)
+        return reward_model(name, template, template_name, dtype, device, max_tokens, mesh, read)
     file, colon, function = name.rpartition(":")
     if colon and file.endswith(".py"):
         return _per_response(name, load_function(file, function), mesh)
@@ -170,29 +176,81 @@ def exact(marker: str) -> RewardFunction:
 
     The response's answer is what follows its last marker, to the end of the line. The row's answer
     is what follows the marker in its `answer` (or another of ANSWER_KEYS), or the whole value if
-    there is no marker. Commas in numbers, $, a final full stop and case are ignored; 42 equals
-    42.0.
+    there is no marker. $, a final full stop, case, and commas between thousands are ignored; 42
+    equals 42.0. Numbers are compared exactly, whatever their size.
     """
     marker = marker or "####"
 
-    def answer_in(text: str) -> str | float:
+    def answer_in(text: str) -> str | Decimal:
         line = text.rpartition(marker)[2].strip().split("\n")[0]
         answer = line.strip().rstrip(".").strip("$ ").casefold()
-        try:
-            return float(answer.replace(",", ""))
-        except ValueError:
-            return answer
+        is_number = NUMBER.fullmatch(answer) and any(map(str.isdecimal, answer))
+        return Decimal(answer.replace(",", "")) if is_number and answer.isascii() else answer
 
     def reward(prompt: str | list, response: str, row: dict) -> float:
-        answers = [row[key] for key in ANSWER_KEYS if isinstance(row.get(key), (str, int, float))]
-        if not answers:
-            raise ValueError(
-                f"--reward exact needs rows with an answer: one of {', '.join(ANSWER_KEYS)}; "
-                f"have {', '.join(row)}"
-            )
-        return float(marker in response and answer_in(response) == answer_in(str(answers[0])))
+        true = answer_in(answer_of(row, "exact"))
+        return float(marker in response and answer_in(response) == true)
 
     return reward
+
+
+def answer_of(row: dict, rule: str) -> str:
+    """Return the true answer in a row. ValueError: it has none of ANSWER_KEYS."""
+    answers = [row[key] for key in ANSWER_KEYS if isinstance(row.get(key), (str, int, float))]
+    if not answers:
+        raise ValueError(
+            f"--reward {rule} needs rows with an answer: one of {', '.join(ANSWER_KEYS)}; "
+            f"have {', '.join(row)}"
+        )
+    return str(answers[0])
+
+
+def boxed(argument: str) -> RewardFunction:
+    r"""Return a reward of 1.0 where the last \boxed{...} equals the row's answer, else 0.0.
+
+    Fractions, decimals, percentages and simple expressions are equal where their values are, as the
+    package math-verify finds: \frac12, 0.5 and 50\%. The row's answer is what its last \boxed
+    holds, or the whole value. ImportError: the package is missing.
+    """
+    if argument:
+        raise ValueError(f"--reward boxed:{argument} takes nothing behind the colon")
+    try:
+        import math_verify
+    except ImportError:
+        raise ImportError(
+            "--reward boxed: compares by the package math-verify: pip install math-verify"
+        ) from None
+
+    def parsed(answer: str) -> list:
+        return math_verify.parse(f"\\boxed{{{answer}}}", parsing_timeout=None)
+
+    def reward(prompt: str | list, response: str, row: dict) -> float:
+        given, true = in_box(response), answer_of(row, "boxed")
+        true = in_box(true) or true
+        if given is None or not given.strip():
+            return 0.0
+        if "".join(given.split()) == "".join(true.split()):
+            return 1.0
+        return float(math_verify.verify(parsed(true), parsed(given), timeout_seconds=None))
+
+    return reward
+
+
+def in_box(text: str) -> str | None:
+    r"""Return what the last \boxed{...} of a text holds, None without a closed one.
+
+    "so \boxed{\frac{1}{2}}." -> "\frac{1}{2}"
+    """
+    start = text.rfind("\\boxed{")
+    if start < 0:
+        return None
+    start += len("\\boxed{")
+    depth = 1
+    for at in range(start, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[at], 0)
+        if depth == 0:
+            return text[start:at]
+    return None
 
 
 def regex(pattern: str) -> RewardFunction:
@@ -228,6 +286,7 @@ def reward_model(
     device: torch.device | str,
     max_tokens: int,
     mesh: Mesh,
+    read: str,
 ) -> Reward:
     """Load a reward model and return it as a reward; each response is scored at its last token.
 
@@ -241,7 +300,8 @@ def reward_model(
             "samples: train one from the policy's family (train_rm.py), or call it from a "
             "function: --reward file.py:function"
         )
-    if Template(template_name, tokenizer).source != template.source:
+    own = Template(template_name, tokenizer)
+    if own.source != template.source:
         print(
             f"warning: the reward model {folder} was trained with another chat template than the "
             "policy",
@@ -251,14 +311,25 @@ def reward_model(
         raise ValueError(
             f"the reward model {folder} scores {', '.join(names)}: a reward is one number"
         )
-    return model_reward(model.requires_grad_(False), folder, max_tokens, mesh)
+    tail = tail_of(folder, names, own, read)
+    return model_reward(model.requires_grad_(False), folder, max_tokens, mesh, tail, own.end)
 
 
-def model_reward(model: GPT, folder: str, max_tokens: int, mesh: Mesh) -> Reward:
-    """Return a reward model with one output as a reward. folder: its name in errors."""
+def model_reward(
+    model: GPT,
+    folder: str,
+    max_tokens: int,
+    mesh: Mesh,
+    tail: Collection[int] = (),
+    end: int | None = None,
+) -> Reward:
+    """Return a reward model with one output as a reward.
+
+    folder: its name in errors. tail: ids read behind the end of an answer, `end`.
+    """
 
     def reward(prompts: list, responses: list[str], rows: list[dict], trees: Dataset) -> np.ndarray:
-        scores = score_trees(model, trees, max_tokens)
+        scores = score_trees(model, with_tail(trees, tail, end), max_tokens)
         if not mesh.last_stage:
             return np.zeros(len(responses))
         rewards = np.concatenate(scores)[:, 0].astype(np.float64)  # (R,)

@@ -134,7 +134,9 @@ def load(files: list[str], template: Template, config: RolloutConfig) -> Prompts
     if not files:
         return None
     longest = config.max_length - config.max_new_tokens
-    return load_prompts(files, template, longest, config.overlong, config.max_bad_rows)
+    return load_prompts(
+        files, template, longest, config.overlong, config.max_bad_rows, ignore=config.ignore_keys
+    )
 
 
 def tree_limits(prompts: Prompts, config: RolloutConfig) -> np.ndarray:

@@ -7,12 +7,14 @@ Letters: A outputs of the model.
 """
 
 from collections import Counter
+from collections.abc import Collection
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from data import attributes
+from data.chat import as_chat, as_row
 from data.dataset import Dataset, from_trees
 from data.encode import encode_pair, sampled_ids
 from data.formats import answers_of, known_attributes
@@ -36,18 +38,56 @@ def score(
     answers: list[Answers],
     max_tokens: int = 8192,
     rows: list[dict] | None = None,
+    tail: Collection[int] = (),
 ) -> list[np.ndarray]:
     """Score every response to every prompt: one (responses, A) array per prompt, fp32 or fp64.
 
     A language model has no scores and gives log P(response | prompt): (responses,) arrays. Trees
     are packed into flat rows of at most max_tokens tokens, or more where a single tree has more.
     rows: those of the answers; where they carry sampled ids, these are scored and not the text.
+    tail: see `tail_of`.
     """
     trees = from_trees(
         encode_pair(template, *answer, sampled_ids(row))[:2]
         for answer, row in zip(answers, rows or [{}] * len(answers))
     )
-    return score_trees(model, trees, max_tokens)
+    return score_trees(model, with_tail(trees, tail, template.end), max_tokens)
+
+
+def tail_of(folder: str, names: tuple[str, ...], template: Template, read: str) -> list[int]:
+    """Return the ids behind the end of an answer at whose last one a reward model is read.
+
+    read: "end", at the end of turn, as train_rm.py trains; "last", at the last token of the text
+    that the chat template writes, often a line end, as reward models trained with transformers are;
+    "auto" takes "last" for a folder whose outputs nobody has named, and says so.
+    """
+    unnamed = all(name.startswith("LABEL_") for name in names)
+    if not template.tail or read == "end" or (read == "auto" and not unnamed):
+        return []
+    shown = template.tokenizer.decode(template.tail, False)
+    print(
+        f"the reward model {folder} is read at the last token that its chat template writes, "
+        f"{shown!r} behind the end of turn; at the end of turn with --reward-read end"
+    )
+    return template.tail
+
+
+def with_tail(data: Dataset, tail: Collection[int], end: int | None) -> Dataset:
+    """Return trees in which every response that has ended goes on with some ids, not scored."""
+    if not tail:
+        return data
+    trees = []
+    for i in range(len(data)):
+        at = data.tree_start[i] + data.prompt_len[i]
+        answers = []
+        for length in data.response_len[data.response_start[i] : data.response_start[i + 1]]:
+            ids = list(data.tokens[at : at + length])
+            more = list(tail) if ids and ids[-1] == end else []
+            answers.append((ids + more, [*data.scored[at : at + length], *[0] * len(more)]))
+            at += length
+        prompt = data.tokens[data.tree_start[i] : data.tree_start[i] + data.prompt_len[i]]
+        trees.append((list(prompt), answers))
+    return from_trees(trees)
 
 
 @torch.no_grad()
@@ -103,7 +143,9 @@ def all_answers(
     reasons: Counter[str] = Counter()
     for number, row in enumerate(rows, 1):
         try:
-            answer = answers_of(canonical(row)[0], template.plain)
+            content, _, options = canonical(row)
+            prompt, responses = answers_of(content, template.plain)
+            answer = as_chat(prompt, options), responses
         except ValueError as error:
             raise ValueError(f"row {number} of {file}: {error}") from None
         try:
@@ -140,7 +182,7 @@ def annotate(
     for (prompt, responses), scores in zip(answers, score(model, template, answers, max_tokens)):
         values = [dict(zip(names, map(attributes.whole, one))) for one in scores.tolist()]
         if len(responses) > 1:
-            rows.append({"prompt": prompt, "responses": responses, "attributes": values})
+            rows.append({**as_row(prompt), "responses": responses, "attributes": values})
         else:
-            rows.append({"prompt": prompt, "response": responses[0], "attributes": values[0]})
+            rows.append({**as_row(prompt), "response": responses[0], "attributes": values[0]})
     return rows

@@ -32,6 +32,8 @@ KNOWN = {
     "up_proj": "up",
     "down_proj": "down",
     "query_key_value": "q k v",
+    "qkv_proj": "q k v",
+    "gate_up_proj": "gate up",
     "dense": "out",
     "dense_h_to_4h": "up",
     "dense_4h_to_h": "down",

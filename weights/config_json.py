@@ -1,8 +1,10 @@
 """config.json of a Hugging Face folder, read into a GPTConfig.
 
 Every key must be known. A key that changes the arithmetic is either computed exactly or refused by
-name, because a model that is computed wrongly would train without a complaint. Keys that change
-nothing (IDLE_KEYS) are ignored. Optional keys have transformers' defaults.
+name, because a model that is computed wrongly would train without a complaint; so are two keys that
+say different things. A key of another family, which this family's own code in transformers never
+reads (READ_BY), may only say what is done anyway. Keys that change nothing (IDLE_KEYS) and nulls
+are ignored. Optional keys have transformers' defaults.
 
     {"model_type": "llama", "hidden_size": 64, ...}   -> GPTConfig(family="llama", width=64, ...)
     {..., "logit_scale": 2.0}                          -> ValueError: unknown option logit_scale
@@ -10,15 +12,27 @@ nothing (IDLE_KEYS) are ignored. Optional keys have transformers' defaults.
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from architecture import GPTConfig
+from weights import families
+from weights.options import Options, translate
+from weights.ropes import read_rope
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+    "olmo3": "Olmo3ForCausalLM",
+    "nemotron": "NemotronForCausalLM",
+    "granite": "GraniteForCausalLM",
+    "stablelm": "StableLmForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "ministral3": "Ministral3ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
     "gpt_neox": "GPTNeoXForCausalLM",
 }  # a reward model has ForSequenceClassification instead
 
@@ -30,7 +44,11 @@ IDLE_KEYS = set(
     "bos_token_id eos_token_id pad_token_id initializer_range max_position_embeddings id2label "
     "label2id problem_type return_dict output_attentions output_hidden_states "
     "chunk_size_feed_forward classifier_dropout is_encoder_decoder is_decoder max_window_layers "
-    "_attn_implementation_autoset attn_implementation".split()
+    "_attn_implementation_autoset attn_implementation "
+    # of published folders: SmolLM2, unsloth, Vicuna, Dolly, Falcon3, and DeepSeek's dense models
+    "is_llama_config transformers.js_config unsloth_fixed unsloth_version max_sequence_length "
+    "custom_pipelines activation gradient_checkpointing aux_loss_alpha seq_aux moe_layer_freq "
+    "first_k_dense_replace norm_topk_prob scoring_func ep_size".split()
 )
 # Keys that change the arithmetic unless they have one of these values.
 SUPPORTED_VALUES = {
@@ -39,19 +57,27 @@ SUPPORTED_VALUES = {
     "pretraining_tp": (1, None),
     "quantization_config": (None,),
     "use_mrope": (False, None),
+    "rope_interleaved": (False, None),
+    "attention_probs_dropout_prob": (0, 0.0, None),
+    "hidden_dropout_prob": (0, 0.0, None),
 }
 # Types of values. null is allowed for all of them and means the same as a missing key.
 WHOLE_NUMBERS = set(
     "hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
     "intermediate_size vocab_size max_position_embeddings sliding_window max_window_layers "
-    "num_labels original_max_position_embeddings".split()
+    "num_labels original_max_position_embeddings no_rope_layer_interval "
+    "sliding_window_pattern _sliding_window_pattern".split()
 )
 NUMBERS = set(
+    "query_pre_attn_scalar rope_local_base_freq norm_eps embedding_multiplier "
+    "residual_multiplier attention_multiplier logits_scaling "
     "rope_theta rotary_emb_base rotary_pct partial_rotary_factor layer_norm_eps rms_norm_eps "
-    "factor low_freq_factor high_freq_factor".split()
+    "factor low_freq_factor high_freq_factor attention_factor beta_fast beta_slow mscale "
+    "mscale_all_dim llama_4_scaling_beta".split()
 )
 SWITCHES = set(
-    "use_parallel_residual attention_bias mlp_bias use_sliding_window tie_word_embeddings".split()
+    "use_parallel_residual attention_bias mlp_bias use_sliding_window tie_word_embeddings "
+    "truncate use_qkv_bias qk_layernorm".split()
 )
 # Upper bounds of whole numbers, 2**24 for the others: a damaged file must not eat all memory.
 LARGEST = {"num_hidden_layers": 1000, "num_labels": 10_000}
@@ -73,38 +99,8 @@ def _check_types(raw: dict) -> None:
             raise ValueError(f"config.json: {key} = {value!r} is no number above 0")
         if key in SWITCHES and type(value) is not bool:
             raise ValueError(f"config.json: {key} = {value!r} is neither true nor false")
-        if key in ("rope_parameters", "rope_scaling"):
+        if key in ("rope_parameters", "rope_scaling", "full_attention", "sliding_attention"):
             _check_types(dict(value))
-
-
-class _Options:
-    """The keys of a config.json that have not been read yet."""
-
-    def __init__(self, raw: dict):
-        self.left = dict(raw)
-
-    def require(self, key: str) -> Any:
-        """Take the value of a key. ValueError: it is missing or null."""
-        if self.left.get(key) is None:
-            raise ValueError(f"config.json has no {key}")
-        return self.left.pop(key)
-
-    def take(self, key: str, default: Any = None) -> Any:
-        """Take the value of a key, or the default if the key is missing. null stays None."""
-        return self.left.pop(key, default)
-
-    def peek(self, key: str, default: Any) -> Any:
-        """Return the value of a key that is one of IDLE_KEYS, and leave it there."""
-        return self.left.get(key, default)
-
-
-def _translate(key: str, value: Any, known: dict) -> Any:
-    """Return the entry of `known` for a value. ValueError: there is none."""
-    if value not in known:
-        raise ValueError(
-            f"config.json: plumb does not know {key} = {value!r}: only {', '.join(known)}"
-        )
-    return known[value]
 
 
 # ---- config.json -> GPTConfig, one concern at a time ---------------------------------------------
@@ -116,9 +112,12 @@ def model_config(raw: dict, family: str) -> GPTConfig:
     ValueError names the key that is missing, of the wrong type or not supported.
     """
     _check_types(raw)
-    options = _Options(raw)
+    options = Options(raw)
+    _drop_unread(options, family)
     sizes = _sizes(options, family)
-    rope = _rope(options, family)
+    rope = read_rope(options, family, raw)
+    reader = families.READERS.get(family)
+    own = reader(options.take, sizes) if reader else {}
     fields = {
         **sizes,
         **_norm_and_mlp(options, family),
@@ -126,12 +125,22 @@ def model_config(raw: dict, family: str) -> GPTConfig:
         "rope_theta": rope.theta,
         "rope_size": int(sizes["head_size"] * rope.share),
         "rope_scaling": rope.scaling,
-        "windows": _windows(options, family, sizes["layers"]),
-        "tied": options.take("tie_word_embeddings", False),
+        "local_theta": rope.local_theta,
+        "longest": rope.longest,
+        "query_growth": rope.query_growth,
+        "windows": _windows(options, family, sizes["layers"], own.get("unrotated", ())),
+        "tied": options.take("tie_word_embeddings", family in families.TIED),
         "max_position": options.peek("max_position_embeddings", 2048),
         "outputs": len(score_names(raw)),
+        **own,
     }
     _check_rest(options, raw, family)
+    factors = getattr(rope.scaling, "factors", None)
+    if factors and len(factors) != fields["rope_size"] // 2:
+        raise ValueError(
+            f"config.json: {len(factors)} values in short_factor, the heads have "
+            f"{fields['rope_size'] // 2} rotated pairs"
+        )
     if rope.share > 1 or fields["rope_size"] % 2:
         raise ValueError(
             f"config.json: {fields['rope_size']} rotated components a head must be an even number, "
@@ -145,13 +154,44 @@ def model_config(raw: dict, family: str) -> GPTConfig:
     return GPTConfig(family=family, **fields)
 
 
-def _sizes(options: _Options, family: str) -> dict[str, int]:
+def _drop_unread(options: Options, family: str) -> None:
+    """Drop keys that this family's own code never reads. ValueError: one of them asks for more."""
+    left = options.left
+    heads, width = left.get("num_attention_heads"), left.get("hidden_size")
+    switched_off = left.get("use_sliding_window") is False
+    harmless = {  # values that say what is done anyway
+        "num_key_value_heads": lambda value: value == heads,
+        "head_dim": lambda value: bool(heads and width) and value * heads == width,
+        "sliding_window": lambda value: value == 0 or switched_off,
+        "use_sliding_window": lambda value: not value or not left.get("sliding_window"),
+        "layer_types": lambda value: set(value) == {"full_attention"},
+        "rotary_pct": lambda value: value == 1,
+        "partial_rotary_factor": lambda value: value == 1,
+        "use_parallel_residual": lambda value: value is False,
+        "attention_bias": lambda value: value is False,
+        "mlp_bias": lambda value: value is False,
+    }
+    for key, readers in families.READ_BY.items():
+        value = left.get(key)
+        if family in readers or key not in left:
+            continue
+        if value is not None and not (key in harmless and harmless[key](value)):
+            raise ValueError(
+                f"config.json: {key} = {value!r} is not read by the code of {family} models, and "
+                "would change the arithmetic: remove it if the model was trained without it"
+            )
+    for key, readers in families.READ_BY.items():
+        if family not in readers:
+            left.pop(key, None)
+
+
+def _sizes(options: Options, family: str) -> dict[str, int]:
     """Read widths and counts."""
     width = options.require("hidden_size")
     layers = options.require("num_hidden_layers")
     heads = options.require("num_attention_heads")
-    kv_heads = options.take("num_key_value_heads", 8 if family == "mistral" else None)
-    head_size = options.take("head_dim", 128 if family == "qwen3" else None)
+    kv_heads = options.take("num_key_value_heads", families.KV_HEADS.get(family))
+    head_size = options.take("head_dim", families.HEAD_SIZE.get(family))
     return {
         "vocab": options.require("vocab_size"),
         "width": width,
@@ -163,101 +203,96 @@ def _sizes(options: _Options, family: str) -> dict[str, int]:
     }
 
 
-class _Rope(NamedTuple):
-    """Options of the rotary positions."""
-
-    theta: float
-    scaling: tuple | None  # llama3: factor, low and high frequency factor, original length
-    share: float  # part of every head that is rotated
-
-
-LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-
-
-def _rope(options: _Options, family: str) -> _Rope:
-    """Read the rotary options: rope_parameters of transformers 5, or the older separate keys."""
-    new = options.take("rope_parameters")
-    old = options.take("rope_scaling")
-    rope = dict(new or old or {})
-
-    # Of two keys for one thing, `or` leaves the second one unread, so it is refused as unknown.
-    theta = options.take("rope_theta")
-    theta = rope.pop("rope_theta", None) or options.take("rotary_emb_base") or theta or 10000.0
-
-    share = options.take("partial_rotary_factor") or options.take("rotary_pct")
-    default_share = 0.25 if family == "gpt_neox" else 1.0
-    share = rope.pop("partial_rotary_factor", None) or share or default_share
-
-    kind = rope.pop("rope_type", None) or rope.get("type") or "default"
-    rope.pop("type", None)
-    keys = _translate("rope_type", kind, {"default": (), "llama3": LLAMA3})
-    if missing := [key for key in keys if key not in rope]:
-        raise ValueError(f"config.json: rope_type {kind} needs {missing[0]}")
-    if unknown := sorted(set(rope) - set(keys)):
-        raise ValueError(f"config.json: plumb does not know {unknown[0]} for rope_type {kind}")
-    return _Rope(float(theta), tuple(rope[key] for key in keys) or None, share)
-
-
-def _norm_and_mlp(options: _Options, family: str) -> dict[str, Any]:
+def _norm_and_mlp(options: Options, family: str) -> dict[str, Any]:
     """Read the kinds of norm and MLP, and how a block adds them up."""
     if family == "gpt_neox":
-        gelus = {"gelu": "gelu", "gelu_new": "gelu_tanh"}
+        tanh = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")  # one formula under three names
+        gelus = {"gelu": "gelu", **dict.fromkeys(tanh, "gelu_tanh")}
         return {
             "norm": "layer",
             "norm_eps": options.take("layer_norm_eps", 1e-5),
-            "mlp": _translate("hidden_act", options.take("hidden_act", "gelu"), gelus),
+            "mlp": translate("hidden_act", options.take("hidden_act", "gelu"), gelus),
             "parallel_residual": options.take("use_parallel_residual", True),
         }
+    if family == "nemotron":
+        return {
+            "norm": "layer1p",
+            "norm_eps": options.take("norm_eps", 1e-5),
+            "mlp": translate("hidden_act", options.take("hidden_act", "relu2"), {"relu2": "relu2"}),
+        }
+    norm, eps = ("layer", "layer_norm_eps") if family == "stablelm" else ("rms", "rms_norm_eps")
+    activations = {"silu": "swiglu", "swish": "swiglu"}
+    if family == "gemma3_text":
+        return {
+            "norm": "rms1p",
+            "norm_eps": options.take("rms_norm_eps", 1e-6),
+            "mlp": translate(
+                "hidden_activation",
+                options.take("hidden_activation") or "gelu_pytorch_tanh",
+                {"gelu_pytorch_tanh": "geglu"},
+            ),
+            "qk_norm": "head",
+        }
     return {
-        "norm_eps": options.take("rms_norm_eps", 1e-6),
-        "mlp": _translate("hidden_act", options.take("hidden_act", "silu"), {"silu": "swiglu"}),
-        "qk_norm": family == "qwen3",
+        "norm": norm,
+        "norm_eps": options.take(eps, families.EPS.get(family, 1e-6)),
+        "mlp": translate("hidden_act", options.take("hidden_act", "silu"), activations),
+        "qk_norm": "head" if family == "qwen3" else "",
     }
 
 
-def _biases(options: _Options, family: str) -> dict[str, bool]:
+def _biases(options: Options, family: str) -> dict[str, bool]:
     """Read which linears have a bias."""
     if family == "gpt_neox":
         attention = options.take("attention_bias", True)
         return {"qkv_bias": attention, "out_bias": attention, "mlp_bias": True}
-    if family == "llama":
-        attention = options.take("attention_bias", False)
-        mlp = options.take("mlp_bias", False)
-        return {"qkv_bias": attention, "out_bias": attention, "mlp_bias": mlp}
-    if family == "qwen3":
-        attention = options.take("attention_bias", False)
-        return {"qkv_bias": attention, "out_bias": attention, "mlp_bias": False}
-    return {"qkv_bias": family == "qwen2", "out_bias": False, "mlp_bias": False}
+    attention = options.take("attention_bias", False) or False
+    mlp = options.take("mlp_bias", False) or False
+    return {"qkv_bias": attention or family == "qwen2", "out_bias": attention, "mlp_bias": mlp}
 
 
-def _windows(options: _Options, family: str, layers: int) -> tuple[int, ...]:
+def _windows(
+    options: Options, family: str, layers: int, unrotated: tuple[int, ...]
+) -> tuple[int, ...]:
     """Read the sliding window of every layer, 0 = none; () if no layer may have one."""
-    window = options.take("sliding_window", 4096 if family == "mistral" else None) or 0
+    window = options.take("sliding_window", families.WINDOW.get(family)) or 0
     first = 0  # first layer with a window, where layer_types does not say
-    if family in ("qwen2", "qwen3"):
+    if family in ("qwen2", "qwen3", "smollm3"):
         if not options.take("use_sliding_window", False):
             window = 0
         first = options.peek("max_window_layers", 28)
-    full = min(first, layers)
+    full = min(first, layers) if window else layers
     types = ["full_attention"] * full + ["sliding_attention"] * (layers - full)
+    if family == "gemma3_text":
+        patterns = [options.take(f"{mark}sliding_window_pattern") for mark in ("", "_")]
+        every = next(filter(None, patterns), 6)
+        types = ["sliding_attention"] * layers
+        types[every - 1 :: every] = ["full_attention"] * (layers // every)
+    if family == "olmo3":
+        types = ["full_attention" if i % 4 == 3 else "sliding_attention" for i in range(layers)]
+    if family == "smollm3" and window:
+        types = ["sliding_attention" if i in unrotated else "full_attention" for i in range(layers)]
     types = options.take("layer_types", types) or types
     if len(types) != layers:
         raise ValueError(
             f"config.json: layer_types names {len(types)} layers, num_hidden_layers is {layers}"
         )
+    if "sliding_attention" in types and not window:
+        raise ValueError("config.json: layer_types names sliding layers, sliding_window is null")
     of_type = {"sliding_attention": window, "full_attention": 0}
-    windows = tuple(_translate("layer_types", kind, of_type) for kind in types)
+    windows = tuple(translate("layer_types", kind, of_type) for kind in types)
     return windows if window else ()
 
 
-def _check_rest(options: _Options, raw: dict, family: str) -> None:
+def _check_rest(options: Options, raw: dict, family: str) -> None:
     """Raise ValueError for the first unread key that may change the arithmetic."""
     for key, values in SUPPORTED_VALUES.items():
         if options.take(key, values[0]) not in values:
             raise ValueError(
                 f"config.json: {key} = {raw[key]!r} is not supported: only {values[0]!r}"
             )
-    if unknown := sorted(set(options.left) - IDLE_KEYS):
+    said = {key for key, value in options.left.items() if value is not None}
+    if unknown := sorted(said - IDLE_KEYS):
         raise ValueError(
             f"config.json: plumb does not know the option {unknown[0]} = {raw[unknown[0]]!r} of "
             f"this {family} model; if it does not change the arithmetic, remove it from the file"
@@ -324,7 +359,8 @@ def _family(raw: dict) -> str:
 
 def _classifier(family: str) -> str:
     """Return the architecture of a reward model, as transformers names it."""
-    return ARCHITECTURES[family].replace("CausalLM", "SequenceClassification")
+    name = {"gemma3_text": "Gemma3TextForCausalLM"}.get(family, ARCHITECTURES[family])
+    return name.replace("CausalLM", "SequenceClassification")
 
 
 def score_names(raw: dict) -> tuple[str, ...]:
@@ -336,6 +372,11 @@ def score_names(raw: dict) -> tuple[str, ...]:
         return ()
     unnamed = {i: f"LABEL_{i}" for i in range(raw.get("num_labels", 2))}  # as in transformers
     labels = raw.get("id2label") or unnamed
+    if raw.get("num_labels") is not None and raw["num_labels"] != len(labels):
+        raise ValueError(
+            f"config.json: num_labels = {raw['num_labels']} and id2label of {len(labels)} say "
+            "different things: remove the wrong one"
+        )
     return tuple(name for _, name in sorted((int(i), name) for i, name in labels.items()))
 
 

@@ -26,13 +26,27 @@ def weight_files(folder: str | Path) -> dict[str, Path]:
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if index.is_file():
         files = _indexed(folder, index)
+        if single.is_file() and single not in files.values():
+            raise ValueError(
+                f"{folder} holds {single.name} and the shards of {index.name}, and they may be two "
+                "models: remove the older ones"
+            )
     elif single.is_file():
         files = dict.fromkeys(open_weights(single).keys(), single)
     else:
-        other = next(folder.glob("*.bin"), None)
-        advice = f", only {other.name}: load it in transformers and save_pretrained() again"
-        raise FileNotFoundError(f"{folder} has no model.safetensors" + (advice if other else ""))
+        raise FileNotFoundError(_no_weights(folder))
     return {name: file for name, file in files.items() if not name.endswith(NOT_WEIGHTS)}
+
+
+def _no_weights(folder: Path) -> str:
+    """Return what is wrong with a folder without safetensors, and the fix."""
+    if not folder.is_dir():
+        return f"{folder}: no such folder: give one in Hugging Face's format"
+    other = next(folder.glob("*.bin"), None)
+    if other:
+        fix = "load it in transformers and save_pretrained() again"
+        return f"{folder} has no model.safetensors, only {other.name}: {fix}"
+    return f"{folder} has no model.safetensors: give a folder in Hugging Face's format"
 
 
 def _indexed(folder: Path, index: Path) -> dict[str, Path]:

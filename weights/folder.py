@@ -18,8 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from architecture import GPTConfig
+from data.settings import read_json
 from data.templates import Template
-from data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
+from data.tokenizer import NO_DUMMY_PREFIX, TOKENIZER_FILES, Tokenizer, load_tokenizer
 from disk import replace_folder
 from layers import Linear, gather_slices, is_finite
 from model import ALONE, GPT
@@ -27,7 +28,7 @@ from parallel import Mesh, split
 from weights.adapters import BaseDtype, frozen_linears
 from weights.config_json import model_config, read_config, score_names, with_scores
 from weights.files import DTYPES, fingerprint, open_weights, weight_files
-from weights.table import HEADS, Stored, fuse, part_of, weight_table
+from weights.table import HEADS, Stored, fuse, weight_table
 
 __all__ = ["DTYPES", "fingerprint", "load_model", "save_model", "weight_files"]
 NOT_FINITE = "a weight is not finite"
@@ -69,6 +70,7 @@ def load_model(
     with torch.device("meta"):
         model = GPT(c, mesh)
     handles = {path: open_weights(path) for path in sorted(set(files.values()))}
+    _check_tied(folder, c, files, handles)
     quantised = {}
     if base_dtype != "none":
         quantised = {f"{path}.weight": linear for path, linear in frozen_linears(model).items()}
@@ -85,12 +87,14 @@ def load_model(
                 f"but config.json makes it {stored.shape}"
             )
         if name in quantised and base_dtype != "none":
-            whole = _read_slice(on_disk, stored, c, ALONE)
+            whole = _read_slice(on_disk, stored, ALONE)
+            _check_finite(folder, stored.name, whole)
             quantised[name].quantize(whole.to(device), base_dtype)
             tensors[name] = torch.empty(p.shape, dtype=dtype, device="meta")
             continue
-        tensor = _read_slice(on_disk, stored, c, mesh)
+        tensor = _read_slice(on_disk, stored, mesh)
         tensors[name] = tensor.to(device=device, dtype=dtype, copy=True)
+        _check_finite(folder, stored.name, tensors[name])
     model.load_state_dict(tensors, assign=True)
     declared = model.weights()
     for name, p in model.named_parameters():
@@ -99,7 +103,7 @@ def load_model(
 
     def original(name: str) -> Tensor:
         stored = table[name]
-        return _read_slice(handles[files[stored.name]].get_slice(stored.name), stored, c, mesh)
+        return _read_slice(handles[files[stored.name]].get_slice(stored.name), stored, mesh)
 
     if quantised:
         model.original = original
@@ -137,17 +141,46 @@ def _check_names(
         )
 
 
-def _read_slice(on_disk: Any, stored: Stored, c: GPTConfig, mesh: Mesh) -> Tensor:
+def _check_tied(
+    folder: str | Path, c: GPTConfig, files: dict[str, Path], handles: dict[Path, Any]
+) -> None:
+    """Raise ValueError where config.json ties a head that differs from the embedding."""
+    table = weight_table(c)
+    heads = [name for name in HEADS if name in files]
+    if not c.tied or not heads:
+        return
+    one, other = table["embed.weight"].name, heads[0]
+    tensors = [handles[files[name]].get_tensor(name) for name in (one, other)]
+    if tensors[0].shape != tensors[1].shape or not torch.equal(*tensors):
+        raise ValueError(
+            f"{folder}/config.json ties the head to the embedding, but {other} differs from {one}: "
+            "set tie_word_embeddings to false to use it, or remove it from the file"
+        )
+
+
+def _check_finite(folder: str | Path, name: str, tensor: Tensor) -> None:
+    """Raise ValueError for a weight with NaN or infinity, in the dtype that it is used in."""
+    if not is_finite(tensor):
+        raise ValueError(
+            f"{folder}: {name} has values that are not finite in {tensor.dtype}: fetch it again, "
+            "or choose another --dtype"
+        )
+
+
+def _read_slice(on_disk: Any, stored: Stored, mesh: Mesh) -> Tensor:
     """Read this rank's slice of a weight, and no more of the file than that."""
     cut = stored.weight.slice(mesh)
+    if stored.part:
+        first, last = cut[1:] if cut and cut[0] == 0 else (0, stored.weight.shape[0])
+        rows = stored.part.rows(first, last)
+        if not len(rows):
+            return on_disk[:0]
+        low, high = int(rows[0]), int(rows[-1]) + 1
+        tensor = on_disk[low:high]
+        return tensor if high - low == len(rows) else tensor[rows - low]
     if cut is None:
-        tensor = on_disk[:]
-    elif cut[0] == 0:
-        parts = 3 if stored.part else 1
-        tensor = on_disk[parts * cut[1] : parts * cut[2]]
-    else:
-        tensor = on_disk[:, cut[1] : cut[2]]
-    return part_of(tensor, stored.part, c.head_size) if stored.part else tensor
+        return on_disk[:]
+    return on_disk[cut[1] : cut[2]] if cut[0] == 0 else on_disk[:, cut[1] : cut[2]]
 
 
 # ---- writing -------------------------------------------------------------------------------------
@@ -163,7 +196,8 @@ def to_theirs(model: GPT, names: list[str] | None = None, keep: bool = True) -> 
     tensors: dict[str, Tensor] = {}
     fused: dict[str, dict[str, Tensor]] = {}
     here = dict(model.named_parameters())
-    for name, stored in weight_table(model.c).items():
+    table = weight_table(model.c)
+    for name, stored in table.items():
         if name not in here or names is not None and stored.name not in names:
             continue
         tensor, cut = _merged(model, name, here[name]).detach(), stored.weight.cut
@@ -174,10 +208,10 @@ def to_theirs(model: GPT, names: list[str] | None = None, keep: bool = True) -> 
             continue
         tensor = tensor.cpu().contiguous()
         if stored.part:
-            fused.setdefault(stored.name, {})[stored.part] = tensor
+            fused.setdefault(stored.name, {})[name] = tensor
         else:
             tensors[stored.name] = tensor
-    tensors |= {name: fuse(parts, model.c.head_size) for name, parts in fused.items()}
+    tensors |= {name: fuse(parts, table) for name, parts in fused.items()}
     return tensors
 
 
@@ -257,9 +291,40 @@ def _write_settings(
             shutil.copyfile(Path(tokenizer_from) / name, folder / name)
     if padding:
         _update_json(folder / "tokenizer_config.json", pad_token=padding[1])
+    if tokenizer_from:
+        _name_tokenizer(folder, model.c.family)
     if template and not template.plain:
         (folder / "chat_template.jinja").write_text(template.source)
+    if template and template.stop_ids:  # what was trained as the end, whatever the folder said
         _update_json(folder / "generation_config.json", eos_token_id=sorted(template.stop_ids))
+
+
+def _name_tokenizer(folder: Path, family: str) -> None:
+    """Write which class of transformers reads the tokenizer as it was read here.
+
+    Of a tokenizer.model alone, LlamaTokenizer splits runs of spaces in another way, and for qwen2
+    transformers takes Qwen2Tokenizer whatever the folder says, unless auto_map is there: without
+    code to load, it then takes the class that is named.
+    """
+    config = read_json(folder / "tokenizer_config.json")
+    name = str(config.get("tokenizer_class") or "").removesuffix("Fast")
+    model, twin = folder / "tokenizer.model", folder / "tokenizer.json"
+    changes: dict[str, Any] = {}
+    if model.is_file() and not twin.is_file():
+        changes["tokenizer_class"] = "PreTrainedTokenizerFast"
+        if config.get("add_prefix_space") is False:
+            content = model.read_bytes()
+            if not content.endswith(NO_DUMMY_PREFIX):
+                model.write_bytes(content + NO_DUMMY_PREFIX)
+    if family == "qwen2" and (changes or name not in ("", "Qwen2Tokenizer")):
+        changes["tokenizer_class"] = "PreTrainedTokenizerFast"
+        changes["auto_map"] = {"AutoTokenizer": [None, None]}
+    if changes:
+        tokenizer = load_tokenizer(folder)
+        for key, text in (("bos_token", tokenizer.bos_token), ("eos_token", tokenizer.eos_token)):
+            if text and config.get(key) is None:
+                changes[key] = text
+        _update_json(folder / "tokenizer_config.json", **changes)
 
 
 def _update_json(path: Path, **values: Any) -> None:

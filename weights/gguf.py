@@ -13,7 +13,6 @@ import json
 import shutil
 import struct
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from architecture import GPTConfig
-from model import rope_frequencies
+from rotary import Llama3, frequencies
 from weights.config_json import ARCHITECTURES
 
 FAMILIES = ("llama", "qwen2", "qwen3")
@@ -160,13 +158,9 @@ def _scaling(raw: dict[str, Any], factors: np.ndarray, file: str | Path) -> dict
     ValueError: they are those of another scaling.
     """
     for factor in (8.0, 32.0):
-        scaling = (factor, 1.0, 4.0, 8192)
-        sizes = {"heads": 1, "kv_heads": 1, "head_size": raw["head_dim"], "rope_size": 0}
-        c = GPTConfig(
-            family="llama", vocab=1, width=1, layers=1, ffn=1, rope_theta=raw["rope_theta"], **sizes
-        )
-        plain = rope_frequencies(c)
-        stretched = rope_frequencies(replace(c, rope_scaling=scaling))
+        plain = frequencies(raw["rope_theta"], raw["head_dim"])
+        scaling = Llama3(factor, 1.0, 4.0, 8192)
+        stretched = frequencies(raw["rope_theta"], raw["head_dim"], scaling)
         if np.allclose((plain / stretched).numpy(), factors, rtol=1e-4):
             return {
                 "rope_type": "llama3",

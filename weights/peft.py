@@ -21,7 +21,7 @@ from model import GPT
 from weights.adapters import Lora, adapters_of, target_names
 from weights.config_json import score_names
 from weights.files import fingerprint, open_weights
-from weights.table import weight_table
+from weights.table import Stored, weight_table
 
 SCORE = "base_model.model.score.weight"  # a score head, in adapter_model.safetensors
 # Options of PEFT that change the arithmetic, with the values that plumb computes.
@@ -46,8 +46,8 @@ def save_adapter(model: GPT, folder: str | Path, base: str, lora: Lora) -> None:
     """Write the adapters in PEFT's format, atomically. Every rank calls it; rank 0 writes.
 
     base: folder that the adapter belongs to. lora: what most adapters are like; those of another
-    rank or scale are written as exceptions. GPT-NeoX's q, k and v are one tensor on disk, so their
-    three adapters become one of three times the rank, which is the same product.
+    rank or scale are written as exceptions. Where several linears are one tensor on disk (q, k and
+    v of GPT-NeoX), their adapters become one of the sum of their ranks, which is the same product.
     """
     folder, mesh = Path(folder), model.mesh
     model.wait()
@@ -119,11 +119,11 @@ def _to_peft(
         pair = (tensors[f"{path}.a"], tensors[f"{path}.b"])
         modules[module] = scales[path]
         if stored.part:
-            fused.setdefault(module, {})[stored.part] = pair
+            fused.setdefault(module, {})[f"{path}.weight"] = pair
         else:
             _put(on_disk, module, *pair)
     for module, parts in fused.items():
-        _put(on_disk, module, *_fuse(parts, model.c.head_size, model.c.heads))
+        _put(on_disk, module, *_fuse(parts, table))
     ranks, alphas = {}, {}  # of modules that differ from most
     for module, scale in modules.items():  # s = α/r, or α/√r
         rank = len(on_disk[f"base_model.model.{module}.lora_A.weight"])
@@ -160,16 +160,21 @@ def _put(on_disk: dict[str, Tensor], module: str, a: Tensor, b: Tensor) -> None:
     on_disk[f"base_model.model.{module}.lora_B.weight"] = b.contiguous()
 
 
-def _fuse(parts: dict[str, tuple[Tensor, Tensor]], size: int, heads: int) -> tuple[Tensor, Tensor]:
-    """Stack the A of q, k and v, and lay their B out as rows (head, q|k|v, size) of the fused B."""
-    names = [part for part in "qkv" if part in parts]
-    a = torch.cat([parts[part][0] for part in names])
-    rank = a.shape[0] // len(names)
-    b = a.new_zeros(heads, 3, size, a.shape[0])
-    for i, part in enumerate(names):
-        rows = parts[part][1].view(heads, size, rank)
-        b[:, "qkv".index(part), :, i * rank : (i + 1) * rank] = rows
-    return a, b.reshape(3 * heads * size, a.shape[0])
+def _fuse(
+    parts: dict[str, tuple[Tensor, Tensor]], table: dict[str, Stored]
+) -> tuple[Tensor, Tensor]:
+    """Stack the A of linears that are one tensor on disk; lay their B out as its rows lie there.
+
+    parts: our names -> A and B.
+    """
+    stacked = torch.cat([a for a, _ in parts.values()])
+    stored = table[next(iter(parts))]
+    whole = stacked.new_zeros(stored.shape[0], len(stacked))
+    column = 0
+    for name, (a, b) in parts.items():
+        whole[table[name].part.rows(0, len(b)), column : column + len(a)] = b
+        column += len(a)
+    return stacked, whole
 
 
 def read_adapter_config(folder: str | Path) -> tuple[Lora, dict]:
@@ -235,8 +240,8 @@ def adapter_scores(folder: str | Path) -> tuple[str, ...]:
 def load_adapter(model: GPT, folder: str | Path) -> Lora:
     """Attach the adapter of a folder in PEFT's format, whoever trained it; return its size.
 
-    An adapter of GPT-NeoX's query_key_value becomes three with the same A. ValueError: it does not
-    fit the model.
+    An adapter of several linears that are one tensor on disk becomes several with the same A.
+    ValueError: it does not fit the model.
     """
     lora, raw = read_adapter_config(folder)
     path = Path(folder) / "adapter_model.safetensors"
@@ -257,8 +262,9 @@ def load_adapter(model: GPT, folder: str | Path) -> Lora:
             continue
         used |= {f"{name}.lora_A.weight", f"{name}.lora_B.weight"}
         if stored.part:
-            rows = b.view(model.c.heads, 3, model.c.head_size, b.shape[1])
-            b = rows[:, "qkv".index(stored.part)].reshape(-1, b.shape[1])
+            if len(b) != stored.shape[0]:
+                raise ValueError(_misfit(f"{folder}: {name}", a, b, *stored.shape[::-1]))
+            b = b[stored.part.rows(0, stored.weight.shape[0])]
         scale = _scale_of(raw, lora, stored.name.removesuffix(".weight"), a.shape[0])
         _attach_tensors(linear, a, b, scale, lora.dropout, f"{folder}: {name}")
     score = tensors.get(SCORE)
@@ -288,16 +294,20 @@ def _attach_tensors(
     """Attach this rank's slices of A and B. ValueError: their shapes do not fit the linear."""
     outputs, inputs = linear.declared["weight"].shape
     if a.shape[1] != inputs or b.shape != (outputs, a.shape[0]):
-        raise ValueError(
-            f"{name}: A {tuple(a.shape)} and B {tuple(b.shape)} do not fit a linear of {inputs} "
-            f"inputs and {outputs} outputs: does the adapter belong to another base?"
-        )
+        raise ValueError(_misfit(name, a, b, inputs, outputs))
     with torch.device(linear.device):
         linear.adapter = Adapter(linear, a.shape[0], scale, dropout).to(linear.weight.dtype)
     for part, tensor in (("a", a), ("b", b)):
         if cut := linear.adapter.declared[part].slice(linear.mesh):
             tensor = tensor.narrow(cut[0], cut[1], cut[2] - cut[1])
         getattr(linear.adapter, part).data.copy_(tensor)
+
+
+def _misfit(name: str, a: Tensor, b: Tensor, inputs: int, outputs: int) -> str:
+    return (
+        f"{name}: A {tuple(a.shape)} and B {tuple(b.shape)} do not fit a linear of {inputs} "
+        f"inputs and {outputs} outputs: does the adapter belong to another base?"
+    )
 
 
 def _elsewhere(tensors: dict[str, Tensor], model: GPT) -> set[str]:

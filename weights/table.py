@@ -20,7 +20,9 @@ class Row(NamedTuple):
 
     ours: str
     theirs: str
-    part: str = ""  # q, k or v: which part it is of a fused tensor on disk
+    # One of several weights that are one tensor on disk, in the order of the model's declarations:
+    # heads (a head of each in turn, GPT-NeoX) or blocks (one after the other, Phi-3).
+    fused: str = ""
 
 
 LLAMA = [
@@ -41,14 +43,26 @@ LLAMA = [
     Row("head", "lm_head"),
     Row("score_head", "score"),
 ]
+# Norms after attention and MLP.
+OLMO = [
+    *LLAMA,
+    Row("blocks.{i}.norm1", "model.layers.{i}.post_attention_layernorm"),
+    Row("blocks.{i}.norm2", "model.layers.{i}.post_feedforward_layernorm"),
+]
+GEMMA3 = [
+    *LLAMA,
+    Row("blocks.{i}.after1", "model.layers.{i}.post_attention_layernorm"),
+    Row("blocks.{i}.norm2", "model.layers.{i}.pre_feedforward_layernorm"),
+    Row("blocks.{i}.after2", "model.layers.{i}.post_feedforward_layernorm"),
+]
 GPT_NEOX = [
     Row("embed", "gpt_neox.embed_in"),
     Row("blocks.{i}", "gpt_neox.layers.{i}"),
     Row("blocks.{i}.norm1", "gpt_neox.layers.{i}.input_layernorm"),
     Row("blocks.{i}.mixer", "gpt_neox.layers.{i}.attention"),
-    Row("blocks.{i}.mixer.q", "gpt_neox.layers.{i}.attention.query_key_value", "q"),
-    Row("blocks.{i}.mixer.k", "gpt_neox.layers.{i}.attention.query_key_value", "k"),
-    Row("blocks.{i}.mixer.v", "gpt_neox.layers.{i}.attention.query_key_value", "v"),
+    Row("blocks.{i}.mixer.q", "gpt_neox.layers.{i}.attention.query_key_value", "heads"),
+    Row("blocks.{i}.mixer.k", "gpt_neox.layers.{i}.attention.query_key_value", "heads"),
+    Row("blocks.{i}.mixer.v", "gpt_neox.layers.{i}.attention.query_key_value", "heads"),
     Row("blocks.{i}.mixer.out", "gpt_neox.layers.{i}.attention.dense"),
     Row("blocks.{i}.norm2", "gpt_neox.layers.{i}.post_attention_layernorm"),
     Row("blocks.{i}.mlp", "gpt_neox.layers.{i}.mlp"),
@@ -58,15 +72,55 @@ GPT_NEOX = [
     Row("head", "embed_out"),
     Row("score_head", "score"),
 ]
-TABLES = {"llama": LLAMA, "mistral": LLAMA, "qwen2": LLAMA, "qwen3": LLAMA, "gpt_neox": GPT_NEOX}
+PHI3 = [
+    *LLAMA,
+    *(
+        Row(f"blocks.{{i}}.mixer.{x}", "model.layers.{i}.self_attn.qkv_proj", "blocks")
+        for x in "qkv"
+    ),
+    Row("blocks.{i}.mlp.gate", "model.layers.{i}.mlp.gate_up_proj", "blocks"),
+    Row("blocks.{i}.mlp.up", "model.layers.{i}.mlp.gate_up_proj", "blocks"),
+]
+TABLES = {
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "qwen2": LLAMA,
+    "qwen3": LLAMA,
+    "smollm3": LLAMA,
+    "olmo2": OLMO,
+    "olmo3": OLMO,
+    "nemotron": LLAMA,
+    "granite": LLAMA,
+    "stablelm": LLAMA,
+    "ministral3": LLAMA,
+    "phi3": PHI3,
+    "gemma3_text": GEMMA3,
+    "gpt_neox": GPT_NEOX,
+}
 HEADS = ("lm_head.weight", "embed_out.weight")  # on disk; a tied or a reward model does without
+
+
+class Part(NamedTuple):
+    """The rows that a weight has in a tensor on disk that several weights share.
+
+    They lie in runs of `run` rows, the first at `first`, one every `step` rows.
+    """
+
+    first: int
+    run: int
+    step: int
+
+    def rows(self, first: int, last: int) -> Tensor:
+        """Return where rows first ... last - 1 of the weight lie on disk, ascending."""
+        row = torch.arange(first, last)
+        return self.first + row // self.run * self.step + row % self.run
 
 
 class Stored(NamedTuple):
     """A weight as a folder holds it."""
 
     name: str
-    part: str  # of a fused tensor, or ""
+    part: Part | None  # None: it is the whole tensor
     shape: tuple[int, ...]  # of the whole tensor on disk
     weight: Weight
 
@@ -74,30 +128,39 @@ class Stored(NamedTuple):
 def weight_table(c: GPTConfig) -> dict[str, Stored]:
     """Return our name of every weight of the model -> where and how it lies on disk."""
     rows = {row.ours: row for row in TABLES[c.family]}
+    declared = declared_weights(c)
+    places = {name: _place(name, rows) for name in declared}
+    together: dict[str, list[str]] = {}
+    for name, (theirs, _) in places.items():
+        together.setdefault(theirs, []).append(name)
     table = {}
-    for name, weight in declared_weights(c).items():
-        words = name.split(".")
-        layer = ""
-        if words[0] == "blocks":
-            layer, words[1] = words[1], "{i}"
-        length = next(n for n in range(len(words), 0, -1) if ".".join(words[:n]) in rows)
-        row = rows[".".join(words[:length])]
-        theirs = ".".join([row.theirs.replace("{i}", layer), *words[length:]])
-        shape = (3 * weight.shape[0], *weight.shape[1:]) if row.part else weight.shape
-        table[name] = Stored(theirs, row.part, shape, weight)
+    for name, (theirs, fused) in places.items():
+        weight, part = declared[name], None
+        sizes = [declared[sibling].shape[0] for sibling in together[theirs]]
+        at = together[theirs].index(name)
+        if fused == "heads":
+            part = Part(at * c.head_size, c.head_size, len(sizes) * c.head_size)
+        if fused == "blocks":
+            part = Part(sum(sizes[:at]), sizes[at], sizes[at])
+        table[name] = Stored(theirs, part, (sum(sizes), *weight.shape[1:]), weight)
     return table
 
 
-def part_of(fused: Tensor, part: str, head_size: int) -> Tensor:
-    """Take q, k or v out of GPT-NeoX's query_key_value (or some heads of it).
+def _place(name: str, rows: dict[str, Row]) -> tuple[str, str]:
+    """Return the name on disk of a weight, and how it is fused with others there."""
+    words = name.split(".")
+    layer = ""
+    if words[0] == "blocks":
+        layer, words[1] = words[1], "{i}"
+    length = next(n for n in range(len(words), 0, -1) if ".".join(words[:n]) in rows)
+    row = rows[".".join(words[:length])]
+    return ".".join([row.theirs.replace("{i}", layer), *words[length:]]), row.fused
 
-    Its rows lie as (head, q | k | v, head size).
-    """
-    rows = fused.view(-1, 3, head_size, *fused.shape[1:])
-    return rows[:, "qkv".index(part)].flatten(0, 1)
 
-
-def fuse(parts: dict[str, Tensor], head_size: int) -> Tensor:
-    """Put whole q, k and v together as query_key_value."""
-    rows = [parts[part].view(-1, head_size, *parts[part].shape[1:]) for part in "qkv"]
-    return torch.stack(rows, 1).reshape(-1, *parts["q"].shape[1:])
+def fuse(parts: dict[str, Tensor], table: dict[str, Stored]) -> Tensor:
+    """Put whole weights together, by our names, as the one tensor that they are on disk."""
+    stored = next(table[name] for name in parts)
+    fused = next(iter(parts.values())).new_empty(stored.shape)
+    for name, tensor in parts.items():
+        fused[table[name].part.rows(0, len(tensor))] = tensor
+    return fused

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = ["sft", "dpo", "kto", "rm", "reinforce", "ppo", "steerlm"]  # one an algorithm
 # Flags of other commands that the pages of algorithms name.
-OTHER_FLAGS = {"attributes", "attribute-dropout", "prompt", "model", "help"}
+OTHER_FLAGS = {"reward-read", "attributes", "attribute-dropout", "prompt", "model", "help"}
 
 
 def source_of(path: Path, name: str) -> str:

@@ -89,8 +89,8 @@ def test_a_rank_that_differs_is_named_with_what_differs(said: str, toy: Path, tm
     """Every rank ends before the first step with the same message, and OUT is not touched."""
     ranks = run(toy, tmp_path, lambda rank: CHANGES[said]() if rank == 1 else [])
     assert ranks.wait() == [1, 1]
-    for rank in (0, 1):
-        assert f"error on rank {rank}: the ranks do not agree: {said}" in ranks.text(rank)
+    assert f"error on every rank: the ranks do not agree: {said}" in ranks.text(0)
+    assert not ranks.text(1)
     assert not (tmp_path / "out").exists()
 
 
@@ -105,7 +105,7 @@ def test_every_rank_that_differs_is_named(toy: Path, tmp_path: Path):
     lrs = ["1", "2", "3"]
     ranks = run(toy, tmp_path, lambda rank: ["--lr", lrs[rank]], world=3)
     assert ranks.wait() == [1, 1, 1]
-    assert "rank 1 has --lr 2.0 (rank 0: 1.0); rank 2 has --lr 3.0 (rank 0: 1.0)" in ranks.text(2)
+    assert "rank 1 has --lr 2.0 (rank 0: 1.0); rank 2 has --lr 3.0 (rank 0: 1.0)" in ranks.text(0)
 
 
 # ---- errors of a backend -------------------------------------------------------------------------
@@ -170,3 +170,23 @@ def test_a_wrong_flag_is_said_once(tmp_path: Path):
         assert done.returncode == 2
         texts.append(done.stderr)
     assert texts == ["error: --lr must be at least 0, not -1\n", ""]
+
+
+@pytest.mark.parametrize("words", ["--data nowhere.jsonl", "--ref nowhere", "--resume nowhere"])
+def test_what_every_rank_fails_of_is_said_once(words: str, toy: Path, tmp_path: Path):
+    """All ranks end with status 1, and the first prints the line."""
+    ranks = run(toy, tmp_path, lambda rank: words.split(), world=3)
+    assert ranks.wait() == [1, 1, 1]
+    said = [[line for line in ranks.text(r).split("\n") if "error" in line] for r in range(3)]
+    assert len(said[0]) == 1 and said[0][0].startswith("error on every rank: ")
+    assert "no such" in said[0][0] and not said[1] and not said[2]
+
+
+def test_the_lowest_rank_says_what_several_fail_of():
+    """Others with the same reason are silent; who fails of something else speaks for itself."""
+    messages = {0: "1.5 other", 1: "1.6 why", 2: "1.7 why"}
+    said = [faults.said_by(rank, 3, words, messages) for rank, words in ((0, "other"), (1, "why"))]
+    assert said == ["rank 0", "ranks 1, 2"]
+    assert faults.said_by(2, 3, "why", messages) == ""
+    assert faults.said_by(1, 3, "why", {}) == "rank 1"  # the store is gone
+    assert faults.said_by(0, 2, "a b", {0: "1 a b", 1: "2 a b"}) == "every rank"

@@ -4,6 +4,7 @@ import dataclasses
 import multiprocessing
 import shlex
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,10 @@ NEOX = GPTConfig(
     **BIASES,
 )
 REWARD = GPTConfig(
-    "qwen3", vocab=50, layers=3, kv_heads=2, head_size=6, ffn=30, outputs=2, qk_norm=True, **SMALL
+    "qwen3", vocab=50, layers=3, kv_heads=2, head_size=6, ffn=30, outputs=2, qk_norm="head", **SMALL
+)
+OLMO = GPTConfig(
+    "olmo2", vocab=50, layers=2, kv_heads=2, head_size=4, ffn=30, qk_norm="whole", **SMALL
 )
 SEVEN = GPTConfig(
     "llama", vocab=32000, width=4096, layers=32, heads=32, kv_heads=32, head_size=128, ffn=11008
@@ -146,7 +150,7 @@ def test_zero_2_never_holds_all_gradients(small_buckets, monkeypatch):
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("c", [ODD, TIED, NEOX, REWARD, SEVEN])
+@pytest.mark.parametrize("c", [ODD, TIED, NEOX, REWARD, OLMO, SEVEN])
 def test_ranks_together_hold_every_parameter_once(c: GPTConfig):
     """The sum over all ranks, without replicas, is the model's number of parameters."""
     for tp, pp in ((1, 1), (2, 1), (1, 2), (2, 2)):
@@ -225,6 +229,8 @@ def one_step(
         (ODD, Layout(pp=2), False),
         (TIED, Layout(pp=2), True),
         (NEOX, Layout(tp=2), True),
+        (OLMO, Layout(tp=2), False),
+        (replace(OLMO, norms="after"), Layout(tp=2, cp=2), True),
         (REWARD, Layout(tp=2), False),
         (TIED, Layout(tp=2, pp=2), False),
         (ODD, Layout(tp=2, cp=2), True),

@@ -78,7 +78,7 @@ def test_a_config_reads_back_what_it_wrote(tmp_path: Path):
 @pytest.mark.parametrize(
     ("argv", "named"),
     [
-        (["--batch-sise", "4"], "did you mean batch-size?"),
+        (["--batch-sise", "4"], "unknown flag --batch-sise: did you mean --batch-size?"),
         (["--zzzz"], "--help lists them"),
         (["--batch-size", "4.5"], "must be a whole number, not '4.5'"),
         (["--batch-size"], "needs a value"),

@@ -113,3 +113,33 @@ def test_a_folder_names_its_files(tmp_path: Path):
     (tmp_path / "set/dataset_info.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match=r"set is a folder: .*/data-00000-of-00001\.arrow"):
         existing_files([tmp_path / "set"])
+
+
+def test_patterns_and_saved_data_sets(tmp_path: Path):
+    """Shards by a pattern, in the order of their names; a folder of datasets' save_to_disk."""
+    for k in (10, 2, 1):
+        (tmp_path / f"shard-{k:03d}.jsonl").write_text(f'{{"k": {k}}}\n')
+    files = existing_files([f"{tmp_path}/shard-*.jsonl", tmp_path / "shard-001.jsonl"])
+    assert [row["k"] for file in files for row in read_rows(file)] == [1, 2, 10, 1]
+    with pytest.raises(FileNotFoundError, match="no file matches"):
+        existing_files([f"{tmp_path}/other-*.jsonl"])
+    pyarrow = pytest.importorskip("pyarrow")
+    saved = tmp_path / "saved"
+    (saved / "train").mkdir(parents=True)
+    names = [f"data-0000{k}-of-00002.arrow" for k in (0, 1)]
+    for k, name in enumerate(names):
+        table = pyarrow.table({"prompt": [f"q{k}"], "response": ["a"]})
+        path = str(saved / "train" / name)
+        with pyarrow.OSFile(path, "wb") as sink, pyarrow.ipc.new_stream(sink, table.schema) as out:
+            out.write_table(table)
+    state = {"_data_files": [{"filename": name} for name in names]}
+    (saved / "train" / "state.json").write_text(json.dumps(state))
+    (saved / "train" / "dataset_info.json").write_text("{}")
+    files = existing_files([saved / "train"])
+    assert [row["prompt"] for file in files for row in read_rows(file)] == ["q0", "q1"]
+    (saved / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    with pytest.raises(FileNotFoundError, match="holds the splits train: choose one, as in"):
+        existing_files([saved])
+    (saved / "train" / names[1]).unlink()
+    with pytest.raises(FileNotFoundError, match="a file that state.json names is missing"):
+        existing_files([saved / "train"])

@@ -78,7 +78,10 @@ class Plain:
             turn = [*self.tokenizer.encode(m["content"]), EOS]
             ids += turn
             scored += [int(m["role"] == "assistant")] * len(turn)
-        return head, (ids, scored)
+        return [(head, (ids, scored))]
+
+    def marks(self, said):
+        return set()
 
 
 class Chat(Plain):
@@ -159,7 +162,7 @@ def test_sft_conversations():
     names = {"user": "human", "assistant": "gpt", "system": "system"}
     turns = [{"from": names[m["role"]], "value": m["content"], "weight": None} for m in messages]
     assert sft_row({"conversations": turns}) == (None, [messages], {})
-    row, _ = canonical({"conversations": turns[1:], "system": "s"})
+    row, _, _ = canonical({"conversations": turns[1:], "system": "s"})
     assert sft_row(row) == (None, [messages], {})
     assert sft_row({"messages": [*messages, USER("thanks")]}) == (None, [messages], {})
     assert sft_row({"prompt": "informative", "messages": messages}) == (None, [messages], {})
@@ -328,7 +331,7 @@ BAD_SFT = [
     ("{}", "nothing to train on.*`prompt`.*`messages`"),
     ({"prompt": "Q"}, "`prompt` but no `response`"),
     ({"response": "Q", "prompt": None}, "`response` but no `prompt`"),
-    ({"question": "Q", "answer": "A"}, "this one has 'question', 'answer'"),
+    ({"ask": "Q", "answer": "A"}, "this one has 'ask', 'answer'"),
     ({"prompt": 3, "response": "A"}, "`prompt` must be text, got 3"),
     ({"prompt": "Q", "response": {"a": 1}}, "`response` must be text, got an object"),
     ('{"prompt": "\\ud800", "response": "A"}', "surrogate"),
@@ -337,7 +340,7 @@ BAD_SFT = [
     ({"messages": ["hello"]}, r"messages\[0\]"),
     (
         {"messages": [{"role": "robot", "content": "x"}]},
-        "'robot': must be system, user or assistant",
+        "'robot': must be system, user, assistant",
     ),
     ({"messages": [{"content": "x"}]}, "role` is None"),
     (

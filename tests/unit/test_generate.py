@@ -339,7 +339,7 @@ def test_the_command_answers_files_and_single_prompts(toy: Path, tmp_path: Path,
     with pytest.raises(ValueError, match="one of --prompt TEXT, --data FILE"):
         generate.main(call)
     (tmp_path / "bad.jsonl").write_text('{"prompt": "x"}\n{"text": "y"}\n')
-    with pytest.raises(ValueError, match="row 2 of .*bad.jsonl has no prompt"):
+    with pytest.raises(ValueError, match=r"row 2 of .*bad\.jsonl: no `prompt`"):
         generate.main([*call, "--data", str(tmp_path / "bad.jsonl"), "--out", str(out)])
 
 

@@ -157,7 +157,7 @@ def tiny_model(family: str):
     if family == "llama":
         sizes |= {"windows": (0, 9)}
     elif family == "qwen3":
-        sizes |= {"qk_norm": True, "qkv_bias": True, "tied": True}
+        sizes |= {"qk_norm": "head", "qkv_bias": True, "tied": True}
     else:
         sizes |= {"norm": "layer", "mlp": "gelu", "rope_size": 4}
         sizes |= {"parallel_residual": True, "kv_heads": 4}

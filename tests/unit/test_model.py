@@ -14,6 +14,7 @@ from data.trees import make_batch, pack
 from kernels.attention import tree_attention
 from model import GPT, parameter_count
 from weights import config_json
+from weights.config_json import ARCHITECTURES
 from weights.folder import load_model, save_model
 
 
@@ -51,7 +52,7 @@ def test_logits_equal_transformers_both_ways(family: str, tied: bool, tmp_path: 
         assert (again(torch.tensor([ids])).logits[0] - wanted).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gpt_neox"])
+@pytest.mark.parametrize("family", ARCHITECTURES)
 def test_new_folders_load_in_transformers(family: str, tmp_path: Path):
     """transformers loads a folder of `hf.py new` without missing weights, to the same logits."""
     from transformers import AutoModelForCausalLM

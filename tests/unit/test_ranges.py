@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import math
+import sys
 from pathlib import Path
 from typing import get_type_hints
 
@@ -126,3 +127,21 @@ def test_senseless_values_are_refused(program: str, flags: str, capsys):
     with pytest.raises(SystemExit):
         config.parse(flags_of(program), "", flags.split())
     assert "must be" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("program", "words"),
+    [
+        ("data.toyworld", "make --out never --sft -1"),
+        ("data.toyworld", "make --out never --seed -1"),
+        ("demo", "--out never --seeds 0 -1"),
+        ("demo", "--out never --seeds 1 1"),
+    ],
+)
+def test_programs_without_a_config_check_their_numbers_too(program: str, words: str, monkeypatch):
+    """Status 2 and one line that names the flag, before anything is written."""
+    monkeypatch.setattr(sys, "argv", [program, *words.split()])
+    with pytest.raises(SystemExit) as caught:
+        importlib.import_module(program).main()
+    assert caught.value.code == 2
+    assert not Path("never").exists()

@@ -1,14 +1,17 @@
 """Rewards: rules by hand, functions of a file, reward models that read tokens; helpful errors."""
 
 import json
-import math
+import sys
 from pathlib import Path
 
+import chat_templates
 import numpy as np
 import pytest
 import torch
 from conftest import REAL, dataset_of
 
+import hf
+import score as score_command
 from data import toyworld
 from data.dataset import load_prompts
 from data.templates import Template
@@ -29,6 +32,61 @@ def rewards_of(name: str, template, *answers: tuple) -> list[float]:
     return rewards.load_reward(name, template)(*map(list, zip(*answers)), None).tolist()
 
 
+@pytest.mark.parametrize(
+    ("answer", "given", "equal"),
+    [
+        ("9007199254740993", "9007199254740992", False),  # the same as floats
+        ("9007199254740993", "9007199254740993.0", True),
+        ("12", "1,2", False),
+        ("1234567", "1,234,567", True),
+        ("1234567", "1,234567", False),
+        ("-1200", "-1,200.00", True),
+        ("0.5", ".5", True),
+        ("nan", "nan", True),
+        ("inf", "infinity", False),
+        ("1e3", "1000", False),
+        ("x", ".", False),
+    ],
+)
+def test_exact_numbers(answer: str, given: str, equal: bool):
+    """Whole numbers of any size; commas only where thousands are; words are words."""
+    assert rewards.exact("")("", f"so #### {given}", {"answer": answer}) == float(equal)
+
+
+@pytest.mark.parametrize(
+    ("answer", "given", "equal"),
+    [
+        ("\\frac{1}{2}", "0.5", True),
+        ("0.5", "\\dfrac12", True),
+        ("50\\%", "\\frac{1}{2}", True),
+        ("1,234", "1234", True),
+        ("12", "1,2", False),
+        ("x^2+2x+1", "(x+1)^2", True),
+        ("9007199254740993", "9007199254740992", False),
+        ("2", "\\sqrt{4}", True),
+        ("3", "-3", False),
+        ("so \\boxed{7}", "7", True),
+        ("7", "", False),
+    ],
+)
+def test_boxed_answers(answer: str, given: str, equal: bool):
+    pytest.importorskip("math_verify")
+    reward = rewards.boxed("")
+    assert reward("", f"\\boxed{{1}}, no: \\boxed{{{given}}}.", {"answer": answer}) == float(equal)
+    assert reward("", f"{given}, in no box", {"answer": answer}) == 0.0
+
+
+def test_the_last_box_of_a_text():
+    assert rewards.in_box("\\boxed{1} then \\boxed{\\frac{1}{2}} end}") == "\\frac{1}{2}"
+    assert rewards.in_box("\\boxed{1") is None and rewards.in_box("none") is None
+
+
+def test_boxed_needs_its_package(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    with pytest.raises(ImportError, match="pip install math-verify"):
+        rewards.boxed("")
+
+
 def test_exact_answers_by_hand():
     """The text after the last marker is compared as a number or a word; no marker, no reward."""
     reward = rewards.exact("")
@@ -45,7 +103,7 @@ def test_exact_answers_by_hand():
         ("#### Yes", "yes", 1),
         ("#### 72 clips", "72", 0),
         ("####", "72", 0),
-        ("#### nan", "nan", 0),
+        ("#### nan", "nan", 1),
         ("#### 7", 7, 1),
     ):
         assert reward("", response, {"answer": answer}) == wanted, (response, answer)
@@ -181,7 +239,7 @@ def test_unusable_reward_models_are_refused(
     with pytest.raises(ValueError, match="scores correctness, verbosity: a reward is one number"):
         rewards.load_reward(str(tmp_path / "several"), template)
     broken = load_model(reward_folder, torch.float32, scores=())
-    broken.score_head.weight.data[:] = math.nan
+    broken.score_head.weight.data[:] = 3e38  # finite, and its products are not
     save_model(broken, tmp_path / "broken", reward_folder)
     reward = rewards.load_reward(str(tmp_path / "broken"), template)
     data = rollout.trees([[5, 6]], [Sample([7, 8], [], [], False)])
@@ -292,3 +350,53 @@ def test_a_reward_file_that_cannot_be_run_is_named(text: str, toy: Path, tmp_pat
     template = Template("plain", load_tokenizer(toy / "model"))
     with pytest.raises(ValueError, match=r"broken\.py cannot be run: .*broken\.py, line \d"):
         rewards.load_reward(f"{tmp_path}/broken.py:f", template)
+
+
+@pytest.mark.parametrize("names", [("LABEL_0",), ("reward",)], ids=str)
+def test_a_chat_reward_model_is_read_where_its_training_read(
+    names: tuple, toy: Path, tmp_path: Path, capsys
+):
+    """One from transformers at the line end that ChatML writes, one of train_rm.py at the end of
+    turn; both as transformers scores the texts; --reward-read decides for all.
+    """
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("tokenizers")
+    folder, source = tmp_path / "rm", chat_templates.MODELS["qwen2.5"]
+    tokenizer = chat_templates.save(tmp_path / "tokenizer", *source, {"pad_token": "<s>"})
+    size = load_tokenizer(tokenizer).size
+    shape = {"width": 32, "layers": 2, "heads": 4, "std": 0.3, "vocab": size}
+    save_model(hf.new_model(hf.New(**shape, tokenizer=str(tokenizer))), tmp_path / "lm", tokenizer)
+    model = load_model(tmp_path / "lm", torch.float32, scores=names)
+    torch.manual_seed(0)
+    model.score_head.weight.data.normal_(0, 0.3)
+    save_model(model, folder, tokenizer)
+    template = Template("auto", load_tokenizer(folder))
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    tok = transformers.AutoTokenizer.from_pretrained(folder)
+    chat = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "four"}]
+    text = tok.apply_chat_template(chat, tokenize=False)
+    wanted = {}
+    for read, whole in (("last", text), ("end", text.rstrip("\n"))):
+        ids = torch.tensor([tok(whole, add_special_tokens=False)["input_ids"]])
+        wanted[read] = theirs(ids).logits.item()
+    assert abs(wanted["last"] - wanted["end"]) > 1e-3
+    wanted["auto"] = wanted["last" if names == ("LABEL_0",) else "end"]
+    prompt, [(ids, _)], _ = template.pair("2+2?", ["four"])
+    data = rollout.trees([prompt], [Sample(ids, [], [], True), Sample(ids[:-1], [], [], False)])
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"prompt": "2+2?", "response": "four"}) + "\n")
+    for read in ("auto", "last", "end"):
+        reward = rewards.load_reward(str(folder), template, read=read)
+        got, cut = reward([""] * 2, [""] * 2, [{}] * 2, data)
+        assert got == pytest.approx(wanted[read], abs=1e-5), read
+        assert cut != pytest.approx(got, abs=1e-5)
+        said = "is read at the last token" in capsys.readouterr().out
+        assert said == (wanted[read] == wanted["last"])
+        out = tmp_path / f"{read}.jsonl"
+        score_command.main(
+            f"--model {folder} --data {file} --out {out} --reward-read {read}".split()
+        )
+        row = json.loads(out.read_text())
+        [value] = [row[key] for key in row.keys() - {"prompt", "response"}]
+        assert value == pytest.approx(wanted[read], abs=1e-5)
+        capsys.readouterr()

@@ -1,0 +1,160 @@
+"""Keys of config.json that only some families have, read one family at a time.
+
+A reader takes its family's own keys and returns fields of GPTConfig; `fields` are those read so
+far. Keys that it leaves behind are refused by name. Defaults are those of transformers.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+Take = Callable[..., Any]  # take(key, default=None): the value of a key, which counts as read
+Fields = dict[str, Any]
+
+# Families whose output head is the embedding where config.json does not say.
+TIED = ("smollm3", "gemma3_text")
+# Base of the rotary frequencies where config.json does not say; 10000 for the others.
+THETA = {"smollm3": 2e6, "olmo3": 5e5, "gemma3_text": 1e6}
+# What holds where config.json does not say. Epsilon of the norms; 1e-6 for the others.
+EPS = dict.fromkeys(("olmo2", "olmo3", "stablelm", "phi3", "ministral3"), 1e-5)
+# Key/value heads; as many as query heads for the others.
+KV_HEADS = {"mistral": 8, "smollm3": 4, "gemma3_text": 4, "ministral3": 8}
+# Size of a head; width / heads for the others.
+HEAD_SIZE = {"qwen3": 128, "gemma3_text": 256, "ministral3": 128}
+# Sliding window; none for the others.
+WINDOW = {"mistral": 4096, "olmo3": 4096, "gemma3_text": 4096}
+# Families whose heads are rotated in part -> the share where config.json does not say.
+SHARE = {"gpt_neox": 0.25, "nemotron": 0.5, "stablelm": 0.25, "phi3": 1.0}
+# Families whose layers with a window have rotary positions of their own -> their default base.
+LOCAL_ROPE = {"olmo3": 5e5, "gemma3_text": 1e4}
+QWEN, OLMO = ("qwen2", "qwen3"), ("olmo2", "olmo3")
+RMS = ("llama", "mistral", *QWEN, "smollm3", *OLMO, "granite", "phi3", "gemma3_text", "ministral3")
+# Optional keys that change the arithmetic -> the families whose own code reads them.
+READ_BY = {
+    "num_key_value_heads": (*RMS, "nemotron", "stablelm"),
+    "head_dim": (*RMS, "nemotron"),
+    "rms_norm_eps": RMS,
+    "layer_norm_eps": ("gpt_neox", "stablelm"),
+    "norm_eps": ("nemotron",),
+    "attention_bias": (
+        "llama",
+        "qwen3",
+        "smollm3",
+        "gpt_neox",
+        *OLMO,
+        "nemotron",
+        "granite",
+        "gemma3_text",
+    ),
+    "mlp_bias": ("llama", "smollm3", "nemotron", "granite"),
+    "sliding_window": ("mistral", "smollm3", "olmo3", "phi3", "gemma3_text", "ministral3", *QWEN),
+    "use_sliding_window": ("smollm3", *QWEN),
+    "layer_types": ("smollm3", "olmo3", "gemma3_text", *QWEN),
+    "rotary_pct": ("gpt_neox",),
+    "rotary_emb_base": ("gpt_neox",),
+    "partial_rotary_factor": tuple(SHARE),
+    "use_parallel_residual": ("gpt_neox", "stablelm"),
+}
+
+
+# Keys of a new folder of a family besides the usual ones.
+NEW: dict[str, Fields] = {
+    "gpt_neox": {"hidden_act": "gelu", "rotary_pct": 0.25},
+    "nemotron": {"hidden_act": "relu2"},
+    "ministral3": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "factor": 16.0,
+            "original_max_position_embeddings": 16384,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.1,
+        }
+    },
+    "gemma3_text": {"hidden_activation": "gelu_pytorch_tanh"},
+    "granite": {
+        "attention_multiplier": 0.125,
+        "embedding_multiplier": 12.0,
+        "residual_multiplier": 0.22,
+        "logits_scaling": 8.0,
+    },
+}
+
+
+def reads(family: str, key: str) -> bool:
+    """Return whether a family's own code reads a key."""
+    return family in READ_BY.get(key, (family,))
+
+
+def smollm3(take: Take, fields: Fields) -> Fields:
+    """Read which layers have no rotary positions (arXiv 2501.18795): every fourth by default."""
+    take("pretraining_tp")  # says how it was trained; its class ignores it
+    layers, interval = fields["layers"], take("no_rope_layer_interval", 4)
+    rotated = take("no_rope_layers") or [(i + 1) % interval != 0 for i in range(layers)]
+    if len(rotated) != layers:
+        raise ValueError(
+            f"config.json: no_rope_layers names {len(rotated)} layers, "
+            f"num_hidden_layers is {layers}"
+        )
+    return {"unrotated": tuple(i for i, on in enumerate(rotated) if not on)}
+
+
+def olmo(take: Take, fields: Fields) -> Fields:
+    """Say what OLMo 2 and 3 do (arXiv 2501.00656): norms after, and over all heads of q and k."""
+    return {"norms": "after", "qk_norm": "whole"}
+
+
+def granite(take: Take, fields: Fields) -> Fields:
+    """Read the multipliers of Granite 3 (as those of μP, arXiv 2203.03466)."""
+    take("attention_dropout")  # 0.1 in some folders: an option of training, and plumb has none
+    return {
+        "embedding_scale": take("embedding_multiplier") or 1.0,
+        "residual_scale": take("residual_multiplier") or 1.0,
+        "attention_scale": take("attention_multiplier") or 1.0,
+        "logit_scale": 1.0 / (take("logits_scaling") or 1.0),
+    }
+
+
+def stablelm(take: Take, fields: Fields) -> Fields:
+    """Read the biases of StableLM 2. ValueError: the norms or the order of blocks of the 12B."""
+    for key in ("qk_layernorm", "use_parallel_residual"):
+        if take(key):
+            raise ValueError(f"config.json: {key} = true is not supported for stablelm models")
+    if take("rotary_scaling_factor", 1.0) not in (1, None):
+        raise ValueError("config.json: rotary_scaling_factor is supported at 1 only")
+    return {"qkv_bias": take("use_qkv_bias") or False}
+
+
+def phi3(take: Take, fields: Fields) -> Fields:
+    """Take keys of Phi-3 and Phi-4 that change nothing. ValueError: one that does."""
+    expected = {"embd_pdrop": 0, "resid_pdrop": 0, "full_attn_mod": 1, "lm_head_bias": False}
+    expected |= {"mlp_bias": False, "interpolate_factor": 1, "attention_bias": False}
+    for key, value in expected.items():
+        if (have := take(key, value)) not in (value, None):
+            raise ValueError(f"config.json: {key} = {have!r} is not supported, only {value!r}")
+    take("auto_map")  # code of its own, from before transformers knew the family
+    return {}
+
+
+def gemma3(take: Take, fields: Fields) -> Fields:
+    """Read the scales of Gemma 3 (arXiv 2503.19786). ValueError: soft caps, which it has not."""
+    for key in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"):
+        if take(key):
+            raise ValueError(f"config.json: {key} is not supported")
+    take("cache_implementation")
+    take("hidden_act")  # of Gemma 1: the code reads hidden_activation
+    return {
+        "norms": "both",
+        "embedding_scale": fields["width"] ** 0.5,
+        "attention_scale": (take("query_pre_attn_scalar") or 256) ** -0.5,
+    }
+
+
+READERS: dict[str, Callable[[Take, Fields], Fields]] = {
+    "smollm3": smollm3,
+    "olmo2": olmo,
+    "olmo3": olmo,
+    "granite": granite,
+    "stablelm": stablelm,
+    "phi3": phi3,
+    "gemma3_text": gemma3,
+}
