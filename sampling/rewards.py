@@ -24,7 +24,7 @@ import importlib.util
 import re
 import sys
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from decimal import Decimal
 from pathlib import Path
 
@@ -101,7 +101,7 @@ def leader(mesh: Mesh) -> bool:
     return mesh.last_stage and mesh.tp_rank == mesh.cp_rank == 0
 
 
-def _per_response(name: str, function: RewardFunction, mesh: Mesh) -> Reward:
+def _per_response(name: str, function: Callable, mesh: Mesh) -> Reward:
     """Return a reward that calls a function once per response or group, on the leaders only.
 
     ValueError names the response whose reward is not a finite number.
@@ -117,7 +117,7 @@ def _per_response(name: str, function: RewardFunction, mesh: Mesh) -> Reward:
         for start in range(0, len(responses), size):
             part = slice(start, start + size)
             # Copies: a function that pops a key must not change what the next response sees.
-            args = [copy.deepcopy(prompts[part]), responses[part], copy.deepcopy(rows[part])]
+            args: list = [copy.deepcopy(prompts[part]), responses[part], copy.deepcopy(rows[part])]
             try:
                 value = function(*args) if grouped else function(*(one[0] for one in args))
             except (Exception, SystemExit) as error:
@@ -323,7 +323,7 @@ def model_reward(
     mesh: Mesh,
     tail: Collection[int] = (),
     end: int | None = None,
-    names: list[str] | None = None,
+    names: Sequence[str] = (),
 ) -> Reward:
     """Return a reward model as a reward; with several names its outputs are named rewards.
 
@@ -334,14 +334,14 @@ def model_reward(
         scores = score_trees(model, with_tail(trees, tail, end), max_tokens)
         if not mesh.last_stage:
             return np.zeros(len(responses))
-        rewards = np.concatenate(scores)[:, : len(names or "1")].astype(np.float64)  # (R, names)
+        rewards = np.concatenate(scores)[:, : max(1, len(names))].astype(np.float64)  # (R, names)
         bad = np.flatnonzero(~np.isfinite(rewards).all(1))
         if len(bad):
             response = responses[bad[0]]
             raise ValueError(
                 f"the reward model {folder} gives {response[:80]!r} a score that is not finite"
             )
-        if not names or len(names) == 1:
+        if len(names) < 2:
             return rewards[:, 0]
         return np.array([tuple(row) for row in rewards], [(name, np.float64) for name in names])
 
