@@ -24,6 +24,10 @@ DPO_LOSSES = (
 )  # fmt: skip  # a list of names
 WHOLE_STEP_LOSSES = ("aot", "aot_unpaired")  # sort over the step: no micro-batch can do it alone
 REWARD_LOSSES = ("rpo_sq", "rpo_fwd_kl", "rpo_bwd_kl")  # need the data's rewards of both responses
+# For pairs that are new in every step: no loss that sorts a whole step or keeps a running mean.
+FRESH_PAIR_LOSSES = tuple(
+    name for name in DPO_LOSSES if name not in (*WHOLE_STEP_LOSSES, "bco_pair")
+)
 
 
 def sigmoid(

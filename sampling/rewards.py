@@ -81,6 +81,11 @@ def load_reward(
     )
 
 
+def no_reward(prompts: list, responses: list, rows: list, trees: Dataset) -> np.ndarray:
+    """Return 0 for every sample, (R,): a reward for methods that need none."""
+    return np.zeros(len(responses))
+
+
 def leader(mesh: Mesh) -> bool:
     """Return True on one rank of those that share examples: the one whose samples and scores count.
 

@@ -217,6 +217,25 @@ def make_sampler(
     return local_sampler(load_model(folder, model.dtype, model.device), template, config)
 
 
+def with_reference(policy: Sampler, ref: Sampler, count: int) -> Sampler:
+    """Return a sampler whose last `count` samples to each prompt are the reference's."""
+
+    def sample(ids: list[list[int]], seeds: list[int], n: int, temperature: float) -> list[Sample]:
+        table = np.array(seeds).reshape(len(ids), n)
+        own = n - count
+        parts = [(policy, table[:, :own]), (ref, table[:, own:])]
+        drawn: list[list[Sample]] = [[] for _ in ids]
+        for sampler, part in parts:
+            if not part.size:
+                continue
+            flat = sampler(ids, part.ravel().tolist(), part.shape[1], temperature)
+            for i in range(len(ids)):
+                drawn[i] += flat[i * part.shape[1] : (i + 1) * part.shape[1]]
+        return [one for group in drawn for one in group]
+
+    return sample
+
+
 def collect(
     prompts: Prompts,
     sample: Sampler,
