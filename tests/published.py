@@ -80,6 +80,7 @@ PUBLISHED = {
         "head_dim": 16,
         "hidden_act": "relu2",
         "mlp_bias": False,
+        "layer_norm_eps": 1e-05,
         "norm_eps": 1e-05,
         "partial_rotary_factor": 0.5,
         "rope_theta": 10000.0,

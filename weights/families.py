@@ -15,7 +15,10 @@ TIED = ("smollm3", "gemma3_text")
 # Base of the rotary frequencies where config.json does not say; 10000 for the others.
 THETA = {"smollm3": 2e6, "olmo3": 5e5, "gemma3_text": 1e6}
 # What holds where config.json does not say. Epsilon of the norms; 1e-6 for the others.
-EPS = dict.fromkeys(("olmo2", "olmo3", "stablelm", "phi3", "ministral3"), 1e-5)
+SMALL_EPS = ("olmo2", "olmo3", "nemotron", "stablelm", "phi3", "ministral3", "gpt_neox")
+EPS = dict.fromkeys(SMALL_EPS, 1e-5)
+# Key of that epsilon; rms_norm_eps for the others.
+EPS_KEY = {"gpt_neox": "layer_norm_eps", "stablelm": "layer_norm_eps", "nemotron": "norm_eps"}
 # Key/value heads; as many as query heads for the others.
 KV_HEADS = {"mistral": 8, "smollm3": 4, "gemma3_text": 4, "ministral3": 8}
 # Size of a head; width / heads for the others.
