@@ -27,6 +27,8 @@ class GPTConfig:
     rope_scaling: Scaling | None = None  # of rotary.py
     # base of the layers with a window, whose rope is never stretched; 0 = all layers have one rope
     local_theta: float = 0.0
+    # (beta, n): q at position p is multiplied by 1 + beta · ln(1 + ⌊p / n⌋) (Ministral 3)
+    query_growth: tuple[float, int] | None = None
     unrotated: tuple[int, ...] = ()  # layers without rotary positions (SmolLM3)
     windows: tuple[int, ...] = ()  # sliding window of each layer, 0 = none; () = none anywhere
     qkv_bias: bool = False

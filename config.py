@@ -192,6 +192,11 @@ class RolloutConfig(RunConfig):
     # or length:WORDS (sampling/rewards.py)
     reward_read: Literal["auto", "end", "last"] = "auto"  # token at which a reward model is read:
     # the end of turn, or the last that its template writes; auto: by the folder, which is said
+    reward_weights: list[str] = field(default_factory=list)  # NAME:WEIGHT of each of several named
+    # rewards; those left out are only logged; default: all count 1
+    overlong_buffer: Count = 0  # tokens before --max-new-tokens in which DAPO's penalty for length
+    # grows from 0 to --overlong-penalty; a fifth of the longest response
+    overlong_penalty: Amount = 1.0  # subtracted from the reward of a response of full length
     no_eos_penalty: Amount = 0.0  # subtracted from the reward of a sample that did not end;
     # about one standard deviation of the reward
     eval_temperature: SampleTemperature = 0.7  # of the sample to each prompt of --eval-data; their

@@ -46,6 +46,7 @@ class New:
         "nemotron",
         "granite",
         "stablelm",
+        "ministral3",
         "phi3",
         "gemma3_text",
         "gpt_neox",
@@ -62,7 +63,9 @@ class New:
     )
     # 16
     max_position: Number = 2048  # longest text the model is meant for, in tokens
-    sliding_window: Count = 0  # of mistral or olmo3: positions that attention looks back; 0 = all
+    sliding_window: Count = (
+        0  # of mistral, olmo3, gemma3_text: positions that attention looks back; 0 = all
+    )
     rope_theta: Above0 = 10000.0  # base of the rotary frequencies; larger for long contexts
     tied: bool = False  # one matrix for embedding and head: fewer parameters
     std: Amount = 0.02  # of the random weights; 1/sqrt(width) is a good choice for small models

@@ -24,6 +24,10 @@ DPO_LOSSES = (
 )  # fmt: skip  # a list of names
 WHOLE_STEP_LOSSES = ("aot", "aot_unpaired")  # sort over the step: no micro-batch can do it alone
 REWARD_LOSSES = ("rpo_sq", "rpo_fwd_kl", "rpo_bwd_kl")  # need the data's rewards of both responses
+# For pairs that are new in every step: no loss that sorts a whole step or keeps a running mean.
+FRESH_PAIR_LOSSES = tuple(
+    name for name in DPO_LOSSES if name not in (*WHOLE_STEP_LOSSES, "bco_pair")
+)
 
 
 def sigmoid(
@@ -748,26 +752,77 @@ POLICY_LOSSES = {  # name: (clip_low, clip_high), the papers' defaults
     "grpo": (0.2, 0.2),
     "dapo": (0.2, 0.28),
     "gspo": (3e-4, 4e-4),
+    "gmpo": (0.4, 0.4),  # of the log-ratio
     "cispo": (float("inf"), 4.0),
+    "sapo": (float("inf"), float("inf")),
+    "kl_cov": (float("inf"), float("inf")),
     "reinforce": (float("inf"), float("inf")),
 }
-AGGREGATES = ("token", "sequence", "constant")
+AGGREGATES = ("token", "sequence", "sum", "constant")
 
 
 def clipped_surrogate(
-    ratio: Tensor, advantage: Tensor, clip_low: float, clip_high: float
+    ratio: Tensor, advantage: Tensor, clip_low: float, clip_high: float, dual_clip: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """Compute PPO's clipped surrogate, arXiv 1707.06347 Eq. 7: (losses, clipped), (M,) each.
 
     losses = -min(ρ A, clip(ρ, 1 - low, 1 + high) A); clipped is 1 where the clip removed the
-    gradient, else 0.
+    gradient, else 0. With dual_clip c > 1 also losses <= -c A where A < 0 (arXiv 1912.09729):
+    a ratio far above 1 cannot push without bound.
     """
     bounded = ratio.clamp(1 - clip_low, 1 + clip_high)
+    surrogate = torch.minimum(ratio * advantage, bounded * advantage)
     with torch.no_grad():
         above = ratio > 1 + clip_high
         below = (ratio < 1 - clip_low) & (advantage < 0)
         clipped = torch.where(advantage > 0, above, below)
-    return -torch.minimum(ratio * advantage, bounded * advantage), clipped.to(ratio.dtype)
+    if dual_clip:
+        floor = (advantage < 0) & (ratio > dual_clip)
+        surrogate = torch.where(floor, dual_clip * advantage, surrogate)
+        clipped = clipped | floor
+    return -surrogate, clipped.to(ratio.dtype)
+
+
+def sapo(ratio: Tensor, advantage: Tensor, tau_pos: float = 1.0, tau_neg: float = 1.05) -> Tensor:
+    """Compute SAPO's losses, arXiv 2511.20347: -4/τ σ(τ (ρ - 1)) A, (M,).
+
+    τ = tau_pos where A > 0, else tau_neg: a soft gate in place of the clip, whose slope is 1 at
+    ρ = 1 and falls to 0 on both sides.
+    """
+    tau = torch.full_like(ratio, tau_neg).masked_fill(advantage > 0, tau_pos)
+    return -4 / tau * torch.sigmoid(tau * (ratio - 1)) * advantage
+
+
+def gmpo_ratio(
+    log_ratio: Tensor,
+    advantage: Tensor,
+    response: Tensor,
+    lengths: Tensor,
+    clip_low: float,
+    clip_high: float,
+) -> tuple[Tensor, Tensor]:
+    """Compute GMPO's ratio, arXiv 2507.20673: the geometric mean of clipped ratios, (M,).
+
+    A token's log-ratio is at most clip_high where A > 0 and at least -clip_low where A < 0: the
+    pessimistic clip, in log space. Returns (ratio of its response for each token, clipped).
+    """
+    above = (advantage > 0) & (log_ratio > clip_high)
+    below = (advantage < 0) & (log_ratio < -clip_low)
+    bounded = torch.where(above, clip_high, torch.where(below, -clip_low, log_ratio))
+    return sequence_ratio(bounded, response, lengths), (above | below).to(log_ratio.dtype)
+
+
+def high_covariance(old_logps: Tensor, advantage: Tensor, share: float) -> Tensor:
+    """Mark the share of a WHOLE step's tokens with the largest covariance, (M,) 1 or 0.
+
+    Covariance of a token, arXiv 2505.22617: (log π - mean log π) (A - mean A). These few
+    tokens make entropy collapse. At least one is marked; of equal ones the first.
+    """
+    covariance = (old_logps - old_logps.mean()) * (advantage - advantage.mean())
+    count = min(len(covariance), max(1, round(share * len(covariance))))
+    marks = torch.zeros_like(covariance)
+    marks[covariance.argsort(descending=True, stable=True)[:count]] = 1
+    return marks
 
 
 def clipped_value(
@@ -806,6 +861,8 @@ def policy_gradient(
     loss: str = "grpo",
     clip_low: float | None = None,
     clip_high: float | None = None,
+    dual_clip: float = 0.0,
+    penalised: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Compute a policy-gradient loss by name: per-token losses (M,) and metrics, (M,) each.
 
@@ -813,10 +870,14 @@ def policy_gradient(
     grpo       PPO's clipped surrogate.
     dapo       grpo with a higher upper clip, arXiv 2503.14476 Eq. 8.
     gspo       grpo with the ratio of the whole response, length-normalised, arXiv 2507.18071 Eq. 5.
+    gmpo       -A times the geometric mean of the response's clipped ratios, `gmpo_ratio`.
+    sapo       a soft gate in place of the clip, `sapo`.
+    kl_cov     -ρ A, plus |log ρ| for the tokens of `penalised`, arXiv 2505.22617.
     cispo      -sg(min(ρ, 1 + high)) A log π: every token keeps a gradient. MiniMax-M1, arXiv
                2506.13585 Eq. 4; without a lower bound, as in the paper.
     reinforce  -A log π, for one update per rollout.
     logps, old_logps, advantage, response (M,); lengths (R,). A clip of None is the paper's.
+    dual_clip: of `clipped_surrogate`, for grpo and dapo. penalised: of `high_covariance`.
     ValueError: unknown loss.
     """
     if loss not in POLICY_LOSSES:
@@ -826,16 +887,25 @@ def policy_gradient(
     high = default_high if clip_high is None else clip_high
     log_ratio = logps - old_logps
     ratio = safe_exp(log_ratio)
+    clipped = torch.zeros_like(ratio)
     if loss == "gspo":
         ratio = sequence_ratio(log_ratio, response, lengths)
     if loss == "reinforce":
         losses = -advantage * logps
-        clipped = torch.zeros_like(ratio)
+    elif loss == "sapo":
+        losses = sapo(ratio, advantage)
+    elif loss == "gmpo":
+        ratio, clipped = gmpo_ratio(log_ratio, advantage, response, lengths, low, high)
+        losses = -ratio * advantage
+    elif loss == "kl_cov":
+        losses = -ratio * advantage
+        if penalised is not None:
+            losses = losses + penalised * log_ratio.abs()
     elif loss == "cispo":
         losses = -ratio.detach().clamp(max=1 + high) * advantage * logps
         clipped = (ratio > 1 + high).to(ratio.dtype)
     else:
-        losses, clipped = clipped_surrogate(ratio, advantage, low, high)
+        losses, clipped = clipped_surrogate(ratio, advantage, low, high, dual_clip)
     return losses, {"ratio": ratio.detach(), "clip_fraction": clipped.detach()}
 
 
@@ -848,6 +918,7 @@ def token_weights(
     the WHOLE update, so that the loss does not depend on how it is cut into micro-batches.
     token     1 / tokens of the update (DAPO)
     sequence  1 / (responses · own length): the mean of per-response means (GRPO, GSPO)
+    sum       1 / responses: the mean of per-response sums; with gspo LUSPO, arXiv 2602.05261
     constant  1 / (responses · constant), constant the longest response allowed (Dr. GRPO)
     ValueError: unknown how.
     """
@@ -856,6 +927,8 @@ def token_weights(
             return torch.ones_like(lengths) / step_lengths.sum()
         case "sequence":
             return 1 / (len(step_lengths) * lengths)
+        case "sum":
+            return torch.ones_like(lengths) / len(step_lengths)
         case "constant":
             return torch.ones_like(lengths) / (len(step_lengths) * constant)
     raise ValueError(f"unknown aggregate {how!r}: choose one of {', '.join(AGGREGATES)}")

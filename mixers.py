@@ -123,7 +123,7 @@ class Attention(nn.Module):
     def __init__(self, c: GPTConfig, layer: int, mesh: Mesh):
         super().__init__()
         self.layer, self.size, self.window = layer, c.head_size, c.window(layer)
-        self.rope = c.rope(layer)
+        self.rope, self.query_growth = c.rope(layer), c.query_growth
         # What q is multiplied by, since attention divides by √E.
         self.q_scale = c.attention_scale * c.head_size**0.5 or 1.0
         first, last = split(c.kv_heads, mesh.tp, mesh.tp_rank)
@@ -161,6 +161,10 @@ class Attention(nn.Module):
             q, k = rope(q, cos, sin), rope(k, cos, sin)
         if self.q_scale != 1.0:
             q = q * self.q_scale
+        if self.query_growth:
+            beta, period = self.query_growth
+            growth = 1 + beta * torch.log1p((view.positions // period).float())
+            q = q * growth[:, None, None].to(q.dtype)
         if isinstance(view, TreeView):
             k, v = gather_rows(k, view.shares, view.cp), gather_rows(v, view.shares, view.cp)
             y = tree_attention(q, k, v, view.layout, self.window)

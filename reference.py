@@ -8,6 +8,7 @@ its reference.
 
 import hashlib
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +16,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+import checkpoint
+import runtime
 from config import RunConfig
 from data.dataset import Dataset
 from model import GPT
 from passes import forward
 from reporting import Meter
-from runtime import cache_folder
-from weights.folder import fingerprint, load_model
+from weights.folder import fingerprint, load_model, save_model
 
 
 def add_ref_logps(
@@ -101,7 +103,7 @@ def _cache_path(
     inputs = hashlib.sha256(f"{weights_hash} {dataset.key} {policy.dtype}{bits}".encode())
     ordered = np.sort(examples).astype(np.int64)
     key = hashlib.sha256(inputs.digest() + ordered.tobytes()).hexdigest()[:24]
-    return cache_folder(config) / f"reference-{key}.safetensors"
+    return runtime.cache_folder(config) / f"reference-{key}.safetensors"
 
 
 def _read_cache(path: Path, n: int) -> np.ndarray | None:
@@ -126,3 +128,45 @@ def _write_cache(path: Path, logps: np.ndarray) -> None:
     partial = path.with_suffix(f".{os.getpid()}.partial")
     save_file({"logps": logps}, partial, {"sha256": hashlib.sha256(logps.tobytes()).hexdigest()})
     partial.replace(path)
+
+
+# ---- a reference that follows its policy -------------------------------------------------------
+
+
+def first_reference(run: runtime.Run, model: GPT, folder: str, every: int, step: int) -> GPT:
+    """Return the frozen reference of a run that starts, or goes on, after `step` steps.
+
+    folder: --ref, where "" is the policy at step 0. every: --ref-every, steps between renewals; a
+    resumed run finds the last one beside its checkpoint.
+    """
+    since = _since(every, step)
+    if since and run.checkpoint:
+        folder = str(run.checkpoint.parent / f"reference_{since}")
+    return runtime.load_reference(run, model, folder)
+
+
+def renew_reference(run: runtime.Run, model: GPT, every: int, step: int) -> GPT:
+    """Write the policy to OUT/reference_N, N = step, and return it as the new reference.
+
+    It is read back from the disk, so that a resumed run has the same one. Folders that no
+    checkpoint needs are removed. Collective.
+    """
+    config = run.config
+    folder = Path(config.out) / f"reference_{step}"
+    save_model(model, folder, config.model, run.template)
+    run.mesh.ask(lambda: _drop_references(config, every, step))
+    return runtime.load_reference(run, model, str(folder))
+
+
+def _since(every: int, step: int) -> int:
+    """Return after which step the policy was taken that is the reference after `step` steps."""
+    return step // every * every if every else 0
+
+
+def _drop_references(config: RunConfig, every: int, step: int) -> None:
+    """Remove the folders of references that neither this step nor a checkpoint needs."""
+    saved = [int(path.name.removeprefix("step_")) for path in checkpoint.all_steps(config.out)]
+    needed = {f"reference_{_since(every, s)}" for s in (*saved, step)}
+    for path in Path(config.out).glob("reference_*"):
+        if path.name not in needed:
+            shutil.rmtree(path)

@@ -38,7 +38,7 @@ from passes import forward, make_batches
 from pipeline import pipeline
 from reporting import add, means
 from sampling import rollout
-from sampling.rewards import same_tokens
+from sampling.rewards import no_reward, same_tokens
 from sampling.server import Server
 
 
@@ -84,11 +84,6 @@ def divergences(
 def is_on_policy(config: Config, step: int) -> bool:
     """Return whether a step trains on samples: a draw with chance --on-policy, by seed and step."""
     return np.random.default_rng([config.seed, step]).random() < config.on_policy
-
-
-def no_reward(prompts: list, responses: list, rows: list, trees: Dataset) -> np.ndarray:
-    """Return the reward of samples that need none: the teacher judges every token."""
-    return np.zeros(len(responses))
 
 
 @torch.no_grad()

@@ -17,14 +17,14 @@ Letters: n prompts of a step, G samples each, R = n G responses, M scored tokens
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 
 import losses
 import runtime
 import training
-from config import Amount, Number, RolloutConfig, Share, parse
+from config import Amount, Number, Range, RolloutConfig, Share, parse
 from data.trees import TreeBatch, make_batch
 from pipeline import pipeline
 from reporting import add, means
@@ -39,9 +39,15 @@ from sampling.server import Server
 class Config(RolloutConfig):
     advantage: Literal[losses.ADVANTAGES] = "rloo"  # baseline of the rewards; formulas: losses.py
     loss: Literal[tuple(losses.POLICY_LOSSES)] = "grpo"  # policy loss; formulas: losses.py
-    clip_low: Share = 0.0  # lower clip of the ratio; 0 = grpo and dapo 0.2, gspo 3e-4
-    clip_high: Amount = 0.0  # upper clip; 0 = grpo 0.2, dapo 0.28, gspo 4e-4, cispo 4
+    clip_low: Share = 0.0  # lower clip of the ratio; 0 = grpo and dapo 0.2, gspo 3e-4,
+    # gmpo 0.4 (of the log-ratio)
+    clip_high: Amount = 0.0  # upper clip; 0 = grpo 0.2, dapo 0.28, gspo 4e-4, cispo 4,
+    # gmpo 0.4
     aggregate: Literal[losses.AGGREGATES] = "token"  # weight of a token; formulas: losses.py
+    dual_clip: Annotated[float, Range(0, 100)] = 0.0  # grpo, dapo: bound of the ratio where the
+    # advantage is negative; 3 is common, 0 = none
+    cov_share: Annotated[float, Range(0, 1, above=True)] = 0.002  # kl_cov: share of the step's
+    # tokens that pay for moving
     kl: Amount = 0.05  # β: cost of a nat away from the reference, in reward units; 0 = no reference
     kl_in: Literal["auto", "reward", "loss"] = "auto"  # part of the reward, or a term of the loss;
     # auto: loss where advantages are scaled (grpo, reinforce++), else reward
@@ -86,6 +92,9 @@ def add_advantages(
         config.kl if config.kl_in == "reward" else 0.0,
     )  # (M,)
     samples.data.add_tokens("advantage", advantages.numpy())
+    if config.loss == "kl_cov":
+        marks = losses.high_covariance(old_logps, advantages, config.cov_share)
+        samples.data.add_tokens("penalised", marks.numpy())
     # The mean of -log π over samples is an unbiased estimate of the entropy of a token.
     return {"entropy": -old_logps.numpy().mean().item()}
 
@@ -107,6 +116,8 @@ def policy_loss(
         config.loss,
         config.clip_low or None,
         config.clip_high or None,
+        config.dual_clip,
+        columns.get("penalised"),
     )  # (M,)
     if config.kl and config.kl_in == "loss":
         kl = losses.kl_estimate(logps, columns["ref_logps"], config.kl_estimator)
@@ -129,6 +140,11 @@ def validate(config: Config) -> None:
     if config.kl and config.kl_in == "loss" and config.kl_estimator == "k1":
         raise ValueError(
             "--kl-in loss with --kl-estimator k1 has no gradient on average: use k3 or k2"
+        )
+    if config.dual_clip and (config.loss not in ("grpo", "dapo") or config.dual_clip <= 1):
+        raise ValueError(
+            f"--dual-clip {config.dual_clip:g} with --loss {config.loss}: it bounds the ratio of "
+            "grpo and dapo and must be above 1: 3 is common, 0 turns it off"
         )
     if config.loss == "reinforce" and config.rollout_epochs * config.minibatches > 1:
         raise ValueError(

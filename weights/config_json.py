@@ -31,6 +31,7 @@ ARCHITECTURES = {
     "granite": "GraniteForCausalLM",
     "stablelm": "StableLmForCausalLM",
     "phi3": "Phi3ForCausalLM",
+    "ministral3": "Ministral3ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
     "gpt_neox": "GPTNeoXForCausalLM",
 }  # a reward model has ForSequenceClassification instead
@@ -41,7 +42,7 @@ ARCHITECTURES = {
 IDLE_KEYS = set(
     "_name_or_path architectures model_type torch_dtype dtype transformers_version use_cache "
     "bos_token_id eos_token_id pad_token_id initializer_range max_position_embeddings id2label "
-    "label2id problem_type return_dict output_attentions output_hidden_states "
+    "label2id unk_token_id problem_type return_dict output_attentions output_hidden_states "
     "chunk_size_feed_forward classifier_dropout is_encoder_decoder is_decoder max_window_layers "
     "_attn_implementation_autoset attn_implementation "
     # of published folders: SmolLM2, unsloth, Vicuna, Dolly, Falcon3, and DeepSeek's dense models
@@ -72,7 +73,7 @@ NUMBERS = set(
     "residual_multiplier attention_multiplier logits_scaling "
     "rope_theta rotary_emb_base rotary_pct partial_rotary_factor layer_norm_eps rms_norm_eps "
     "factor low_freq_factor high_freq_factor attention_factor beta_fast beta_slow mscale "
-    "mscale_all_dim".split()
+    "mscale_all_dim llama_4_scaling_beta".split()
 )
 SWITCHES = set(
     "use_parallel_residual attention_bias mlp_bias use_sliding_window tie_word_embeddings "
@@ -126,6 +127,7 @@ def model_config(raw: dict, family: str) -> GPTConfig:
         "rope_scaling": rope.scaling,
         "local_theta": rope.local_theta,
         "longest": rope.longest,
+        "query_growth": rope.query_growth,
         "windows": _windows(options, family, sizes["layers"], own.get("unrotated", ())),
         "tied": options.take("tie_word_embeddings", family in families.TIED),
         "max_position": options.peek("max_position_embeddings", 2048),
@@ -157,6 +159,7 @@ def _drop_unread(options: Options, family: str) -> None:
     left = options.left
     heads, width = left.get("num_attention_heads"), left.get("hidden_size")
     switched_off = left.get("use_sliding_window") is False
+    eps = left.get(families.EPS_KEY.get(family, "rms_norm_eps")) or families.EPS.get(family, 1e-6)
     harmless = {  # values that say what is done anyway
         "num_key_value_heads": lambda value: value == heads,
         "head_dim": lambda value: bool(heads and width) and value * heads == width,
@@ -168,6 +171,7 @@ def _drop_unread(options: Options, family: str) -> None:
         "use_parallel_residual": lambda value: value is False,
         "attention_bias": lambda value: value is False,
         "mlp_bias": lambda value: value is False,
+        **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "norm_eps"), lambda value: value == eps),
     }
     for key, readers in families.READ_BY.items():
         value = left.get(key)

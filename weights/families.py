@@ -14,25 +14,23 @@ Fields = dict[str, Any]
 TIED = ("smollm3", "gemma3_text")
 # Base of the rotary frequencies where config.json does not say; 10000 for the others.
 THETA = {"smollm3": 2e6, "olmo3": 5e5, "gemma3_text": 1e6}
-EPS = {
-    "olmo2": 1e-5,
-    "olmo3": 1e-5,
-    "stablelm": 1e-5,
-    "phi3": 1e-5,
-}  # of the norms; 1e-6 for the others
-KV_HEADS = {"mistral": 8, "smollm3": 4, "gemma3_text": 4}  # as many as query heads for the others
-HEAD_SIZE = {"qwen3": 128, "gemma3_text": 256}  # width / heads for the others
-WINDOW = {
-    "mistral": 4096,
-    "olmo3": 4096,
-    "gemma3_text": 4096,
-}  # sliding window; none for the others
+# What holds where config.json does not say. Epsilon of the norms; 1e-6 for the others.
+SMALL_EPS = ("olmo2", "olmo3", "nemotron", "stablelm", "phi3", "ministral3", "gpt_neox")
+EPS = dict.fromkeys(SMALL_EPS, 1e-5)
+# Key of that epsilon; rms_norm_eps for the others.
+EPS_KEY = {"gpt_neox": "layer_norm_eps", "stablelm": "layer_norm_eps", "nemotron": "norm_eps"}
+# Key/value heads; as many as query heads for the others.
+KV_HEADS = {"mistral": 8, "smollm3": 4, "gemma3_text": 4, "ministral3": 8}
+# Size of a head; width / heads for the others.
+HEAD_SIZE = {"qwen3": 128, "gemma3_text": 256, "ministral3": 128}
+# Sliding window; none for the others.
+WINDOW = {"mistral": 4096, "olmo3": 4096, "gemma3_text": 4096}
 # Families whose heads are rotated in part -> the share where config.json does not say.
 SHARE = {"gpt_neox": 0.25, "nemotron": 0.5, "stablelm": 0.25, "phi3": 1.0}
 # Families whose layers with a window have rotary positions of their own -> their default base.
 LOCAL_ROPE = {"olmo3": 5e5, "gemma3_text": 1e4}
 QWEN, OLMO = ("qwen2", "qwen3"), ("olmo2", "olmo3")
-RMS = ("llama", "mistral", *QWEN, "smollm3", *OLMO, "granite", "phi3", "gemma3_text")
+RMS = ("llama", "mistral", *QWEN, "smollm3", *OLMO, "granite", "phi3", "gemma3_text", "ministral3")
 # Optional keys that change the arithmetic -> the families whose own code reads them.
 READ_BY = {
     "num_key_value_heads": (*RMS, "nemotron", "stablelm"),
@@ -51,7 +49,7 @@ READ_BY = {
         "gemma3_text",
     ),
     "mlp_bias": ("llama", "smollm3", "nemotron", "granite"),
-    "sliding_window": ("mistral", "smollm3", "olmo3", "phi3", "gemma3_text", *QWEN),
+    "sliding_window": ("mistral", "smollm3", "olmo3", "phi3", "gemma3_text", "ministral3", *QWEN),
     "use_sliding_window": ("smollm3", *QWEN),
     "layer_types": ("smollm3", "olmo3", "gemma3_text", *QWEN),
     "rotary_pct": ("gpt_neox",),
@@ -65,6 +63,16 @@ READ_BY = {
 NEW: dict[str, Fields] = {
     "gpt_neox": {"hidden_act": "gelu", "rotary_pct": 0.25},
     "nemotron": {"hidden_act": "relu2"},
+    "ministral3": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "factor": 16.0,
+            "original_max_position_embeddings": 16384,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.1,
+        }
+    },
     "gemma3_text": {"hidden_activation": "gelu_pytorch_tanh"},
     "granite": {
         "attention_multiplier": 0.125,

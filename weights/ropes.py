@@ -15,6 +15,7 @@ class Rope(NamedTuple):
     scaling: Scaling | None
     share: float  # part of every head that is rotated
     local_theta: float  # base of the layers with a window; 0 = that of all layers
+    query_growth: tuple[float, int] | None  # of GPTConfig
     longest: int  # positions after which the rope is another one; 0 = never
 
 
@@ -91,6 +92,13 @@ def read_rope(options: Options, family: str, raw: dict) -> Rope:
     longest = 0
     if kind == "dynamic":  # a longer row has a larger base, for all its positions
         longest = limit
+    growth = None
+    if family == "ministral3":
+        if kind == "default":
+            raise ValueError("config.json of a ministral3 model needs rope_parameters")
+        rope.pop("max_position_embeddings", None)
+        beta = rope.pop("llama_4_scaling_beta", None)
+        growth = (beta, rope.get(ORIGINAL) or limit) if beta else None
     if family == "phi3":
         kind = {"su": "longrope", "yarn": "longrope"}.get(kind, kind)
         rope.setdefault(ORIGINAL, options.take(ORIGINAL, 4096))
@@ -100,7 +108,7 @@ def read_rope(options: Options, family: str, raw: dict) -> Rope:
         rope["factor"] = rope.get("factor") or limit / longest
     elif family == "phi3":
         del rope[ORIGINAL]
-    return Rope(float(theta), _scaling(kind, rope), share, local_theta, longest)
+    return Rope(float(theta), _scaling(kind, rope), share, local_theta, growth, longest)
 
 
 def _scaling(kind: str, rope: dict) -> Scaling | None:

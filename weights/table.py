@@ -92,6 +92,7 @@ TABLES = {
     "nemotron": LLAMA,
     "granite": LLAMA,
     "stablelm": LLAMA,
+    "ministral3": LLAMA,
     "phi3": PHI3,
     "gemma3_text": GEMMA3,
     "gpt_neox": GPT_NEOX,

@@ -13,6 +13,7 @@ from plain import encode
 import hf
 import train_dpo
 import train_kto
+import train_online_dpo
 import train_ppo
 import train_reinforce
 import train_rm
@@ -31,6 +32,7 @@ SCRIPTS = {
     "rm": (train_rm, "preferences.jsonl", []),
     "ppo": (train_ppo, "sft.jsonl", [*REWARD, "--ppo-epochs", "1"]),
     "reinforce": (train_reinforce, "sft.jsonl", REWARD),
+    "online_dpo": (train_online_dpo, "sft.jsonl", [*REWARD, "--ref-every", "2"]),
 }
 
 

@@ -10,15 +10,16 @@ Faults that were put in one by one and made a test here fail:
   norms     q and k normed head by head, norms before in place of after; LayerNorm1P without its 1;
             norms after left out of Gemma; its 1 left out
   scales    Granite's of the residual stream, of the logits and of attention left out, one by one;
-            Gemma's of the embedding
+            Gemma's of the embedding; queries that do not grow
 """
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import dataset_of
-from published import PUBLISHED, published_folder, transformers_model
+from published import PUBLISHED, published_config, published_folder, transformers_model
 
 from data.trees import make_batch
 from model import GPT
@@ -79,6 +80,24 @@ def test_a_published_model_is_that_of_transformers(name: str, tmp_path: Path):
     assert max(logits, logps, back, sampled) < NEAR
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if "granite" not in name])
+@torch.no_grad()
+def test_a_reward_model_of_a_published_model_is_that_of_transformers(name: str, tmp_path: Path):
+    """A score head on it gives transformers' scores; Granite has no such class there."""
+    from transformers import AutoModelForSequenceClassification
+
+    folder = published_folder(name, tmp_path / "base")
+    model = load_model(folder, torch.float32, scores=("reward",))
+    model.score_head.weight.normal_(0, 0.3, generator=torch.Generator().manual_seed(3))
+    save_model(model, tmp_path / "rm")
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm").eval()
+    ids = list(range(5, 40))
+    batch = make_batch(dataset_of([(ids[:30], [ids[30:]])]), [0])
+    ours = model.score(model(batch), batch, batch.last)[0]
+    assert (theirs(torch.tensor([ids])).logits[0] - ours).abs().max() < NEAR
+
+
 @pytest.mark.parametrize("name", ["Phi-4-mini-instruct", "Llama with dynamic rope"])
 @torch.no_grad()
 def test_rows_beyond_the_rope_are_refused(name: str, tmp_path: Path):
@@ -102,6 +121,7 @@ def sampled_answers(model: GPT) -> list:
     return pairs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
 @torch.no_grad()
 def test_adapters_of_a_published_model_are_those_of_peft(name: str, tmp_path: Path):
@@ -126,3 +146,50 @@ def test_adapters_of_a_published_model_are_those_of_peft(name: str, tmp_path: Pa
     again = load_model(folder, torch.float32)
     load_adapter(again, tmp_path / "adapter")
     assert (logits_of(again, ids) - wanted).abs().max() < 1e-5
+
+
+LONG = {"type": "longrope", "short_factor": [1.0, 2.0], "long_factor": [1.0, 2.0]}
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "named"),
+    [
+        ("SmolLM3-3B", {"no_rope_layers": [1, 0]}, "no_rope_layers names 2"),
+        ("SmolLM3-3B", {"no_rope_layer_interval": 0}, "no_rope_layer_interval"),
+        ("OLMo-2-1124-7B", {"clip_qkv": 8.0}, "clip_qkv"),
+        ("Olmo-3-7B", {"rope_theta": 10000}, "rope_theta"),
+        ("Olmo-3-7B", {"sliding_window": None, "layer_types": None}, "sliding_window"),
+        ("Nemotron-Mini-4B-Instruct", {"hidden_act": "silu"}, "hidden_act"),
+        ("Nemotron-Mini-4B-Instruct", {"layer_norm_eps": 1e-3}, "layer_norm_eps"),
+        ("Nemotron-Mini-4B-Instruct", {"partial_rotary_factor": 0.2}, "even"),
+        ("granite-3.1-2b-instruct", {"logits_scaling": -8.0}, "logits_scaling"),
+        ("granite-3.1-2b-instruct", {"num_local_experts": 4}, "num_local_experts"),
+        ("stablelm-2-1_6b", {"qk_layernorm": True}, "qk_layernorm"),
+        ("stablelm-2-1_6b", {"use_parallel_residual": True}, "use_parallel_residual"),
+        ("Phi-3-mini-4k-instruct", {"resid_pdrop": 0.1}, "resid_pdrop"),
+        ("Phi-4-mini-instruct", {"rope_scaling": LONG}, "2 values in short_factor"),
+        (
+            "Phi-4-mini-instruct",
+            {"rope_scaling": {**LONG, "short_factor": ["a", "b", "c"]}},
+            "short_factor",
+        ),
+        ("Phi-4-mini-instruct", {"rope_scaling": {"type": "longrope"}}, "short_factor"),
+        ("gemma-3-1b-it", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+        ("gemma-3-1b-it", {"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+        ("gemma-3-1b-it", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ("gemma-3-1b-it", {"hidden_activation": "silu"}, "hidden_activation"),
+        ("gemma-3-1b-it", {"model_type": "gemma2"}, "gemma2"),
+        ("gemma-3-1b-it", {"model_type": "gemma3"}, "gemma3"),
+        ("Ministral-3-3B, its text model", {"rope_parameters": None}, "rope_parameters"),
+        ("Llama with linear rope", {"embedding_multiplier": 2.0}, "embedding_multiplier"),
+        ("Llama with linear rope", {"rope_scaling": {"type": "linear"}}, "factor"),
+    ],
+)
+def test_what_a_family_does_not_compute_is_refused_by_name(
+    name: str, change: dict, named: str, tmp_path: Path
+):
+    """An option of another arithmetic is an error that names it."""
+    raw = {**published_config(name), **change}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match=named):
+        read_config(tmp_path)

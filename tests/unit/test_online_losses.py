@@ -187,6 +187,28 @@ def test_impossible_settings_are_refused():
 # ---- policy and value losses -----------------------------------------------------------------
 
 
+def plain_gmpo(logps, old, advantage, low, high) -> tuple[list, list, list]:
+    """GMPO, arXiv 2507.20673: -A (Π min(ρ^sgn, clip(ρ^sgn))^(1/n))^sgn, sgn the advantage's sign.
+
+    As in the authors' listing: the minimum is taken of sgn log ρ, which is then turned back.
+    """
+    values, slopes, clipped = [], [], []
+    for new, before, adv in zip(parts(logps), parts(old), parts(advantage)):
+        bounded, stopped = [], []
+        for a, b, c in zip(new, before, adv):
+            sign = 1.0 if c > 0 else -1.0
+            bound = high if sign > 0 else low
+            signed = sign * (a - b)
+            stopped.append(float(signed > bound) if sign > 0 else float(a - b < -low))
+            bounded.append(sign * min(signed, bound))
+        ratio = math.exp(statistics.fmean(bounded))
+        pull = sum(adv) * ratio / len(adv)  # every token moves the ratio that all of them share
+        values += [-c * ratio for c in adv]
+        slopes += [0.0 if stop else -pull for stop in stopped]
+        clipped += stopped
+    return values, slopes, clipped
+
+
 def plain_policy_loss(
     loss: str, logps, old, advantage, low, high
 ) -> tuple[list[float], list[float], list[float]]:
@@ -198,10 +220,22 @@ def plain_policy_loss(
             statistics.fmean(a - b for a, b in zip(*pair)) for pair in zip(parts(logps), parts(old))
         ]
         ratios = [math.exp(means[i]) for i in RESPONSE]
+    if loss == "gmpo":
+        return plain_gmpo(logps, old, advantage, low, high)
     for rho, lp, a in zip(ratios, logps, advantage):
         if loss == "reinforce":
             values.append(-a * lp)
             slopes.append(-a)
+            clipped.append(0.0)
+        elif loss == "sapo":
+            tau = 1.0 if a > 0 else 1.05
+            gate = 1 / (1 + math.exp(-tau * (rho - 1)))
+            values.append(-4 / tau * gate * a)
+            slopes.append(-4 * gate * (1 - gate) * rho * a)
+            clipped.append(0.0)
+        elif loss == "kl_cov":  # without marks: no bound
+            values.append(-rho * a)
+            slopes.append(-rho * a)
             clipped.append(0.0)
         elif loss == "cispo":
             weight = min(rho, 1 + high)
@@ -228,14 +262,14 @@ def test_policy_losses_and_slopes_in_plain_numbers(loss: str, clips: tuple):
     if loss == "gspo" and clips[0] is None:
         scale = 0.001
     logps, advantage = draw(10, sum(LENGTHS)), draw(11, sum(LENGTHS))
-    if loss == "gspo":
+    if loss in ("gspo", "gmpo"):
         advantage = [advantage[i] for i in RESPONSE]
     old = [a - b for a, b in zip(logps, draw(12, sum(LENGTHS), scale=scale))]
     low, high = (
         own if given is None else given for own, given in zip(losses.POLICY_LOSSES[loss], clips)
     )
     wanted, slopes, clipped = plain_policy_loss(loss, logps, old, advantage, low, high)
-    assert loss == "reinforce" or 0 < sum(clipped) < len(clipped)
+    assert loss in ("reinforce", "sapo", "kl_cov") or 0 < sum(clipped) < len(clipped)
     new = tensor(logps).requires_grad_()
     got, metrics = losses.policy_gradient(
         new,
@@ -280,6 +314,55 @@ def test_the_surrogate_and_the_value_loss_by_hand():
     close(clipped, [0.0, 1.0, 0.0])
 
 
+def test_a_dual_clip_bounds_what_a_bad_token_can_push():
+    """A < 0: the loss is at most -c A, without gradient above; A > 0 and small ratios as before."""
+    ratios, advantages = [1.5, 2.9, 3.1, 50.0, 3.1, 0.5], [-1.0, -2.0, -2.0, -0.5, 1.0, -1.0]
+    wanted = [1.5, 5.8, 6.0, 1.5, -1.2, 0.8]
+    zero = torch.zeros(6, dtype=torch.float64)
+    new = tensor([math.log(r) for r in ratios]).requires_grad_()
+    args = (zero, tensor(advantages), torch.arange(6), torch.ones(6))
+    got, metrics = losses.policy_gradient(new, *args, "grpo", dual_clip=3.0)
+    close(got, wanted)
+    close(metrics["clip_fraction"], [0.0, 0.0, 1.0, 1.0, 1.0, 1.0])
+    (slope,) = torch.autograd.grad(got.sum(), new)
+    close(slope, [1.5, 5.8, 0.0, 0.0, 0.0, 0.0])
+
+
+def test_luspo_is_gspo_summed_over_tokens():
+    """LUSPO, arXiv 2602.05261: mean over responses of length times the sequence's clipped term."""
+    logps, old = draw(20, sum(LENGTHS)), draw(21, sum(LENGTHS))
+    advantage = draw(22, len(LENGTHS))
+    wanted = []
+    for new, before, a in zip(parts(logps), parts(old), advantage):
+        s = math.exp(statistics.fmean(x - y for x, y in zip(new, before)))
+        wanted.append(-len(new) * min(s * a, min(max(s, 0.9), 1.2) * a))
+    response, lengths = torch.tensor(RESPONSE), tensor(LENGTHS)
+    each = tensor([advantage[i] for i in RESPONSE])
+    args = (tensor(logps), tensor(old), each, response, lengths, "gspo", 0.1, 0.2)
+    weights = losses.token_weights(lengths, lengths, "sum")
+    got = (losses.policy_gradient(*args)[0] * weights[response]).sum().item()
+    assert got == pytest.approx(statistics.fmean(wanted), abs=1e-12)
+
+
+@pytest.mark.parametrize("share", [0.001, 0.2, 0.5, 1.0])
+def test_kl_cov_penalises_the_tokens_of_the_largest_covariance(share: float):
+    """arXiv 2505.22617: top share of (log π - mean)(A - mean); they pay |log ρ|, others nothing."""
+    old, advantage = draw(23, sum(LENGTHS)), draw(24, sum(LENGTHS))
+    means = statistics.fmean(old), statistics.fmean(advantage)
+    covariance = [(x - means[0]) * (a - means[1]) for x, a in zip(old, advantage)]
+    n = max(1, round(share * len(old)))
+    chosen = sorted(range(len(old)), key=lambda i: -covariance[i])[:n]
+    marks = losses.high_covariance(tensor(old), tensor(advantage), share)
+    assert marks.nonzero().flatten().tolist() == sorted(chosen)
+    logps = [x + d for x, d in zip(old, draw(25, len(old)))]
+    wanted = [
+        -math.exp(x - y) * a + (abs(x - y) if i in chosen else 0.0)
+        for i, (x, y, a) in enumerate(zip(logps, old, advantage))
+    ]
+    args = (tensor(logps), tensor(old), tensor(advantage), torch.tensor(RESPONSE), tensor(LENGTHS))
+    close(losses.policy_gradient(*args, "kl_cov", penalised=marks)[0], wanted)
+
+
 @pytest.mark.parametrize("how", losses.AGGREGATES)
 def test_aggregation_of_a_step_does_not_depend_on_its_parts(how: str):
     """Mean over tokens, mean of means, sum over a constant; whole or in two micro-batches."""
@@ -288,6 +371,7 @@ def test_aggregation_of_a_step_does_not_depend_on_its_parts(how: str):
     wanted = {
         "token": sum(values) / tokens,
         "sequence": statistics.fmean(statistics.fmean(part) for part in parts(values)),
+        "sum": statistics.fmean(sum(part) for part in parts(values)),
         "constant": sum(values) / (n * 50),
     }[how]
     step = tensor(LENGTHS)
