@@ -274,6 +274,8 @@ def main(argv: list[str] | None = None) -> None:
     paths = list(dict.fromkeys(os.path.normpath(run) for run in args.runs))
     runs = dict(zip(run_names(paths), map(read_run, paths)))
     asked = [key.strip() for key in args.keys.split(",") if key.strip()]
+    if args.keys == ",".join(KEYS):  # and every named reward
+        asked += sorted({key for run in runs.values() for key in run if key.startswith("reward/")})
     keys = [key for key in asked if any(has(run, key) for run in runs.values())]
     if not keys:
         available = sorted(set().union(*runs.values()) - {"step"})

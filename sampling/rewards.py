@@ -1,25 +1,30 @@
 r"""Rewards of sampled responses: a reward model, a Python function, or a rule.
 
     --reward rm/final                a reward-model folder, as train_rm.py writes it
-    --reward my_rewards.py:helpful   a function helpful(prompt, response, row) -> float
+    --reward my_rewards.py:helpful   a function helpful(prompt, response, row) -> float, or
+                                     helpful(prompts, responses, rows) -> list of floats: a group
     --reward "exact:####"            1 if what follows the last "####" is the row's answer, else 0
     --reward boxed:                  1 if the last \boxed{...} equals the row's answer, else 0
     --reward "regex:^(yes|no)"       1 where the expression matches in the response, else 0
     --reward length:50               0 for a response of 50 words, down to -1 for 0 or 100 words
 
 A reward model reads the sampled token ids: nothing is decoded and tokenised again. A function sees
-the response as it was sampled, spaces at its ends included, and its own copy of prompt and row.
+the response as it was sampled, spaces at its ends included, and its own copy of prompt and row. One
+whose first parameter is called `prompts` sees the G responses to a prompt at once, as lists.
+
+A function may return several named rewards, {"correct": 1.0, "brief": 0.2} (a function of a group:
+a list for each name); so does a reward model with several outputs. --reward-weights correct:2
+brief:0.5 makes one number of them, and each is logged as reward/NAME.
 
 Letters: n prompts, G samples each, R = n G responses.
 """
 
 import copy
 import importlib.util
-import math
 import re
 import sys
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from decimal import Decimal
 from pathlib import Path
 
@@ -31,13 +36,15 @@ from data.templates import Template
 from data.tokenizer import Tokenizer, load_tokenizer
 from model import GPT
 from parallel import Mesh
+from sampling.named import as_array, by_response, sees_groups
 from sampling.scoring import load_scorer, score_trees, tail_of, with_tail
 
 # (prompts, responses, rows, trees) -> (R,) rewards: R prompts as in the rows, R texts, R rows, and
-# the same as n trees of G responses in token ids.
+# the same as n trees of G responses in token ids. Several named rewards are a structured array: a
+# column of float64 under each name.
 Reward = Callable[[list, list[str], list[dict], Dataset], np.ndarray]
-# (prompt, response, row) -> the reward of one response.
-RewardFunction = Callable[[str | list, str, dict], float]
+# (prompt, response, row) -> the reward of one response, or {name: reward}.
+RewardFunction = Callable[[str | list, str, dict], float | dict[str, float]]
 # Keys of a row that may hold the true answer, in order of preference.
 ANSWER_KEYS = ("answer", "solution", "ground_truth", "target", "response", "completion", "output")
 RULES = ("exact", "boxed", "regex", "length")
@@ -94,37 +101,33 @@ def leader(mesh: Mesh) -> bool:
     return mesh.last_stage and mesh.tp_rank == mesh.cp_rank == 0
 
 
-def _per_response(name: str, function: RewardFunction, mesh: Mesh) -> Reward:
-    """Return a reward that calls a function once per response, on the leaders only.
+def _per_response(name: str, function: Callable, mesh: Mesh) -> Reward:
+    """Return a reward that calls a function once per response or group, on the leaders only.
 
     ValueError names the response whose reward is not a finite number.
     """
+    grouped = sees_groups(function)
 
     def reward(prompts: list, responses: list[str], rows: list[dict], trees: Dataset) -> np.ndarray:
-        rewards = np.zeros(len(responses))
         if not leader(mesh):  # a function may cost money or be random: one rank calls it
-            return rewards
-        for i, (prompt, response, row) in enumerate(zip(prompts, responses, rows)):
+            return np.zeros(len(responses))
+        group = len(responses) // len(trees) if grouped and trees is not None else len(responses)
+        size = max(1, group) if grouped else 1
+        values: list = []  # a number or {name: number} for each response
+        for start in range(0, len(responses), size):
+            part = slice(start, start + size)
             # Copies: a function that pops a key must not change what the next response sees.
+            args: list = [copy.deepcopy(prompts[part]), responses[part], copy.deepcopy(rows[part])]
             try:
-                value = function(copy.deepcopy(prompt), response, copy.deepcopy(row))
+                value = function(*args) if grouped else function(*(one[0] for one in args))
             except (Exception, SystemExit) as error:
                 place = _place(error, name.rpartition(":")[0])
                 raise ValueError(
                     f"--reward {name} raised {type(error).__name__}: {error} ({place}) for "
-                    f"{response[:80]!r}"
+                    f"{responses[start][:80]!r}"
                 ) from error
-            try:
-                rewards[i] = float(value)
-            except (TypeError, ValueError):
-                raise ValueError(
-                    f"--reward {name} returned {value!r}, not a number, for {response[:80]!r}"
-                ) from None
-            if not math.isfinite(rewards[i]):
-                raise ValueError(
-                    f"--reward {name} returned {value!r} for {response[:80]!r}: it must be finite"
-                )
-        return rewards
+            values += by_response(name, value, size, responses[start]) if grouped else [value]
+        return as_array(name, values, responses)
 
     return reward
 
@@ -290,8 +293,8 @@ def reward_model(
 ) -> Reward:
     """Load a reward model and return it as a reward; each response is scored at its last token.
 
-    ValueError: it has several outputs, or its tokenizer differs from the policy's, so that it could
-    not read the sampled tokens.
+    Several outputs are named rewards. ValueError: its tokenizer differs from the policy's, so that
+    it could not read the sampled tokens.
     """
     tokenizer = load_tokenizer(folder)
     if not same_tokens(template.tokenizer, tokenizer):
@@ -307,12 +310,10 @@ def reward_model(
             "policy",
         )
     model, names = load_scorer(folder, dtype, device, mesh)
-    if len(names) != 1:
-        raise ValueError(
-            f"the reward model {folder} scores {', '.join(names)}: a reward is one number"
-        )
+    if len(names) > 1:
+        print(f"reward: the sum of {', '.join(names)}, or what --reward-weights makes of them")
     tail = tail_of(folder, names, own, read)
-    return model_reward(model.requires_grad_(False), folder, max_tokens, mesh, tail, own.end)
+    return model_reward(model.requires_grad_(False), folder, max_tokens, mesh, tail, own.end, names)
 
 
 def model_reward(
@@ -322,8 +323,9 @@ def model_reward(
     mesh: Mesh,
     tail: Collection[int] = (),
     end: int | None = None,
+    names: Sequence[str] = (),
 ) -> Reward:
-    """Return a reward model with one output as a reward.
+    """Return a reward model as a reward; with several names its outputs are named rewards.
 
     folder: its name in errors. tail: ids read behind the end of an answer, `end`.
     """
@@ -332,14 +334,16 @@ def model_reward(
         scores = score_trees(model, with_tail(trees, tail, end), max_tokens)
         if not mesh.last_stage:
             return np.zeros(len(responses))
-        rewards = np.concatenate(scores)[:, 0].astype(np.float64)  # (R,)
-        bad = np.flatnonzero(~np.isfinite(rewards))
+        rewards = np.concatenate(scores)[:, : max(1, len(names))].astype(np.float64)  # (R, names)
+        bad = np.flatnonzero(~np.isfinite(rewards).all(1))
         if len(bad):
             response = responses[bad[0]]
             raise ValueError(
                 f"the reward model {folder} gives {response[:80]!r} a score that is not finite"
             )
-        return rewards
+        if len(names) < 2:
+            return rewards[:, 0]
+        return np.array([tuple(row) for row in rewards], [(name, np.float64) for name in names])
 
     return reward
 

@@ -19,7 +19,7 @@ Letters: n prompts, G samples each, R = n G responses, M scored tokens of all of
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from data.templates import Template
 from disk import drop_rows_after
 from model import GPT
 from parallel import Mesh
+from sampling.named import read_weights, total
 from sampling.rewards import Reward, leader
 from sampling.sampler import Sample, generate
 from sampling.server import Server, reload_words
@@ -48,11 +49,12 @@ class Rollout:
     prompts: Prompts  # n
     samples: list[Sample]  # R
     texts: list[str]  # R, with all their spaces
-    rewards: np.ndarray  # (R,) fp64, less --no-eos-penalty where a response did not end
+    rewards: np.ndarray  # (R,) fp64, less the `length_penalty`
     ended: np.ndarray  # (R,) bool
     data: Dataset  # n trees; token column `token_index` numbers the M scored tokens
     seconds: dict[str, float]  # by phase: rollout, scoring, and what `lap` adds
     lap_started: float = 0.0  # when the last phase ended
+    named: dict[str, np.ndarray] = field(default_factory=dict)  # several rewards, (R,) each
 
     @property
     def scored_lengths(self) -> np.ndarray:
@@ -82,6 +84,7 @@ class Rollout:
         groups = self.rewards.reshape(len(self.prompts.ids), -1)  # (n, G)
         if groups.shape[1] > 1:  # a group of equal rewards teaches nothing
             row["frac_reward_zero_std"] = float((np.ptp(groups, 1) == 0).mean())
+        row |= {f"reward/{name}": column.mean().item() for name, column in self.named.items()}
         row["completions/mean_length"] = self.data.response_len.mean().item()
         row["completions/ended"] = self.ended.mean().item()
         return row
@@ -118,6 +121,12 @@ def validate(config: RolloutConfig) -> None:
             "give the command that loads new weights"
         )
     reload_words(config.rollout_reload)
+    read_weights(config.reward_weights)
+    if config.overlong_buffer > config.max_new_tokens:
+        raise ValueError(
+            f"--overlong-buffer {config.overlong_buffer} is more than --max-new-tokens "
+            f"{config.max_new_tokens}: a fifth of it is common"
+        )
     if config.base_dtype != "none" and (config.pp > 1 or config.rollout_url):
         flag = f"--pp {config.pp}" if config.pp > 1 else "--rollout-url"
         raise ValueError(
@@ -263,16 +272,18 @@ def collect(
     texts = [template.tokenizer.decode(s.tokens) for s in samples]
     sampled = time.perf_counter()
 
-    scores = []
+    scores: list = []
     if mine:
         repeated = [place // group for place in places]
-        scores = reward(
+        values = reward(
             [prompts.prompts[i] for i in repeated],
             [texts[place] for place in places],
             [prompts.rows[i] for i in repeated],
             trees([prompts.ids[i] for i in mine], [samples[place] for place in places]),
-        ).tolist()
-    rewards = np.array(_exchange(mesh, places, scores))  # (R,)
+        )
+        names = values.dtype.names
+        scores = [dict(zip(names, row)) for row in values.tolist()] if names else values.tolist()
+    rewards, named = totals(_exchange(mesh, places, scores), config)
     ended = np.array([s.ended for s in samples])  # (R,)
     data = trees(prompts.ids, samples)
     data.add_tokens("token_index", np.arange(data.scored_len.sum()))
@@ -281,12 +292,42 @@ def collect(
         prompts,
         samples,
         texts,
-        rewards - config.no_eos_penalty * ~ended,
+        rewards - length_penalty(data.scored_len, ended, config),
         ended,
         data,
         seconds={"rollout": sampled - started, "scoring": scored - sampled},
         lap_started=scored,
+        named=named,
     )
+
+
+def totals(scores: list, config: RolloutConfig) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Return the rewards of R responses, (R,), and the named ones that they are made of, (R,) each.
+
+    scores: numbers, or {name: number} for each response. ValueError: --reward-weights names others.
+    """
+    named: dict[str, np.ndarray] = {}
+    if isinstance(scores[0], dict):
+        if any(score.keys() != scores[0].keys() for score in scores):
+            raise ValueError("the reward returned other names for other prompts: always the same")
+        named = {name: np.array([score[name] for score in scores]) for name in scores[0]}
+    if named or config.reward_weights:
+        return total(named, read_weights(config.reward_weights)), named
+    return np.array(scores), named
+
+
+def length_penalty(lengths: np.ndarray, ended: np.ndarray, config: RolloutConfig) -> np.ndarray:
+    """Return what is subtracted from the reward for length and for not ending, (R,).
+
+    DAPO's soft punishment, arXiv 2503.14476 Eq. 13: 0 up to --max-new-tokens less
+    --overlong-buffer, then rising in a line to --overlong-penalty. lengths, ended (R,).
+    """
+    penalty = config.no_eos_penalty * ~ended
+    if config.overlong_buffer:
+        excess = lengths - (config.max_new_tokens - config.overlong_buffer)
+        share = np.clip(excess / config.overlong_buffer, 0.0, 1.0)
+        penalty = penalty + config.overlong_penalty * share
+    return penalty
 
 
 def _exchange(mesh: Mesh, places: list[int], values: list) -> list:

@@ -158,3 +158,10 @@ def test_errors_say_what_was_looked_for(tmp_path, monkeypatch):
     without_import(monkeypatch, "matplotlib")
     with pytest.raises(ImportError, match="pip install matplotlib"):
         plot.main([run, "--out", str(tmp_path / "c.png")])
+
+
+def test_named_rewards_are_drawn_without_asking(tmp_path, capsys):
+    """The default picture has a panel for each reward/NAME of a run."""
+    run = write_run(tmp_path / "run", **{"reward/brief": 0.5, "reward/right": 1.0})
+    plot.main([str(run), "--out", str(tmp_path / "c.png")])
+    assert "reward/brief, reward/right of run" in capsys.readouterr().out
