@@ -1,11 +1,13 @@
 """A short part of the soak tests; CONTRIBUTING.md has the commands of the long ones."""
 
 import random
+import shutil
 from pathlib import Path
 
 import pytest
 import soak
 from forked import kill_all
+from safetensors.torch import load_file, save_file
 
 
 @pytest.fixture(scope="module")
@@ -43,3 +45,9 @@ def test_a_run_that_differs_is_seen(home: Path, tmp_path: Path):
     soak.finish("reinforce", 1, words, tmp_path / "logs")
     assert soak.difference(tmp_path / "a", tmp_path / "b")
     assert not soak.difference(tmp_path / "a", tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "c")  # one weight differs, every row is the same
+    file = tmp_path / "c" / "final" / "model.safetensors"
+    weights = load_file(file)
+    weights["model.norm.weight"][3] += 1e-6
+    save_file(weights, file)
+    assert "1 of" in soak.difference(tmp_path / "a", tmp_path / "c")

@@ -169,8 +169,9 @@ def test_answers_that_differ_in_a_call_alone_differ(template):
     row = {"prompt": "2+2?", "chosen": bodies[0], "rejected": bodies[1], "tools": TOOLS}
     content, _, options = canonical(row, "preference")
     pair = with_options(ROWS["preference"](content, False), options)
-    _, (one, two), _ = template("qwen2.5").pair(pair.prompt, pair.responses)
+    prompt, (one, two), _ = template("qwen2.5").pair(pair.prompt, pair.responses)
     assert one != two
+    assert '"name": "calc"' in template("qwen2.5").tokenizer.decode(prompt, False)  # the tools
     text = template("qwen2.5").tokenizer.decode(one[0], False)
     assert text == CALLED + "<|im_end|>"  # arguments given as text are not quoted once more
 
@@ -267,7 +268,9 @@ def test_values_for_the_template(template, tmp_path: Path):
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps(rows[0]) + "\n")
     data = load_dataset(file, "sft", template("qwen3"), cache=tmp_path / "cache", log=str)
-    assert decode(list(data.tokens), False).endswith("</think>\n\nA<|im_end|>")
+    whole, asked = list(data.tokens), int(data.prompt_len[0])
+    assert decode(whole[:asked], False).endswith("</think>\n\n")
+    assert decode(whole[asked:], False) == "A<|im_end|>"
     prompts = load_prompts([file], template("qwen3"), 100, log=str)
     assert decode(prompts.ids[0], False).endswith("</think>\n\n")
     assert Template("auto", tokenizer).hash != off.hash
