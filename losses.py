@@ -924,7 +924,7 @@ def token_weights(
     """
     match how:
         case "token":
-            return torch.ones_like(lengths) / step_lengths.sum()
+            return torch.ones_like(lengths) / step_lengths.sum().clamp(min=1)  # all may be masked
         case "sequence":
             return 1 / (len(step_lengths) * lengths)
         case "sum":

@@ -19,16 +19,17 @@ Letters: n prompts of a step, G samples each, R = n G responses, M scored tokens
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
 
 import losses
 import runtime
 import training
-from config import Amount, Number, Range, RolloutConfig, Share, parse
+from config import Amount, Count, Number, Range, RolloutConfig, Share, parse
 from data.trees import TreeBatch, make_batch
 from pipeline import pipeline
 from reporting import add, means
-from sampling import rollout, updates
+from sampling import refill, rollout, updates
 from sampling.gap import ServerCheck
 from sampling.rewards import load_reward
 from sampling.rollout import Rollout
@@ -55,6 +56,9 @@ class Config(RolloutConfig):
     # take k2) in the loss; what each differentiates to: losses.py
     rollout_epochs: Number = 1  # passes over each rollout; more reuse samples, and clipping matters
     minibatches: Number = 1  # updates per pass, on equal parts of its prompts
+    refill: Count = 0  # rounds in which groups of equal rewards are replaced by samples of other
+    # prompts (DAPO); 1 to 4
+    mask_cut: bool = False  # no loss on samples that did not end; their rewards stay in baselines
     ref: str = ""  # another Hugging Face folder as reference; default: --model as it was at step 0
     lr: Amount = 1e-6  # peak learning rate; 1e-6 for 7B models
 
@@ -122,6 +126,8 @@ def policy_loss(
     if config.kl and config.kl_in == "loss":
         kl = losses.kl_estimate(logps, columns["ref_logps"], config.kl_estimator)
         per_token = per_token + config.kl * kl
+    if config.mask_cut:
+        per_token = per_token * columns["kept"]
     lengths = batch.lengths.double()
     weights = losses.token_weights(
         lengths, update_lengths, config.aggregate, config.max_new_tokens
@@ -194,8 +200,21 @@ def main(argv: list[str] | None = None) -> None:
 
     # ---- the loop ------------------------------------------------------------------------------
     for step in training.remaining(loop):
-        prompts = train.take(steps.examples(step))
-        samples = rollout.draw(prompts, step + 1, model, reward, template, config, server)
+        samples, drawn = refill.draw(
+            train,
+            steps.examples(step),
+            config.refill,
+            step + 1,
+            model,
+            reward,
+            template,
+            config,
+            server,
+        )
+        if config.mask_cut:
+            samples.data.add_tokens(
+                "kept", np.repeat(samples.ended, samples.scored_lengths).astype(float)
+            )
         plan = updates.plan(samples, config.rollout_epochs, config.minibatches, step, config, mesh)
         old_logps, ref_logps, row = updates.add_logps(samples, plan, model, ref, config)
         check_server(row.get("sampler_gap"), samples, ref_logps if ref else None)
@@ -209,6 +228,9 @@ def main(argv: list[str] | None = None) -> None:
         for update in plan:
             # Counted over the whole update: the loss does not depend on its micro-batches.
             lengths = torch.from_numpy(update.lengths).double().to(run.device)
+            if config.mask_cut:  # 0 tokens of the samples without a loss
+                ended = samples.ended[samples.data.responses_of(update.prompts)]
+                lengths = lengths * torch.from_numpy(ended).to(run.device)
             batches = [
                 make_batch(samples.data, items, config.share_prompts) for items in update.bins
             ]
@@ -223,6 +245,8 @@ def main(argv: list[str] | None = None) -> None:
         samples.lap("training")
 
         tokens = samples.tokens(config) * config.rollout_epochs
+        if config.refill:
+            row |= drawn
         row |= {**samples.metrics(), **means(totals, n_tokens, mesh), "lr": lr}
         row |= {"grad_norm": sum(norms) / len(norms), **samples.throughput(tokens, config)}
         training.report_step(loop, row, tokens, batches)
