@@ -50,6 +50,7 @@ def theirs_of(model, ids: list[int]) -> torch.Tensor:
     return model(torch.tensor([ids])).logits[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
 @torch.no_grad()
 def test_a_published_model_is_that_of_transformers(name: str, tmp_path: Path):
