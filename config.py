@@ -23,7 +23,6 @@ import re
 import sys
 import textwrap
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import (
     Annotated,
     Any,
@@ -34,6 +33,9 @@ from typing import (
     get_origin,
     get_type_hints,
 )
+
+import elsewhere
+from flagfile import read_values
 
 T = TypeVar("T")
 
@@ -161,13 +163,16 @@ class RunConfig:
     resume: str = ""  # auto: continue from the newest intact checkpoint of --out; or one's folder
     resume_changed: bool = False  # resume although what --data, --model or another flag names has
     # changed since the checkpoint was written
-    config: str = ""  # JSON file of flags, such as OUT/config.json; flags given here override it
+    config: str = ""  # JSON or YAML file of flags, such as OUT/config.json; flags given here
+    # override it
     eval_every: Count = 0  # steps between evaluations; 0: only at the end, if there is --eval-data
     samples: Count = 0  # answers to held-out prompts to print at every evaluation
     save_every: Count = 0  # steps between checkpoints; 0: only when stopped
     keep: Count = 2  # newest checkpoints to keep, 0: all; OUT/best is kept as well
     log_every: Number = 1  # steps between rows of metrics.jsonl
-    wandb: str = ""  # Weights & Biases project to log to as well (pip install wandb)
+    wandb: str = ""  # Weights & Biases project to log to as well (pip install wandb); entity, name
+    # and tags from WANDB_ENTITY, WANDB_NAME and WANDB_TAGS
+    tensorboard: bool = False  # write OUT/tensorboard as well (pip install tensorboard)
 
 
 @dataclass
@@ -230,15 +235,8 @@ def parse(cls: type[T], doc: str | None = None, argv: list[str] | None = None) -
 
 
 def from_file(cls: type, path: str) -> dict[str, Any]:
-    """Return the values in a JSON file of flags. ValueError: unreadable, unknown key, bad value."""
-    try:
-        values = json.loads(Path(path).read_text())
-    except OSError as error:
-        raise ValueError(f"--config {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"--config {path} is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"--config {path} must hold one JSON object of flags")
+    """Return the values in a JSON or YAML file of flags. ValueError: unknown keys, bad values."""
+    values = read_values(path)
     checked = {}
     for key, value in values.items():
         name = _known(cls, key, f"{path}: unknown key")
@@ -358,7 +356,9 @@ def _known(cls: type, name: str, complaint: str, dashes: str = "") -> str:
         return plain
     near = difflib.get_close_matches(plain, names, n=1, cutoff=0.5)
     hint = "; --help lists them"
-    if near:
+    if theirs := elsewhere.flag_hint(plain, names):
+        hint = f": here it is {theirs}" if theirs.startswith("--") else f": {theirs}"
+    elif near:
         hint = f": did you mean {dashes}{near[0].replace('_', '-')}?"
     raise ValueError(f"{complaint} {dashes}{name}{hint}")
 
@@ -413,6 +413,8 @@ def _convert(cls: type, name: str, words: list[str], label: str) -> Any:
             return choices[word]
         near = difflib.get_close_matches(word, choices, n=1)
         meant = f" (did you mean {near[0]}?)" if near else ""
+        if theirs := elsewhere.value_hint(name, word):
+            meant = f" ({theirs})"
         raise ValueError(f"{label} must be one of {', '.join(choices)}, not {word!r}{meant}")
     if hint is bool:
         if word.lower() in ("true", "false"):

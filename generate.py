@@ -20,8 +20,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
-
 import hub
 from config import Count, Number, Range, SampleTemperature, Seed, parse
 from data import attributes
@@ -30,6 +28,7 @@ from data.keys import prompt_in
 from data.rows import read_rows, write_rows
 from data.templates import Template
 from data.tokenizer import load_tokenizer
+from kernels.device import pick_device
 from sampling.sampler import Sample, generate
 from weights.folder import DTYPES, fingerprint, load_model
 
@@ -64,6 +63,7 @@ class Flags:
     seed: Seed = 0  # seed of the samples
     limit: Count = 0  # use only the first rows of --data; 0 = all
     dtype: Literal["auto", "bf16", "fp32", "fp64"] = "auto"  # auto: bf16 on GPUs, else fp32
+    device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: a GPU if there is one
 
 
 def validate(flags: Flags) -> None:
@@ -214,7 +214,7 @@ def main(argv: list[str] | None = None) -> None:
     flags = parse(Flags, __doc__, argv)
     validate(flags)
     hub.resolve(flags, ("model",))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = pick_device(flags.device)
     best_dtype = "bf16" if device == "cuda" else "fp32"
     dtype = DTYPES[best_dtype if flags.dtype == "auto" else flags.dtype]
     tokenizer = load_tokenizer(flags.model)

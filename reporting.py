@@ -31,6 +31,15 @@ PEAK_TFLOPS = {
     "B200": 2250,
     "4090": 165,
 }
+# Metrics of an algorithm that the bar shows beside the loss.
+SHOWN = {
+    "rewards/accuracies": "accuracy",
+    "rewards/margins": "margin",
+    "reward": "reward",
+    "kl": "kl",
+    "completions/mean_length": "length",
+    "frac_reward_zero_std": "without spread",
+}
 PROGRESS_LINES = 20  # printed over a run where there is no terminal for a bar
 
 
@@ -110,7 +119,7 @@ class Meter:
 
 
 class Log:
-    """OUT/metrics.jsonl, the progress bar and, with --wandb, Weights & Biases; on rank 0 only."""
+    """OUT/metrics.jsonl, the progress bar, Weights & Biases and TensorBoard; on rank 0 only."""
 
     def __init__(self, config: RunConfig, first_step: int, total: int, mesh: Mesh):
         self.path = Path(config.out) / "metrics.jsonl" if mesh.main else Path(os.devnull)
@@ -125,8 +134,13 @@ class Log:
         self.wandb = None
         if config.wandb and mesh.main:
             self.wandb = import_wandb().init(
-                project=config.wandb, name=Path(config.out).name, config=vars(config)
+                project=config.wandb,
+                name=os.environ.get("WANDB_NAME", Path(config.out).name),
+                config=vars(config),
             )
+        self.board = None
+        if config.tensorboard and mesh.main:
+            self.board = import_tensorboard()(Path(config.out) / "tensorboard")
 
     def row(self, row: dict[str, Any]) -> None:
         """Append a row to metrics.jsonl and flush it; a number that is not finite becomes null."""
@@ -137,11 +151,16 @@ class Log:
         self.file.flush()
         if self.wandb:
             self.wandb.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+        if self.board:
+            for name, value in row.items():
+                if name != "step" and isinstance(value, (int, float)):
+                    self.board.add_scalar(name, value, row["step"])
 
     def progress(self, row: dict[str, Any]) -> None:
         """Advance the bar by one step; without a terminal, print twenty lines over the run."""
         loss = row["loss"] if "loss" in row else row["value/loss"]  # PPO may train its critic alone
-        text = f"loss {loss:.4f}, {row['tokens_per_second']:,.0f} tok/s"
+        own = [f"{words} {row[key]:.3f}" for key, words in SHOWN.items() if key in row]
+        text = ", ".join([f"loss {loss:.4f}", *own, f"{row['tokens_per_second']:,.0f} tok/s"])
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update()
         if self.bar.disable and due(max(1, self.total // PROGRESS_LINES), row["step"]):
@@ -159,6 +178,17 @@ class Log:
         self.file.close()
         if self.wandb:
             self.wandb.finish()
+        if self.board:
+            self.board.close()
+
+
+def import_tensorboard() -> Any:
+    """Return TensorBoard's writer. ImportError: how to install it."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ImportError("--tensorboard needs: pip install tensorboard") from None
+    return SummaryWriter
 
 
 def import_wandb() -> Any:

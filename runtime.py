@@ -49,10 +49,11 @@ from identity import (
     compare_ranks,
     describe,
 )
+from kernels.device import pick_device
 from model import GPT
 from optimizer import AdamW
 from parallel import Mesh, init_mesh
-from reporting import import_wandb
+from reporting import import_tensorboard, import_wandb
 from weights.adapters import BaseDtype, Lora, adapters_of, attach, target_names, without_adapters
 from weights.peft import check_base, load_adapter, read_adapter_config, save_adapter
 
@@ -172,7 +173,7 @@ def start(config: RunConfig) -> Run:
     compare_ranks(mesh.everyone(mine))
     validate(config)
     mesh = init_mesh(config.tp, config.cp, config.pp, config.device, config.timeout_minutes)
-    on_gpu = config.device != "cpu" and torch.cuda.is_available()
+    on_gpu = pick_device(config.device) == "cuda"
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     best_dtype = "bf16" if on_gpu else "fp32"
     dtype = weights.folder.DTYPES[best_dtype if config.dtype == "auto" else config.dtype]
@@ -211,11 +212,7 @@ def validate(config: RunConfig) -> None:
             raise ValueError(f"{flags[name]} is missing; --help lists the flags")
     check_ranges(config)
     read_kwargs(config.template_kwargs)
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            "--device cuda, but torch finds no GPU: "
-            "install a CUDA build of torch or use --device cpu"
-        )
+    pick_device(config.device)
     if config.lora and config.adapter:
         raise ValueError("--adapter goes on with an adapter and its rank: drop --lora")
     if not config.merge and not (config.lora or config.adapter):
@@ -225,6 +222,12 @@ def validate(config: RunConfig) -> None:
             f"--base-dtype {config.base_dtype} is for weights that stay frozen: "
             "add --lora 16, or drop it"
         )
+    if config.eval_every and not config.eval_data:
+        raise ValueError("--eval-every has nothing to evaluate: add --eval-data, or drop it")
+    if not (config.lora or config.adapter):
+        for name in ("lora_alpha", "lora_dropout", "rslora"):
+            if getattr(config, name):
+                raise ValueError(f"{flags[name]} is for --lora or --adapter: add one, or drop it")
     target_names(config.lora_targets)
     if config.samples and config.pp > 1:
         raise ValueError("--samples is not supported with --pp > 1: drop one of them")
@@ -259,6 +262,8 @@ def _open_out(config: RunConfig) -> tuple[str, list[str]]:
         )
     if config.wandb:
         import_wandb()
+    if config.tensorboard:
+        import_tensorboard()
     warnings = []
     if config.resume and (out / "config.json").exists():
         try:

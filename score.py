@@ -29,6 +29,7 @@ from data.jinja import read_kwargs
 from data.rows import read_rows, write_rows
 from data.templates import Template
 from data.tokenizer import load_tokenizer
+from kernels.device import pick_device
 from sampling.scoring import Answers, all_answers, annotate, load_scorer, score, tail_of
 from weights.folder import DTYPES, load_model
 
@@ -51,6 +52,7 @@ class Flags:
     # the end of turn, or the last that its template writes; auto: by the folder, which is said
     max_tokens: Number = 8192  # tokens per micro-batch: lower it when memory runs out
     dtype: Literal["auto", "bf16", "fp32", "fp64"] = "auto"  # auto: bf16 on GPUs, else fp32
+    device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: a GPU if there is one
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -60,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     if flags.ref and flags.attributes:
         raise ValueError("--ref compares language models, --attributes needs a reward model")
     hub.resolve(flags, ("model", "ref"))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = pick_device(flags.device)
     best_dtype = "bf16" if device == "cuda" else "fp32"
     dtype = DTYPES[best_dtype if flags.dtype == "auto" else flags.dtype]
     kwargs = read_kwargs(flags.template_kwargs)

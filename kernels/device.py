@@ -83,3 +83,13 @@ def processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 132
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def pick_device(name: str) -> str:
+    """Return "cuda" or "cpu" for --device auto, cuda or cpu. ValueError: there is no GPU."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            "--device cuda, but torch finds no GPU: "
+            "install a CUDA build of torch or use --device cpu"
+        )
+    return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -326,3 +327,26 @@ def test_a_damaged_reference_is_scored_again(toy: Path, tmp_path: Path, train, c
         assert "is damaged, scoring again" in capsys.readouterr().out
         assert rows[-1]["loss"] == first[-1]["loss"]
         assert path.read_bytes() == whole
+
+
+def test_tensorboard_gets_every_number(toy: Path, tmp_path: Path, train):
+    """--tensorboard writes the numbers of metrics.jsonl, by their names and steps."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    flags = {"model": toy / "model", "data": toy / "world" / "sft.jsonl", "batch_size": 20}
+    rows = train(train_sft, tmp_path / "out", **flags, tensorboard=True)
+    events = EventAccumulator(str(tmp_path / "out" / "tensorboard"))
+    events.Reload()
+    losses = [(event.step, event.value) for event in events.Scalars("loss")]
+    wanted = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    assert [step for step, _ in losses] == [step for step, _ in wanted] and len(losses) == 3
+    assert [v for _, v in losses] == pytest.approx([v for _, v in wanted], rel=1e-6)
+
+
+def test_tensorboard_names_its_package(toy: Path, tmp_path: Path, train, monkeypatch):
+    """Without the package the run ends before anything is computed."""
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    flags = {"model": toy / "model", "data": toy / "world" / "sft.jsonl"}
+    with pytest.raises(ImportError, match="--tensorboard needs: pip install tensorboard"):
+        train(train_sft, tmp_path / "out", **flags, tensorboard=True)

@@ -1,15 +1,21 @@
 """The command line: precedence, both spellings, help in groups, errors that name the fix."""
 
+import dataclasses
+import importlib
 import json
+import re
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_type_hints
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import config
+import elsewhere
+import train_dpo
 from config import RunConfig, parse
 
 
@@ -110,6 +116,74 @@ def test_bad_files_are_refused(text: str, named: str, tmp_path: Path, capsys):
     (tmp_path / "c.json").write_text(text)
     error = error_of(capsys, "--config", str(tmp_path / "c.json"))
     assert named in error and "c.json" in error
+
+
+def test_flags_of_other_systems_get_a_hint():
+    """Every hint names flags that some script has; each script gives those that it has itself."""
+    scripts = [path.stem for path in Path(__file__).parents[2].glob("train_*.py")]
+    known = {
+        f.name
+        for script in scripts
+        for f in dataclasses.fields(importlib.import_module(script).Config)
+    }
+    for theirs, hint in elsewhere.FLAGS.items():
+        assert theirs not in known, f"--{theirs} is a flag here"
+        named = {flag.replace("-", "_") for flag in re.findall(r"--([a-z0-9-]+)", hint)}
+        assert named <= known, (theirs, named - known)
+        assert hint.startswith("--") or not hint.startswith("-")
+    for name, value in elsewhere.VALUES:
+        assert name in known
+        hints = [get_type_hints(importlib.import_module(script).Config) for script in scripts]
+        assert any(name in hint and value not in get_args(hint[name]) for hint in hints), value
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "named"),
+    [
+        ("train_dpo", "--learning_rate 1e-6", "unknown flag --learning_rate: here it is --lr"),
+        ("train_dpo", "--use_peft", "here it is --lora 16"),
+        ("train_dpo", "--report_to wandb", "here it is --wandb PROJECT or --tensorboard"),
+        ("train_dpo", "--gradient-accumulation-steps 8", "leave it out: --batch-size counts"),
+        ("train_dpo", "--rpo_alpha 1", "here it is --sft-weight"),
+        ("train_dpo", "--loss orpo", "docs/add_an_algorithm.md adds ORPO"),
+        ("train_dpo", "--loss dpo", "DPO's loss is sigmoid"),
+        ("train_dpo", "--dtype bfloat16", "not 'bfloat16' (bf16)"),
+        ("train_sft", "--num_generations 8", "unknown flag --num_generations; --help lists them"),
+        ("train_reinforce", "--num_generations 8", "here it is --group-size"),
+        ("train_ppo", "--init_kl_coef 0.1", "here it is --kl"),
+    ],
+)
+def test_hints_at_flags_of_other_systems(script: str, words: str, named: str, capsys):
+    """A script hints at its own flags only."""
+    with pytest.raises(SystemExit):
+        importlib.import_module(script).main(words.split())
+    assert named in capsys.readouterr().err
+
+
+def test_yaml_files_of_flags(tmp_path: Path, monkeypatch, capsys):
+    """The same flags as JSON; without the package the error names it."""
+    yaml = pytest.importorskip("yaml")
+    file = tmp_path / "c.yaml"
+    file.write_text(yaml.safe_dump({"batch_size": 3, "lr": 1e-7, "data": ["x y", "z"]}))
+    got = parse(Flags, None, ["--config", str(file)])
+    assert (got.batch_size, got.lr, got.data) == (3, 1e-7, ["x y", "z"])
+    file.write_text("batch_size: [1")
+    assert "c.yaml is not YAML" in error_of(capsys, "--config", str(file))
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    assert "pip install pyyaml" in error_of(capsys, "--config", str(file))
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("--eval-every 5", "--eval-every has nothing to evaluate: add --eval-data"),
+        ("--lora-alpha 8", "--lora-alpha is for --lora or --adapter"),
+        ("--rslora", "--rslora is for --lora or --adapter"),
+    ],
+)
+def test_flags_without_effect_are_refused(words: str, named: str):
+    with pytest.raises(ValueError, match=named):
+        train_dpo.main(["--model", "m", "--data", "d", "--device", "cpu", *words.split()])
 
 
 def test_help_shows_every_flag_with_its_comment(capsys):

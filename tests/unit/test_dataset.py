@@ -758,6 +758,7 @@ odd_lines = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=120, suppress_health_check=list(HealthCheck), deadline=None)
 @given(odd_lines, st.sampled_from(["sft", "preference"]), st.booleans())
 def test_any_line(tmp_path, lines, kind, plain):

@@ -244,6 +244,7 @@ def test_a_folder_without_weights_says_so(folder: Path, tmp_path: Path):
 TEXT = "Ada  lives\n\tin </s> the <s>forest, 12 é"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"legacy": False}, {"add_prefix_space": False}], ids=str)
 @pytest.mark.parametrize("family", ARCHITECTURES)
 def test_final_is_tokenised_by_transformers_as_here(
@@ -264,6 +265,7 @@ def test_final_is_tokenised_by_transformers_as_here(
     assert (theirs.bos_token, theirs.eos_token) == (mine.bos_token, mine.eos_token)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ARCHITECTURES)
 def test_final_of_a_tokenizer_json_is_tokenised_as_here(family: str, toy: Path, tmp_path: Path):
     """A tokenizer.json beside tokenizer.model that no Qwen has made, under every family."""
@@ -337,6 +339,7 @@ def test_files_that_number_a_token_differently_are_refused(folder: Path):
         load_tokenizer(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wanted", [True, False, None])
 @pytest.mark.parametrize("given", [True, False])
 @pytest.mark.parametrize("name", ["Qwen2Tokenizer", "GPT2TokenizerFast", "PreTrainedTokenizerFast"])
@@ -362,6 +365,7 @@ def test_add_prefix_space_is_obeyed(name: str, given: bool, wanted: bool | None,
     assert load_tokenizer(tmp_path).encode("hi") == theirs("hi")["input_ids"]
 
 
+@pytest.mark.slow
 def test_mutated_folders_open_or_say_what_is_wrong(tmp_path: Path):
     """A short part of tests/fuzz_folders.py: no traceback, and every error names a file."""
     counts = fuzz_folders.run(tmp_path, 120, 5)

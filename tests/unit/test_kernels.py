@@ -116,6 +116,13 @@ def test_rms_norms(shape, dtype):
 
     compare(lambda x, w: rms_norm(x, w, 1e-5), norm, (x, weight), dtype)
     compare(lambda x, m, w: add_rms_norm(x, m, w, 1e-5), add_norm, (x, more, weight), dtype)
+    # Gemma's weight is kept less 1, and 1 + w in fp32 whatever x is.
+    less_one = weight - 1
+
+    def norm_1p(x, w):
+        return norm(x, w + 1)
+
+    compare(lambda x, w: rms_norm(x, w.float() + 1, 1e-5), norm_1p, (x, less_one), dtype)
 
 
 @law
@@ -158,6 +165,10 @@ def tiny_model(family: str):
         sizes |= {"windows": (0, 9)}
     elif family == "qwen3":
         sizes |= {"qk_norm": "head", "qkv_bias": True, "tied": True}
+    elif family == "gemma3_text":
+        sizes |= {"norm": "rms1p", "norms": "both", "mlp": "geglu", "qk_norm": "head"}
+        sizes |= {"embedding_scale": 7.0, "attention_scale": 0.2, "windows": (9, 0)}
+        sizes |= {"local_theta": 100.0, "tied": True}
     else:
         sizes |= {"norm": "layer", "mlp": "gelu", "rope_size": 4}
         sizes |= {"parallel_residual": True, "kv_heads": 4}
@@ -194,7 +205,8 @@ def loss_of(gpt, batch) -> torch.Tensor:
 
 @law
 @pytest.mark.parametrize(
-    ("family", "responses"), [("llama", 1), ("llama", 2), ("gpt_neox", 2), ("qwen3", 4)]
+    ("family", "responses"),
+    [("llama", 1), ("llama", 2), ("gpt_neox", 2), ("qwen3", 4), ("gemma3_text", 2)],
 )
 def test_a_model_computes_the_same_with_kernels(family: str, responses: int):
     """Loss and every gradient of a model are those of the plain twins in float64."""

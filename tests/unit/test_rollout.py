@@ -435,6 +435,7 @@ def test_a_failed_request_is_repeated_or_explained(toy: Path, engine, monkeypatc
         Server(template, config)
 
 
+@pytest.mark.slow
 def test_training_through_a_server_pushes_its_weights(toy: Path, engine, tmp_path: Path, train):
     """The engine samples from the policy of every step: its log-probs fit the pushed weights."""
     stand_in = engine()
