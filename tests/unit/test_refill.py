@@ -25,6 +25,7 @@ def ready(toy: Path) -> dict:
     """Return the arguments of a draw of four prompts of twelve, three samples each."""
     config = rollout.RolloutConfig(model=str(toy / "model"), max_new_tokens=5, group_size=3)
     template = Template("auto", load_tokenizer(toy / "model"))
+    template.stop_ids = template.stop_ids | set(range(4, 640, 9))  # so that some samples end
     files = [toy / "world" / "sft.jsonl"]
     prompts = load_prompts(files, template, 100, log=lambda line: None).take(range(12))
     for i, row in enumerate(prompts.rows):
@@ -91,6 +92,7 @@ def test_groups_without_spread_are_replaced(ready: dict, useful: set, rounds: in
         assert ids == got.prompts.ids[i] == ready["train"].ids[number]
     texts = [ready["template"].tokenizer.decode(sample.tokens) for sample in got.samples]
     assert texts == got.texts
+    assert got.ended.tolist() == [sample.ended for sample in got.samples]
     places = got.data.token_columns["token_index"][got.data.scored == 1]
     assert places.tolist() == list(range(int(got.data.scored_len.sum())))
 
