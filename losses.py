@@ -749,6 +749,18 @@ def grpo(rewards: Tensor, eps: float = 1e-4) -> Tensor:
     return dr_grpo(rewards) / (_centred(rewards).std(1, keepdim=True) + eps)
 
 
+def gdpo(rewards: Tensor, weights: Tensor, group: int) -> Tensor:
+    """Normalise several rewards one by one, GDPO, arXiv 2601.05242: (R, k) -> (R,).
+
+    Each is normalised within its groups as in `grpo`; their weighted sum, weights (k,), is whitened
+    over the WHOLE step. A reward with a large scale cannot hide another. Centred in every group, so
+    that dr_grpo leaves it as it is.
+    """
+    columns = [grpo(column.view(-1, group)).flatten() for column in rewards.unbind(1)]
+    combined = torch.stack(columns, 1) @ weights
+    return whiten(combined, moments(combined))
+
+
 def reinforce_plus_plus(token_rewards: Tensor, lengths: Tensor) -> Tensor:
     """Compute REINFORCE++ advantages, arXiv 2501.03262 Eq. 7-8: (M,) -> (M,).
 

@@ -31,6 +31,7 @@ from pipeline import pipeline
 from reporting import add, means
 from sampling import refill, rollout, updates
 from sampling.gap import ServerCheck
+from sampling.named import read_weights
 from sampling.rewards import load_reward
 from sampling.rollout import Rollout
 from sampling.server import Server
@@ -56,6 +57,8 @@ class Config(RolloutConfig):
     # take k2) in the loss; what each differentiates to: losses.py
     rollout_epochs: Number = 1  # passes over each rollout; more reuse samples, and clipping matters
     minibatches: Number = 1  # updates per pass, on equal parts of its prompts
+    gdpo: bool = False  # normalise each of several named rewards before they are added; with
+    # --advantage dr_grpo
     refill: Count = 0  # rounds in which groups of equal rewards are replaced by samples of other
     # prompts (DAPO); 1 to 4
     mask_cut: bool = False  # no loss on samples that did not end; their rewards stay in baselines
@@ -80,6 +83,19 @@ def resolve_kl(config: Config) -> Config:
     return replace(config, kl_in=place, kl_estimator=kind)
 
 
+def normalised_rewards(samples: Rollout, config: Config) -> torch.Tensor:
+    """Return the named rewards of a step, normalised one by one and added, (R,).
+
+    ValueError: the reward has no names.
+    """
+    if not samples.named:
+        raise ValueError("--gdpo normalises several named rewards, and this reward is one number")
+    weights = read_weights(config.reward_weights) or dict.fromkeys(samples.named, 1.0)
+    columns = np.stack([samples.named[name] for name in weights], 1)  # (R, k)
+    factors = torch.tensor(list(weights.values()), dtype=torch.float64)
+    return losses.gdpo(torch.from_numpy(columns), factors, config.group_size)
+
+
 def add_advantages(
     samples: Rollout, old_logps: torch.Tensor, ref_logps: torch.Tensor, config: Config
 ) -> dict[str, float]:
@@ -87,9 +103,12 @@ def add_advantages(
 
     old_logps, ref_logps: (M,).
     """
+    rewards = torch.from_numpy(samples.rewards)
+    if config.gdpo:
+        rewards = normalised_rewards(samples, config)
     advantages = losses.advantages(
         config.advantage,
-        torch.from_numpy(samples.rewards),
+        rewards,
         losses.kl_estimate(old_logps, ref_logps, config.kl_estimator),
         torch.from_numpy(samples.scored_lengths),
         config.group_size,
@@ -146,6 +165,16 @@ def validate(config: Config) -> None:
     if config.kl and config.kl_in == "loss" and config.kl_estimator == "k1":
         raise ValueError(
             "--kl-in loss with --kl-estimator k1 has no gradient on average: use k3 or k2"
+        )
+    if config.gdpo and config.advantage != "dr_grpo":
+        raise ValueError(
+            f"--gdpo with --advantage {config.advantage}: the rewards are normalised already: use "
+            "--advantage dr_grpo"
+        )
+    if config.gdpo and (config.overlong_buffer or config.no_eos_penalty):
+        raise ValueError(
+            "--gdpo reads the named rewards alone, without --overlong-buffer and --no-eos-penalty: "
+            "leave them at 0, and return the length as a reward of its own"
         )
     if config.dual_clip and (config.loss not in ("grpo", "dapo") or config.dual_clip <= 1):
         raise ValueError(
