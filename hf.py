@@ -58,14 +58,9 @@ class New:
     heads: Number = 4  # query heads
     kv_heads: Count = 0  # key/value heads; 0 = as many as query heads
     head_size: Count = 0  # 0 = width / heads
-    ffn: Count = (
-        0  # MLP width; 0 = 8/3 of the width (4 without a gate), rounded up to a multiple of
-    )
-    # 16
+    ffn: Count = 0  # MLP width; 0 = 8/3 of the width, 4 without a gate, in multiples of 16
     max_position: Number = 2048  # longest text the model is meant for, in tokens
-    sliding_window: Count = (
-        0  # of mistral, olmo3, gemma3_text: positions that attention looks back; 0 = all
-    )
+    sliding_window: Count = 0  # of mistral, olmo3, gemma3_text: positions looked back; 0 = all
     rope_theta: Above0 = 10000.0  # base of the rotary frequencies; larger for long contexts
     tied: bool = False  # one matrix for embedding and head: fewer parameters
     std: Amount = 0.02  # of the random weights; 1/sqrt(width) is a good choice for small models

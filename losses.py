@@ -264,6 +264,27 @@ def _bernoulli_kl(x: Tensor, y: Tensor) -> Tensor:
     return win + lose
 
 
+F_DIVERGENCES = ("reverse_kl", "forward_kl", "js")
+DIFFERENCE_LOSSES = ("sigmoid", "robust", "hinge", "exo_pair", "discopop")  # read chosen - rejected
+
+
+def f_reward(logratios: Tensor, divergence: str = "reverse_kl") -> Tensor:
+    """Return the implicit reward without β under an f-divergence, arXiv 2309.16240 Table 2, (B,).
+
+    f'(u) of u = e^logratio up to a constant, which a difference of rewards does not see:
+    reverse_kl log u (DPO), forward_kl -1/u, js (Jensen-Shannon) log(2u / (1 + u)). ValueError:
+    another name.
+    """
+    match divergence:
+        case "reverse_kl":
+            return logratios
+        case "forward_kl":
+            return -safe_exp(-logratios)
+        case "js":
+            return math.log(2) + F.logsigmoid(logratios)
+    raise ValueError(f"unknown divergence {divergence!r}: take one of {', '.join(F_DIVERGENCES)}")
+
+
 class Pairs(NamedTuple):
     """Preference pairs as the losses read them: summed log-probs of scored tokens, (B,) each."""
 
@@ -286,12 +307,16 @@ def dpo(
     reward_scale: float = 1.0,
     running_mean: float = 0.0,
     average_logps: bool = False,
+    f_divergence: str = "reverse_kl",
+    wpo: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Compute one loss of the DPO family, chosen by name.
 
     Return the losses (B,) and metrics under TRL's names, each detached (B,). `average_logps`
-    divides every log-prob by its length first; `running_mean` is bco_pair's δ. ValueError: unknown
-    loss, or a setting that it cannot take.
+    divides every log-prob by its length first; `running_mean` is bco_pair's δ. `f_divergence`: see
+    `f_reward`. `wpo` weighs each pair by the policy's mean probability of a token, of both
+    responses, at most 1 and without gradient: WPO, arXiv 2406.11827, without its alignment.
+    ValueError: unknown loss, or a setting that it cannot take.
     """
     if not beta > 0:
         raise ValueError(
@@ -304,6 +329,16 @@ def dpo(
         pi_rejected, ref_rejected = pi_rejected / len_rejected, ref_rejected / len_rejected
     chosen_logratios = pi_chosen - ref_chosen  # (B,)
     rejected_logratios = pi_rejected - ref_rejected  # (B,)
+    if f_divergence != "reverse_kl":
+        if loss not in DIFFERENCE_LOSSES:
+            raise ValueError(
+                f"--f-divergence {f_divergence} needs a loss of a difference of rewards: "
+                f"{', '.join(DIFFERENCE_LOSSES)}, not {loss}"
+            )
+        chosen_logratios = f_reward(chosen_logratios, f_divergence)
+        rejected_logratios = f_reward(rejected_logratios, f_divergence)
+    if wpo and loss in WHOLE_STEP_LOSSES:
+        raise ValueError(f"--wpo weighs pairs, and --loss {loss} sorts them: take another loss")
     logratios = (chosen_logratios, rejected_logratios)
     rewards = (pairs.gt_chosen, pairs.gt_rejected)
 
@@ -349,6 +384,9 @@ def dpo(
         case _:
             raise ValueError(f"unknown loss {loss!r}: take one of {', '.join(DPO_LOSSES)}")
 
+    if wpo:
+        certainty = pairs.chosen / len_chosen + pairs.rejected / len_rejected
+        losses = losses * certainty.detach().clamp(max=0).exp()
     if loss == "simpo":  # its implicit reward has no reference and is a mean over tokens
         chosen_logratios = pairs.chosen / len_chosen
         rejected_logratios = pairs.rejected / len_rejected
@@ -711,6 +749,18 @@ def grpo(rewards: Tensor, eps: float = 1e-4) -> Tensor:
     return dr_grpo(rewards) / (_centred(rewards).std(1, keepdim=True) + eps)
 
 
+def gdpo(rewards: Tensor, weights: Tensor, group: int) -> Tensor:
+    """Normalise several rewards one by one, GDPO, arXiv 2601.05242: (R, k) -> (R,).
+
+    Each is normalised within its groups as in `grpo`; their weighted sum, weights (k,), is whitened
+    over the WHOLE step. A reward with a large scale cannot hide another. Centred in every group, so
+    that dr_grpo leaves it as it is.
+    """
+    columns = [grpo(column.view(-1, group)).flatten() for column in rewards.unbind(1)]
+    combined = torch.stack(columns, 1) @ weights
+    return whiten(combined, moments(combined))
+
+
 def reinforce_plus_plus(token_rewards: Tensor, lengths: Tensor) -> Tensor:
     """Compute REINFORCE++ advantages, arXiv 2501.03262 Eq. 7-8: (M,) -> (M,).
 
@@ -924,7 +974,7 @@ def token_weights(
     """
     match how:
         case "token":
-            return torch.ones_like(lengths) / step_lengths.sum()
+            return torch.ones_like(lengths) / step_lengths.sum().clamp(min=1)  # all may be masked
         case "sequence":
             return 1 / (len(step_lengths) * lengths)
         case "sum":

@@ -43,6 +43,9 @@ class Config(RunConfig):
     # labels (sigmoid, robust, aot), and exo_pair's ε, which must be above 0: 0.001
     gamma: Amount = 0.5  # simpo: target margin, in units of β-scaled log-prob a token; 0.3 to 1.6
     reward_scale: Above0 = 1.0  # rpo_*: scale of the data's rewards relative to the implicit ones
+    f_divergence: Literal[losses.F_DIVERGENCES] = "reverse_kl"  # from the reference; forward_kl and
+    # js keep more of it
+    wpo: bool = False  # weigh a pair by how likely the policy finds it: for pairs of other models
     average_logps: bool = False  # divide log-probs by the response's length, as TRL's ipo does
     sft_weight: Amount = 0.0  # weight of the mean token NLL of the chosen answers;
     # 0.1 to 1 keeps logps/chosen up
@@ -77,6 +80,8 @@ def pair_losses(
         config.reward_scale,
         delta,
         config.average_logps,
+        config.f_divergence,
+        config.wpo,
     )
 
 

@@ -19,17 +19,19 @@ Letters: n prompts of a step, G samples each, R = n G responses, M scored tokens
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
 
 import losses
 import runtime
 import training
-from config import Amount, Number, Range, RolloutConfig, Share, parse
+from config import Amount, Count, Number, Range, RolloutConfig, Share, parse
 from data.trees import TreeBatch, make_batch
 from pipeline import pipeline
 from reporting import add, means
-from sampling import rollout, updates
+from sampling import refill, rollout, updates
 from sampling.gap import ServerCheck
+from sampling.named import read_weights
 from sampling.rewards import load_reward
 from sampling.rollout import Rollout
 from sampling.server import Server
@@ -55,6 +57,11 @@ class Config(RolloutConfig):
     # take k2) in the loss; what each differentiates to: losses.py
     rollout_epochs: Number = 1  # passes over each rollout; more reuse samples, and clipping matters
     minibatches: Number = 1  # updates per pass, on equal parts of its prompts
+    gdpo: bool = False  # normalise each of several named rewards before they are added; with
+    # --advantage dr_grpo
+    refill: Count = 0  # rounds in which groups of equal rewards are replaced by samples of other
+    # prompts (DAPO); 1 to 4
+    mask_cut: bool = False  # no loss on samples that did not end; their rewards stay in baselines
     ref: str = ""  # another Hugging Face folder as reference; default: --model as it was at step 0
     lr: Amount = 1e-6  # peak learning rate; 1e-6 for 7B models
 
@@ -76,6 +83,19 @@ def resolve_kl(config: Config) -> Config:
     return replace(config, kl_in=place, kl_estimator=kind)
 
 
+def normalised_rewards(samples: Rollout, config: Config) -> torch.Tensor:
+    """Return the named rewards of a step, normalised one by one and added, (R,).
+
+    ValueError: the reward has no names.
+    """
+    if not samples.named:
+        raise ValueError("--gdpo normalises several named rewards, and this reward is one number")
+    weights = read_weights(config.reward_weights) or dict.fromkeys(samples.named, 1.0)
+    columns = np.stack([samples.named[name] for name in weights], 1)  # (R, k)
+    factors = torch.tensor(list(weights.values()), dtype=torch.float64)
+    return losses.gdpo(torch.from_numpy(columns), factors, config.group_size)
+
+
 def add_advantages(
     samples: Rollout, old_logps: torch.Tensor, ref_logps: torch.Tensor, config: Config
 ) -> dict[str, float]:
@@ -83,9 +103,12 @@ def add_advantages(
 
     old_logps, ref_logps: (M,).
     """
+    rewards = torch.from_numpy(samples.rewards)
+    if config.gdpo:
+        rewards = normalised_rewards(samples, config)
     advantages = losses.advantages(
         config.advantage,
-        torch.from_numpy(samples.rewards),
+        rewards,
         losses.kl_estimate(old_logps, ref_logps, config.kl_estimator),
         torch.from_numpy(samples.scored_lengths),
         config.group_size,
@@ -122,6 +145,8 @@ def policy_loss(
     if config.kl and config.kl_in == "loss":
         kl = losses.kl_estimate(logps, columns["ref_logps"], config.kl_estimator)
         per_token = per_token + config.kl * kl
+    if config.mask_cut:
+        per_token = per_token * columns["kept"]
     lengths = batch.lengths.double()
     weights = losses.token_weights(
         lengths, update_lengths, config.aggregate, config.max_new_tokens
@@ -140,6 +165,16 @@ def validate(config: Config) -> None:
     if config.kl and config.kl_in == "loss" and config.kl_estimator == "k1":
         raise ValueError(
             "--kl-in loss with --kl-estimator k1 has no gradient on average: use k3 or k2"
+        )
+    if config.gdpo and config.advantage != "dr_grpo":
+        raise ValueError(
+            f"--gdpo with --advantage {config.advantage}: the rewards are normalised already: use "
+            "--advantage dr_grpo"
+        )
+    if config.gdpo and (config.overlong_buffer or config.no_eos_penalty):
+        raise ValueError(
+            "--gdpo reads the named rewards alone, without --overlong-buffer and --no-eos-penalty: "
+            "leave them at 0, and return the length as a reward of its own"
         )
     if config.dual_clip and (config.loss not in ("grpo", "dapo") or config.dual_clip <= 1):
         raise ValueError(
@@ -194,8 +229,21 @@ def main(argv: list[str] | None = None) -> None:
 
     # ---- the loop ------------------------------------------------------------------------------
     for step in training.remaining(loop):
-        prompts = train.take(steps.examples(step))
-        samples = rollout.draw(prompts, step + 1, model, reward, template, config, server)
+        samples, drawn = refill.draw(
+            train,
+            steps.examples(step),
+            config.refill,
+            step + 1,
+            model,
+            reward,
+            template,
+            config,
+            server,
+        )
+        if config.mask_cut:
+            samples.data.add_tokens(
+                "kept", np.repeat(samples.ended, samples.scored_lengths).astype(float)
+            )
         plan = updates.plan(samples, config.rollout_epochs, config.minibatches, step, config, mesh)
         old_logps, ref_logps, row = updates.add_logps(samples, plan, model, ref, config)
         check_server(row.get("sampler_gap"), samples, ref_logps if ref else None)
@@ -209,6 +257,9 @@ def main(argv: list[str] | None = None) -> None:
         for update in plan:
             # Counted over the whole update: the loss does not depend on its micro-batches.
             lengths = torch.from_numpy(update.lengths).double().to(run.device)
+            if config.mask_cut:  # 0 tokens of the samples without a loss
+                ended = samples.ended[samples.data.responses_of(update.prompts)]
+                lengths = lengths * torch.from_numpy(ended).to(run.device)
             batches = [
                 make_batch(samples.data, items, config.share_prompts) for items in update.bins
             ]
@@ -223,6 +274,8 @@ def main(argv: list[str] | None = None) -> None:
         samples.lap("training")
 
         tokens = samples.tokens(config) * config.rollout_epochs
+        if config.refill:
+            row |= drawn
         row |= {**samples.metrics(), **means(totals, n_tokens, mesh), "lr": lr}
         row |= {"grad_norm": sum(norms) / len(norms), **samples.throughput(tokens, config)}
         training.report_step(loop, row, tokens, batches)

@@ -10,7 +10,7 @@ Faults that were put in one by one and made a test here fail:
   norms     q and k normed head by head, norms before in place of after; LayerNorm1P without its 1;
             norms after left out of Gemma; its 1 left out
   scales    Granite's of the residual stream, of the logits and of attention left out, one by one;
-            Gemma's of the embedding; queries that do not grow
+            Gemma's of the embedding; queries that do not grow, or by their place in the row
 """
 
 import json
@@ -120,6 +120,19 @@ def sampled_answers(model: GPT) -> list:
     finally:
         sampler.SHARE_FROM = before
     return pairs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PUBLISHED)
+@torch.no_grad()
+def test_trees_of_a_published_model_equal_their_branches(name: str, tmp_path: Path):
+    """Law 2 in float64: log-probs of packed trees are those of each response run alone."""
+    model = load_model(published_folder(name, tmp_path / "model"), torch.float64)
+    trees = [(PROMPTS[2], [[30, 31, 32], [40] * 9]), (PROMPTS[0], [[50, 51], [60], [7] * 20])]
+    batch = make_batch(dataset_of(trees), [0, 1])
+    together = model.logps(model(batch), batch)
+    alone = [scored(model, p + r)[len(p) - 1 :] for p, responses in trees for r in responses]
+    assert (together - torch.cat(alone)).abs().max() < 1e-12
 
 
 @pytest.mark.slow

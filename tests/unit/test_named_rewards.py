@@ -1,11 +1,16 @@
 """Named rewards and functions that see a group; their weights; penalties for length."""
 
+import dataclasses
+import math
+import statistics
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+import losses
 import train_reinforce
 from config import RolloutConfig
 from data.templates import Template
@@ -166,3 +171,42 @@ def test_named_rewards_are_logged(toy: Path, tmp_path: Path, train):
     for row in train(train_reinforce, tmp_path / "out", **flags):
         assert row["reward"] == pytest.approx(0.5 * row["reward/rank"], abs=1e-9)
         assert row["reward/one"] == 1.0
+
+
+def test_gdpo_normalises_each_reward_in_plain_numbers():
+    """arXiv 2601.05242: (r - mean) / deviation in each group, weighted sum, whitened over all."""
+    columns = [[1.0, 0.0, 0.0, 1.0, 1.0, 1.0], [100.0, 250.0, 90.0, 70.0, -30.0, 10.0]]
+    weights = [2.0, 0.5]
+    combined = [0.0] * 6
+    for column, weight in zip(columns, weights):
+        for start in (0, 3):
+            part = column[start : start + 3]
+            for i, value in enumerate(part):
+                deviation = statistics.stdev(part) + 1e-4
+                combined[start + i] += weight * (value - statistics.fmean(part)) / deviation
+    deviation = math.sqrt(statistics.variance(combined) + 1e-8)
+    wanted = [(value - statistics.fmean(combined)) / deviation for value in combined]
+    rewards = torch.tensor(columns, dtype=torch.float64).T
+    got = losses.gdpo(rewards, torch.tensor(weights, dtype=torch.float64), 3)
+    assert got.tolist() == pytest.approx(wanted, abs=1e-12)
+    scaled = losses.gdpo(rewards * torch.tensor([1.0, 1e6]), torch.tensor(weights).double(), 3)
+    assert scaled.tolist() == pytest.approx(wanted, abs=1e-3)
+
+
+def test_a_run_with_gdpo(toy: Path, tmp_path: Path, train):
+    """Advantages come from the named rewards; one number, or another baseline, is refused."""
+    (tmp_path / "mine.py").write_text(FUNCTIONS)
+    flags = {"model": toy / "model", "data": toy / "world" / "sft.jsonl", "max_steps": 1}
+    flags |= {"batch_size": 2, "group_size": 3, "max_new_tokens": 6, "kl": 0, "gdpo": True}
+    flags |= {"advantage": "dr_grpo", "reward": f"{tmp_path}/mine.py:both"}
+    (row,) = train(train_reinforce, tmp_path / "out", **flags)
+    assert row["grad_norm"] > 0
+    config = train_reinforce.Config(gdpo=True, group_size=3)
+    for changed, message in (
+        ({}, "use --advantage dr_grpo"),
+        ({"advantage": "dr_grpo", "no_eos_penalty": 1.0}, "leave them at 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train_reinforce.validate(dataclasses.replace(config, **changed))
+    with pytest.raises(ValueError, match="this reward is one number"):
+        train_reinforce.normalised_rewards(SimpleNamespace(named={}), config)
