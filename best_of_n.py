@@ -179,6 +179,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{out}/kept.jsonl is there already: nothing to do")
         return
     prompts = rollout.load(config.data, run.template, config)
+    rollout.refuse_correction(config, "nothing is trained here")
     reward = load_reward(
         config.reward,
         run.template,

@@ -207,6 +207,10 @@ class RolloutConfig(RunConfig):
     # http://host:8000
     rollout_reload: str = ""  # command that makes the server load new weights from {folder}, which
     # is also in the environment as PLUMB_FOLDER
+    engine_correction: Literal["none", "truncate", "mask"] = "none"  # weigh tokens by policy /
+    # sampler where the two differ: cut at --engine-cap, or left out beyond it
+    engine_by: Literal["token", "sequence"] = "token"  # sequence: the product over a response
+    engine_cap: Annotated[float, Range(1, 1e6)] = 2.0  # largest weight; 2 to 5
     rollout_timeout: Wait = 600.0  # seconds that a request or a reload may take
 
 

@@ -959,6 +959,30 @@ def policy_gradient(
     return losses, {"ratio": ratio.detach(), "clip_fraction": clipped.detach()}
 
 
+def engine_weights(
+    log_ratio: Tensor, lengths: Tensor, how: str, by: str = "token", cap: float = 2.0
+) -> tuple[Tensor, Tensor]:
+    """Return weights that correct for a sampler that is not the policy, and which were cut, (M,).
+
+    w = π_old / μ, where μ sampled and π_old is the policy in training's own arithmetic. Truncated
+    importance sampling takes min(w, cap), which bounds the variance and leaves a bias where w is
+    larger (Ionides, Journal of Computational and Graphical Statistics 17, 2008, Eq. 2); masking
+    takes w where 1 / cap <= w <= cap, else 0: what is too far off teaches nothing.
+    log_ratio: log π_old - log μ, (M,), 0 where μ is not known. lengths: of the responses, (R,).
+    how: truncate or mask. by: "token", or "sequence" with the product over a response for each of
+    its tokens, which is unbiased for the whole response. Multiply the per-token losses with it.
+    """
+    if by == "sequence":
+        response = torch.repeat_interleave(torch.arange(len(lengths)), lengths.long())
+        sums = torch.zeros(len(lengths), dtype=log_ratio.dtype)
+        log_ratio = sums.index_add(0, response, log_ratio)[response]
+    weights = safe_exp(log_ratio)
+    if how == "truncate":
+        return weights.clamp(max=cap), weights > cap
+    cut = (weights > cap) | (weights < 1 / cap)
+    return weights.masked_fill(cut, 0.0), cut
+
+
 def token_weights(
     lengths: Tensor, step_lengths: Tensor, how: str = "token", constant: int = 1
 ) -> Tensor:

@@ -118,6 +118,7 @@ def load_teacher(run: runtime.Run, student: GPT, config: Config) -> GPT:
 def validate(config: Config) -> None:
     """Raise ValueError for flags that contradict each other or would have no effect."""
     rollout.validate(config)
+    rollout.refuse_correction(config, "its loss is exact for whatever was sampled")
     if not config.teacher:
         raise ValueError("--teacher is missing: the folder of the model to learn from")
     defaults = {f.name: f.default for f in fields(Config)}

@@ -154,6 +154,7 @@ def encode_answers(
 def validate(config: Config) -> None:
     """Raise ValueError for flags that contradict each other or would have no effect."""
     rollout.validate(config)
+    rollout.refuse_correction(config, "its loss has no ratio to the sampler")
     if config.chosen == "best" and config.group_size < 2:
         raise ValueError("--chosen best compares the samples to a prompt: use --group-size 2 to 8")
     if config.chosen == "data" and config.loss in losses.REWARD_LOSSES:

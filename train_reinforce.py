@@ -142,6 +142,8 @@ def policy_loss(
         config.dual_clip,
         columns.get("penalised"),
     )  # (M,)
+    if config.engine_correction != "none":
+        per_token = per_token * columns["engine_weight"]
     if config.kl and config.kl_in == "loss":
         kl = losses.kl_estimate(logps, columns["ref_logps"], config.kl_estimator)
         per_token = per_token + config.kl * kl

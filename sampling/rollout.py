@@ -113,8 +113,18 @@ class Rollout:
         return row
 
 
+def refuse_correction(config: RolloutConfig, why: str) -> None:
+    """Raise ValueError where --engine-correction is asked for and has no effect."""
+    if config.engine_correction != "none":
+        raise ValueError(f"--engine-correction is for train_reinforce.py and train_ppo.py: {why}")
+
+
 def validate(config: RolloutConfig) -> None:
     """Raise ValueError for flags that no training from samples can run with."""
+    if config.engine_correction == "none" and (
+        config.engine_by != "token" or config.engine_cap != 2.0
+    ):
+        raise ValueError("--engine-by and --engine-cap are for --engine-correction: set it as well")
     if config.rollout_url and not config.rollout_reload:
         raise ValueError(
             "--rollout-url without --rollout-reload would sample from the initial weights forever: "

@@ -122,9 +122,13 @@ def add_logps(
         old_logps, plain = logps_at(model, samples.data, bins, config, both)
     row = {}
     # Some engines report log-probs at the temperature that they sample at, and not at 1.
-    distance = min(mean_gap(samples.logps, logps) for logps in (plain, old_logps))
+    nearest = min((plain, old_logps), key=lambda logps: mean_gap(samples.logps, logps))
+    distance = mean_gap(samples.logps, nearest)
     if not np.isnan(distance):
         row["sampler_gap"] = distance
+        row["engine/kl"] = float(np.nanmean(samples.logps - nearest))
+    if config.engine_correction != "none":
+        row |= add_engine_weights(samples, nearest, config)
     samples.data.add_tokens("old_logps", old_logps)
     old = torch.from_numpy(old_logps)
     if ref is None:
@@ -136,3 +140,23 @@ def add_logps(
         nats = losses.kl_estimate(old, reference, kind).sum().item()
         row[name] = nats / len(samples.samples)
     return old, reference, row
+
+
+def add_engine_weights(
+    samples: Rollout, logps: np.ndarray, config: RolloutConfig
+) -> dict[str, float]:
+    """Add the weights of --engine-correction as a token column, engine_weight; return metrics.
+
+    logps: the policy's, (M,), as training computes them at the temperature that the sampler reports
+    at. A token whose log-prob the sampler does not report has weight 1.
+    """
+    log_ratio = np.nan_to_num(logps - samples.logps, nan=0.0)
+    weights, cut = losses.engine_weights(
+        torch.from_numpy(log_ratio),
+        torch.from_numpy(samples.scored_lengths),
+        config.engine_correction,
+        config.engine_by,
+        config.engine_cap,
+    )
+    samples.data.add_tokens("engine_weight", weights.numpy())
+    return {"engine/cut": cut.double().mean().item(), "engine/weight": weights.mean().item()}

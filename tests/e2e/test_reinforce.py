@@ -15,9 +15,10 @@ from plain import PlainModel, PlainTrainer
 
 import checkpoint
 import losses
+import train_ppo
 import train_reinforce
 from parallel import Mesh
-from sampling import updates
+from sampling import rollout, updates
 from weights.folder import load_model, save_model
 
 
@@ -473,3 +474,47 @@ def test_impossible_settings_are_refused(toy: Path, tmp_path: Path, train):
     ):
         with pytest.raises(ValueError, match=words):
             train(train_reinforce, tmp_path / words, **flags_of(toy, **more))
+
+
+@pytest.mark.parametrize("script", [train_reinforce, train_ppo])
+def test_an_engine_that_is_off_is_corrected(script, toy: Path, tmp_path: Path, train, monkeypatch):
+    """Log-probs told lower by log 1.5 than the policy's: all weights are 1.5, and so is the loss's
+    gradient; with a cap of 1.2 they are 1.2; masked, nothing is left. The sampler's own are 1.
+    """
+    flags = {
+        "model": toy / "model",
+        "data": toy / "world" / "sft.jsonl",
+        "batch_size": 4,
+        "group_size": 2,
+        "max_new_tokens": 8,
+        "max_steps": 1,
+        "reward": WORDS,
+        "dtype": "fp64",
+        "kl": 0.0,
+        "clip": 0.0,
+        "engine_by": "token",
+    }
+    if script is train_ppo:
+        flags |= {"entropy_weight": 0.0, "ppo_epochs": 1}
+    plain = train(script, tmp_path / "plain", **flags)[-1]
+    on = {**flags, "engine_correction": "truncate"}
+    own = train(script, tmp_path / "own", **on)[-1]
+    assert own["engine/weight"] == pytest.approx(1, abs=1e-6) and own["engine/cut"] == 0
+    assert own["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-6)
+    draw = rollout.generate
+
+    def off(*args, **more):
+        samples = draw(*args, **more)
+        told = [[logp - math.log(1.5) for logp in s.policy_logps] for s in samples]
+        return [s._replace(policy_logps=logps) for s, logps in zip(samples, told)]
+
+    monkeypatch.setattr(rollout, "generate", off)
+    for more, weight in (({}, 1.5), ({"engine_cap": 1.2}, 1.2)):
+        row = train(script, tmp_path / f"off{weight}", **on, **more)[-1]
+        assert row["engine/weight"] == pytest.approx(weight, rel=1e-6)
+        assert row["engine/cut"] == float(weight == 1.2)
+        assert row["grad_norm"] == pytest.approx(weight * plain["grad_norm"], rel=1e-6)
+        assert row["engine/kl"] == pytest.approx(-math.log(1.5), abs=1e-6)
+    masked = {**flags, "engine_correction": "mask", "engine_cap": 1.2}
+    row = train(script, tmp_path / "masked", **masked)[-1]
+    assert row["grad_norm"] == 0 and row["engine/cut"] == 1

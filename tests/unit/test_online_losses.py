@@ -450,3 +450,38 @@ def test_the_bound_of_the_ratio_changes_no_ordinary_number():
         value = losses.safe_exp(far)
         (slope,) = torch.autograd.grad(value.sum(), far)
         assert slope == value > torch.tensor(limit, dtype=dtype).exp() / 2
+
+
+@pytest.mark.parametrize("by", ["token", "sequence"])
+@pytest.mark.parametrize("how", ["truncate", "mask"])
+def test_weights_of_an_engine_by_hand(how: str, by: str):
+    """π / μ of a token or of a response, cut at the cap, or 0 beyond the cap and its inverse."""
+    log_ratio = [0.1, -0.2, 0.9, 0.0, -1.2, 0.3, 0.4]
+    lengths, cap = [3, 1, 3], 1.8
+    wanted, cut = [], []
+    at = 0
+    for n in lengths:
+        own = log_ratio[at : at + n]
+        for value in own:
+            w = math.exp(sum(own) if by == "sequence" else value)
+            beyond = w > cap or (how == "mask" and w < 1 / cap)
+            wanted.append((cap if how == "truncate" else 0.0) if beyond else w)
+            cut.append(beyond)
+        at += n
+    weights, beyond = losses.engine_weights(
+        torch.tensor(log_ratio, dtype=torch.float64), torch.tensor(lengths), how, by, cap
+    )
+    assert weights.tolist() == pytest.approx(wanted, abs=1e-12) and any(cut) and not all(cut)
+    assert beyond.tolist() == cut
+
+
+def test_corrected_samples_of_another_policy_are_unbiased():
+    """Exactly: Σ over tokens of μ w f = Σ π f where no weight is cut; without weights it is not."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 7, generator=generator, dtype=torch.float64)
+    policy, engine = logits[0].log_softmax(-1), (logits[0] / 1.3).log_softmax(-1)
+    values = torch.randn(7, generator=generator, dtype=torch.float64)
+    weights, _ = losses.engine_weights(policy - engine, torch.ones(7), "truncate", cap=50.0)
+    right = (policy.exp() * values).sum()
+    assert (engine.exp() * weights * values).sum() == pytest.approx(right, abs=1e-12)
+    assert (engine.exp() * values).sum() != pytest.approx(right, abs=1e-2)
