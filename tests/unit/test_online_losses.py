@@ -465,7 +465,9 @@ def test_weights_of_an_engine_by_hand(how: str, by: str):
         for value in own:
             w = math.exp(sum(own) if by == "sequence" else value)
             beyond = w > cap or (how == "mask" and w < 1 / cap)
-            wanted.append((cap if how == "truncate" else 0.0) if beyond else w)
+            if beyond:
+                w = cap if how == "truncate" else 0.0
+            wanted.append(w)
             cut.append(beyond)
         at += n
     weights, beyond = losses.engine_weights(
