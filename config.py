@@ -96,13 +96,13 @@ class RunConfig:
     eval_data: list[str] = field(default_factory=list)  # held-out rows for evaluation
     template: Literal["auto", "plain", "chatml", "zephyr", "llama2", "llama3"] = "auto"  # of chats;
     # auto: that of --model if it has one, else plain: bos, prompt, response, eos
-    template_kwargs: str = ""  # a JSON object of values for the chat template, for example
-    # '{"enable_thinking": false}'; a row's chat_template_kwargs come first
+    template_kwargs: str = ""  # values for the chat template, as in '{"enable_thinking": false}'
     max_length: Number = 1024  # most tokens of a prompt with one response; see --overlong
     overlong: Literal["drop", "truncate"] = "drop"  # longer rows: drop them, or cut the prompt from
     # the left (never the response)
-    ignore_keys: list[str] = field(default_factory=list)  # keys of rows and messages to leave out,
-    # such as images, which are refused otherwise
+    ignore_keys: list[str] = field(
+        default_factory=list
+    )  # keys of rows to leave out, such as images
     max_bad_rows: Count = 0  # unreadable rows to skip and report; 0 stops at the first
     shuffle: bool = True  # new order every epoch, from --seed; --no-shuffle keeps that of the files
     seed: Seed = 0  # of data order, sampling and everything else random
@@ -163,15 +163,13 @@ class RunConfig:
     resume: str = ""  # auto: continue from the newest intact checkpoint of --out; or one's folder
     resume_changed: bool = False  # resume although what --data, --model or another flag names has
     # changed since the checkpoint was written
-    config: str = ""  # JSON or YAML file of flags, such as OUT/config.json; flags given here
-    # override it
+    config: str = ""  # JSON or YAML file of flags, such as OUT/config.json; other flags override it
     eval_every: Count = 0  # steps between evaluations; 0: only at the end, if there is --eval-data
     samples: Count = 0  # answers to held-out prompts to print at every evaluation
     save_every: Count = 0  # steps between checkpoints; 0: only when stopped
     keep: Count = 2  # newest checkpoints to keep, 0: all; OUT/best is kept as well
     log_every: Number = 1  # steps between rows of metrics.jsonl
-    wandb: str = ""  # Weights & Biases project to log to as well (pip install wandb); entity, name
-    # and tags from WANDB_ENTITY, WANDB_NAME and WANDB_TAGS
+    wandb: str = ""  # Weights & Biases project to log to as well (pip install wandb)
     tensorboard: bool = False  # write OUT/tensorboard as well (pip install tensorboard)
 
 
@@ -191,7 +189,7 @@ class RolloutConfig(RunConfig):
     reward: str = ""  # reward-model folder, file.py:function, exact:MARKER, boxed:, regex:PATTERN
     # or length:WORDS (sampling/rewards.py)
     reward_read: Literal["auto", "end", "last"] = "auto"  # token at which a reward model is read:
-    # the end of turn, or the last that its template writes; auto: by the folder, which is said
+    # the end of turn, or the last of its template; auto: by the folder, which is said
     reward_weights: list[str] = field(default_factory=list)  # NAME:WEIGHT of each of several named
     # rewards; those left out are only logged; default: all count 1
     overlong_buffer: Count = 0  # tokens before --max-new-tokens in which DAPO's penalty for length
