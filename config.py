@@ -183,8 +183,8 @@ class RolloutConfig(RunConfig):
     temperature: Temperature = 1.0  # of samples and of the trained policy; 1 unless it stops
     # exploring
     rollout_batch: Number = 128  # samples drawn at a time on a rank; lower it when memory runs out
-    reward: str = ""  # reward-model folder, file.py:function, exact:MARKER, boxed:, regex:PATTERN
-    # or length:WORDS (sampling/rewards.py)
+    reward: str = ""  # reward-model folder, judge:DIR, file.py:function, exact:MARKER, boxed:,
+    # regex:PATTERN or length:WORDS (sampling/rewards.py)
     reward_read: Literal["auto", "end", "last"] = "auto"  # token at which a reward model is read:
     # the end of turn, or the last that its template writes; auto: by the folder, which is said
     no_eos_penalty: Amount = 0.0  # subtracted from the reward of a sample that did not end;
