@@ -186,8 +186,8 @@ class RolloutConfig(RunConfig):
     temperature: Temperature = 1.0  # of samples and of the trained policy; 1 unless it stops
     # exploring
     rollout_batch: Number = 128  # samples drawn at a time on a rank; lower it when memory runs out
-    reward: str = ""  # reward-model folder, file.py:function, exact:MARKER, boxed:, regex:PATTERN
-    # or length:WORDS (sampling/rewards.py)
+    reward: str = ""  # reward-model folder, judge:DIR, file.py:function, exact:MARKER, boxed:,
+    # regex:PATTERN or length:WORDS (sampling/rewards.py)
     reward_read: Literal["auto", "end", "last"] = "auto"  # token at which a reward model is read:
     # the end of turn, or the last of its template; auto: by the folder, which is said
     reward_weights: list[str] = field(default_factory=list)  # NAME:WEIGHT of each of several named

@@ -96,10 +96,13 @@ def file_hashes(config: RunConfig) -> dict[str, str]:
         if paths:
             hashes[name] = _joined([_content(path) for path in paths])
     for name in MODEL_FLAGS:
-        path = str(getattr(config, name, ""))
+        path = str(getattr(config, name, "")).removeprefix("judge:")
         file = Path(path.partition(":")[0])
+        folder, _, template = path.rpartition(":")
         if path and Path(path).is_dir():
             hashes[name] = _model(Path(path))
+        elif folder and Path(folder).is_dir() and Path(template).is_file():  # of a judge
+            hashes[name] = _joined([_model(Path(folder)), _content(Path(template))])
         elif path and file.is_file():  # file.py:function
             hashes[name] = _content(file)
     return hashes

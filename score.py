@@ -3,6 +3,7 @@
     python score.py --model rm/final --data answers.jsonl --out scored.jsonl
     python score.py --model predictor/final --data answers.jsonl --out annotated.jsonl --attributes
     python score.py --model dpo/final --ref sft/final --data answers.jsonl --out likely.jsonl
+    python score.py --model chat --judge sampling/judges/pairwise.json --data p.jsonl --out j.jsonl
 
 Each row gains its scores. {prompt, response}: "score", or "scores": {helpfulness: 3.1, ...} from a
 model of attributes. {prompt, responses: [...]}: a list of them. {prompt, chosen, rejected}:
@@ -10,6 +11,11 @@ model of attributes. {prompt, responses: [...]}: a list of them. {prompt, chosen
 
 With --attributes the file holds rows {prompt, response, attributes: {helpfulness: 3, ...}} instead,
 rounded to whole numbers from 0 to 4: the data of train_sft.py --attributes (SteerLM).
+
+With --judge a language model judges by a template (sampling/judge.py). A single answer gains its
+"score"; a row {prompt, chosen, rejected} the chosen answer's value against the other, from 0 to 1,
+"ahead" of it and "behind" it. Agreement with gold labels ({label: true}, or chosen) and the bias
+for a place are printed, and how many replies would be unparsable.
 
 With --ref each row gains "logp" and "ref_logp", the log-probs of its response under both models.
 Their mean difference estimates the KL to --ref if --model sampled the responses. Both are computed
@@ -30,6 +36,8 @@ from data.rows import read_rows, write_rows
 from data.templates import Template
 from data.tokenizer import load_tokenizer
 from kernels.device import pick_device
+from parallel import Mesh
+from sampling.judge import agreement, load_judge, ranked_right, text_of
 from sampling.scoring import Answers, all_answers, annotate, load_scorer, score, tail_of
 from weights.folder import DTYPES, load_model
 
@@ -40,6 +48,7 @@ class Flags:
 
     model: str = ""  # Hugging Face folder of a reward model; with --ref, of a language model
     ref: str = ""  # another language model, to compare log-probs with
+    judge: str = ""  # template of a judge: --model is a language model that judges by it
     data: str = ""  # JSONL file of prompts and responses
     out: str = ""  # JSONL file for the scored rows
     attributes: bool = False  # write SteerLM's attributes, whole numbers from 0 to 4
@@ -62,13 +71,17 @@ def main(argv: list[str] | None = None) -> None:
     if flags.ref and flags.attributes:
         raise ValueError("--ref compares language models, --attributes needs a reward model")
     hub.resolve(flags, ("model", "ref"))
+    if flags.judge and (flags.ref or flags.attributes):
+        raise ValueError("--judge goes with neither --ref nor --attributes: drop one of them")
     device = pick_device(flags.device)
     best_dtype = "bf16" if device == "cuda" else "fp32"
     dtype = DTYPES[best_dtype if flags.dtype == "auto" else flags.dtype]
     kwargs = read_kwargs(flags.template_kwargs)
     template = Template(flags.template, load_tokenizer(flags.model), kwargs)
     rows, answers = all_answers(list(read_rows(flags.data)), template, flags.data)
-    if flags.ref:
+    if flags.judge:
+        write_verdicts(rows, answers, dtype, device, flags)
+    elif flags.ref:
         write_logps(rows, answers, template, dtype, device, flags)
     elif flags.attributes:
         rows = annotate(flags.model, answers, flags.template, flags.max_tokens, dtype, device)
@@ -118,6 +131,45 @@ def write_logps(
         f"{len(gap)} responses in {flags.out}; log-prob under {flags.model} minus {flags.ref}: "
         f"{gap.mean():.3f} nats on average"
     )
+
+
+def write_verdicts(
+    rows: list[dict], answers: list[Answers], dtype: torch.dtype, device: str, flags: Flags
+) -> None:
+    """Write the rows with a judge's values; print its agreement with labels and its bias."""
+    judge = load_judge(
+        flags.model, flags.judge, dtype, device, flags.max_tokens, Mesh(), flags.template
+    )
+    number = 2 if judge.template.compares else 1
+    if any(len(responses) != number for _, responses in answers):
+        raise ValueError(
+            f"--judge {flags.judge} reads {number} answer{'s' * (number - 1)} a row: rows of "
+            + ("{prompt, chosen, rejected}" if number == 2 else "{prompt, response}")
+        )
+    questions = []
+    for prompt, responses in answers:
+        texts = [*map(text_of, responses), ""]  # a judge of single answers gets no other
+        questions.append((text_of(prompt), texts[0], texts[1]))
+    if judge.template.compares:
+        ahead, behind = judge.compare(questions)
+        values = [{"ahead": a, "behind": b} for a, b in zip(ahead.tolist(), behind.tolist())]
+        result = agreement(ahead, behind)
+        each = f"ahead {result.first:.3f}, behind {result.second:.3f}"
+        summary = (
+            f"chosen wins {result.both:.3f} ({each}), "
+            f"same winner in both orders {result.consistent:.3f}, "
+            f"bias for the first {result.bias:+.3f}"
+        )
+    else:
+        scores = judge.values(questions).values
+        values = [{"score": score} for score in scores.tolist()]
+        summary = f"score {scores.mean():.3f} ± {scores.std():.3f}"
+        labels = np.array([row.get("label") for row in rows])
+        if all(type(label) is bool for label in labels.tolist()) and 0 < labels.sum() < len(labels):
+            right = ranked_right(scores, labels.astype(bool))
+            summary += f"; a good answer scores above a bad one in {right:.3f} of all pairs"
+    write_rows(flags.out, [{**row, **value} for row, value in zip(rows, values)])
+    print(f"{len(rows)} rows judged in {flags.out}; {summary}\n{judge.report()}")
 
 
 def as_keys(row: dict, scores: list[list[float]], names: tuple[str, ...]) -> dict:

@@ -1,6 +1,7 @@
 r"""Rewards of sampled responses: a reward model, a Python function, or a rule.
 
     --reward rm/final                a reward-model folder, as train_rm.py writes it
+    --reward judge:DIR               a language model as judge: sampling/judge.py
     --reward my_rewards.py:helpful   a function helpful(prompt, response, row) -> float, or
                                      helpful(prompts, responses, rows) -> list of floats: a group
     --reward "exact:####"            1 if what follows the last "####" is the row's answer, else 0
@@ -36,6 +37,7 @@ from data.templates import Template
 from data.tokenizer import Tokenizer, load_tokenizer
 from model import GPT
 from parallel import Mesh
+from sampling.judge import Judge, judge_rewards, load_judge, split_name
 from sampling.named import as_array, by_response, sees_groups
 from sampling.scoring import load_scorer, score_trees, tail_of, with_tail
 
@@ -78,14 +80,31 @@ def load_reward(
         return model_reward(over(name).requires_grad_(False), name, max_tokens, mesh)
     if name and Path(name).is_dir():
         return reward_model(name, template, template_name, dtype, device, max_tokens, mesh, read)
+    if kind == "judge":
+        folder, questions = split_name(argument)
+        judge = load_judge(folder, questions, dtype, device, max_tokens, mesh)
+        return model_judge(judge)
     file, colon, function = name.rpartition(":")
     if colon and file.endswith(".py"):
         return _per_response(name, load_function(file, function), mesh)
     rules = ", ".join(f"{kind}:..." for kind in RULES)
     raise ValueError(
         f"--reward {name or '(missing)'} is no folder of a reward model, no file.py:function, "
-        f"and none of {rules}"
+        f"no judge:DIR, and none of {rules}"
     )
+
+
+def model_judge(judge: Judge) -> Reward:
+    """Return a judge as a reward, which reports replies that would be unparsable."""
+
+    def reward(prompts: list, responses: list[str], rows: list[dict], trees: Dataset) -> np.ndarray:
+        bad = judge.counts["unparsable"]
+        rewards = judge_rewards(judge, prompts, responses, len(responses) // len(trees))
+        if judge.counts["unparsable"] > bad:
+            print(f"warning: {judge.report()}")
+        return rewards
+
+    return reward
 
 
 def no_reward(prompts: list, responses: list, rows: list, trees: Dataset) -> np.ndarray:

@@ -1,0 +1,194 @@
+"""A language model as judge: expected values, both orders, unparsable replies, templates."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from online import read_samples
+from plain import PlainModel
+
+import score
+import train_online_dpo
+from data.templates import Template
+from data.tokenizer import load_tokenizer
+from sampling.judge import agreement, judge_rewards, load_judge, ranked_right, read_template
+from sampling.rewards import load_reward
+from weights.folder import load_model, save_model
+
+QUESTION = "rate {response} to {prompt}: {criterion}"
+VERSUS = "{prompt}: {response} or {other}? {criterion}"
+
+
+def write(path: Path, question: str, labels: dict, criteria: list | None = None) -> Path:
+    """Write a template and return its path."""
+    content = {"question": question, "labels": labels, "criteria": criteria or ["good", "kind"]}
+    path.write_text(json.dumps(content))
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(toy: Path, tmp_path_factory) -> Path:
+    """Return the toy model in float64."""
+    folder = tmp_path_factory.mktemp("judge") / "model"
+    save_model(load_model(toy / "model", torch.float64), folder, toy / "model")
+    return folder
+
+
+def by_hand(folder: Path, question: str, labels: dict[str, float]) -> tuple[float, float]:
+    """Return expectation and mass of a reply to a question, one label at a time."""
+    tokenizer = load_tokenizer(folder)
+    plain = PlainModel(folder, torch.float64)
+    prompt = Template("auto", tokenizer).prompt(question)
+    with torch.no_grad():
+        logps = [plain.logps(prompt, list(tokenizer.encode(x))).sum().item() for x in labels]
+    chances = [math.exp(x) for x in logps]
+    return sum(p * v for p, v in zip(chances, labels.values())) / sum(chances), sum(chances)
+
+
+def test_a_value_is_the_expectation_over_the_labels(model: Path, tmp_path: Path):
+    """Mean over the criteria of Σ p v / Σ p, within 1e-12 of responses that are run one by one."""
+    labels = {"no": -1.0, "yes": 2.0, "well": 0.5}
+    file = write(tmp_path / "t.json", QUESTION, labels)
+    judge = load_judge(str(model), file, torch.float64)
+    result = judge.values([("who", "bob", ""), ("where", "the mill", "")])
+    for i, (prompt, response) in enumerate((("who", "bob"), ("where", "the mill"))):
+        hand = [
+            by_hand(model, f"rate {response} to {prompt}: {criterion}", labels)
+            for criterion in ("good", "kind")
+        ]
+        assert result.values[i] == pytest.approx(sum(v for v, _ in hand) / 2, abs=1e-12)
+        assert result.mass[i] == pytest.approx(min(m for _, m in hand), rel=1e-9)
+    assert result.values[0] != result.values[1]
+
+
+def test_unlikely_labels_are_counted_and_never_zero(model: Path, tmp_path: Path, capsys):
+    """A random model seldom replies with a label: every value is an expectation all the same."""
+    file = write(tmp_path / "t.json", QUESTION, {"no": 1, "yes": 2})
+    reward = load_reward(f"judge:{model}:{file}", None, dtype=torch.float64)
+    values = reward(["who"] * 3, ["bob", "the mill", "no"], [{}] * 3, [None])
+    assert (values > 1).all() and (values < 2).all()
+    assert "3 of 3 replies unparsable" in capsys.readouterr().out
+
+
+def test_both_orders_cancel_the_place(model: Path, tmp_path: Path):
+    """Swapped pairs swap their values; a group's mean values sum to half its size; a tie is 0.5."""
+    labels = {"one": 1, "two": 0, "same": 0.5}
+    file = write(tmp_path / "t.json", VERSUS, labels)
+    judge = load_judge(str(model), file, torch.float64)
+    (ahead,), (behind,) = judge.compare([("who", "bob", "ann")])
+    (other_ahead,), (other_behind,) = judge.compare([("who", "ann", "bob")])
+    assert other_ahead == pytest.approx(1 - behind, abs=1e-12)
+    assert other_behind == pytest.approx(1 - ahead, abs=1e-12)
+    hand = [by_hand(model, f"who: bob or ann? {c}", labels)[0] for c in ("good", "kind")]
+    assert ahead == pytest.approx(sum(hand) / 2, abs=1e-12)
+    assert abs(ahead - behind) > 1e-6  # this judge does prefer a place
+
+    responses = ["bob", "ann", "the mill", "x", "bob", "bob"]
+    rewards = judge_rewards(judge, ["who"] * 3 + ["where"] * 3, responses, 3)
+    assert rewards.reshape(2, 3).sum(1) == pytest.approx([1.5, 1.5], abs=1e-12)
+    pair = np.mean([judge.compare([("who", "bob", x)]) for x in ("ann", "the mill")])
+    assert rewards[0] == pytest.approx(pair, abs=1e-12)
+    assert rewards[4] == pytest.approx(rewards[5], abs=1e-12)  # the same text
+    with pytest.raises(ValueError, match="--group-size 2"):
+        judge_rewards(judge, ["who"], ["bob"], 1)
+
+
+def test_braces_in_texts_stay(tmp_path: Path):
+    """A prompt or a response is never filled in; unknown braces stay too."""
+    template = read_template(
+        write(tmp_path / "t.json", "{x} {prompt} {response} {criterion}", {"a": 1, "b": 2})
+    )
+    assert (
+        template.ask("{response}", "{other} {", "}{prompt}") == "{x} {other} { }{prompt} {response}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is no JSON"),
+        ("[]", "must be an object"),
+        (
+            '{"question": "{response}", "labels": {"1": 1, "2": 2}, "rubric": []}',
+            "must be an object",
+        ),
+        ('{"question": "hello", "labels": {"1": 1, "2": 2}}', "{response}"),
+        ('{"question": "{response}", "labels": {"1": 1}}', "two or more"),
+        ('{"question": "{response}", "labels": {"1": true, "2": 2}}', "two or more"),
+        ('{"question": "{response}", "labels": {"1": 1, "2": 2}, "criteria": []}', "list of texts"),
+        ('{"question": "{response}", "labels": {"1": 1, "2": 2}, "criteria": ["a"]}', "add it"),
+        ('{"question": "{response} {other}", "labels": {"1": 1, "2": 2}}', "0.5 for a tie"),
+    ],
+)
+def test_templates_that_cannot_work_are_refused(content: str, message: str, tmp_path: Path):
+    """Each with the file and what to write."""
+    file = tmp_path / "t.json"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_template(file)
+
+
+def test_the_templates_that_come_along_can_be_read():
+    """Both of sampling/judges/."""
+    files = sorted(Path("sampling/judges").glob("*.json"))
+    assert [read_template(file).compares for file in files] == [True, False]
+
+
+def test_labels_that_begin_one_another_are_refused(model: Path, tmp_path: Path):
+    """P(1) would include P(10)."""
+    tokenizer = load_tokenizer(model)
+    ids = list(tokenizer.encode("yes no"))
+    start = next(
+        x for x in ("yes", "y") if ids[: len(tokenizer.encode(x))] == list(tokenizer.encode(x))
+    )
+    file = write(tmp_path / "t.json", QUESTION, {start: 1, "yes no": 2})
+    with pytest.raises(ValueError, match="begins with"):
+        load_judge(str(model), file)
+
+
+def test_agreement_by_hand():
+    """Four pairs: right twice, wrong in both orders, place alone, a tie."""
+    ahead, behind = np.array([0.9, 0.2, 0.9, 0.5]), np.array([0.8, 0.1, 0.3, 0.5])
+    result = agreement(ahead, behind)
+    assert result.both == (1 + 0 + 1 + 0.5) / 4
+    assert result.first == (1 + 0 + 1 + 0.5) / 4 and result.second == (1 + 0 + 0 + 0.5) / 4
+    assert result.consistent == 0.75
+    assert result.bias == pytest.approx((0.1 + 0.1 + 0.6 + 0) / 8)
+    labels = np.array([True, True, False, False])
+    assert ranked_right(np.array([3.0, 1.0, 2.0, 1.0]), labels) == (1 + 1 + 0 + 0.5) / 4
+
+
+@pytest.mark.slow
+def test_a_judge_rewards_training_and_scores_files(
+    model: Path, toy: Path, tmp_path: Path, train, capsys
+):
+    """As --reward of online DPO; and score.py --judge on pairs and on labelled answers."""
+    file = write(tmp_path / "v.json", VERSUS, {"one": 1, "two": 0, "same": 0.5})
+    flags = {"model": model, "data": toy / "world" / "sft.jsonl", "dtype": "fp64", "batch_size": 3}
+    flags |= {
+        "group_size": 2,
+        "max_new_tokens": 6,
+        "max_steps": 1,
+        "reward": f"judge:{model}:{file}",
+    }
+    (row,) = train(train_online_dpo, tmp_path / "out", **flags)
+    assert row["reward"] == pytest.approx(0.5, abs=1e-9) and row["pairs"] == 3
+    rewards = [row["reward"] for row in read_samples(tmp_path / "out")]
+    assert [a + b for a, b in zip(rewards[::2], rewards[1::2])] == pytest.approx([1.0] * 3)
+
+    for data, template, words in (
+        ("preferences", file, "chosen wins"),
+        ("labels", write(tmp_path / "p.json", QUESTION, {"no": 0, "yes": 1}), "above a bad one in"),
+    ):
+        out = tmp_path / f"{data}.jsonl"
+        command = ["--model", str(model), "--judge", str(template), "--out", str(out)]
+        score.main([*command, "--data", str(toy / "world" / f"{data}.jsonl"), "--dtype", "fp64"])
+        text = capsys.readouterr().out
+        assert words in text and "of 96 replies" in text if data == "preferences" else words in text
+        first = json.loads(out.read_text().splitlines()[0])
+        keys = ("ahead", "behind") if data == "preferences" else ("score",)
+        assert all(0 < first[key] < 1 for key in keys)
