@@ -15,7 +15,7 @@ import json
 import re
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -151,16 +151,43 @@ def _pyarrow(file: Path) -> Any:
     return pyarrow
 
 
+def _damaged(file: Path, kind: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"{file}: not a whole {kind} file ({' '.join(str(error).split())}): fetch it again"
+    )
+
+
+def _records(file: Path, batches: Iterable) -> Iterator[dict[str, Any]]:
+    """Yield the rows of batches. Where one object has a key, a column gives it to all, as null.
+
+    Those nulls go: a template would write them into the arguments of a call.
+    """
+    for batch in batches:
+        batch.validate(full=True)  # a damaged offset would end the process
+        names = batch.schema.names
+        if len(set(names)) < len(names):
+            raise ValueError(f"{file}: the names of the columns are repeated")
+        for row in batch.to_pylist():
+            yield _without_nulls(row)
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(one) for key, one in value.items() if one is not None}
+    if isinstance(value, list):
+        return [_without_nulls(one) for one in value]
+    return value
+
+
 def _parquet(file: Path) -> Iterator[dict[str, Any]]:
     """Yield the rows of a Parquet file."""
     arrow = _pyarrow(file)
     import pyarrow.parquet
 
     try:
-        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(1024):
-            yield from batch.to_pylist()
-    except (arrow.ArrowException, OSError) as error:
-        raise ValueError(f"{file}: not a whole Parquet file ({error}): fetch it again") from None
+        yield from _records(file, pyarrow.parquet.ParquetFile(file).iter_batches(1024))
+    except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise _damaged(file, "Parquet", error) from None
 
 
 def _arrow(file: Path) -> Iterator[dict[str, Any]]:
@@ -173,7 +200,6 @@ def _arrow(file: Path) -> Iterator[dict[str, Any]]:
             except arrow.ArrowInvalid:
                 opened = arrow.ipc.open_file(source)
                 batches = (opened.get_batch(i) for i in range(opened.num_record_batches))
-            for batch in batches:
-                yield from batch.to_pylist()
-    except (arrow.ArrowException, OSError) as error:
-        raise ValueError(f"{file}: not a whole Arrow file ({error}): fetch it again") from None
+            yield from _records(file, batches)
+    except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise _damaged(file, "Arrow", error) from None

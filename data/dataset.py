@@ -29,7 +29,7 @@ from data.keys import prompt_in, without
 from data.rows import SHOWN, check_bad_rows, existing_files, parse_row, read_lines
 from disk import file_sha256
 
-FORMAT = 5  # raise it when the same rows would give other arrays, here or in data/formats.py
+FORMAT = 6  # raise it when the same rows would give other arrays, here or in data/formats.py
 
 
 @dataclass

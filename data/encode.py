@@ -29,7 +29,7 @@ from data.formats import (
     weight_row,
     with_options,
 )
-from data.keys import canonical, without
+from data.keys import canonical, check_used, without
 from data.rows import BadRow, Line, parse_row, read_lines
 
 CHUNK_ROWS = 256  # rows of one task of a worker; a file of one chunk needs no workers
@@ -121,7 +121,9 @@ def encode_lines(job: Job, lines: list[Line]) -> Chunk:
     for file, number, line in lines:
         try:
             content, ignored, options = canonical(without(parse_row(line), job.ignore), job.kind)
-            row = with_options(ROWS[job.kind](content, job.template.plain), options)
+            row = ROWS[job.kind](content, job.template.plain)
+            check_used(content, row, job.kind)
+            row = with_options(row, options)
             ids = sampled_ids(content)
             encoded = _tokenise(row, job.template, ids)
         except ValueError as error:

@@ -1,7 +1,8 @@
 """Chat templates: four built in, and a safe way to run those of others, as transformers does.
 
-A folder's template reaches no Python object and is stopped after SECONDS. It may read the messages,
-the named special tokens, and what a row or --template-kwargs gives it.
+A folder's template reaches no Python object and is stopped after SECONDS, or before it fills the
+memory. It may read the messages, the named special tokens, and what a row or --template-kwargs
+gives it.
 """
 
 import functools
@@ -19,6 +20,8 @@ import jinja2.meta
 import jinja2.sandbox
 
 SECONDS = 5.0  # for one rendering, which takes about a millisecond
+LONGEST = 1 << 26  # characters of a text, or items of a list, that a template may make
+LARGEST = 1 << 14  # bits of a whole number
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -55,10 +58,12 @@ def compile_template(source: str) -> jinja2.Template:
     ValueError: it is no jinja.
     """
     try:
-        return _environment().from_string(_without_marks(source))
-    except jinja2.TemplateError as error:
+        with _limit(SECONDS):
+            return _environment().from_string(_without_marks(source))
+    except Exception as error:  # also Python's own, which compiles what jinja has written
+        message = " ".join(str(getattr(error, "msg", error)).split())
         raise ValueError(
-            f"the folder's chat template cannot be parsed ({error}): choose --template chatml"
+            f"the folder's chat template cannot be parsed ({message}): choose --template chatml"
         ) from error
 
 
@@ -74,7 +79,10 @@ def render(source: str, values: dict[str, Any]) -> str:
     template = compile_template(source)
     try:
         with _limit(SECONDS):
-            return template.render(**values)
+            text = template.render(**values)
+            if len(text) > LONGEST:
+                raise _TooLong(f"it writes {len(text):,} characters")
+            return text
     except Exception as error:  # any failure is the row's
         raise ValueError(f"the chat template refuses this row: {error}") from error
 
@@ -94,7 +102,39 @@ def read_kwargs(text: str) -> dict[str, Any]:
 
 
 class _TooLong(Exception):
-    """A template has run for SECONDS."""
+    """A template runs for more than SECONDS, or makes more than a memory holds."""
+
+
+class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, which also bounds what one step can make: no signal interrupts a step."""
+
+    intercepted_binops = frozenset(("*", "**"))
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """Return left * right or left ** right. _TooLong: it would be too long."""
+        for one, other in ((left, right), (right, left)):
+            if isinstance(other, int) and hasattr(one, "__len__"):
+                _bound(len(one) * other, LONGEST)
+        if isinstance(left, int) and isinstance(right, int):
+            bits = left.bit_length()
+            _bound(bits * right if operator == "**" else bits + right.bit_length(), LARGEST)
+        return super().call_binop(context, operator, left, right)
+
+    def call(self, context: Any, function: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
+        for value in args:  # "a".ljust(10000000000)
+            if type(value) is int:
+                _bound(abs(value), LONGEST)
+        return super().call(context, function, *args, **kwargs)
+
+
+def _bound(size: int, limit: int) -> None:
+    if size > limit:
+        raise _TooLong("it makes something too large")
+
+
+def _center(text: str, width: int = 80) -> str:
+    _bound(width, LONGEST)
+    return str(text).center(width)
 
 
 @contextmanager
@@ -117,10 +157,9 @@ def _limit(seconds: float) -> Iterator[None]:
 
 
 @functools.lru_cache
-def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    env = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
+def _environment() -> _Sandbox:
+    env = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    env.filters["center"] = _center
     env.filters["tojson"] = _tojson  # jinja's own escapes < and > for HTML
     env.globals |= {
         "raise_exception": _raise_exception,

@@ -14,7 +14,7 @@ from collections.abc import Collection
 from typing import Any, NamedTuple
 
 from data.chat import ROLES, SPOKEN, Messages, as_chat
-from data.formats import ATTRIBUTES, prompt_of
+from data.formats import ATTRIBUTES, Row, prompt_of
 from data.senders import TOOLS, renamed
 
 # Keys that data/formats.py reads, by kind of row. Those of other kinds are ignored, by name.
@@ -75,22 +75,58 @@ def canonical(row: dict[str, Any], kind: str = "") -> Canonical:
     ignored: set[str] = set()
     lost = LOST_IN_ROW if kind else LOST_IN_ROW - FOR_REWARDS
     for key in sorted(lost & row.keys()):
-        if _says_something(row[key]):
+        if _says_something(row[key]) and not (key in LEARNED and row[key] == 1):
             raise ValueError(
                 f"`{key}` cannot be used, and without it the row would mean something else: "
                 "render it into the texts, or remove the key"
             )
-    row = renamed(row)
+    row = renamed(row, kind)
     beside = (*BESIDE, *TOOLS, *VALUES)
     clean = {key: value for key, value in row.items() if key not in beside}
     for key in LISTS:
         if isinstance(clean.get(key), list):
             clean[key] = _messages(clean[key], key, ignored)
     _add_instruction(row, clean)
-    _add_before(row, clean)
+    _add_before(row, clean, ignored, kind)
     if kind:
-        ignored |= clean.keys() - USED[kind]
+        ignored |= {key for key in clean.keys() - USED[kind] if clean[key] is not None}
     return Canonical(clean, ignored, _options(row))
+
+
+def check_used(content: dict[str, Any], row: Row, kind: str) -> None:
+    """Check that no key holds another prompt or answer than those that are learned.
+
+    content: a row under our keys; row: what was made of it. What stands twice may stand twice.
+    ValueError names a key whose texts are not learned.
+    """
+    learned = set(_texts_of(row.prompt)).union(*map(_texts_of, row.responses))
+    transcripts = content.get("prompt") is None  # two texts that formats.py splits
+    for key in USED[kind] & {*LISTS, "text", "responses"}:
+        value = content.get(key)
+        if value is None or (transcripts and key in PAIRS and isinstance(value, str)):
+            continue
+        texts = _texts_of(value)
+        if key in ("messages", "conversations"):  # turns behind the last answer are left out
+            roles = [_role(message) for message in value] if isinstance(value, list) else []
+            texts = (
+                texts[: len(roles) - roles[::-1].index("assistant")]
+                if "assistant" in roles
+                else texts
+            )
+        if not learned.issuperset(texts):
+            raise ValueError(
+                f"`{key}` says something else than the prompt and answer that stand beside it: "
+                f"keep one, or use --ignore-keys {key}"
+            )
+
+
+def _texts_of(value: Any) -> list[str]:
+    """Return the texts of a text, of messages, or of a list of both."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, dict):
+        return _texts_of(value.get("content", value.get("value")))
+    return [text for one in value for text in _texts_of(one)] if isinstance(value, list) else []
 
 
 def prompt_in(row: dict[str, Any], plain: bool = False) -> str | Messages:
@@ -103,8 +139,8 @@ def prompt_in(row: dict[str, Any], plain: bool = False) -> str | Messages:
 
 
 def _says_something(value: Any) -> bool:
-    """Return whether a value is more than null, empty, or the default of a switch."""
-    return value is not None and value not in ("", [], {}) and value is not True and value != 1
+    """Return whether a value is more than null or empty."""
+    return value is not None and value not in ("", [], {})
 
 
 def _messages(messages: list, key: str, ignored: set[str]) -> list:
@@ -130,7 +166,8 @@ def _messages(messages: list, key: str, ignored: set[str]) -> list:
             new["learn"] = False
         known = {"role", "from", text_key, "learn", *LEARNED, *LOST_IN_MESSAGE}
         known |= {*SPOKEN, *THOUGHTS, *CALLS}
-        ignored |= {f"{key}[].{name}" for name in message.keys() - known}
+        unknown = {name for name in message.keys() - known if message[name] is not None}
+        ignored |= {f"{key}[].{name}" for name in unknown}
         result.append(new)
     answers = [new for new in result if _role(new) == "assistant"]
     if key in RESPONSES and answers and not any(new.get("learn", True) for new in answers):
@@ -288,14 +325,14 @@ def _add_instruction(row: dict[str, Any], clean: dict[str, Any]) -> None:
         clean["response"] = clean.pop("output")
 
 
-def _add_before(row: dict[str, Any], clean: dict[str, Any]) -> None:
+def _add_before(row: dict[str, Any], clean: dict[str, Any], ignored: set[str], kind: str) -> None:
     """Put a system message and earlier turns in front of the prompt or the conversation."""
-    before = _system(row) + _history(row.get("history"))
+    before = _system(row) + _messages(_history(row.get("history")), "history", ignored)
     if not before:
         return
-    key = next((k for k in ("messages", "conversations") if clean.get(k) is not None), None)
-    if key is None:
-        key = next((k for k in ("prompt", "input") if clean.get(k) is not None), None)
+    keys = ("messages", "conversations", "prompt", "input")
+    known = USED.get(kind, keys)
+    key = next((k for k in keys if k in known and clean.get(k) is not None), None)
     names = " and ".join(f"`{name}`" for name in BESIDE[:3] if _says_something(row.get(name)))
     if key is None:
         raise ValueError(f"{names} but no prompt to put in front of: add a `prompt`")

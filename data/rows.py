@@ -121,18 +121,34 @@ def read_lines(files: list[Path]) -> Iterator[Line]:
 def parse_row(line: bytes) -> dict[str, Any]:
     """Return the JSON object of a line. ValueError says why there is none."""
     try:
-        row = json.loads(line.decode())
+        row = json.loads(line.decode(), object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 at byte {error.start}: save the file as UTF-8") from None
     except RecursionError:
         raise ValueError("nested too deeply for JSON data") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} at character {error.pos + 1}") from None
+    except _TwiceError:
+        raise
     except ValueError as error:  # a number of thousands of digits
         raise ValueError(f"not JSON that Python can read: {error}") from None
     if not isinstance(row, dict):
         raise ValueError("not a JSON object {...}: JSONL holds one object a line")
     return row
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object. ValueError: a key stands in it twice, and which counts is not said."""
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise _TwiceError(f"the key {ascii(twice)[:60]} stands twice in an object: keep one")
+    return result
+
+
+class _TwiceError(ValueError):
+    """A key stands twice in a JSON object."""
 
 
 def read_rows(file: str | Path) -> Iterator[dict[str, Any]]:

@@ -10,6 +10,8 @@ preferred_output, non_preferred_output}, UltraFeedback {instruction, completions
 
 from typing import Any
 
+from data.formats import FLOAT32_MAX
+
 ALIASES = {  # key of another system -> ours
     "conversation": "conversations",
     "kto_tag": "label",
@@ -22,9 +24,18 @@ QUESTIONS = ("question", "query", "problem")  # other names of a prompt
 ANSWERS = ("response", "completion", "output", "chosen", "chosen_response")
 
 
-def renamed(row: dict[str, Any]) -> dict[str, Any]:
-    """Return a row under our keys. ValueError: rated completions that are none."""
-    new = {ALIASES.get(key, key): value for key, value in row.items()}
+def renamed(row: dict[str, Any], kind: str = "") -> dict[str, Any]:
+    """Return a row under our keys, for rows of a kind of data/keys.py or of any.
+
+    ValueError: rated completions that are none, or two names of one thing that differ.
+    """
+    new = {key: value for key, value in row.items() if key not in ALIASES}
+    for name, key in ALIASES.items():
+        if row.get(name) is None:
+            continue
+        if new.get(key) not in (None, row[name]):
+            raise ValueError(f"`{name}` and `{key}` say different things: keep one")
+        new[key] = row[name]
 
     def lacks(*names: str) -> bool:
         return all(new.get(name) is None for name in names)
@@ -34,12 +45,22 @@ def renamed(row: dict[str, Any]) -> dict[str, Any]:
         new["prompt"] = asked.get("messages")
         new |= {key: value for key, value in asked.items() if key in TOOLS}
     if isinstance(new.get("completions"), list):
-        new |= _best_and_worst(new.pop("completions"))
+        rated = _best_and_worst(new.pop("completions"))
+        if kind in ("sft", "attributes", "weights"):
+            rated = {"response": rated["response"]}
+        elif kind and "chosen" in rated:
+            del rated["response"]
+        if kind == "label":
+            rated = {key: value for key, value in rated.items() if not key.endswith("_reward")}
+        for key in rated:
+            if new.get(key) not in (None, rated[key]):
+                raise ValueError(f"`{key}` beside `completions`: which is meant is not said")
+        new |= rated
     question = next((key for key in QUESTIONS if isinstance(new.get(key), str)), None)
     if question and lacks(*ASKS):
         new["prompt"] = new.pop(question)
         if lacks(*ANSWERS) and isinstance(new.get("answer"), str):
-            new["response"] = new["answer"]
+            new["response"] = new.pop("answer")
     if isinstance(new.get("context"), str) and not lacks("instruction") and lacks("input"):
         new["input"] = new.pop("context")
     if isinstance(new.get("input"), str) and not lacks("chosen") and lacks("prompt", "instruction"):
@@ -63,7 +84,8 @@ def _best_and_worst(completions: list) -> dict[str, Any]:
         if not isinstance(completion, dict) or not isinstance(completion.get("response"), str):
             raise ValueError(f"`completions[{k}]` must be {{response, overall_score}}")
         score = completion.get("overall_score")
-        if isinstance(score, (int, float)) and not isinstance(score, bool):
+        is_number = isinstance(score, (int, float)) and not isinstance(score, bool)
+        if is_number and abs(score) < FLOAT32_MAX:
             rated.append((float(score), completion["response"]))
     if not rated:
         raise ValueError("`completions` has none with an `overall_score`")

@@ -370,12 +370,3 @@ def test_ignored_keys_are_left_out_of_rows_and_messages(toy: Path, tmp_path: Pat
         load_dataset(file, "sft", template, **options)
     prompts = load_prompts([file], template, 100, log=str, ignore=["images", "audio"])
     assert prompts.rows == [row]
-
-
-def test_random_rows_are_used_or_refused_with_their_place(tmp_path: Path):
-    """A short part of tests/fuzz_rows.py: every container, six templates, no traceback."""
-    pytest.importorskip("tokenizers")
-    import fuzz_rows
-
-    counts = fuzz_rows.run(tmp_path, 3000, 3, 200)
-    assert counts["used"] > 300 and counts["bad"] > 500

@@ -20,6 +20,7 @@ from data import formats
 from data.containers import kind_of
 from data.dataset import from_trees, load_dataset
 from data.encode import ROWS
+from data.keys import check_used
 from data.rows import read_rows, write_rows
 from data.templates import Template
 from data.tokenizer import load_tokenizer
@@ -29,9 +30,15 @@ from data.trees import make_batch, micro_batches, pack, step_examples, steps_per
 
 
 def a_row(line: bytes) -> dict | None:
-    """Return the JSON object of a line, by Python's parser, or None."""
+    """Return the JSON object of a line, by Python's parser, or None; no key stands twice."""
+
+    def once(pairs: list) -> dict:
+        if len({key for key, _ in pairs}) < len(pairs):
+            raise ValueError
+        return dict(pairs)
+
     try:
-        value = json.loads(line.decode())
+        value = json.loads(line.decode(), object_pairs_hook=once)
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
@@ -166,7 +173,9 @@ class Bytes:
 def is_usable(line: bytes, kind: str) -> bool:
     """Return True if a line has a row with tokens in its prompt and in every response."""
     try:
-        row = ROWS[kind](a_row(line) or {}, True)
+        content = a_row(line) or {}
+        row = ROWS[kind](content, True)
+        check_used(content, row, kind)
         if row.prompt is None:
             [(head, answer)] = Bytes().conversation(row.responses[0])
             return bool(head and answer[0])
@@ -184,6 +193,8 @@ def test_bad_rows_are_counted_up_to_the_limit(
     """load_dataset counts bad rows; past --max-bad-rows it names the first."""
     good = {"prompt": "a", "response": "b", "chosen": "b", "rejected": "c", "label": True}
     good |= {"helpfulness": 3, "responses": ["b"], "weights": [1.0]}
+    if kind == "label":  # a pair beside an answer with a label says two things
+        del good["chosen"], good["rejected"]
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\n".join([json.dumps(good).encode(), *lines]))
     kept = 1
