@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from data.chat import ROLES, SPOKEN, Messages, as_chat
 from data.formats import ATTRIBUTES, Row, prompt_of
-from data.senders import TOOLS, renamed
+from data.senders import ALIASES, TOOLS, renamed
 
 # Keys that data/formats.py reads, by kind of row. Those of other kinds are ignored, by name.
 ANSWERS = set("prompt response completion input output messages conversations".split())
@@ -80,6 +80,7 @@ def canonical(row: dict[str, Any], kind: str = "") -> Canonical:
                 f"`{key}` cannot be used, and without it the row would mean something else: "
                 "render it into the texts, or remove the key"
             )
+    theirs = {ours: name for name, ours in ALIASES.items() if row.get(name) is not None}
     row = renamed(row, kind)
     beside = (*BESIDE, *TOOLS, *VALUES)
     clean = {key: value for key, value in row.items() if key not in beside}
@@ -89,7 +90,8 @@ def canonical(row: dict[str, Any], kind: str = "") -> Canonical:
     _add_instruction(row, clean)
     _add_before(row, clean, ignored, kind)
     if kind:
-        ignored |= {key for key in clean.keys() - USED[kind] if clean[key] is not None}
+        unused = {key for key in clean.keys() - USED[kind] if clean[key] is not None}
+        ignored |= {theirs.get(key, key) for key in unused}
     return Canonical(clean, ignored, _options(row))
 
 
@@ -100,11 +102,18 @@ def check_used(content: dict[str, Any], row: Row, kind: str) -> None:
     ValueError names a key whose texts are not learned.
     """
     learned = set(_texts_of(row.prompt)).union(*map(_texts_of, row.responses))
-    transcripts = content.get("prompt") is None  # two texts that formats.py splits
+    split = set()  # transcripts: two texts that formats.py splits
+    if content.get("prompt") is None:
+        for pair in (("chosen", "chosen_response"), ("rejected", "rejected_response")):
+            split |= set([key for key in pair if isinstance(content.get(key), str)][:1])
     for key in USED[kind] & {*LISTS, "text", "responses"}:
         value = content.get(key)
-        if value is None or (transcripts and key in PAIRS and isinstance(value, str)):
+        if value is None or key in split:
             continue
+        if not isinstance(value, (str, list)):
+            raise ValueError(
+                f"`{key}` holds neither text nor messages: remove it, or use --ignore-keys {key}"
+            )
         texts = _texts_of(value)
         if key in ("messages", "conversations"):  # turns behind the last answer are left out
             roles = [_role(message) for message in value] if isinstance(value, list) else []
@@ -332,7 +341,7 @@ def _add_before(row: dict[str, Any], clean: dict[str, Any], ignored: set[str], k
         return
     keys = ("messages", "conversations", "prompt", "input")
     known = USED.get(kind, keys)
-    key = next((k for k in keys if k in known and clean.get(k) is not None), None)
+    key = next((k for k in keys if k in known and isinstance(clean.get(k), (str, list))), None)
     names = " and ".join(f"`{name}`" for name in BESIDE[:3] if _says_something(row.get(name)))
     if key is None:
         raise ValueError(f"{names} but no prompt to put in front of: add a `prompt`")

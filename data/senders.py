@@ -43,7 +43,12 @@ def renamed(row: dict[str, Any], kind: str = "") -> dict[str, Any]:
     if isinstance(new.get("input"), dict) and "preferred_output" in row:
         asked = new.pop("input")
         new["prompt"] = asked.get("messages")
-        new |= {key: value for key, value in asked.items() if key in TOOLS}
+        for key in TOOLS:
+            if asked.get(key) is None:
+                continue
+            if new.get(key) not in (None, [], asked[key]):
+                raise ValueError(f"`input.{key}` and `{key}` say different things: keep one")
+            new[key] = asked[key]
     if isinstance(new.get("completions"), list):
         rated = _best_and_worst(new.pop("completions"))
         if kind in ("sft", "attributes", "weights"):

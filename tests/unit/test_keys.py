@@ -347,6 +347,48 @@ def test_whole_texts_are_learned_with_plain_only(toy: Path, tmp_path: Path):
         load_dataset(file, "sft", Template("auto", tokenizer), cache=tmp_path / "c", log=str)
 
 
+def test_earlier_turns_go_in_front_of_what_is_used():
+    """Not in front of a key that holds neither text nor messages, where nobody reads them."""
+    row = {"prompt": "Q", "chosen": "A", "rejected": "B", "history": [["q", "a"]], "messages": -0.0}
+    pair = ROWS["label"](canonical(row, "label").row, False)
+    assert pair.prompt == [*EARLIER, USER]
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "complaint"),
+    [
+        (
+            "preference",
+            {"chosen": "\n\nHuman: q\n\nAssistant: a", "chosen_response": "b"}
+            | {"rejected": "\n\nHuman: q\n\nAssistant: c"},
+            "`chosen_response` says something else",
+        ),
+        ("sft", {"messages": [USER, ANSWER], "prompt": {"a": 1}}, "`prompt` holds neither text"),
+        (
+            "preference",
+            {"input": {"messages": [USER], "tools": [TOOL]}, "preferred_output": [ANSWER]}
+            | {"non_preferred_output": [ANSWER], "tools": [{"name": "g"}]},
+            "`input.tools` and `tools` say different things",
+        ),
+    ],
+)
+def test_what_stands_twice_may_not_differ(
+    kind: str, row: dict, complaint: str, toy: Path, tmp_path: Path
+):
+    """Found by tests/fuzz_rows.py: one of the two was dropped without a word."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    template = Template("chatml", load_tokenizer(toy / "model"))
+    with pytest.raises(ValueError, match=complaint):
+        load_dataset(file, kind, template, cache=tmp_path / "cache", log=str)
+
+
+def test_ignored_keys_are_named_as_the_row_names_them():
+    """A key of another system that is not used is named by that system's name."""
+    row = {"prompt": "Q", "chosen": "A", "rejected": "B", "conversation": [USER]}
+    assert canonical(row, "preference").ignored == {"conversation"}
+
+
 def test_completions_without_a_pair_are_refused():
     """Equal scores are no preference; a row without scores has none either."""
     same = [{"response": "A", "overall_score": 5}, {"response": "B", "overall_score": 5}]
