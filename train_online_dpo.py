@@ -192,7 +192,14 @@ def main(argv: list[str] | None = None) -> None:
     reward: Reward = no_reward
     if config.reward:
         reward = load_reward(
-            config.reward, template, config.template, run.dtype, run.device, config.max_tokens, mesh
+            config.reward,
+            template,
+            config.template,
+            run.dtype,
+            run.device,
+            config.max_tokens,
+            mesh,
+            read=config.reward_read,
         )
     steps = training.plan_steps(config, len(train.ids))
 

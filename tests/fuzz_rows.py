@@ -273,7 +273,7 @@ def write_columns(path: Path, rows: list) -> None:
     if path.suffix == ".parquet":
         try:
             parquet.write_table(table, path)
-        except pyarrow.ArrowNotImplementedError:  # an object without keys
+        except pyarrow.ArrowException:  # an object without keys
             names = [f.name for f in table.schema if "struct<>" not in str(f.type)]
             parquet.write_table(table.select(names), path)
         return
