@@ -267,8 +267,9 @@ def report(results: dict[int, Scores], seconds: dict[str, float]) -> str:
         gains = [scores[name]["good"] - scores["sft"]["good"] for scores in results.values()]
         each = ", ".join(f"{gain:+.3f} (seed {seed})" for gain, seed in zip(gains, results))
         mean = statistics.mean(gains)
+        each = f"; {each}" if len(gains) > 1 else ""
         unclear = "" if abs(mean) > 2 * noise(name, results) else " (within the noise)"
-        lines.append(f"{name} over sft, share of good answers: {mean:+.3f}; {each}{unclear}")
+        lines.append(f"{name} over sft, share of good answers: {mean:+.3f}{each}{unclear}")
     if "(within the noise)" in "".join(lines):
         lines.append(UNCLEAR)
     lengths = []

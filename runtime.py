@@ -193,13 +193,10 @@ def start(config: RunConfig) -> Run:
     if resume_from:
         warnings += mesh.ask(lambda: _compare(resume_from, mine, config))
     mesh.ask(lambda: write_text(Path(config.out) / "config.json", to_json(config)))
-    environment = {"device": name, "ranks": mesh.world, "layout": layout or "one process", **mine}
-    del environment["flags"]  # are in config.json
-    mesh.ask(
-        lambda: write_text(
-            Path(config.out) / "environment.json", json.dumps(environment, indent=2) + "\n"
-        )
-    )
+    environment = {"device": name, "layout": layout or "one process", **mine}
+    del environment["flags"]  # they are in config.json
+    text = json.dumps(environment, indent=2) + "\n"
+    mesh.ask(lambda: write_text(Path(config.out) / "environment.json", text))
     kwargs = read_kwargs(config.template_kwargs)
     template = Template(config.template, load_tokenizer(config.model), kwargs)
     return Run(config, mesh, device, dtype, template, stop, resume_from, mine, tuple(warnings))

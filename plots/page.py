@@ -12,7 +12,8 @@ body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem
 h1, h2 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ddd; }
 table { border-collapse: collapse; } td, th { padding: .2rem .8rem; border-bottom: 1px solid #eee; }
 td + td, th + th { text-align: right; } th { text-align: left; }
-.text td, .text th { text-align: left; vertical-align: top; white-space: pre-wrap; overflow-wrap: anywhere; }
+.text td, .text th { text-align: left; vertical-align: top; }
+.text td { white-space: pre-wrap; overflow-wrap: anywhere; }
 svg { max-width: 100%; height: auto; } details { margin: .5rem 0; } summary { cursor: pointer; }
 """
 

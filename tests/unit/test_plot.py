@@ -76,9 +76,7 @@ def test_every_run_is_in_the_picture(tmp_path, monkeypatch):
     """Each run has a raw line, a smoothed line and its evaluation, in one colour and one name."""
     pictures = pytest.importorskip("matplotlib.figure")
     drawn = []
-    monkeypatch.setattr(
-        pictures.Figure, "savefig", lambda self, *args, **kwargs: drawn.append(self)
-    )
+    monkeypatch.setattr(pictures.Figure, "savefig", lambda self, *_, **__: drawn.append(self))
     runs = [write_run(tmp_path / "x" / "dpo"), write_run(tmp_path / "y" / "dpo", steps=40)]
     plot.main([str(runs[0]), str(runs[1] / "metrics.jsonl"), "--out", str(tmp_path / "c.png")])
     loss, lr = drawn[0].axes
@@ -95,9 +93,7 @@ def test_scores_of_a_demo_get_two_panels(tmp_path, monkeypatch):
     """Bars are means over the seeds, a dot a seed; methods without KL are in the bars alone."""
     pictures = pytest.importorskip("matplotlib.figure")
     drawn = []
-    monkeypatch.setattr(
-        pictures.Figure, "savefig", lambda self, *args, **kwargs: drawn.append(self)
-    )
+    monkeypatch.setattr(pictures.Figure, "savefig", lambda self, *_, **__: drawn.append(self))
     run = write_run(tmp_path / "dpo")
     scores = {
         "0": {"dpo": {"good": 0.4, "kl": 2.0}, "steerlm best": {"good": 0.5, "kl": None}},
@@ -177,9 +173,7 @@ def test_ktos_reference_point_is_not_the_kl_of_others(tmp_path, monkeypatch):
     """KTO's kl, of mismatched pairs, has a panel of its own beside that of the policy's kl."""
     pictures = pytest.importorskip("matplotlib.figure")
     drawn = []
-    monkeypatch.setattr(
-        pictures.Figure, "savefig", lambda self, *args, **kwargs: drawn.append(self)
-    )
+    monkeypatch.setattr(pictures.Figure, "savefig", lambda self, *_, **__: drawn.append(self))
     kto = write_run(tmp_path / "kto", kl=2.0, **{"rewards/chosen": 1.0})
     ppo = write_run(tmp_path / "ppo", kl=1.0, reward=1.0)
     plot.main([str(kto), str(ppo), "--out", str(tmp_path / "c.png")])
@@ -192,9 +186,7 @@ def test_every_panel_has_names_on_its_axes(tmp_path, monkeypatch):
     """Metrics say step, y~x both metrics, histograms the number and the share."""
     pictures = pytest.importorskip("matplotlib.figure")
     drawn = []
-    monkeypatch.setattr(
-        pictures.Figure, "savefig", lambda self, *args, **kwargs: drawn.append(self)
-    )
+    monkeypatch.setattr(pictures.Figure, "savefig", lambda self, *_, **__: drawn.append(self))
     run = write_run(tmp_path / "run", kl=2.0, reward=1.0)
     write_samples(run)
     plot.main(
@@ -210,7 +202,7 @@ def test_every_panel_has_names_on_its_axes(tmp_path, monkeypatch):
 
 
 def write_samples(run: Path) -> None:
-    """Write a samples.jsonl with three logged steps, a broken line and text that HTML must escape."""
+    """Write a samples.jsonl with three logged steps, a broken line, text to escape."""
     with open(run / "samples.jsonl", "w") as file:
         for step in (1, 10, 20):
             for i in range(4):
@@ -236,7 +228,7 @@ def test_histograms_are_of_the_first_and_the_last_step(tmp_path):
 
 
 def test_the_table_compares_the_ends_of_runs(tmp_path, capsys):
-    """Training: the mean of the last ten logged steps. Evaluation: the last, in brackets the best."""
+    """Training: the mean of the last ten logged steps. Evaluation: the last, and the best."""
     a, b = write_run(tmp_path / "a", steps=60), write_run(tmp_path / "b", steps=5)
     with open(a / "metrics.jsonl", "a") as file:
         file.write('{"step": 61, "eval/loss": 0.9}\n')
@@ -250,7 +242,7 @@ def test_the_table_compares_the_ends_of_runs(tmp_path, capsys):
 
 
 def test_the_page_needs_nothing_else(tmp_path, capsys):
-    """It holds numbers, curves, samples, flags and packages, escaped, and refers to no other file."""
+    """It holds numbers, curves, samples, flags and packages, escaped, and needs no file."""
     pytest.importorskip("matplotlib")
     run = write_run(tmp_path / "run", reward=1.0)
     write_samples(run)
