@@ -60,23 +60,23 @@ def drawable(runs: dict[str, Series], samples: dict[str, list[dict]], keys: str)
     if not asked:
         rewards = {key for run in runs.values() for key in run if key.startswith("reward/")}
         asked = [*KEYS, *sorted(rewards), *(f"histogram:{name}" for name in HISTOGRAMS)]
-    found = []
+    drawn = []
     for key in asked:
         kind, _, name = key.partition(":")
         if kind == "histogram":
             if any(any(distributions(rows, name)) for rows in samples.values()):
-                found.append(key)
+                drawn.append(key)
         elif any(has(run, key) for run in runs.values()):
-            found.append(key)
-    if not found:
+            drawn.append(key)
+    if not drawn:
         available = sorted(set().union(*runs.values()) - {"step"})
         raise ValueError(
             f"no metric to draw in {', '.join(runs)}: asked for {', '.join(asked)}; "
             f"available: {', '.join(available) or 'none'}: name some of these in --keys"
         )
-    if keys and len(found) < len(asked):
-        print(f"in no run: {', '.join(key for key in asked if key not in found)}", file=sys.stderr)
-    return found
+    if keys and len(drawn) < len(asked):
+        print(f"in no run: {', '.join(key for key in asked if key not in drawn)}", file=sys.stderr)
+    return drawn
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -44,10 +44,10 @@ def page(
 def read_object(file: Path) -> dict:
     """Return the JSON object of a file; an empty one if it cannot be read."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def row_of(cells: list[Any], kind: str = "td") -> str:

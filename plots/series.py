@@ -97,8 +97,8 @@ def distributions(samples: list[dict], name: str) -> tuple[list[float], list[flo
     steps = sorted({row["step"] for row in samples})
     values = []
     for step in (steps[:1], steps[-1:]):
-        found = [row.get(name) for row in samples if row["step"] in step]
-        values.append([v for v in found if isinstance(v, (int, float)) and math.isfinite(v)])
+        column = [row.get(name) for row in samples if row["step"] in step]
+        values.append([v for v in column if isinstance(v, (int, float)) and math.isfinite(v)])
     return values[0], values[1]
 
 
