@@ -17,7 +17,8 @@ from typing import Annotated, Literal, NamedTuple
 import torch
 
 import hub
-from config import Amount, Count, Number, Range, RunConfig, check_ranges, parse
+from commandline import Range, check_ranges, parse
+from config import Amount, Count, Number, RunConfig
 from footprint import Layout, layers_of, memory, sent
 from model import GPTConfig, parameter_count
 from weights.adapters import Lora

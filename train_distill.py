@@ -28,7 +28,8 @@ import torch
 
 import runtime
 import training
-from config import Amount, Number, Part, RolloutConfig, Share, Temperature, parse
+from commandline import parse
+from config import Amount, Number, Part, RolloutConfig, Share, Temperature
 from data.dataset import Dataset
 from data.tokenizer import load_tokenizer
 from data.trees import TreeBatch

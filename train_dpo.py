@@ -24,7 +24,8 @@ import torch
 import losses
 import runtime
 import training
-from config import Above0, Amount, Range, RunConfig, parse
+from commandline import Range, parse
+from config import Above0, Amount, RunConfig
 from data.dataset import Dataset
 from data.trees import TreeBatch
 from losses import Pairs, StepLosses

@@ -18,7 +18,7 @@ import parallel
 import pipeline
 import plan
 import train_dpo
-from config import parse
+from commandline import parse
 from data.trees import make_batch
 from footprint import Layout
 from model import GPT, GPTConfig, parameter_count

@@ -6,7 +6,7 @@ import time
 import pytest
 
 import demo
-from config import parse
+from commandline import parse
 from stages import Running, Stage, run_stages, status
 
 
