@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 
 .PHONY: demo quick test lint clean
 
-demo: $(VENV)/.run
+demo: $(VENV)/.plot
 	$(BIN)/python demo.py $(if $(filter quick,$(DEMO)),--quick)
 
 quick: $(VENV)/.dev
@@ -29,6 +29,11 @@ lint: $(VENV)/.dev
 $(VENV)/.run: requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+# Pictures are optional: without matplotlib the demo says that there is none.
+$(VENV)/.plot: $(VENV)/.run
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check matplotlib
 	touch $@
 
 $(VENV)/.dev: requirements-dev.txt $(VENV)/.run

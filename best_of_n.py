@@ -25,7 +25,8 @@ from typing import Annotated
 import numpy as np
 
 import runtime
-from config import Count, Number, Range, Real, RolloutConfig, parse
+from commandline import Range, parse
+from config import Count, Number, Real, RolloutConfig
 from data.chat import as_row
 from data.dataset import Prompts
 from data.rows import write_rows

@@ -15,19 +15,19 @@ Then each model answers held-out prompts at temperature 0.7, and the answers are
 
 import argparse
 import json
-import os
+import math
 import shlex
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
+from data.toyworld import score_file
 from disk import lines_of, write_text
+from stages import ROOT, Stage, environment, run_stages
 
-ROOT = Path(__file__).parent
 COLUMNS = ["good", "gold", "correct", "complete", "coherent", "polite", "rude", "words", "kl"]
 # Rows of the table; each has a file of answers.
 TABLE = [
@@ -65,8 +65,15 @@ ORDERS = {  # attributes that SteerLM is asked for
 PLOTTED = ("dpo", "kto", "ppo", "reinforce", "ppo_truth", "reinforce_truth")
 KEYS = "loss,rewards/accuracies,rewards/margins,reward,kl,entropy,reward~kl"
 
+SHOWN_ROWS = ("sft", "preferences", "labels")  # files of the world
+
+UNCLEAR = "within the noise: a gain of less than twice its standard error over prompts"
+SHORT = (
+    "The quick demo trains on a third of the rows, online methods for a third of the steps: "
+    "it shows that everything runs; `make demo` shows what the methods reach."
+)
+
 Scores = dict[str, dict[str, Any]]  # row of the table -> {column: value}
-Job = tuple[int, str]  # seed, stage
 
 
 def file_name(name: str) -> str:
@@ -179,73 +186,41 @@ def commands(home: Path, seed: int, quick: bool) -> dict[str, list[str]]:
 # ---- running them
 
 
-class Runner:
-    """Runs the stages of all seeds, a process a core, each stage once the one it needs is done."""
-
-    def __init__(self, out: Path, seeds: list[int], quick: bool):
-        self.out = out
-        self.lines = {seed: commands(out / f"seed_{seed}", seed, quick) for seed in seeds}
-        self.shown_seed = seeds[0]  # its commands are printed
-        self.pending = [(seed, stage) for stage in ("world", *AFTER) for seed in seeds]
-        self.seconds: dict[Job, float] = {}  # of finished stages
-        self.failure = ""
-        self.changed = threading.Condition()
-
-    def run(self) -> None:
-        """Run everything. SystemExit: a stage failed; the message has the end of its log."""
-        workers = [threading.Thread(target=self._work) for _ in range(os.cpu_count() or 1)]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-        if self.failure:
-            raise SystemExit(self.failure)
-
-    def _work(self) -> None:
-        while job := self._next():
-            start = time.monotonic()
-            failure = self._run_stage(*job)
-            with self.changed:
-                self.failure = self.failure or failure
-                self.seconds[job] = time.monotonic() - start
-                self.changed.notify_all()
-
-    def _next(self) -> Job | None:
-        """Wait for a stage that can start; None when none is left."""
-        with self.changed:
-            while self.pending and not self.failure:
-                for seed, stage in self.pending:
-                    if stage == "world" or (seed, AFTER[stage]) in self.seconds:
-                        self.pending.remove((seed, stage))
-                        return seed, stage
-                self.changed.wait()
-        return None
-
-    def _run_stage(self, seed: int, stage: str) -> str:
-        """Run the commands of a stage; return "" or the message of the one that failed."""
-        log = self.out / f"seed_{seed}" / f"{stage}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        for line in self.lines[seed][stage]:
-            if seed == self.shown_seed:
-                print(f"$ python {shlex.join(line.split())}", flush=True)
-            try:
-                status: int | str = python(line, log).returncode
-            except OSError as error:  # a full disk, no more processes: stop the other workers too
-                status = str(error)
-            if status:
-                tail = "\n".join(log.read_text().splitlines()[-15:])
-                return f"python {line}\nfailed ({status}); the end of {log}:\n{tail}"
-        return ""
+def stage_name(seed: int, stage: str) -> str:
+    """Return the name of a seed's stage, as the screen shows it."""
+    return f"{stage}, seed {seed}"
 
 
-def python(line: str, log: Path | None = None) -> subprocess.CompletedProcess:
-    """Run `python line` on one core; its output is appended to the log, or returned."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+def all_stages(out: Path, seeds: list[int], quick: bool) -> list[Stage]:
+    """Return the stages of all seeds, those first that others wait for."""
+    lines = {seed: commands(out / f"seed_{seed}", seed, quick) for seed in seeds}
+    stages = []
+    for stage in ("world", *AFTER):
+        for seed in seeds:
+            needs = stage_name(seed, AFTER[stage]) if stage in AFTER else ""
+            log = out / f"seed_{seed}" / f"{stage}.log"
+            stages.append(Stage(stage_name(seed, stage), needs, lines[seed][stage], log))
+    return stages
+
+
+def result_of(home: Path, stage: str) -> str:
+    """Return what a finished stage reached, in a few words."""
+    if stage == "world":
+        rows = {name: len(read_json_lines(home / f"world/{name}.jsonl")) for name in SHOWN_ROWS}
+        return ", ".join(f"{n:,} rows for {name}" for name, n in rows.items())
+    if stage == "rm":
+        return f"accuracy on held-out pairs {rm_accuracy(home):.3f}"
+    if stage == "base":
+        return f"loss {read_json_lines(home / 'base/metrics.jsonl')[-1]['loss']:.3f}"
+    names = [name for name in TABLE if name.split()[0] == stage]
+    shares = {name: score_file(home / f"{file_name(name)}.jsonl")["good"] for name in names}
+    return "good answers: " + ", ".join(f"{name} {share:.3f}" for name, share in shares.items())
+
+
+def python(line: str) -> subprocess.CompletedProcess:
+    """Run `python line` on one core and return its output."""
     command = [sys.executable, *line.split()]
-    if log is None:
-        return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    with open(log, "a") as file:
-        return subprocess.run(command, cwd=ROOT, env=env, stdout=file, stderr=file)
+    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
 
 
 # ---- the results
@@ -261,9 +236,13 @@ def collect(home: Path) -> Scores:
     scores = dict(zip(names, json.loads(done.stdout)))
     for name in TABLE:
         scores[name]["kl"] = 0.0 if name == "sft" else mean_kl(home, name)
-    rm_metrics = read_json_lines(home / "rm" / "metrics.jsonl")
-    scores["rm"]["accuracy"] = rm_metrics[-1]["eval/rewards/accuracies"]
+    scores["rm"]["accuracy"] = rm_accuracy(home)
     return scores
+
+
+def rm_accuracy(home: Path) -> float:
+    """Return the reward model's accuracy on held-out pairs."""
+    return read_json_lines(home / "rm" / "metrics.jsonl")[-1]["eval/rewards/accuracies"]
 
 
 def mean_kl(home: Path, name: str) -> float | None:
@@ -276,19 +255,23 @@ def mean_kl(home: Path, name: str) -> float | None:
     return statistics.mean(row["logp"] - row["ref_logp"] for row in rows) if rows else None
 
 
-def report(results: dict[int, Scores], seconds: dict[Job, float]) -> str:
-    """Return the table, means over the seeds, and the lines below it."""
+def report(results: dict[int, Scores], seconds: dict[str, float]) -> str:
+    """Return the table, means over the seeds, and the lines below it. seconds: of every stage."""
     header = "".join(f"{column:>9}" for column in COLUMNS)
     lines = [f"{'':<21}{header}{'seconds':>9}    good by seed, ± over prompts"]
     for name in TABLE:
         stage = name.split()[0]
-        stage_seconds = statistics.mean(seconds[seed, stage] for seed in results)
+        stage_seconds = statistics.mean(seconds[stage_name(seed, stage)] for seed in results)
         lines.append(_table_row(name, [scores[name] for scores in results.values()], stage_seconds))
     for name in TABLE[1:-1]:
         gains = [scores[name]["good"] - scores["sft"]["good"] for scores in results.values()]
         each = ", ".join(f"{gain:+.3f} (seed {seed})" for gain, seed in zip(gains, results))
         mean = statistics.mean(gains)
-        lines.append(f"{name} over sft, share of good answers: {mean:+.3f} on average; {each}")
+        each = f"; {each}" if len(gains) > 1 else ""
+        unclear = "" if abs(mean) > 2 * noise(name, results) else " (within the noise)"
+        lines.append(f"{name} over sft, share of good answers: {mean:+.3f}{each}{unclear}")
+    if "(within the noise)" in "".join(lines):
+        lines.append(UNCLEAR)
     lengths = []
     rewards = []
     for scores in results.values():
@@ -302,6 +285,15 @@ def report(results: dict[int, Scores], seconds: dict[Job, float]) -> str:
         + ", ".join(rewards)
     )
     return "\n".join(lines)
+
+
+def noise(name: str, results: dict[int, Scores]) -> float:
+    """Return the standard error over prompts of a row's mean gain over SFT."""
+    variance = 0.0
+    for scores in results.values():
+        for row in (scores[name], scores["sft"]):
+            variance += row["good"] * (1 - row["good"]) / row["rows"]
+    return math.sqrt(variance) / len(results)
 
 
 def _table_row(name: str, rows: list[dict], seconds: float) -> str:
@@ -346,24 +338,35 @@ def main() -> None:
     while out.exists():  # an earlier demo is kept
         number += 1
         out = Path(f"{flags.out}-{number}")
-    print(f"writing to {out}/; these are the commands of seed {seeds[0]}:", flush=True)
+    stages = all_stages(out, seeds, flags.quick)
+    lines = [f"python {shlex.join(line.split())}" for stage in stages for line in stage.lines]
+    out.mkdir(parents=True)
+    write_text(out / "commands.sh", "\n".join(lines) + "\n")
+    print(f"writing to {out}/; the {len(lines)} commands are in {out}/commands.sh", flush=True)
 
     start = time.monotonic()
-    runner = Runner(out, seeds, flags.quick)
-    runner.run()
+    seconds = {}
+    for done in run_stages(stages):
+        seconds[done.stage.name] = done.seconds
+        log = done.stage.log
+        print(done.line(result_of(log.parent, log.stem)), flush=True)
     results = {seed: collect(out / f"seed_{seed}") for seed in seeds}
-    seconds = time.monotonic() - start
-    print(f"\nheld-out prompts, temperature 0.7, {len(seeds)} seed(s), {seconds:.0f} s in total")
-    print(report(results, runner.seconds))
+    took = time.monotonic() - start
+    print(f"\nheld-out prompts, temperature 0.7, {len(seeds)} seed(s), {took:.0f} s in total")
+    print(report(results, seconds))
+    if flags.quick:
+        print(SHORT)
     home = out / f"seed_{seeds[0]}"
     print(side_by_side(home, 3))
 
     table = {seed: {name: scores[name] for name in TABLE} for seed, scores in results.items()}
     write_text(out / "scores.json", json.dumps(table, indent=1))
     runs = " ".join(f"{home}/{name}" for name in PLOTTED)
-    done = python(f"plot.py {runs} --keys {KEYS} --scores {out}/scores.json --out {out}/curves.png")
-    if done.returncode:
-        print(f"\nno picture: {done.stderr.strip()}")
+    drawn = python(
+        f"plot.py {runs} --keys {KEYS} --scores {out}/scores.json --out {out}/curves.png"
+    )
+    if drawn.returncode:
+        print(f"\nno picture: {drawn.stderr.strip()}")
     else:
         print(f"\npicture: {out}/curves.png")
 

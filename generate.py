@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import hub
-from config import Count, Number, Range, SampleTemperature, Seed, parse
+from commandline import Range, parse
+from config import Count, Number, SampleTemperature, Seed
 from data import attributes
 from data.jinja import read_kwargs
 from data.keys import prompt_in

@@ -20,7 +20,8 @@ from typing import Literal
 import torch
 
 import hub
-from config import Above0, Amount, Count, Number, Seed, parse
+from commandline import parse
+from config import Above0, Amount, Count, Number, Seed
 from data.templates import Template
 from data.tokenizer import Tokenizer, load_tokenizer
 from model import GPT, parameter_count

@@ -32,7 +32,8 @@ import lock
 import parallel
 import plan
 import weights.folder
-from config import RunConfig, check_ranges, to_json
+from commandline import check_ranges, to_json
+from config import RunConfig
 from data.dataset import Dataset, load_dataset
 from data.jinja import read_kwargs
 from data.templates import Template
@@ -48,6 +49,7 @@ from identity import (
     check_resumed,
     compare_ranks,
     describe,
+    script_of,
 )
 from kernels.device import pick_device
 from model import GPT
@@ -172,6 +174,7 @@ def start(config: RunConfig) -> Run:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
     compare_ranks(mesh.everyone(mine))
     validate(config)
+    config.out = config.out or mesh.ask(lambda: new_out(config))
     mesh = init_mesh(config.tp, config.cp, config.pp, config.device, config.timeout_minutes)
     on_gpu = pick_device(config.device) == "cuda"
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
@@ -193,9 +196,18 @@ def start(config: RunConfig) -> Run:
     if resume_from:
         warnings += mesh.ask(lambda: _compare(resume_from, mine, config))
     mesh.ask(lambda: write_text(Path(config.out) / "config.json", to_json(config)))
+    environment = {"device": name, "layout": layout or "one process", **mine}
+    del environment["flags"]  # they are in config.json
+    text = json.dumps(environment, indent=2) + "\n"
+    mesh.ask(lambda: write_text(Path(config.out) / "environment.json", text))
     kwargs = read_kwargs(config.template_kwargs)
     template = Template(config.template, load_tokenizer(config.model), kwargs)
     return Run(config, mesh, device, dtype, template, stop, resume_from, mine, tuple(warnings))
+
+
+def new_out(config: RunConfig) -> str:
+    """Return the name of a folder for a run without --out, after its script and the time."""
+    return f"runs/{script_of(config)}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def _compare(folder: Path, mine: Description, config: RunConfig) -> list[str]:
@@ -210,6 +222,8 @@ def validate(config: RunConfig) -> None:
     for name in ("model", "data"):
         if not getattr(config, name):
             raise ValueError(f"{flags[name]} is missing; --help lists the flags")
+    if config.resume and not config.out:
+        raise ValueError("--resume needs --out, the folder of the run to continue")
     check_ranges(config)
     read_kwargs(config.template_kwargs)
     pick_device(config.device)

@@ -30,7 +30,8 @@ import numpy as np
 import torch
 
 import hub
-from config import Number, parse
+from commandline import parse
+from config import Number
 from data.jinja import read_kwargs
 from data.rows import read_rows, write_rows
 from data.templates import Template

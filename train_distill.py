@@ -28,7 +28,8 @@ import torch
 
 import runtime
 import training
-from config import Amount, Number, Part, RolloutConfig, Share, Temperature, parse
+from commandline import parse
+from config import Amount, Number, Part, RolloutConfig, Share, Temperature
 from data.dataset import Dataset
 from data.tokenizer import load_tokenizer
 from data.trees import TreeBatch
@@ -94,7 +95,8 @@ def evaluate(student: GPT, teacher: GPT, data: Dataset, config: Config) -> dict[
     states = teacher_states(teacher, make_batches(data, examples, config, student.mesh))
     for i, (batch, hidden) in enumerate(forward(student, data, examples, config)):
         kl = divergences(student, hidden, batch, teacher, states[i], config)
-        add(totals, {"loss": kl, "kl": kl, "nll": -student.logps(hidden, batch)})
+        nll = -student.logps(hidden, batch)
+        add(totals, {"loss": kl + config.sft_weight * nll, "kl": kl, "nll": nll})
     row = means(totals, int(data.scored_len.sum()), student.mesh)
     return {f"eval/{name}": value for name, value in row.items()}
 

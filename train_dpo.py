@@ -24,7 +24,8 @@ import torch
 import losses
 import runtime
 import training
-from config import Above0, Amount, Range, RunConfig, parse
+from commandline import Range, parse
+from config import Above0, Amount, RunConfig
 from data.dataset import Dataset
 from data.trees import TreeBatch
 from losses import Pairs, StepLosses
@@ -122,8 +123,11 @@ def evaluate(model: GPT, data: Dataset, config: Config, delta: float) -> dict[st
     """Return loss and metrics over a whole data set, under eval/."""
     pairs = all_pairs(model, data, np.arange(len(data)), config)
     per_pair, metrics = pair_losses(pairs, config, delta)
-    columns = {"loss": per_pair, **metrics}
-    return {f"eval/{name}": column.mean().item() for name, column in columns.items()}
+    row = {name: column.mean().item() for name, column in {"loss": per_pair, **metrics}.items()}
+    if config.sft_weight:
+        row["nll"] = -(pairs.chosen.sum() / pairs.len_chosen.sum()).item()
+        row["loss"] += config.sft_weight * row["nll"]
+    return {f"eval/{name}": value for name, value in row.items()}
 
 
 def check_rewards(data: Dataset | None, config: Config) -> None:

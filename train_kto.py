@@ -24,7 +24,8 @@ import torch
 import losses
 import runtime
 import training
-from config import Above0, Amount, RunConfig, parse
+from commandline import parse
+from config import Above0, Amount, RunConfig
 from data.dataset import Dataset
 from data.mismatched import kto_trees
 from data.trees import TreeBatch

@@ -27,7 +27,8 @@ import torch
 import losses
 import runtime
 import training
-from config import Above0, Amount, Count, Range, RolloutConfig, parse
+from commandline import Range, parse
+from config import Above0, Amount, Count, RolloutConfig
 from data.dataset import Dataset, Prompts, from_trees
 from data.encode import Answer, encode_pair, sampled_ids
 from data.formats import answers_of

@@ -28,7 +28,8 @@ import torch
 import losses
 import runtime
 import training
-from config import Amount, Count, Number, Range, RolloutConfig, Share, parse
+from commandline import Range, parse
+from config import Amount, Count, Number, RolloutConfig, Share
 from data.dataset import Dataset
 from data.tokenizer import load_tokenizer
 from data.trees import TreeBatch, make_batch

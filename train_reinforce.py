@@ -25,7 +25,8 @@ import torch
 import losses
 import runtime
 import training
-from config import Amount, Count, Number, Range, Real, RolloutConfig, Share, parse
+from commandline import Range, parse
+from config import Amount, Count, Number, Real, RolloutConfig, Share
 from data.trees import TreeBatch, make_batch
 from pipeline import pipeline
 from reporting import add, means

@@ -24,7 +24,8 @@ import torch
 import losses
 import runtime
 import training
-from config import Amount, RunConfig, parse
+from commandline import parse
+from config import Amount, RunConfig
 from data.dataset import Dataset
 from data.formats import ATTRIBUTES, known_attributes
 from data.trees import TreeBatch, make_batch

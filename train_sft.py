@@ -22,7 +22,8 @@ import torch
 
 import runtime
 import training
-from config import Amount, RunConfig, Share, parse
+from commandline import parse
+from config import Amount, RunConfig, Share
 from data import attributes
 from data.dataset import Dataset
 from model import GPT

@@ -31,7 +31,8 @@ import torch
 import losses
 import runtime
 import training
-from config import Amount, Count, Number, Range, RunConfig, Temperature, parse
+from commandline import Range, parse
+from config import Amount, Count, Number, RunConfig, Temperature
 from data import attributes
 from data.attributes import Conditioned, ConditionedRows
 from data.chat import as_row

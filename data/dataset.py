@@ -168,35 +168,43 @@ def _open(folder: Path, meta: dict[str, Any]) -> Dataset:
 
 
 def _summary(dataset: Dataset, job: Job, source: str) -> str:
-    """Return the line that the log gets: rows kept and dropped, tokens, mean lengths."""
+    """Return lines for the log: rows kept, what was dropped or changed, how long the rest is."""
     names = ", ".join(file.name for file in job.files)
     counts = dataset.counts
-    trees = len(dataset)
-    responses = len(dataset.response_len)
-    identical = ""
-    if responses > trees:
-        identical = f", {counts['identical']} with identical responses"
-    return (
-        f"{names}: {counts['rows']} rows, {trees} kept ({counts['truncated']} truncated, "
-        f"{counts['moved']} borders moved{identical}), "
-        f"{counts['too_long']} dropped as longer than {job.max_length}, {counts['bad']} bad; "
-        f"{counts['tokens']:,} tokens, mean prompt {dataset.prompt_len.sum() / trees:.1f}, "
-        f"mean response {dataset.response_len.sum() / responses:.1f}; {source}"
-        + _noted(counts)
-        + _ignored(counts)
-    )
+    lines = [
+        f"{names}: {counts['rows']:,} rows, {len(dataset):,} kept, {counts['tokens']:,} tokens; "
+        f"{source}{_ignored(counts)}"
+    ]
+    notes = [f"{counts[name]:,} {words}" for name, words in NOTES.items() if counts[name]]
+    if counts["too_long"]:
+        notes.insert(0, f"{counts['too_long']:,} dropped as longer than {job.max_length} tokens")
+    if notes:
+        lines.append("  " + "; ".join(notes))
+    shares = ", ".join(f"{share} %" for share in SHARES)
+    prompts = _percentiles(dataset.prompt_len)
+    responses = _percentiles(dataset.response_len)
+    lines.append(f"  tokens at {shares}: prompt {prompts}; response {responses}")
+    return "\n".join(lines)
+
+
+SHARES = (50, 90, 99, 100)  # percentiles of the lengths
+
+
+def _percentiles(lengths: np.ndarray) -> str:
+    """Return some percentiles of lengths, each that of an item of the data."""
+    values = np.percentile(np.asarray(lengths), SHARES, method="inverted_cdf")
+    return ", ".join(f"{value:,}" for value in values)
 
 
 NOTES = {  # count -> what it says; left out where there is none
+    "truncated": "truncated: their prompts were cut from the left",
+    "identical": "pairs with identical responses",
+    "bad": "unreadable, left out",
+    "moved": "rows whose border between prompt and response a token would have crossed",
     "split": "trees more, because the template writes earlier turns in another way: one a turn",
     "own_ends": "rows with a bos or an end of turn of their own, not doubled",
     "control": "rows with control tokens in their texts",
 }
-
-
-def _noted(counts: dict[str, int]) -> str:
-    """Return what else is worth a word about the rows."""
-    return "".join(f"; {counts[name]} {words}" for name, words in NOTES.items() if counts[name])
 
 
 def _ignored(counts: dict[str, int]) -> str:

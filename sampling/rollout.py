@@ -422,6 +422,7 @@ def log_samples(samples: Rollout, step: int, config: RolloutConfig, mesh: Mesh) 
                 "prompt": samples.prompts.prompts[i // group],
                 "response": samples.texts[i],
                 "reward": samples.rewards[i].item(),
+                "tokens": len(samples.samples[i].tokens),
                 "ended": samples.samples[i].ended,
             }
             file.write(json.dumps(row, ensure_ascii=False) + "\n")

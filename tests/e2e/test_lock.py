@@ -6,6 +6,7 @@ ends when a forked child does.
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import lock
+import train_sft
 
 ROOT = Path(__file__).parents[2]
 HOLD = """
@@ -192,3 +194,15 @@ def test_a_requeued_job_leaves_a_running_one_alone(toy: Path, tmp_path: Path):
         first.terminate()
         said = first.communicate()[0].decode()
     assert first.returncode == 0 and "stopped by SIGTERM" in said
+
+
+def test_a_run_without_out_gets_a_folder_of_its_own(toy, tmp_path, monkeypatch):
+    """It is named after script and time; --resume does not guess which one is meant."""
+    monkeypatch.chdir(tmp_path)
+    words = f"--model {toy / 'model'} --data {toy / 'world/sft.jsonl'} --max-steps 1".split()
+    train_sft.main(words)
+    (out,) = (tmp_path / "runs").iterdir()
+    assert re.fullmatch(r"train_sft-\d{8}-\d{6}", out.name)
+    assert (out / "final" / "config.json").exists() and (out / "environment.json").exists()
+    with pytest.raises(ValueError, match="--resume needs --out"):
+        train_sft.main([*words, "--resume", "auto"])

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import train_dpo
-from config import parse
+from commandline import parse
 from data import prepare
 
 ROOT = Path(__file__).parents[2]

@@ -8,12 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import save_tiny_llama
 from plain import PlainModel, PlainTrainer, encode, five_steps
 from safetensors.torch import load_file
 
 import hf
 import losses
+import train_distill
 import train_dpo
+import train_kto
+import train_rm
 import train_sft
 from weights.folder import DTYPES, load_model, save_model
 
@@ -150,6 +154,50 @@ def test_losses_do_not_depend_on_micro_batches(loss: str, toy: Path, tmp_path: P
         if one["step"] == 1:  # every reward is 0 but for rounding, which side of 0 is chance
             one.pop("rewards/accuracies"), many.pop("rewards/accuracies")
         assert one == pytest.approx(many, abs=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        (train_sft, {}),
+        (train_dpo, {"sft_weight": 0.5}),
+        (train_dpo, {"loss": "ipo", "average_logps": True, "reference_free": True}),
+        (train_kto, {"batch_size": 96, "loss": "kto"}),
+        (train_rm, {"centering": 0.1}),
+        (train_distill, {"sft_weight": 0.5}),
+    ],
+)
+def test_evaluation_measures_what_is_trained(script, flags, toy: Path, tmp_path: Path, train):
+    """Without updates, the loss of a step over all rows is eval/loss on the same rows."""
+    save_tiny_llama(tmp_path / "model", toy / "world" / "tokenizer", std=0.1)
+    other = {train_dpo: "ref", train_distill: "teacher"}.get(script)
+    if other and not flags.get("reference_free"):
+        flags = {**flags, other: toy / "model"}
+    if script is train_sft:
+        flags = {**flags, "batch_size": 60}
+    data = (
+        toy
+        / "world"
+        / ("sft.jsonl" if script in (train_sft, train_distill) else "preferences.jsonl")
+    )
+    rows = train(
+        script,
+        tmp_path / "out",
+        **{
+            "model": tmp_path / "model",
+            "data": data,
+            "eval_data": data,
+            "batch_size": 60 if script is train_distill else 48,
+            "max_steps": 1,
+            "lr": 0.0,
+            "dtype": "fp64",
+            **flags,
+        },
+    )
+    step, evaluation = rows[-2], rows[-1]
+    for name in set(step) & {name.removeprefix("eval/") for name in evaluation} - {"step"}:
+        assert evaluation[f"eval/{name}"] == pytest.approx(step[name], abs=1e-9), name
+    assert "eval/loss" in evaluation
 
 
 def test_bf16_weights_have_fp32_masters(toy: Path, tmp_path: Path, train):

@@ -18,7 +18,7 @@ import parallel
 import pipeline
 import plan
 import train_dpo
-from config import parse
+from commandline import parse
 from data.trees import make_batch
 from footprint import Layout
 from model import GPT, GPTConfig, parameter_count
@@ -348,6 +348,17 @@ def test_the_table_says_that_it_is_modelled_and_its_command_parses(capsys):
     assert words[:4] == ["torchrun", "--nproc_per_node", "4", "train_dpo.py"]
     config = parse(train_dpo.Config, "", words[4:])
     assert config.tp * config.cp * config.pp <= 4
+
+
+def test_every_card_holds_what_its_memory_allows():
+    """A 1B model trains whole on one card of 24 GB, a 7B only on those of 139 GiB and more."""
+    small = GPTConfig(
+        "llama", vocab=32000, width=2048, layers=16, heads=16, kv_heads=16, head_size=128, ffn=5504
+    )
+    for name, gpu in plan.GPUS.items():
+        flags = Plan(gpus=1, gpu=name, max_length=1024)
+        assert plan.plans(small, flags)[0], name
+        assert bool(plan.plans(SEVEN, flags)[0]) == (gpu.gib > 130), name
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import commandline
 import config
 import elsewhere
 import train_dpo
-from config import RunConfig, parse
+from commandline import parse
+from config import RunConfig
 
 
 @dataclass
@@ -76,7 +78,7 @@ def test_default_then_file_then_flag(tmp_path: Path):
 def test_a_config_reads_back_what_it_wrote(tmp_path: Path):
     """OUT/config.json is itself a valid --config."""
     flags = Flags(batch_size=3, lr=1e-7, mode=3, share=False, data=["x y", "z"])
-    (tmp_path / "c.json").write_text(config.to_json(flags))
+    (tmp_path / "c.json").write_text(commandline.to_json(flags))
     got = parse(Flags, None, ["--config", str(tmp_path / "c.json")])
     assert got == flags.__class__(**{**vars(flags), "config": str(tmp_path / "c.json")})
 
@@ -208,7 +210,7 @@ def test_help_puts_flags_in_groups_by_the_comments_above_them(capsys):
     text = help_of(capsys, Script, "doc")
     groups = text.split("\n\n")[1:]
     heads = [group.splitlines()[0].partition(":")[0] for group in groups]
-    assert heads == list(config.GROUPS)
+    assert heads == list(commandline.GROUPS)
     by_name = dict(zip(heads, groups))
     assert by_name["algorithm"].splitlines()[1:] == [
         "  --own N",
@@ -221,7 +223,7 @@ def test_help_puts_flags_in_groups_by_the_comments_above_them(capsys):
 
 def test_every_shared_flag_has_a_meaning():
     """Every field of RunConfig has a comment, which is its --help, and a group."""
-    written = config.written_fields(config.RolloutConfig)
+    written = commandline.written_fields(config.RolloutConfig)
     assert set(written) == set(config.RolloutConfig.__dataclass_fields__)
     assert all(len(field.meaning) > 10 and field.group for field in written.values())
 

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 # A module imports from its own row and from the rows above it, and imports make no circle.
 LIBRARIES = [
     ["elsewhere", "flagfile"],
+    ["commandline"],
     ["config", "losses", "architecture", "rotary", "layout", "disk", "hub", "lock", "kernels.*"],
     ["parallel", "faults", "data.*"],
     ["layers", "mixers", "model"],
@@ -29,7 +30,7 @@ LIBRARIES = [
     ["footprint", "reporting", "identity"],
     ["plan"],
     ["runtime"],
-    ["training", "reference"],
+    ["training", "reference", "stages", "plots.*"],
 ]
 # A program imports libraries, and no module imports a program. plan.py is a program too, but
 # runtime.py asks it for advice when memory runs out.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-import config
+import commandline
 from config import RunConfig
 
 ROOT = Path(__file__).parents[2]
@@ -69,13 +69,13 @@ def test_help_shows_every_flag_in_its_group(script: str, capsys):
     assert text.startswith(module.__doc__.strip().splitlines()[0])
     assert "Letters:" not in text
     assert max(map(len, text.splitlines())) <= 100
-    heads = [line for line in text.splitlines() if line.startswith(config.GROUPS)]
-    groups = [name for name in config.GROUPS if any(line.startswith(name) for line in heads)]
-    assert set(groups) >= set(config.GROUPS) - {"rollout", "algorithm"}
+    heads = [line for line in text.splitlines() if line.startswith(commandline.GROUPS)]
+    groups = [name for name in commandline.GROUPS if any(line.startswith(name) for line in heads)]
+    assert set(groups) >= set(commandline.GROUPS) - {"rollout", "algorithm"}
     for name in RunConfig.__dataclass_fields__:
         flag = name.replace("_", "-")
         assert f"\n  --{flag} " in text or f"\n  --{flag}\n" in text or f"\n  --no-{flag}\n" in text
-    written = config.written_fields(module.Config)
+    written = commandline.written_fields(module.Config)
     assert all(len(written[name].meaning) > 10 for name in module.Config.__dataclass_fields__)
 
 

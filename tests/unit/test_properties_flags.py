@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from strategies import json_values, lines, quick, texts
 
-import config
+import commandline
 import train_dpo
 import train_kto
 import train_sft
@@ -37,7 +37,7 @@ def parsed(cls: type, argv: list[str]):
     stderr = io.StringIO()
     with contextlib.redirect_stderr(stderr):
         try:
-            return config.parse(cls, "", argv), stderr.getvalue()
+            return commandline.parse(cls, "", argv), stderr.getvalue()
         except SystemExit as stop:
             assert stop.code == 2
             return None, stderr.getvalue()
@@ -80,7 +80,7 @@ def test_a_negated_flag_means_its_opposite(argv: list[str], value: bool):
     assert parsed(train_sft.Config, argv)[0].shuffle is value
 
 
-def values(hint, valid: config.Range | None = None) -> st.SearchStrategy:
+def values(hint, valid: commandline.Range | None = None) -> st.SearchStrategy:
     if valid and hint is int:
         return st.integers(int(valid.low), int(valid.high))
     if valid:
@@ -100,7 +100,7 @@ def values(hint, valid: config.Range | None = None) -> st.SearchStrategy:
 def test_written_configs_are_read_back(tmp_path: Path, cls: type, data):
     """Random values of all flags, given as flags or in to_json's file, make the same config."""
     hints = {name: hint for name, hint in get_type_hints(cls).items() if name != "config"}
-    ranges = config.ranges(cls)
+    ranges = commandline.ranges(cls)
     drawn = {name: data.draw(values(hint, ranges.get(name))) for name, hint in hints.items()}
     wanted = cls(**drawn)
     argv = []
@@ -110,7 +110,7 @@ def test_written_configs_are_read_back(tmp_path: Path, cls: type, data):
         elif name != "config":
             argv += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     path = tmp_path / "config.json"
-    path.write_text(config.to_json(wanted))
+    path.write_text(commandline.to_json(wanted))
     by_file, stderr = parsed(cls, ["--config", str(path)])
     assert by_file, stderr
     by_file.config = ""

@@ -10,8 +10,8 @@ from typing import get_type_hints
 
 import pytest
 
-import config
-from config import Range
+import commandline
+from commandline import Range
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted(path.stem for path in ROOT.glob("train_*.py"))
@@ -55,14 +55,14 @@ def edges(valid: Range, kind: type) -> tuple[list, list]:
 
 def parsed(cls: type, name: str, value) -> object:
     text = repr(value) if isinstance(value, float) else str(value)
-    return getattr(config.parse(cls, "", [f"--{name.replace('_', '-')}={text}"]), name)
+    return getattr(commandline.parse(cls, "", [f"--{name.replace('_', '-')}={text}"]), name)
 
 
 @pytest.mark.parametrize(("program", "name"), NUMBERS)
 def test_every_number_is_checked_at_the_ends_of_its_range(program: str, name: str, capsys):
     """Taken just inside; just outside refused by one line with the range; the default is inside."""
     cls = flags_of(program)
-    kind, valid = numbers_of(cls)[name], config.ranges(cls)[name]
+    kind, valid = numbers_of(cls)[name], commandline.ranges(cls)[name]
     default = next(f.default for f in dataclasses.fields(cls) if f.name == name)
     assert default in valid
     inside, outside = edges(valid, kind)
@@ -79,14 +79,14 @@ def test_every_number_is_checked_at_the_ends_of_its_range(program: str, name: st
         assert message.count("\n") == 1
         broken = dataclasses.replace(cls(), **{name: value})  # made by a program, not parsed
         with pytest.raises(ValueError, match=f"--{flag} must be"):
-            config.check_ranges(broken)
+            commandline.check_ranges(broken)
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_help_shows_every_range(program: str):
     cls = flags_of(program)
-    text = " ".join(config.help_text(cls, "").split())
-    for name, valid in config.ranges(cls).items():
+    text = " ".join(commandline.help_text(cls, "").split())
+    for name, valid in commandline.ranges(cls).items():
         section = text.partition(f"--{name.replace('_', '-')} ")[2]
         assert str(valid) in section[:400], name
 
@@ -97,7 +97,7 @@ def test_a_config_file_is_checked_too(tmp_path: Path, capsys):
     for value, complaint in ((-1, "lr must be at least 0, not -1"), ("much", "must be a number")):
         (tmp_path / "c.json").write_text(json.dumps({"lr": value}))
         with pytest.raises(SystemExit):
-            config.parse(cls, "", ["--config", str(tmp_path / "c.json")])
+            commandline.parse(cls, "", ["--config", str(tmp_path / "c.json")])
         assert complaint in capsys.readouterr().err
 
 
@@ -125,7 +125,7 @@ def test_a_config_file_is_checked_too(tmp_path: Path, capsys):
 )
 def test_senseless_values_are_refused(program: str, flags: str, capsys):
     with pytest.raises(SystemExit):
-        config.parse(flags_of(program), "", flags.split())
+        commandline.parse(flags_of(program), "", flags.split())
     assert "must be" in capsys.readouterr().err
 
 
