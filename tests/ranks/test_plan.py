@@ -350,6 +350,17 @@ def test_the_table_says_that_it_is_modelled_and_its_command_parses(capsys):
     assert config.tp * config.cp * config.pp <= 4
 
 
+def test_every_card_holds_what_its_memory_allows():
+    """A 1B model trains whole on one card of 24 GB, a 7B only on those of 139 GiB and more."""
+    small = GPTConfig(
+        "llama", vocab=32000, width=2048, layers=16, heads=16, kv_heads=16, head_size=128, ffn=5504
+    )
+    for name, gpu in plan.GPUS.items():
+        flags = Plan(gpus=1, gpu=name, max_length=1024)
+        assert plan.plans(small, flags)[0], name
+        assert bool(plan.plans(SEVEN, flags)[0]) == (gpu.gib > 130), name
+
+
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
