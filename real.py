@@ -104,12 +104,12 @@ def commands(home: Path, seed: int, quick: bool, model: str = "") -> dict[str, l
         "reinforce": trained(
             "train_reinforce.py",
             "reinforce",
-            f"--data {home}/data/train.jsonl {reward} --lr 1e-5 --kl 0.02 --batch-size 8 "
+            f"--data {home}/data/train.jsonl {reward} --lr 3e-5 --kl 0.02 --batch-size 8 "
             f"--group-size 4 --max-steps {steps}",
         ),
-        "dpo": trained("train_dpo.py", "dpo", f"{pairs} --lr 1e-5 --beta 0.1"),
-        "kto": trained("train_kto.py", "kto", f"{pairs} --lr 1e-5 --beta 0.1"),
-        "dpo_lora": trained("train_dpo.py", "dpo_lora", f"{pairs} --lora 16 --lr 2e-4 --beta 0.1"),
+        "dpo": trained("train_dpo.py", "dpo", f"{pairs} --lr 3e-5 --beta 0.1"),
+        "kto": trained("train_kto.py", "kto", f"{pairs} --lr 3e-5 --beta 0.1"),
+        "dpo_lora": trained("train_dpo.py", "dpo_lora", f"{pairs} --lora 16 --lr 3e-4 --beta 0.1"),
     }
 
 
