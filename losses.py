@@ -10,6 +10,7 @@ Letters: B pairs or examples, R responses.
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -285,6 +286,45 @@ def f_reward(logratios: Tensor, divergence: str = "reverse_kl") -> Tensor:
     raise ValueError(f"unknown divergence {divergence!r}: take one of {', '.join(F_DIVERGENCES)}")
 
 
+def read_mixture(loss: str, terms: list[str]) -> dict[str, float]:
+    """Return {name: weight} of the losses that are added: `loss` counts 1 unless a term weighs it.
+
+    "sigmoid", ["sigmoid:0.8", "bco_pair:0.2"] -> {"sigmoid": 0.8, "bco_pair": 0.2}
+    ValueError: a term that is not NAME:WEIGHT with a loss of pairs and a weight above 0.
+    """
+    mixture = {loss: 1.0}
+    for term in terms:
+        name, _, weight = term.partition(":")
+        if name == "sft":
+            raise ValueError(f"--mix {term}: the NLL of the chosen answers is --sft-weight")
+        if name not in DPO_LOSSES:
+            raise ValueError(
+                f"--mix {term}: {name} is no loss: take one of {', '.join(DPO_LOSSES)}"
+            )
+        try:
+            mixture[name] = float(weight)
+        except ValueError:
+            mixture[name] = math.nan
+        if not 0 < mixture[name] < math.inf:
+            raise ValueError(f"--mix {term} is not NAME:WEIGHT, such as {name}:0.2")
+    return mixture
+
+
+def length_weights(response: Tensor, lengths: Tensor, alpha: float) -> Tensor:
+    """Return LD-DPO's weight of every scored token of B pairs, arXiv 2409.06411, (M,).
+
+    The two responses of a pair share their first min(length) tokens, which count 1; what the longer
+    one has beyond them counts `alpha`. response (M,): the number of a token's response, chosen and
+    rejected of each pair side by side; lengths (2B,): scored tokens of each.
+    """
+    public = lengths.view(-1, 2).amin(1).repeat_interleave(2)  # (2B,)
+    starts = lengths.cumsum(0) - lengths  # (2B,)
+    tokens = torch.arange(len(response), device=response.device)
+    place = tokens - starts[response]  # (M,) in its response, from 0
+    weights = torch.ones(len(response), dtype=torch.float64, device=response.device)
+    return weights.masked_fill(place >= public[response], alpha)
+
+
 class Pairs(NamedTuple):
     """Preference pairs as the losses read them: summed log-probs of scored tokens, (B,) each."""
 
@@ -557,8 +597,8 @@ def bco(logratios: Tensor, label: Tensor, beta: float, delta: float) -> Tensor:
 
 
 def group_log_softmax(values: Tensor, group: Tensor) -> Tensor:
-    """Compute the log softmax of values (R,) within groups; group (R,) int64 counts from 0."""
-    n = int(group.max()) + 1 if len(group) else 0  # a rank may have no response in a step
+    """Compute the log softmax of values (R,) within groups; group (R,) int64 from 0 to R - 1."""
+    n = len(group)  # at least as many as there are groups, and the host knows it
     top = values.new_full((n,), float("-inf")).scatter_reduce(0, group, values.detach(), "amax")
     shifted = values - top[group]
     return shifted - values.new_zeros(n).index_add(0, group, shifted.exp()).log()[group]
@@ -806,6 +846,7 @@ POLICY_LOSSES = {  # name: (clip_low, clip_high), the papers' defaults
     "cispo": (float("inf"), 4.0),
     "sapo": (float("inf"), float("inf")),
     "kl_cov": (float("inf"), float("inf")),
+    "clip_cov": (0.2, 0.2),
     "reinforce": (float("inf"), float("inf")),
 }
 AGGREGATES = ("token", "sequence", "sum", "constant")
@@ -875,6 +916,24 @@ def high_covariance(old_logps: Tensor, advantage: Tensor, share: float) -> Tenso
     return marks
 
 
+def drawn_covariance(
+    old_logps: Tensor, advantage: Tensor, share: float, low: float, high: float, seed: list[int]
+) -> Tensor:
+    """Mark a share of a WHOLE step's tokens, drawn from those of large covariance, (M,) 1 or 0.
+
+    Clip-Cov, arXiv 2505.22617: as many as `share` of all tokens, at least one, drawn without
+    preference among those whose covariance (see `high_covariance`) is in [low, high]; all of these
+    if there are fewer. seed: of the draw, so that every rank marks the same ones.
+    """
+    covariance = (old_logps - old_logps.mean()) * (advantage - advantage.mean())
+    candidates = ((covariance >= low) & (covariance <= high)).nonzero()[:, 0].cpu().numpy()
+    count = max(1, int(share * len(covariance)))
+    drawn = np.random.default_rng(seed).permutation(candidates)[:count]
+    marks = torch.zeros_like(covariance)
+    marks[torch.from_numpy(drawn)] = 1
+    return marks
+
+
 def clipped_value(
     values: Tensor, old_values: Tensor, returns: Tensor, clip: float
 ) -> tuple[Tensor, Tensor]:
@@ -912,7 +971,7 @@ def policy_gradient(
     clip_low: float | None = None,
     clip_high: float | None = None,
     dual_clip: float = 0.0,
-    penalised: Tensor | None = None,
+    marked: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Compute a policy-gradient loss by name: per-token losses (M,) and metrics, (M,) each.
 
@@ -922,12 +981,14 @@ def policy_gradient(
     gspo       grpo with the ratio of the whole response, length-normalised, arXiv 2507.18071 Eq. 5.
     gmpo       -A times the geometric mean of the response's clipped ratios, `gmpo_ratio`.
     sapo       a soft gate in place of the clip, `sapo`.
-    kl_cov     -ρ A, plus |log ρ| for the tokens of `penalised`, arXiv 2505.22617.
+    kl_cov     -ρ A, plus |log ρ| for the tokens of `marked`, arXiv 2505.22617.
+    clip_cov   grpo without loss on the tokens of `marked`, arXiv 2505.22617.
     cispo      -sg(min(ρ, 1 + high)) A log π: every token keeps a gradient. MiniMax-M1, arXiv
                2506.13585 Eq. 4; without a lower bound, as in the paper.
     reinforce  -A log π, for one update per rollout.
     logps, old_logps, advantage, response (M,); lengths (R,). A clip of None is the paper's.
-    dual_clip: of `clipped_surrogate`, for grpo and dapo. penalised: of `high_covariance`.
+    dual_clip: of `clipped_surrogate`, for grpo and dapo. marked (M,): 1 or 0, of `high_covariance`
+    or `drawn_covariance`.
     ValueError: unknown loss.
     """
     if loss not in POLICY_LOSSES:
@@ -949,13 +1010,16 @@ def policy_gradient(
         losses = -ratio * advantage
     elif loss == "kl_cov":
         losses = -ratio * advantage
-        if penalised is not None:
-            losses = losses + penalised * log_ratio.abs()
+        if marked is not None:
+            losses = losses + marked * log_ratio.abs()
     elif loss == "cispo":
         losses = -ratio.detach().clamp(max=1 + high) * advantage * logps
         clipped = (ratio > 1 + high).to(ratio.dtype)
     else:
         losses, clipped = clipped_surrogate(ratio, advantage, low, high, dual_clip)
+        if loss == "clip_cov" and marked is not None:
+            losses = losses * (1 - marked)
+            clipped = torch.maximum(clipped, marked.to(clipped.dtype))
     return losses, {"ratio": ratio.detach(), "clip_fraction": clipped.detach()}
 
 

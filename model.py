@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from architecture import GPTConfig
 from data.trees import TreeBatch
+from kernels.device import upload
 from kernels.kl import Divergence
 from kernels.swiglu import swiglu
 from layers import ColumnLinear, Linear, Norm, RowLinear, Vocabulary, Weight, columns, weights_of
@@ -199,7 +200,9 @@ class GPT(nn.Module):
             ropes = {"main": frequencies(c.rope_theta, size, c.rope_scaling)}
             if c.local_theta:
                 ropes["local"] = frequencies(c.local_theta, size)
-            self._frequencies = {name: rope.to(positions.device) for name, rope in ropes.items()}
+            self._frequencies = {
+                name: upload(rope, positions.device) for name, rope in ropes.items()
+            }
         angles = {}
         for name, frequency in self._frequencies.items():
             angle = positions.float()[:, None] * frequency

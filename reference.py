@@ -20,6 +20,7 @@ import checkpoint
 import runtime
 from config import RunConfig
 from data.dataset import Dataset
+from kernels.device import upload
 from model import GPT
 from passes import forward
 from reporting import Meter
@@ -78,11 +79,11 @@ def reference_logps(
             "use a reference with the policy's tokenizer"
         )
     meter = Meter(model.c, policy.device, mesh)
-    logps = np.zeros(len(dataset.response_len))
+    scored = torch.zeros(len(dataset.response_len), dtype=torch.float64, device=policy.device)
     for batch, hidden in forward(model, dataset, examples, config, bar="reference"):
         sums = batch.sum_by_response(model.logps(hidden, batch))
-        logps[dataset.responses_of(batch.examples)] = sums.cpu().numpy()
-    logps = mesh.sum(torch.from_numpy(logps)).numpy()
+        scored[upload(dataset.responses_of(batch.examples), policy.device)] = sums
+    logps = mesh.sum(scored.cpu()).numpy()  # one copy: the host runs ahead of the device
     unseen = np.ones(len(logps), bool)
     unseen[dataset.responses_of(examples)] = False
     logps[unseen] = np.nan

@@ -26,8 +26,9 @@ import losses
 import runtime
 import training
 from commandline import Range, parse
-from config import Amount, Count, Number, RolloutConfig, Share
+from config import Amount, Count, Number, Real, RolloutConfig, Share
 from data.trees import TreeBatch, make_batch
+from kernels.device import upload
 from pipeline import pipeline
 from reporting import add, means
 from sampling import refill, rollout, updates
@@ -50,7 +51,9 @@ class Config(RolloutConfig):
     dual_clip: Annotated[float, Range(0, 100)] = 0.0  # grpo, dapo: bound of the ratio where the
     # advantage is negative; 3 is common, 0 = none
     cov_share: Annotated[float, Range(0, 1, above=True)] = 0.002  # kl_cov: share of the step's
-    # tokens that pay for moving
+    # tokens that pay for moving; clip_cov: share that is left out, 0.0002 in the paper
+    cov_low: Real = 1.0  # clip_cov: least covariance of log-prob and advantage of those left out
+    cov_high: Real = 5.0  # clip_cov: largest one
     kl: Amount = 0.05  # β: cost of a nat away from the reference, in reward units; 0 = no reference
     kl_in: Literal["auto", "reward", "loss"] = "auto"  # part of the reward, or a term of the loss;
     # auto: loss where advantages are scaled (grpo, reinforce++), else reward
@@ -98,11 +101,11 @@ def normalised_rewards(samples: Rollout, config: Config) -> torch.Tensor:
 
 
 def add_advantages(
-    samples: Rollout, old_logps: torch.Tensor, ref_logps: torch.Tensor, config: Config
+    samples: Rollout, old_logps: torch.Tensor, ref_logps: torch.Tensor, config: Config, step: int
 ) -> dict[str, float]:
     """Add the advantage of every scored token to the samples, as a token column; return metrics.
 
-    old_logps, ref_logps: (M,).
+    old_logps, ref_logps: (M,). step: from 1, which seeds clip_cov's draw.
     """
     rewards = torch.from_numpy(samples.rewards)
     if config.gdpo:
@@ -118,7 +121,12 @@ def add_advantages(
     samples.data.add_tokens("advantage", advantages.numpy())
     if config.loss == "kl_cov":
         marks = losses.high_covariance(old_logps, advantages, config.cov_share)
-        samples.data.add_tokens("penalised", marks.numpy())
+        samples.data.add_tokens("marked", marks.numpy())
+    elif config.loss == "clip_cov":
+        bounds = (config.cov_low, config.cov_high)
+        seed = [config.seed, step]
+        marks = losses.drawn_covariance(old_logps, advantages, config.cov_share, *bounds, seed)
+        samples.data.add_tokens("marked", marks.numpy())
     # The mean of -log π over samples is an unbiased estimate of the entropy of a token.
     return {"entropy": -old_logps.numpy().mean().item()}
 
@@ -141,7 +149,7 @@ def policy_loss(
         config.clip_low or None,
         config.clip_high or None,
         config.dual_clip,
-        columns.get("penalised"),
+        columns.get("marked"),
     )  # (M,)
     if config.engine_correction != "none":
         per_token = per_token * columns["engine_weight"]
@@ -184,6 +192,8 @@ def validate(config: Config) -> None:
             f"--dual-clip {config.dual_clip:g} with --loss {config.loss}: it bounds the ratio of "
             "grpo and dapo and must be above 1: 3 is common, 0 turns it off"
         )
+    if config.loss == "clip_cov" and config.cov_low > config.cov_high:
+        raise ValueError(f"--cov-low {config.cov_low:g} is above --cov-high {config.cov_high:g}")
     if config.loss == "reinforce" and config.rollout_epochs * config.minibatches > 1:
         raise ValueError(
             "--loss reinforce has no ratio and allows one update per rollout: use --loss grpo, or "
@@ -250,7 +260,7 @@ def main(argv: list[str] | None = None) -> None:
         plan = updates.plan(samples, config.rollout_epochs, config.minibatches, step, config, mesh)
         old_logps, ref_logps, row = updates.add_logps(samples, plan, model, ref, config)
         check_server(row.get("sampler_gap"), samples, ref_logps if ref else None)
-        row |= add_advantages(samples, old_logps, ref_logps, config)
+        row |= add_advantages(samples, old_logps, ref_logps, config, step + 1)
         samples.lap("scoring")
 
         lr = training.learning_rate(config, step, steps.total)
@@ -259,10 +269,10 @@ def main(argv: list[str] | None = None) -> None:
         norms = []
         for update in plan:
             # Counted over the whole update: the loss does not depend on its micro-batches.
-            lengths = torch.from_numpy(update.lengths).double().to(run.device)
+            lengths = upload(update.lengths.astype(np.float64), run.device)
             if config.mask_cut:  # 0 tokens of the samples without a loss
                 ended = samples.ended[samples.data.responses_of(update.prompts)]
-                lengths = lengths * torch.from_numpy(ended).to(run.device)
+                lengths = lengths * upload(ended, run.device)
             batches = [
                 make_batch(samples.data, items, config.share_prompts) for items in update.bins
             ]

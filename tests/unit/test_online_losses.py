@@ -360,7 +360,41 @@ def test_kl_cov_penalises_the_tokens_of_the_largest_covariance(share: float):
         for i, (x, y, a) in enumerate(zip(logps, old, advantage))
     ]
     args = (tensor(logps), tensor(old), tensor(advantage), torch.tensor(RESPONSE), tensor(LENGTHS))
-    close(losses.policy_gradient(*args, "kl_cov", penalised=marks)[0], wanted)
+    close(losses.policy_gradient(*args, "kl_cov", marked=marks)[0], wanted)
+
+
+@pytest.mark.parametrize(("share", "n"), [(0.001, 1), (0.26, 4), (1.0, None)])
+def test_clip_cov_leaves_out_drawn_tokens_of_large_covariance(share: float, n: int | None):
+    """arXiv 2505.22617: r · N tokens, at least 1, of those with covariance in [low, high]."""
+    old, advantage = draw(23, sum(LENGTHS)), draw(24, sum(LENGTHS))
+    means = statistics.fmean(old), statistics.fmean(advantage)
+    covariance = [(x - means[0]) * (a - means[1]) for x, a in zip(old, advantage)]
+    low, high = sorted(covariance)[4], sorted(covariance)[-3]
+    inside = {i for i, c in enumerate(covariance) if low <= c <= high}
+
+    def drawn(seed: int) -> list[int]:
+        marks = losses.drawn_covariance(
+            tensor(old), tensor(advantage), share, low - 1e-12, high + 1e-12, [seed, 1]
+        )
+        assert set(marks.tolist()) <= {0.0, 1.0}
+        return marks.nonzero().flatten().tolist()
+
+    first = drawn(0)
+    assert set(first) <= inside and len(first) == (n or len(inside)) and first == drawn(0)
+    assert n is None or any(drawn(seed) != first for seed in range(1, 9))  # drawn, not the top
+    none = losses.drawn_covariance(tensor(old), tensor(advantage), share, 1e3, 1e4, [0, 1])
+    assert not none.any()
+
+    logps = [x + d for x, d in zip(old, draw(25, len(old)))]
+    marks = tensor([float(i in first) for i in range(len(old))])
+    values, slopes, clipped = plain_policy_loss("grpo", logps, old, advantage, 0.2, 0.2)
+    new = tensor(logps).requires_grad_()
+    args = (tensor(old), tensor(advantage), torch.tensor(RESPONSE), tensor(LENGTHS))
+    got, metrics = losses.policy_gradient(new, *args, "clip_cov", marked=marks)
+    close(got, [0.0 if i in first else v for i, v in enumerate(values)])
+    (grad,) = torch.autograd.grad(got.sum(), new)
+    close(grad, [0.0 if i in first else v for i, v in enumerate(slopes)])
+    close(metrics["clip_fraction"], [max(c, float(i in first)) for i, c in enumerate(clipped)])
 
 
 @pytest.mark.parametrize("how", losses.AGGREGATES)
