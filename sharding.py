@@ -8,8 +8,8 @@
     forward     part      gather 0 | use 0, gather 1 | free 0, use 1, gather 2 | ...
     backward    part      ... | use 2, gather 1 | free 2, use 1, gather 0 | free 1, use 0 | free 0
 
-Parts are the embedding, each block, and the head with its norm. At most two neighbours are in memory
-at once. The parameters stay views of flat buffers whose storage comes and goes, so that what
+Parts are the embedding, each block, and the head with its norm. At most two neighbours are in
+memory at once. The parameters stay views of flat buffers whose storage comes and goes, so that what
 autograd has saved of a weight is there again in the backward. A recomputed block runs between the
 gather and the free of its backward. Every rank has to run the same parts in the same order.
 
