@@ -207,7 +207,8 @@ def to_theirs(model: GPT, names: list[str] | None = None, keep: bool = True) -> 
     """Return whole weights under their names on disk, on the CPU: all of this stage, or `names`.
 
     Every tensor rank calls it, of a sharded model every rank. Slices are gathered one weight at a
-    time; ranks with keep=False return nothing. Adapters are merged into the weights that they change.
+    time; ranks with keep=False return nothing. Adapters are merged into
+    the weights that they change.
     """
     tensors: dict[str, Tensor] = {}
     fused: dict[str, dict[str, Tensor]] = {}
