@@ -71,7 +71,8 @@ def reference_logps(
         return cached, {}
     model = policy
     if folder:
-        model = load_model(folder, policy.dtype, policy.device, mesh=mesh)
+        sharded = policy.shards is not None
+        model = load_model(folder, policy.dtype, policy.device, mesh=mesh, sharded=sharded)
     if model.c.vocab != policy.c.vocab:
         raise ValueError(
             f"--ref {folder} has a vocabulary of {model.c.vocab}, the policy of {policy.c.vocab}: "
