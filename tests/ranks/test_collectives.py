@@ -23,6 +23,7 @@ from weights.folder import save_model
 LAYOUTS = {  # flags, number of ranks
     "dp2": (2, ""),
     "dp2 zero2": (2, "--zero 2"),
+    "dp2 zero3": (2, "--zero 3"),
     "cp2": (2, "--cp 2"),
     "tp2 dp2 zero2": (4, "--tp 2 --zero 2"),
     "tp2 pp2": (4, "--tp 2 --pp 2"),
