@@ -16,17 +16,16 @@ Then each model answers held-out prompts at temperature 0.7, and the answers are
 import argparse
 import json
 import math
-import shlex
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from data.rows import read_rows
 from data.toyworld import score_file
-from disk import lines_of, write_text
-from stages import ROOT, Stage, environment, run_stages
+from disk import write_text
+from plots.series import last_row
+from stages import Stage, output_of, run_stages, write_commands
 
 COLUMNS = ["good", "gold", "correct", "complete", "coherent", "polite", "rude", "words", "kl"]
 # Rows of the table; each has a file of answers.
@@ -79,11 +78,6 @@ Scores = dict[str, dict[str, Any]]  # row of the table -> {column: value}
 def file_name(name: str) -> str:
     """Return the name of a table row in file names, "ppo truth" -> "ppo_truth"."""
     return name.replace(" ", "_")
-
-
-def read_json_lines(file: Path) -> list[dict]:
-    """Return the rows of a JSONL file."""
-    return [json.loads(line) for line in lines_of(file.read_text(encoding="utf-8"))]
 
 
 # ---- the commands
@@ -206,21 +200,17 @@ def all_stages(out: Path, seeds: list[int], quick: bool) -> list[Stage]:
 def result_of(home: Path, stage: str) -> str:
     """Return what a finished stage reached, in a few words."""
     if stage == "world":
-        rows = {name: len(read_json_lines(home / f"world/{name}.jsonl")) for name in SHOWN_ROWS}
+        rows = {
+            name: sum(1 for _ in read_rows(home / f"world/{name}.jsonl")) for name in SHOWN_ROWS
+        }
         return ", ".join(f"{n:,} rows for {name}" for name, n in rows.items())
     if stage == "rm":
         return f"accuracy on held-out pairs {rm_accuracy(home):.3f}"
     if stage == "base":
-        return f"loss {read_json_lines(home / 'base/metrics.jsonl')[-1]['loss']:.3f}"
+        return f"loss {last_row(home / 'base')['loss']:.3f}"
     names = [name for name in TABLE if name.split()[0] == stage]
     shares = {name: score_file(home / f"{file_name(name)}.jsonl")["good"] for name in names}
     return "good answers: " + ", ".join(f"{name} {share:.3f}" for name, share in shares.items())
-
-
-def python(line: str) -> subprocess.CompletedProcess:
-    """Run `python line` on one core and return its output."""
-    command = [sys.executable, *line.split()]
-    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
 
 
 # ---- the results
@@ -230,7 +220,7 @@ def collect(home: Path) -> Scores:
     """Return the scores of a seed: the rows of TABLE, "steerlm short", "steerlm long" and "rm"."""
     names = [*TABLE, "steerlm short", "steerlm long", "rm"]
     files = " ".join(f"{home}/{file_name(name)}.jsonl" for name in names)
-    done = python(f"-m data.toyworld score --json {files}")
+    done = output_of(f"-m data.toyworld score --json {files}")
     if done.returncode:
         raise SystemExit(done.stderr)
     scores = dict(zip(names, json.loads(done.stdout)))
@@ -242,7 +232,7 @@ def collect(home: Path) -> Scores:
 
 def rm_accuracy(home: Path) -> float:
     """Return the reward model's accuracy on held-out pairs."""
-    return read_json_lines(home / "rm" / "metrics.jsonl")[-1]["eval/rewards/accuracies"]
+    return last_row(home / "rm")["eval/rewards/accuracies"]
 
 
 def mean_kl(home: Path, name: str) -> float | None:
@@ -251,7 +241,7 @@ def mean_kl(home: Path, name: str) -> float | None:
     SteerLM's are not: it saw other prompts.
     """
     file = home / f"{file_name(name)}_kl.jsonl"
-    rows = read_json_lines(file) if file.exists() else []
+    rows = list(read_rows(file)) if file.exists() else []
     return statistics.mean(row["logp"] - row["ref_logp"] for row in rows) if rows else None
 
 
@@ -311,7 +301,7 @@ def _table_row(name: str, rows: list[dict], seconds: float) -> str:
 
 def side_by_side(home: Path, n: int) -> str:
     """Return the answers of every model to the first n held-out prompts."""
-    rows = {name: read_json_lines(home / f"{file_name(name)}.jsonl") for name in TABLE}
+    rows = {name: list(read_rows(home / f"{file_name(name)}.jsonl")) for name in TABLE}
     lines = []
     for i in range(n):
         lines.append(f"\n{rows['sft'][i]['prompt']}")
@@ -339,10 +329,7 @@ def main() -> None:
         number += 1
         out = Path(f"{flags.out}-{number}")
     stages = all_stages(out, seeds, flags.quick)
-    lines = [f"python {shlex.join(line.split())}" for stage in stages for line in stage.lines]
-    out.mkdir(parents=True)
-    write_text(out / "commands.sh", "\n".join(lines) + "\n")
-    print(f"writing to {out}/; the {len(lines)} commands are in {out}/commands.sh", flush=True)
+    write_commands(stages, out / "commands.sh")
 
     start = time.monotonic()
     seconds = {}
@@ -362,7 +349,7 @@ def main() -> None:
     table = {seed: {name: scores[name] for name in TABLE} for seed, scores in results.items()}
     write_text(out / "scores.json", json.dumps(table, indent=1))
     runs = " ".join(f"{home}/{name}" for name in PLOTTED)
-    drawn = python(
+    drawn = output_of(
         f"plot.py {runs} --keys {KEYS} --scores {out}/scores.json --out {out}/curves.png"
     )
     if drawn.returncode:

@@ -600,8 +600,8 @@ def bco(logratios: Tensor, label: Tensor, beta: float, delta: float) -> Tensor:
 
 
 def group_log_softmax(values: Tensor, group: Tensor) -> Tensor:
-    """Compute the log softmax of values (R,) within groups; group (R,) int64 counts from 0."""
-    n = int(group.max()) + 1 if len(group) else 0  # a rank may have no response in a step
+    """Compute the log softmax of values (R,) within groups; group (R,) int64 from 0 to R - 1."""
+    n = len(group)  # at least as many as there are groups, and the host knows it
     top = values.new_full((n,), float("-inf")).scatter_reduce(0, group, values.detach(), "amax")
     shifted = values - top[group]
     return shifted - values.new_zeros(n).index_add(0, group, shifted.exp()).log()[group]

@@ -20,6 +20,7 @@ import checkpoint
 import runtime
 from config import RunConfig
 from data.dataset import Dataset
+from kernels.device import upload
 from losses import length_weights
 from model import GPT
 from passes import forward
@@ -78,7 +79,8 @@ def reference_logps(
         return cached, {}
     model = policy
     if folder:
-        model = load_model(folder, policy.dtype, policy.device, mesh=mesh)
+        sharded = policy.shards is not None
+        model = load_model(folder, policy.dtype, policy.device, mesh=mesh, sharded=sharded)
     if model.c.vocab != policy.c.vocab:
         raise ValueError(
             f"--ref {folder} has a vocabulary of {model.c.vocab}, the policy of {policy.c.vocab}: "
@@ -107,14 +109,14 @@ def response_logps(
 
     ld_alpha: as in `add_ref_logps`. bar: label of a progress bar. Collective.
     """
-    logps = np.zeros(len(dataset.response_len))
+    scored = torch.zeros(len(dataset.response_len), dtype=torch.float64, device=model.device)
     for batch, hidden in forward(model, dataset, examples, config, bar=bar):
         per_token = model.logps(hidden, batch)  # (M,)
         if ld_alpha != 1:
             per_token = per_token * length_weights(batch.response, batch.lengths, ld_alpha)
         sums = batch.sum_by_response(per_token)
-        logps[dataset.responses_of(batch.examples)] = sums.cpu().numpy()
-    logps = model.mesh.sum(torch.from_numpy(logps)).numpy()
+        scored[upload(dataset.responses_of(batch.examples), model.device)] = sums
+    logps = model.mesh.sum(scored.cpu()).numpy()  # one copy: the host runs ahead of the device
     unseen = np.ones(len(logps), bool)
     unseen[dataset.responses_of(examples)] = False
     logps[unseen] = np.nan
@@ -194,12 +196,21 @@ def renew_reference(
     save_model(model, folder, config.model, run.template)
     if mix < 1:
         mixed = runtime.load_reference(run, model, str(folder))
-        before = dict(old.named_parameters())
-        for name, weight in mixed.named_parameters():
+        before = _tensors(old)
+        for name, weight in _tensors(mixed).items():
             weight.copy_(mix * weight.double() + (1 - mix) * before[name].double())
         save_model(mixed, folder, config.model, run.template)
     run.mesh.ask(lambda: _drop_references(config, every, step))
     return runtime.load_reference(run, model, str(folder))
+
+
+def _tensors(model: GPT) -> dict[str, torch.Tensor]:
+    """Return what this rank holds of a frozen model: parameters, or pieces of them (--zero 3)."""
+    flats = [flat for part in model.shards.own.values() for flat in part] if model.shards else []
+    pieces = {" ".join(name for name, _ in flat.named): flat.piece for flat in flats}
+    in_pieces = {name for flat in flats for name, _ in flat.named}
+    whole = {name: p.data for name, p in model.named_parameters() if name not in in_pieces}
+    return {**whole, **pieces}
 
 
 def _since(every: int, step: int) -> int:

@@ -12,6 +12,7 @@ numbers, the time left.
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -113,7 +114,21 @@ def run_stages(stages: list[Stage], workers: int = 0) -> Iterator[Done]:
             run.process.wait()
 
 
-def environment() -> dict[str, str]:
+def output_of(line: str) -> subprocess.CompletedProcess:
+    """Run `python line` on one core and return what it printed."""
+    command = [sys.executable, *line.split()]
+    return subprocess.run(command, cwd=ROOT, env=_environment(), capture_output=True, text=True)
+
+
+def write_commands(stages: list[Stage], file: Path) -> None:
+    """Write the command lines of all stages as a shell script, and say where they are."""
+    lines = [f"python {shlex.join(line.split())}" for stage in stages for line in stage.lines]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_text(file, "\n".join(lines) + "\n")
+    print(f"writing to {file.parent}/; the {len(lines)} commands are in {file}", flush=True)
+
+
+def _environment() -> dict[str, str]:
     """Return the environment of a command: one thread, output at once."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
@@ -123,7 +138,7 @@ def _start(stage: Stage, at: int) -> tuple[subprocess.Popen, int]:
     with open(stage.log, "a") as log:
         start = log.tell()
         command = [sys.executable, *stage.lines[at].split()]
-        process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=log, stderr=log)
+        process = subprocess.Popen(command, cwd=ROOT, env=_environment(), stdout=log, stderr=log)
     return process, start
 
 

@@ -81,12 +81,13 @@ def predicted_values(critic: GPT, hidden: torch.Tensor, batch: TreeBatch) -> tor
 @torch.no_grad()
 def token_values(critic: GPT, data: Dataset, bins: list[list[int]], config: Config) -> torch.Tensor:
     """Return the critic's value of each scored token, (M,). bins: micro-batches. Collective."""
-    values = torch.zeros(int(data.scored_len.sum()), dtype=torch.float64)
+    n_tokens = int(data.scored_len.sum())
+    values = torch.zeros(n_tokens, dtype=torch.float64, device=critic.device)
     batches = (make_batch(data, items, config.share_prompts) for items in bins)
     for batch, hidden in pipeline(critic, batches):
         batch_values = predicted_values(critic, hidden, batch)
-        values[batch.token_columns["token_index"].cpu()] = batch_values.double().cpu()
-    return critic.mesh.sum(values)  # each token is on one rank, 0 on the others
+        values[batch.token_columns["token_index"]] = batch_values.double()
+    return critic.mesh.sum(values.cpu())  # each token is on one rank, 0 on the others
 
 
 def add_advantages(

@@ -9,6 +9,7 @@ shards of a split, and files of the same name, are joined:
 
     ultrafeedback  prefs {prompt, chosen, rejected, chosen_reward, rejected_reward};
                    sft {messages}, the chosen side
+    ultrachat      sft {messages}
     hh             prefs {chosen, rejected}: transcripts, kept as text by --template plain, turned
                    into messages by the others
     tldr           prefs {prompt, chosen, rejected}; from TRL's files or OpenAI's comparisons
@@ -53,6 +54,17 @@ def ultrafeedback(row: JSON, before: JSON | None) -> list[Result]:
     rewards = {"chosen_reward": row["score_chosen"], "rejected_reward": row["score_rejected"]}
     demonstration = {"messages": chosen} if chosen[-1]["content"].strip() else "the answer is empty"
     return [_pair(row["prompt"], chosen, rejected, **rewards), ("sft", demonstration)]
+
+
+def ultrachat(row: JSON, before: JSON | None) -> list[Result]:
+    """Convert UltraChat as filtered for Zephyr (arXiv 2310.16944).
+
+    https://huggingface.co/datasets/HuggingFaceH4/ultrachat_200k
+    """
+    messages = _messages(row["messages"])
+    if not all(message["content"].strip() for message in messages):
+        return [("sft", "a turn is empty")]
+    return [("sft", {"messages": messages})]
 
 
 def hh(row: JSON, before: JSON | None) -> list[Result]:
@@ -177,6 +189,7 @@ SETS = {
         ("train_prefs", "test_prefs", "train_sft", "test_sft"),
         ultrafeedback,
     ),
+    "ultrachat": ("HuggingFaceH4/ultrachat_200k", None, ("train_sft", "test_sft"), ultrachat),
     "hh": ("Anthropic/hh-rlhf", None, ("train", "test"), hh),
     "tldr": ("trl-lib/tldr-preference", None, ("train", "validation"), tldr),
     "gsm8k": ("openai/gsm8k", "main", ("train", "test"), gsm8k),

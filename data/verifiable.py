@@ -221,7 +221,7 @@ def score_rows(rows: list[dict]) -> dict[str, float]:
     return means | {kind: sum(by_kind[kind]) / len(by_kind[kind]) for kind in sorted(by_kind)}
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Make data or score answers."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -235,7 +235,7 @@ def main() -> None:
     make.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(EASY))
     scoring = commands.add_parser("score", help="print the scores of answered rows as JSON")
     scoring.add_argument("files", nargs="+", help="JSONL files, as generate.py --data writes them")
-    flags = parser.parse_args()
+    flags = parser.parse_args(argv)
     if flags.command == "make":
         if min(flags.train, flags.test) < 1:
             parser.error("--train and --test must be at least 1")

@@ -72,6 +72,11 @@ def run_names(paths: list[str]) -> list[str]:
     return names
 
 
+def last_row(folder: Path) -> dict[str, float]:
+    """Return the last row of a finished run's metrics.jsonl."""
+    return json.loads(lines_of((folder / "metrics.jsonl").read_text(encoding="utf-8"))[-1])
+
+
 def read_samples(path: str | Path) -> list[dict]:
     """Return the rows of a run's samples.jsonl that can be read; none without that file."""
     path = Path(path)

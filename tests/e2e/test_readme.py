@@ -1,5 +1,6 @@
-"""Law 10: every command of the README runs as written; what cannot run here at least parses."""
+"""Law 10: every command of the README and the demo's page runs; what cannot run here parses."""
 
+import importlib
 import os
 import re
 import shlex
@@ -11,12 +12,14 @@ from pathlib import Path
 import pytest
 
 import train_dpo
-from commandline import parse
+from commandline import check_ranges, parse
 from data import prepare
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```bash\n(.*?)```", TEXT, re.S)
+DEMO = (ROOT / "docs" / "demo.md").read_text()  # makes the models that the README's commands name
+RECIPES = (ROOT / "docs" / "recipes.md").read_text()
+BLOCKS = re.findall(r"```bash\n(.*?)```", DEMO + TEXT, re.S)
 LINES = [line for block in BLOCKS for line in block.splitlines()]
 COMMANDS = [line for line in LINES if line.startswith(("python", "torchrun"))]
 
@@ -40,7 +43,7 @@ def shortened(line: str) -> list[str]:
 def test_every_command_runs_as_written(tmp_path: Path):
     """The commands run one after another in a copy of the project and end with a picture."""
     pytest.importorskip("matplotlib")
-    for name in ("data", "kernels", "sampling", "weights"):
+    for name in ("data", "kernels", "plots", "sampling", "weights"):
         shutil.copytree(ROOT / name, tmp_path / name)
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path)
@@ -61,14 +64,34 @@ def test_make_targets_exist():
     assert named and set(named) <= set(targets)
 
 
-def test_the_recipe_parses():
-    """The Zephyr commands name flags that exist, values that fit and a data set of prepare.py."""
-    recipe = re.search(r"```text\n(python.*?)```", TEXT, re.S)[1]
-    prepared, trained = [shlex.split(line)[1:] for line in recipe.splitlines()]
-    config = parse(train_dpo.Config, "", trained[1:])
-    assert (config.beta, config.lr) == (0.01, 5e-7)
-    assert (config.batch_size, config.template) == (128, "zephyr")
-    assert prepared[0] == "data/prepare.py" and prepared[1] in prepare.SETS
+def test_recipes_parse():
+    """Every command of the recipes names flags that exist, values that fit, known data sets."""
+    commands = re.findall(r"^python (.*)$", RECIPES, re.M)
+    assert len(commands) >= 7
+    for words in map(shlex.split, commands):
+        if words[0].startswith("train_"):
+            module = importlib.import_module(words[0].removesuffix(".py"))
+            config = parse(module.Config, "", words[1:])
+            check_ranges(config)
+        elif words[0] == "data/prepare.py":
+            assert words[1] in prepare.SETS
+        else:
+            assert (ROOT / words[0]).exists()
+    assert (config.beta, config.lr, config.batch_size) == (0.01, 5e-7, 128)  # of Zephyr's DPO
+
+
+def test_published_settings_parse():
+    """The flags in the table of published settings exist, and their values fit."""
+    scripts = {"SFT": "sft", "DPO": "dpo", "SimPO": "dpo", "KTO": "kto", "reward": "rm"}
+    scripts |= {"PPO": "ppo", "DAPO": "reinforce"}
+    rows = [line.split("|")[1:-1] for line in RECIPES.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) >= 12
+    for recipe, _, rate, *_, flags, _ in rows:
+        script = scripts[re.match(r"\w+", recipe.strip())[0]]
+        module = importlib.import_module(f"train_{script}")
+        for lr in re.findall(r"[0-9]e-[0-9]", rate):
+            words = shlex.split(" ".join(re.findall(r"`(--[^`]*)`", flags)))
+            check_ranges(parse(module.Config, "", [*words, "--lr", lr]))
 
 
 def test_scripts_and_losses_that_the_readme_names_exist():

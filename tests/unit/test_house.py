@@ -23,7 +23,7 @@ LIBRARIES = [
     ["commandline"],
     ["config", "losses", "architecture", "rotary", "layout", "disk", "hub", "lock", "kernels.*"],
     ["parallel", "faults", "data.*"],
-    ["layers", "mixers", "model"],
+    ["layers", "mixers", "model", "sharding"],
     ["optimizer", "pipeline"],
     ["weights.*"],
     ["checkpoint", "passes", "sampling.*"],
@@ -34,7 +34,7 @@ LIBRARIES = [
 ]
 # A program imports libraries, and no module imports a program. plan.py is a program too, but
 # runtime.py asks it for advice when memory runs out.
-PROGRAMS = ["train_*", "best_of_n", "generate", "score", "hf", "plot", "demo"]
+PROGRAMS = ["train_*", "best_of_n", "generate", "score", "hf", "plot", "demo", "real"]
 # These measure and check programs, so they import anything.
 OBSERVERS = ["bench.*", "tests.*"]
 

@@ -97,6 +97,15 @@ def test_ultrafeedback(tmp_path, capsys):
     assert sft.endswith("train_sft.jsonl: 4 written")
 
 
+def test_ultrachat(tmp_path, capsys):
+    """Conversations keep all their turns; one with an empty turn is counted."""
+    talk = chat("Hi.", "Hello.", "Tea?", "Please.")
+    rows = [{"prompt": "Hi.", "messages": talk}, {"prompt": "Hi.", "messages": chat("Hi.", " ")}]
+    files = [save(tmp_path / "train_sft-00000-of-00001.jsonl", rows)]
+    assert run(tmp_path, "ultrachat", *files) == {"train_sft.jsonl": [{"messages": talk}]}
+    assert "1 written; skipped 1 x a turn is empty" in capsys.readouterr().out
+
+
 def test_hh(tmp_path, capsys):
     """Transcripts that differ only in the last answer pass unchanged; others are skipped."""
     start = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Tea or coffee?\n\nAssistant:"
