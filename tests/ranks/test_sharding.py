@@ -93,7 +93,7 @@ def test_two_neighbouring_parts_are_gathered_at_most(c, recompute: bool, lora, m
         dist.destroy_process_group()
 
 
-# ---- scripts that sample ---------------------------------------------------------------------------
+# ---- scripts that sample -------------------------------------------------------------------------
 
 COMMON = "--max-steps 2 --lr 1e-2 --max-tokens 400 --dtype fp64 --device cpu --max-new-tokens 8"
 SCRIPTS = {
