@@ -38,6 +38,13 @@ class GPTConfig:
     qk_norm: str = ""
     # x + f(norm(x)): before; x + norm(f(x)): after (OLMo 2); x + norm(f(norm(x))): both (Gemma)
     norms: str = "before"
+    # mixtures of experts (moe.py): experts of a layer, how many of them a token takes
+    experts: int = 0
+    active: int = 0
+    expert_ffn: int = 0
+    shared_ffn: int = 0  # of an MLP beside the experts that every token takes (Qwen2-MoE); 0 = none
+    normalised: bool = False  # the weights of a token's experts are divided by their sum
+    dense_layers: tuple[int, ...] = ()  # layers with an MLP in place of experts
     parallel_residual: bool = False  # x + attention(x) + mlp(x) (GPT-NeoX)
     embedding_scale: float = 1.0  # of what the embedding gives (Granite, as the next three)
     residual_scale: float = 1.0  # of what attention and MLP add to the residual stream
@@ -58,6 +65,14 @@ class GPTConfig:
             return "none"
         return "local" if self.local_theta and self.window(layer) else "main"
 
+    def sparse(self, layer: int) -> bool:
+        """Return whether a layer has experts."""
+        return bool(self.experts) and layer not in self.dense_layers
+
+    def mlp_width(self, layer: int) -> int:
+        """Return the hidden width that a token meets in a layer: of its experts, all together."""
+        return self.active * self.expert_ffn + self.shared_ffn if self.sparse(layer) else self.ffn
+
     @property
     def gated(self) -> bool:
         """Return whether the MLP has a gate: three matrices, not two."""
@@ -66,7 +81,8 @@ class GPTConfig:
     def flops_per_token(self, context: float) -> float:
         """Count matmul FLOPs, forward and backward, of a scored token that sees `context` keys."""
         attention = self.width * self.head_size * (self.heads * 2 + self.kv_heads * 2)
-        mlp = self.width * self.ffn * (3 if self.gated else 2)
         scores = 2 * context * self.heads * self.head_size
+        widths = sum(self.mlp_width(layer) for layer in range(self.layers))
+        mlps = self.width * widths * (3 if self.gated else 2)
         head = (self.outputs or self.vocab) * self.width
-        return 6 * (self.layers * (attention + mlp + scores) + head)
+        return 6 * (self.layers * (attention + scores) + mlps + head)

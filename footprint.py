@@ -275,7 +275,8 @@ def _activations(
     size = dtype.itemsize
     rows = -(-tokens // mesh.cp)
     stream = -(-rows // mesh.tp) * c.width  # elements of this rank's residual stream
-    g, f = _share(c.kv_heads, mesh), _share(c.ffn, mesh)
+    widest = max(c.mlp_width(layer) for layer in range(c.layers))
+    g, f = _share(c.kv_heads, mesh), _share(widest, mesh)
     h = g * c.heads // c.kv_heads
     # Elements kept of a block: the inputs of norms, q|k|v and gate|up; q, k, v and the output of
     # attention, whose fp32 logsumexp comes on top; gate, up and their product.

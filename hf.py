@@ -20,11 +20,12 @@ from typing import Literal
 import torch
 
 import hub
+from architecture import GPTConfig
 from commandline import parse
 from config import Above0, Amount, Count, Number, Seed
 from data.templates import Template
 from data.tokenizer import Tokenizer, load_tokenizer
-from model import GPT, parameter_count
+from model import GPT, active_count, parameter_count
 from weights import families, gguf
 from weights.config_json import ARCHITECTURES, model_config, read_config, score_names
 from weights.folder import DTYPES, load_model, save_model, weight_files
@@ -51,6 +52,10 @@ class New:
         "phi3",
         "gemma3_text",
         "gpt_neox",
+        "mixtral",
+        "qwen2_moe",
+        "qwen3_moe",
+        "olmoe",
     ] = "llama"  # architecture
     tokenizer: str = ""  # folder whose tokenizer is copied
     vocab: Count = 0  # rows of the embedding; 0 = what the tokenizer needs
@@ -60,6 +65,10 @@ class New:
     kv_heads: Count = 0  # key/value heads; 0 = as many as query heads
     head_size: Count = 0  # 0 = width / heads
     ffn: Count = 0  # MLP width; 0 = 8/3 of the width, 4 without a gate, in multiples of 16
+    experts: Number = 8  # of mixtral, qwen2_moe, qwen3_moe, olmoe: experts of a layer
+    active: Number = 2  # experts that a token takes
+    expert_ffn: Count = 0  # hidden width of an expert; 0 = --ffn, of which mixtral and olmoe have
+    # no other
     max_position: Number = 2048  # longest text the model is meant for, in tokens
     sliding_window: Count = 0  # of mistral, olmo3, gemma3_text: positions looked back; 0 = all
     rope_theta: Above0 = 10000.0  # base of the rotary frequencies; larger for long contexts
@@ -97,6 +106,10 @@ def new_model(flags: New) -> GPT:
         "rms_norm_eps": 1e-6,
         **families.NEW.get(flags.family, {}),
     }
+    if flags.family in families.SPARSE:
+        raw |= families.expert_keys(
+            flags.family, flags.experts, flags.active, flags.expert_ffn or raw["intermediate_size"]
+        )
     raw = {key: value for key, value in raw.items() if families.reads(flags.family, key)}
     if flags.family == "gpt_neox":
         raw["rotary_emb_base"] = raw.pop("rope_theta")
@@ -129,6 +142,12 @@ def _validate(flags: New, tokenizer: Tokenizer | None) -> None:
         raise ValueError(
             f"--vocab {flags.vocab} is too small for the tokenizer: it has {tokenizer.size} ids"
         )
+    given = (flags.experts, flags.active, flags.expert_ffn) != (8, 2, 0)
+    if given and flags.family not in families.SPARSE:
+        names = ", ".join(families.SPARSE)
+        raise ValueError(f"--experts, --active and --expert-ffn are for --family {names}")
+    if flags.active > flags.experts:
+        raise ValueError(f"--active {flags.active} is more than --experts {flags.experts}")
     for flag, key in (("kv_heads", "num_key_value_heads"), ("head_size", "head_dim")):
         if getattr(flags, flag) and not families.reads(flags.family, key):
             name = flag.replace("_", "-")
@@ -158,12 +177,22 @@ def describe(folder: str) -> str:
         f"{folder}: {c.family}, {parameter_count(c) / 1e6:,.1f}M parameters in "
         f"{len(files)} file(s)",
         f"  {c.layers} layers, width {c.width}, {c.heads} heads of {c.head_size} "
-        f"({c.kv_heads} key/value), MLP {c.ffn}",
+        f"({c.kv_heads} key/value), {describe_mlp(c)}",
         f"  vocabulary {c.vocab}, {head}, made for {c.max_position} positions{window}",
         f"  tokenizer of {tokenizer.size} ids, bos {tokenizer.bos_token!r}, "
         f"eos {tokenizer.eos_token!r}, {template}",
     ]
     return "\n".join(lines)
+
+
+def describe_mlp(c: GPTConfig) -> str:
+    """Return a few words on the MLPs of a model."""
+    if not c.experts:
+        return f"MLP {c.ffn}"
+    words = f"{c.experts} experts of {c.expert_ffn}, {c.active} a token"
+    words += f", beside a shared MLP {c.shared_ffn}" if c.shared_ffn else ""
+    words += f", {len(c.dense_layers)} layers with an MLP {c.ffn}" if c.dense_layers else ""
+    return f"{words}; {active_count(c) / 1e6:,.1f}M parameters meet a token"
 
 
 def merge(base: str, adapter: str, out: str) -> None:

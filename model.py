@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -25,38 +24,14 @@ from architecture import GPTConfig
 from data.trees import TreeBatch
 from kernels.device import upload
 from kernels.kl import Divergence
-from kernels.swiglu import swiglu
-from layers import ColumnLinear, Linear, Norm, RowLinear, Vocabulary, Weight, columns, weights_of
+from layers import Linear, Norm, Vocabulary, Weight, weights_of
 from mixers import Angles, Attention, TreeView, View
+from mlp import MLP
+from moe import Experts
 from parallel import Mesh, assemble, enter, split
 from rotary import amplitude, frequencies
 
 ALONE = Mesh()
-
-
-class MLP(nn.Module):
-    """An MLP of a kind of GPTConfig.mlp; tensor ranks share the hidden width F."""
-
-    def __init__(self, c: GPTConfig, mesh: Mesh):
-        super().__init__()
-        self.kind = c.mlp
-        if c.gated:
-            self.gate = ColumnLinear(c.width, c.ffn, c.ffn, mesh, c.mlp_bias)
-        self.up = ColumnLinear(c.width, c.ffn, c.ffn, mesh, c.mlp_bias)
-        self.down = RowLinear(c.ffn, c.width, c.ffn, mesh, c.mlp_bias)
-
-    def forward(self, x: Tensor, tokens: int) -> Tensor:
-        """(T / tp, D), T = tokens -> (T / tp, D)."""
-        if self.kind == "swiglu":
-            gate, up = columns(x, tokens, self.gate, self.up)
-            return self.down(swiglu(gate, up))
-        if self.kind == "geglu":
-            gate, up = columns(x, tokens, self.gate, self.up)
-            return self.down(F.gelu(gate, approximate="tanh") * up)
-        if self.kind == "relu2":
-            return self.down(F.relu(self.up(x, tokens)).square())
-        approximate = "tanh" if self.kind == "gelu_tanh" else "none"
-        return self.down(F.gelu(self.up(x, tokens), approximate=approximate))
 
 
 class Block(nn.Module):
@@ -75,7 +50,7 @@ class Block(nn.Module):
             self.after1 = Norm(c.width, c.norm, c.norm_eps, mesh)
             self.after2 = Norm(c.width, c.norm, c.norm_eps, mesh)
         self.mixer = Attention(c, layer, mesh)
-        self.mlp = MLP(c, mesh)
+        self.mlp = Experts(c, mesh) if c.sparse(layer) else MLP(c, c.ffn, mesh)
 
     def forward(self, x: Tensor, view: View) -> Tensor:
         """(T / tp, D) -> (T / tp, D)."""
@@ -378,3 +353,9 @@ def declared_weights(c: GPTConfig) -> dict[str, Weight]:
 def parameter_count(c: GPTConfig) -> int:
     """Return the number of weights of the whole model."""
     return sum(math.prod(weight.shape) for weight in declared_weights(c).values())
+
+
+def active_count(c: GPTConfig) -> int:
+    """Return the number of weights that a token meets: fewer than all with mixtures of experts."""
+    idle = sum(c.sparse(i) for i in range(c.layers)) * (c.experts - c.active)
+    return parameter_count(c) - idle * c.width * c.expert_ffn * (3 if c.gated else 2)

@@ -180,7 +180,7 @@ def _flops(
     c: GPTConfig, flags: Plan, layout: Layout, stage: int, tokens: int, checkpointing: bool
 ) -> int:
     """Return the FLOPs of a micro-batch in a stage, its tensor and context ranks together."""
-    mlp = c.ffn * (3 if c.gated else 2)
+    mlp = sum(map(c.mlp_width, range(c.layers))) / c.layers * (3 if c.gated else 2)
     matmuls = c.width * (c.head_size * 2 * (c.heads + c.kv_heads) + mlp)
     # q k and p v: 2 * heads * head size * keys, and a token sees half of its example.
     attention = mean_tokens(flags) * c.heads * c.head_size
@@ -191,7 +191,7 @@ def _flops(
     flops = blocks * (matmuls * (passes - unneeded) + attention * passes) * tokens
     if stage == layout.pp - 1:
         flops += (6 - unneeded) * (c.outputs or c.vocab) * c.width * tokens // 2
-    return flops
+    return int(flops)
 
 
 def mean_tokens(flags: Plan) -> int:

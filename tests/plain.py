@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class PlainModel:
-    """Llama, Mistral, Qwen2, Qwen3 or GPT-NeoX in a few lines; its weights take gradients."""
+    """Llama, Mistral, Qwen2 and 3, their mixtures, or GPT-NeoX; its weights take gradients."""
 
     def __init__(self, folder: Path, dtype: torch.dtype):
         self.config = json.loads((folder / "config.json").read_text())
@@ -113,10 +113,32 @@ class PlainModel:
             y = self.attention(self.turn(q, size), self.turn(k, size), v)
             x = x + self.linear(y, f"{at}.self_attn.o_proj")
             y = self.norm(x, f"{at}.post_attention_layernorm")
-            y = F.silu(self.linear(y, f"{at}.mlp.gate_proj")) * self.linear(y, f"{at}.mlp.up_proj")
-            x = x + self.linear(y, f"{at}.mlp.down_proj")
+            routed = f"{at}.mlp.gate.weight" in self.weights
+            x = x + (self.experts(y, f"{at}.mlp") if routed else self.mlp(y, f"{at}.mlp"))
         head = "model.embed_tokens" if self.config["tie_word_embeddings"] else "lm_head"
         return self.linear(self.norm(x, "model.norm"), head)
+
+    def mlp(self, x: Tensor, at: str) -> Tensor:
+        gated = F.silu(self.linear(x, f"{at}.gate_proj")) * self.linear(x, f"{at}.up_proj")
+        return self.linear(gated, f"{at}.down_proj")
+
+    def experts(self, x: Tensor, at: str) -> Tensor:
+        """Mix the outputs of each token's likeliest experts, one token after another."""
+        share = self.linear(x, f"{at}.gate").softmax(-1)
+        outputs = []
+        for token, p in zip(x, share):
+            weights, chosen = p.topk(self.config["num_experts_per_tok"])
+            if self.config["norm_topk_prob"]:
+                weights = weights / weights.sum()
+            parts = [
+                w * self.mlp(token, f"{at}.experts.{e}") for w, e in zip(weights, chosen.tolist())
+            ]
+            outputs.append(sum(parts))
+        y = torch.stack(outputs)
+        if f"{at}.shared_expert_gate.weight" in self.weights:
+            gate = self.linear(x, f"{at}.shared_expert_gate").sigmoid()
+            y = y + gate * self.mlp(x, f"{at}.shared_expert")
+        return y
 
     def logps(self, prompt: list[int], response: list[int]) -> Tensor:
         """Return the log-prob of each response token, (len(response),) fp64, from a padded row."""
@@ -142,6 +164,8 @@ class PlainTrainer:
     def step(self, loss: Tensor) -> tuple[float, float]:
         """Make a step and return (loss, gradient norm before clipping)."""
         loss.backward()
+        for w in self.weights:  # an expert without tokens decays as the others do
+            w.grad = torch.zeros_like(w) if w.grad is None else w.grad
         norm = torch.nn.utils.clip_grad_norm_(self.weights, 1.0).item()
         warm = int(0.25 * self.total)
         share = (self.done - warm) / (self.total - warm)

@@ -34,10 +34,14 @@ KNOWN = {
     "query_key_value": "q k v",
     "qkv_proj": "q k v",
     "gate_up_proj": "gate up",
+    "w1": "gate",
+    "w2": "down",
+    "w3": "up",
     "dense": "out",
     "dense_h_to_4h": "up",
     "dense_4h_to_h": "down",
 }
+EXACT = ("score_head", "router", "shared_gate")  # small, and sensitive: never in fewer bits
 BaseDtype = Literal["none", "bf16", "fp8", "int8", "nf4"]
 
 
@@ -114,7 +118,7 @@ def frozen_linears(model: GPT) -> dict[str, Linear]:
     return {
         path: linear
         for path, linear in model.named_modules()
-        if isinstance(linear, Linear) and path != "score_head"
+        if isinstance(linear, Linear) and path.rpartition(".")[2] not in EXACT
     }
 
 

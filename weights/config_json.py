@@ -34,6 +34,10 @@ ARCHITECTURES = {
     "ministral3": "Ministral3ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
     "gpt_neox": "GPTNeoXForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "olmoe": "OlmoeForCausalLM",
 }  # a reward model has ForSequenceClassification instead
 
 # ---- the keys that are known ---------------------------------------------------------------------
@@ -66,6 +70,8 @@ WHOLE_NUMBERS = set(
     "hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
     "intermediate_size vocab_size max_position_embeddings sliding_window max_window_layers "
     "num_labels original_max_position_embeddings no_rope_layer_interval "
+    "num_experts num_local_experts num_experts_per_tok moe_intermediate_size decoder_sparse_step "
+    "shared_expert_intermediate_size "
     "sliding_window_pattern _sliding_window_pattern".split()
 )
 NUMBERS = set(
@@ -239,7 +245,7 @@ def _norm_and_mlp(options: Options, family: str) -> dict[str, Any]:
         "norm": norm,
         "norm_eps": options.take(eps, families.EPS.get(family, 1e-6)),
         "mlp": translate("hidden_act", options.take("hidden_act", "silu"), activations),
-        "qk_norm": "head" if family == "qwen3" else "",
+        "qk_norm": "head" if family in ("qwen3", "qwen3_moe") else "",
     }
 
 
@@ -259,7 +265,7 @@ def _windows(
     """Read the sliding window of every layer, 0 = none; () if no layer may have one."""
     window = options.take("sliding_window", families.WINDOW.get(family)) or 0
     first = 0  # first layer with a window, where layer_types does not say
-    if family in ("qwen2", "qwen3", "smollm3"):
+    if family in ("qwen2", "qwen3", "qwen2_moe", "smollm3"):
         if not options.take("use_sliding_window", False):
             window = 0
         first = options.peek("max_window_layers", 28)

@@ -13,14 +13,20 @@ Fields = dict[str, Any]
 # Families whose output head is the embedding where config.json does not say.
 TIED = ("smollm3", "gemma3_text")
 # Base of the rotary frequencies where config.json does not say; 10000 for the others.
-THETA = {"smollm3": 2e6, "olmo3": 5e5, "gemma3_text": 1e6}
+THETA = {"mixtral": 1e6, "smollm3": 2e6, "olmo3": 5e5, "gemma3_text": 1e6}
 # What holds where config.json does not say. Epsilon of the norms; 1e-6 for the others.
-SMALL_EPS = ("olmo2", "olmo3", "nemotron", "stablelm", "phi3", "ministral3", "gpt_neox")
+SMALL_EPS = (
+    *("olmo2", "olmo3", "nemotron", "stablelm", "phi3", "ministral3", "gpt_neox"),
+    *("mixtral", "olmoe"),
+)
 EPS = dict.fromkeys(SMALL_EPS, 1e-5)
 # Key of that epsilon; rms_norm_eps for the others.
 EPS_KEY = {"gpt_neox": "layer_norm_eps", "stablelm": "layer_norm_eps", "nemotron": "norm_eps"}
 # Key/value heads; as many as query heads for the others.
-KV_HEADS = {"mistral": 8, "smollm3": 4, "gemma3_text": 4, "ministral3": 8}
+KV_HEADS = {
+    **{"mistral": 8, "smollm3": 4, "gemma3_text": 4, "ministral3": 8},
+    **{"mixtral": 8, "qwen2_moe": 16, "qwen3_moe": 4},
+}
 # Size of a head; width / heads for the others.
 HEAD_SIZE = {"qwen3": 128, "gemma3_text": 256, "ministral3": 128}
 # Sliding window; none for the others.
@@ -29,8 +35,9 @@ WINDOW = {"mistral": 4096, "olmo3": 4096, "gemma3_text": 4096}
 SHARE = {"gpt_neox": 0.25, "nemotron": 0.5, "stablelm": 0.25, "phi3": 1.0}
 # Families whose layers with a window have rotary positions of their own -> their default base.
 LOCAL_ROPE = {"olmo3": 5e5, "gemma3_text": 1e4}
-QWEN, OLMO = ("qwen2", "qwen3"), ("olmo2", "olmo3")
-RMS = ("llama", "mistral", *QWEN, "smollm3", *OLMO, "granite", "phi3", "gemma3_text", "ministral3")
+QWEN, OLMO = ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe"), ("olmo2", "olmo3")
+DENSE = ("llama", "mistral", "smollm3", *OLMO, "granite", "phi3", "gemma3_text", "ministral3")
+RMS = (*DENSE, *QWEN, "mixtral", "olmoe")
 # Optional keys that change the arithmetic -> the families whose own code reads them.
 READ_BY = {
     "num_key_value_heads": (*RMS, "nemotron", "stablelm"),
@@ -41,6 +48,8 @@ READ_BY = {
     "attention_bias": (
         "llama",
         "qwen3",
+        "qwen3_moe",
+        "olmoe",
         "smollm3",
         "gpt_neox",
         *OLMO,
@@ -49,9 +58,12 @@ READ_BY = {
         "gemma3_text",
     ),
     "mlp_bias": ("llama", "smollm3", "nemotron", "granite"),
-    "sliding_window": ("mistral", "smollm3", "olmo3", "phi3", "gemma3_text", "ministral3", *QWEN),
+    "sliding_window": (
+        *("mistral", "mixtral", "smollm3", "olmo3", "phi3", "gemma3_text", "ministral3"),
+        *QWEN,
+    ),
     "use_sliding_window": ("smollm3", *QWEN),
-    "layer_types": ("smollm3", "olmo3", "gemma3_text", *QWEN),
+    "layer_types": ("smollm3", "olmo3", "gemma3_text", "qwen2", "qwen3", "qwen2_moe"),
     "rotary_pct": ("gpt_neox",),
     "rotary_emb_base": ("gpt_neox",),
     "partial_rotary_factor": tuple(SHARE),
@@ -81,6 +93,21 @@ NEW: dict[str, Fields] = {
         "logits_scaling": 8.0,
     },
 }
+
+
+SPARSE = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")  # families of mixtures of experts
+
+
+def expert_keys(family: str, experts: int, active: int, ffn: int) -> Fields:
+    """Return the keys of a new folder of a family of SPARSE."""
+    keys = {"num_experts_per_tok": active}
+    if family == "mixtral":
+        return {**keys, "num_local_experts": experts, "intermediate_size": ffn}
+    keys |= {"num_experts": experts, "norm_topk_prob": family == "qwen3_moe"}
+    if family == "olmoe":
+        return {**keys, "intermediate_size": ffn}
+    shared = {"shared_expert_intermediate_size": ffn} if family == "qwen2_moe" else {}
+    return {**keys, "moe_intermediate_size": ffn, **shared}
 
 
 def reads(family: str, key: str) -> bool:
@@ -152,6 +179,74 @@ def gemma3(take: Take, fields: Fields) -> Fields:
     }
 
 
+def experts(take: Take, fields: Fields) -> Fields:
+    """Read what mixtures of experts have in common. ValueError: a token takes more than there are.
+
+    How they were balanced in training (router_aux_loss_coef, output_router_logits) is an option of
+    training, which plumb's own flags set.
+    """
+    for key in ("router_aux_loss_coef", "output_router_logits"):
+        take(key)
+    number = take("num_experts") or take("num_local_experts")
+    take("num_local_experts")
+    active = take("num_experts_per_tok")
+    if not number or not active:
+        raise ValueError("config.json: num_experts or num_experts_per_tok is missing")
+    if active > number:
+        raise ValueError(
+            f"config.json: num_experts_per_tok = {active} is more than the {number} experts"
+        )
+    return {"experts": number, "active": active}
+
+
+def mixtral(take: Take, fields: Fields) -> Fields:
+    """Read Mixtral (arXiv 2401.04088): every MLP is a mixture."""
+    if take("router_jitter_noise", 0.0) not in (0, None):
+        raise ValueError("config.json: router_jitter_noise is supported at 0 only")
+    return {**experts(take, fields), "expert_ffn": fields["ffn"], "normalised": True}
+
+
+def olmoe(take: Take, fields: Fields) -> Fields:
+    """Read OLMoE (arXiv 2409.02060): every MLP is a mixture, one norm over all heads of q, of k."""
+    if take("clip_qkv") is not None:
+        raise ValueError("config.json: clip_qkv is supported at null only")
+    normalised = take("norm_topk_prob") or False
+    own = {"expert_ffn": fields["ffn"], "normalised": normalised, "qk_norm": "whole"}
+    return {**experts(take, fields), **own}
+
+
+def qwen_moe(take: Take, fields: Fields) -> Fields:
+    """Read Qwen2-MoE and Qwen3-MoE (arXiv 2407.10671, 2505.09388): some layers may be dense."""
+    step, listed = take("decoder_sparse_step") or 1, take("mlp_only_layers") or []
+    layers = range(fields["layers"])
+    own = {
+        "expert_ffn": take("moe_intermediate_size"),
+        "shared_ffn": take("shared_expert_intermediate_size") or 0,
+        "normalised": take("norm_topk_prob") or False,
+        "dense_layers": tuple(i for i in layers if i in listed or (i + 1) % step),
+    }
+    if not own["expert_ffn"]:
+        raise ValueError("config.json: moe_intermediate_size is missing")
+    return {**experts(take, fields), **own}
+
+
+def qwen2_moe(take: Take, fields: Fields) -> Fields:
+    """Read what Qwen2-MoE has besides: biases of q, k and v, a shared expert."""
+    bias = take("qkv_bias", True)
+    own = qwen_moe(take, fields)
+    if not own["shared_ffn"]:
+        raise ValueError("config.json: shared_expert_intermediate_size is missing")
+    return {**own, "qkv_bias": True if bias is None else bias}
+
+
+def qwen3_moe(take: Take, fields: Fields) -> Fields:
+    """Read what Qwen3-MoE has besides. ValueError: a sliding window, which no published one has."""
+    if take("use_sliding_window"):
+        raise ValueError("config.json: use_sliding_window is not supported for qwen3_moe models")
+    take("sliding_window")
+    return qwen_moe(take, fields)
+
+
 READERS: dict[str, Callable[[Take, Fields], Fields]] = {
     "smollm3": smollm3,
     "olmo2": olmo,
@@ -160,4 +255,8 @@ READERS: dict[str, Callable[[Take, Fields], Fields]] = {
     "stablelm": stablelm,
     "phi3": phi3,
     "gemma3_text": gemma3,
+    "mixtral": mixtral,
+    "olmoe": olmoe,
+    "qwen2_moe": qwen2_moe,
+    "qwen3_moe": qwen3_moe,
 }

@@ -16,7 +16,7 @@ from model import declared_weights
 
 
 class Row(NamedTuple):
-    """A module under both names, {i} the layer."""
+    """A module under both names, {i} the layer, {e} the expert."""
 
     ours: str
     theirs: str
@@ -81,6 +81,26 @@ PHI3 = [
     Row("blocks.{i}.mlp.gate", "model.layers.{i}.mlp.gate_up_proj", "blocks"),
     Row("blocks.{i}.mlp.up", "model.layers.{i}.mlp.gate_up_proj", "blocks"),
 ]
+EXPERT = "model.layers.{i}.block_sparse_moe.experts.{e}"
+# Mixtures of experts.
+SPARSE = [
+    *LLAMA,
+    Row("blocks.{i}.mlp.router", "model.layers.{i}.mlp.gate"),
+    Row("blocks.{i}.mlp.shared_gate", "model.layers.{i}.mlp.shared_expert_gate"),
+    *(
+        Row(f"blocks.{{i}}.mlp.{ours}.{x}", f"model.layers.{{i}}.mlp.{theirs}.{x}_proj")
+        for ours, theirs in (("experts.{e}", "experts.{e}"), ("shared", "shared_expert"))
+        for x in ("gate", "up", "down")
+    ),
+]
+MIXTRAL = [
+    *LLAMA,
+    Row("blocks.{i}.mlp.router", "model.layers.{i}.block_sparse_moe.gate"),
+    *(
+        Row(f"blocks.{{i}}.mlp.experts.{{e}}.{ours}", f"{EXPERT}.{theirs}")
+        for ours, theirs in (("gate", "w1"), ("up", "w3"), ("down", "w2"))
+    ),
+]
 TABLES = {
     "llama": LLAMA,
     "mistral": LLAMA,
@@ -96,6 +116,10 @@ TABLES = {
     "phi3": PHI3,
     "gemma3_text": GEMMA3,
     "gpt_neox": GPT_NEOX,
+    "mixtral": MIXTRAL,
+    "qwen2_moe": SPARSE,
+    "qwen3_moe": SPARSE,
+    "olmoe": SPARSE,
 }
 HEADS = ("lm_head.weight", "embed_out.weight")  # on disk; a tied or a reward model does without
 
@@ -149,12 +173,16 @@ def weight_table(c: GPTConfig) -> dict[str, Stored]:
 def _place(name: str, rows: dict[str, Row]) -> tuple[str, str]:
     """Return the name on disk of a weight, and how it is fused with others there."""
     words = name.split(".")
-    layer = ""
+    layer = expert = ""
     if words[0] == "blocks":
         layer, words[1] = words[1], "{i}"
+    if "experts" in words:
+        at = words.index("experts") + 1
+        expert, words[at] = words[at], "{e}"
     length = next(n for n in range(len(words), 0, -1) if ".".join(words[:n]) in rows)
     row = rows[".".join(words[:length])]
-    return ".".join([row.theirs.replace("{i}", layer), *words[length:]]), row.fused
+    theirs = row.theirs.replace("{i}", layer).replace("{e}", expert)
+    return ".".join([theirs, *words[length:]]), row.fused
 
 
 def fuse(parts: dict[str, Tensor], table: dict[str, Stored]) -> Tensor:

@@ -62,6 +62,8 @@ MODELS = {
     "mistral": {"family": "mistral", **SMALL, "sliding_window": 9},
     "qwen2": {"family": "qwen2", **SMALL, "tied": True},
     "qwen3": {"family": "qwen3", **SMALL, "head_size": 6},
+    "qwen3_moe": {"family": "qwen3_moe", **SMALL, "head_size": 6, "experts": 5, "expert_ffn": 9},
+    "qwen2_moe": {"family": "qwen2_moe", **SMALL, "experts": 4, "active": 3, "expert_ffn": 7},
     "gpt_neox": {"family": "gpt_neox", "width": 32, "layers": 2, "heads": 4, "ffn": 33},
 }
 
@@ -185,6 +187,10 @@ FIVE_STEPS = [
     ("dp4 zero3", "qwen2", "three recompute"),
     ("tp2 dp2 zero3", "gpt_neox", "small"),
     ("cp2 zero3", "qwen3", "small recompute"),
+    ("dp2 zero2", "qwen3_moe", "small buckets"),
+    ("tp2", "qwen2_moe", "small recompute"),
+    ("tp2 dp2 zero3", "qwen3_moe", "one"),
+    ("pp2 cp2", "qwen3_moe", "small"),
 ]
 
 

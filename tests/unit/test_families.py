@@ -14,6 +14,7 @@ Faults that were put in one by one and made a test here fail:
 """
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,9 @@ import torch
 from conftest import dataset_of
 from published import PUBLISHED, published_config, published_folder, transformers_model
 
+import hf
 from data.trees import make_batch
-from model import GPT
+from model import GPT, active_count
 from sampling import sampler
 from weights.adapters import TARGETS, Lora, adapters_of, attach
 from weights.config_json import read_config
@@ -30,6 +32,8 @@ from weights.folder import load_model, save_model
 from weights.peft import load_adapter, save_adapter
 
 NEAR = 1e-4  # of two readings in fp32
+# Models whose family has no class for reward models in transformers.
+WITHOUT_SCORES = ("granite-3.1-2b-instruct", "OLMoE-1B-7B-0924-Instruct")
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21]]
 
 
@@ -82,10 +86,10 @@ def test_a_published_model_is_that_of_transformers(name: str, tmp_path: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in PUBLISHED if "granite" not in name])
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if name not in WITHOUT_SCORES])
 @torch.no_grad()
 def test_a_reward_model_of_a_published_model_is_that_of_transformers(name: str, tmp_path: Path):
-    """A score head on it gives transformers' scores; Granite has no such class there."""
+    """A score head on it gives transformers' scores."""
     from transformers import AutoModelForSequenceClassification
 
     folder = published_folder(name, tmp_path / "base")
@@ -139,7 +143,10 @@ def test_trees_of_a_published_model_equal_their_branches(name: str, tmp_path: Pa
 @pytest.mark.parametrize("name", PUBLISHED)
 @torch.no_grad()
 def test_adapters_of_a_published_model_are_those_of_peft(name: str, tmp_path: Path):
-    """Adapters on all linears: merged they are transformers' model, as a folder they are PEFT's."""
+    """Adapters on all linears: merged they are transformers' model, as a folder they are PEFT's.
+
+    PEFT cannot adapt experts, which are one parameter in transformers: there attention alone.
+    """
     peft = pytest.importorskip("peft")
     folder = published_folder(name, tmp_path / "base")
     model = load_model(folder, torch.float32)
@@ -155,11 +162,20 @@ def test_adapters_of_a_published_model_are_those_of_peft(name: str, tmp_path: Pa
     merged = theirs_of(transformers_model(tmp_path / "merged"), ids)
     assert (merged - wanted).abs().max() < NEAR
     save_adapter(model, tmp_path / "adapter", str(folder), lora)
-    adapted = peft.PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()
-    assert (theirs_of(adapted, ids) - wanted).abs().max() < NEAR
     again = load_model(folder, torch.float32)
     load_adapter(again, tmp_path / "adapter")
     assert (logits_of(again, ids) - wanted).abs().max() < 1e-5
+    if model.c.experts:
+        for path, linear in adapters_of(model).items():
+            if ".mlp." in path:
+                linear.adapter.b.zero_()
+        wanted = logits_of(model, ids)
+        lora = Lora(rank=3, alpha=6.0, targets=TARGETS["attention"])
+        attention = attach(load_model(folder, torch.float32), lora)
+        attention.load_state_dict(model.state_dict(), strict=False)
+        save_adapter(attention, tmp_path / "adapter", str(folder), lora)
+    adapted = peft.PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()
+    assert (theirs_of(adapted, ids) - wanted).abs().max() < NEAR
 
 
 LONG = {"type": "longrope", "short_factor": [1.0, 2.0], "long_factor": [1.0, 2.0]}
@@ -178,6 +194,13 @@ LONG = {"type": "longrope", "short_factor": [1.0, 2.0], "long_factor": [1.0, 2.0
         ("Nemotron-Mini-4B-Instruct", {"partial_rotary_factor": 0.2}, "even"),
         ("granite-3.1-2b-instruct", {"logits_scaling": -8.0}, "logits_scaling"),
         ("granite-3.1-2b-instruct", {"num_local_experts": 4}, "num_local_experts"),
+        ("Qwen3-30B-A3B", {"num_experts_per_tok": 7}, "num_experts_per_tok = 7"),
+        ("Qwen3-30B-A3B", {"num_experts": None}, "num_experts"),
+        ("Qwen3-30B-A3B", {"use_sliding_window": True}, "use_sliding_window"),
+        ("Qwen3-30B-A3B", {"mlp_bias": True}, "mlp_bias"),
+        ("Mixtral-8x7B-Instruct-v0.1", {"router_jitter_noise": 0.1}, "router_jitter_noise"),
+        ("Qwen1.5-MoE-A2.7B-Chat", {"moe_intermediate_size": None}, "moe_intermediate_size"),
+        ("OLMoE-1B-7B-0924-Instruct", {"clip_qkv": 8.0}, "clip_qkv"),
         ("stablelm-2-1_6b", {"qk_layernorm": True}, "qk_layernorm"),
         ("stablelm-2-1_6b", {"use_parallel_residual": True}, "use_parallel_residual"),
         ("Phi-3-mini-4k-instruct", {"resid_pdrop": 0.1}, "resid_pdrop"),
@@ -207,3 +230,39 @@ def test_what_a_family_does_not_compute_is_refused_by_name(
     (tmp_path / "config.json").write_text(json.dumps(raw))
     with pytest.raises(ValueError, match=named):
         read_config(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"])
+def test_the_parameters_that_meet_a_token(family: str):
+    """All but the experts that it does not take; `hf.py new` makes what its flags say."""
+    flags = hf.New(family=family, width=16, layers=3, vocab=40, ffn=24, experts=5, active=2)
+    flags.expert_ffn = 8
+    model = hf.new_model(flags)
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    idle = sum(n for name, n in sizes.items() if re.search(r"experts\.[234]\.", name))
+    assert idle == 3 * 3 * 3 * 16 * 8
+    assert active_count(model.c) == sum(sizes.values()) - idle
+    assert model.c.flops_per_token(0) == 6 * sum(
+        n
+        for name, n in sizes.items()
+        if "norm" not in name
+        and "embed" not in name
+        and "router" not in name
+        and "shared_gate" not in name
+        and "bias" not in name
+        and not re.search(r"experts\.[234]\.", name)
+    )
+    assert "5 experts of 8, 2 a token" in hf.describe_mlp(model.c)
+
+
+@torch.no_grad()
+def test_no_token_depends_on_the_others(tmp_path: Path):
+    """A sequence has the same logits alone and beside another one in a row, experts or not."""
+    folder = published_folder("Qwen3-30B-A3B", tmp_path)
+    model = load_model(folder, torch.float64)
+    trees = [([5, 6, 7], [[8, 9], [10, 11, 12]]), ([20, 21], [[22], [23, 24]])]
+    both = make_batch(dataset_of(trees), [0, 1])
+    together = model.logps(model(both), both)
+    alone = [make_batch(dataset_of([tree]), [0]) for tree in trees]
+    apart = torch.cat([model.logps(model(batch), batch) for batch in alone])
+    assert (together - apart).abs().max() < 1e-12
