@@ -92,7 +92,10 @@ class RunConfig:
     cp: Number = 1  # ranks that split a row of tokens: for very long prompts
     pp: Number = 1  # pipeline stages: for models that --tp within a node cannot hold; needs many
     # micro-batches a step
-    zero: Literal[1, 2] = 1  # 1 shards the optimizer; 2 gradients too, reduced every micro-batch
+    zero: Literal[1, 2, 3] = (
+        1  # 1 shards the optimizer; 2 gradients too, reduced every micro-batch;
+    )
+    # 3 weights too, gathered layer by layer: for models that no other layout fits
     timeout_minutes: Wait = 30.0  # longest wait for another rank before the run ends and names it
 
     # output

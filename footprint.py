@@ -24,6 +24,7 @@ from layers import frozen_bytes
 from model import GPT, GPTConfig
 from optimizer import Kind, plan_buckets
 from parallel import Mesh, split
+from sharding import EMBED, HEAD
 from weights.adapters import Lora, attach, quantize_linears
 
 # ---- a layout ------------------------------------------------------------------------------------
@@ -31,7 +32,10 @@ from weights.adapters import Lora, attach, quantize_linears
 
 @dataclass(frozen=True)
 class Layout:
-    """Ranks along each axis, and the ZeRO stage: 1 shards the optimizer, 2 gradients as well."""
+    """Ranks along each axis, and the ZeRO stage.
+
+    1 shards the optimizer, 2 gradients as well, 3 also weights.
+    """
 
     tp: int = 1
     cp: int = 1
@@ -72,17 +76,58 @@ def bucket_elements(
 ) -> tuple[list[tuple[Kind, int]], int]:
     """Return kind and elements of every bucket of a rank, without padding; and frozen bytes."""
     mesh = Mesh(stage * tp + tp_rank, pp=pp, tp=tp)
-    with torch.device("meta"):
-        model = GPT(c, mesh)
-        if lora:
-            quantize_linears(model, lora.base_dtype)
-            attach(model, lora)
+    model = _without_memory(c, mesh, lora)
     parameters = dict(model.named_parameters())
     sizes = [
         (kind, sum(parameters[name].numel() for name in names))
         for kind, names in plan_buckets(model, mesh)
     ]
     return sizes, frozen_bytes(model, dtype)
+
+
+def _without_memory(c: GPTConfig, mesh: Mesh, lora: Lora | None) -> GPT:
+    """Return the model of a rank on the meta device."""
+    with torch.device("meta"):
+        model = GPT(c, mesh)
+        if lora:
+            quantize_linears(model, lora.base_dtype)
+            attach(model, lora)
+    return model
+
+
+@functools.cache
+def sharded_flats(
+    c: GPTConfig, layout: Layout, tp_rank: int, lora: Lora | None = None
+) -> list[tuple[str, bool, int, int]]:
+    """Return (part, whether it trains, elements with padding, ranks) of the flat buffers of ZeRO-3.
+
+    ValueError: the layout is impossible.
+    """
+    if layout.pp > 1:
+        raise ValueError("--zero 3 is not supported with --pp: use --tp")
+    if lora and lora.base_dtype != "none":
+        raise ValueError("--zero 3 does not shard a quantised base")
+    mesh = layout.mesh(tp_rank)
+    return optimizer.flat_sizes(_without_memory(c, mesh, lora), mesh, 3)
+
+
+def gathered_peak(
+    c: GPTConfig,
+    layout: Layout,
+    tp_rank: int,
+    dtype: torch.dtype = torch.bfloat16,
+    lora: Lora | None = None,
+) -> int:
+    """Return the most bytes of weights that ZeRO-3 holds gathered: two neighbouring parts."""
+    parts = [EMBED, *(f"blocks.{i}" for i in range(c.layers)), HEAD]
+    held = dict.fromkeys(parts, 0)
+    for part, _, elements, ranks in sharded_flats(c, layout, tp_rank, lora):
+        if ranks > 1:
+            held[part] += elements
+    if c.tied and not c.outputs:
+        held[HEAD] += held[EMBED]
+    pairs = zip(parts, parts[1:])
+    return max(held[one] + held[other] for one, other in pairs) * dtype.itemsize
 
 
 def buckets(
@@ -93,6 +138,9 @@ def buckets(
     ValueError: the layout is impossible for this model.
     """
     mesh = layout.mesh(rank)
+    if layout.zero == 3:
+        flats = sharded_flats(c, layout, mesh.tp_rank, lora)
+        return [(elements, ranks) for _, trains, elements, ranks in flats if trains]
     sizes = []
     elements, _ = bucket_elements(c, mesh.tp, mesh.tp_rank, mesh.pp, mesh.pp_rank, lora)
     for kind, used in elements:
@@ -143,9 +191,18 @@ def sent(
             total["logps"] += _all_reduced(sum(marked) * exact, cp)
         elif mesh.last_stage:
             total["logps"] += _all_reduced(sum(marked) * c.outputs * exact, cp * tp)
+    count = len(rows)
     for elements, ranks in buckets(c, layout, rank, lora):
-        reduced = exact * (len(rows) if layout.zero == 2 else 1)
-        total["dp"] += elements // ranks * (ranks - 1) * (reduced + size)
+        sums = count if layout.zero > 1 else 1
+        total["dp"] += elements // ranks * (ranks - 1) * exact * sums
+        if layout.zero < 3:
+            total["dp"] += elements // ranks * (ranks - 1) * size
+    for part, _, elements, ranks in (
+        sharded_flats(c, layout, mesh.tp_rank, lora) if layout.zero == 3 else ()
+    ):
+        # A block is gathered forward and backward, the head once; a tied head is the embedding.
+        twice = part not in (EMBED, HEAD) or part == EMBED and c.tied and not c.outputs
+        total["dp"] += elements // ranks * (ranks - 1) * size * count * (2 if twice else 1)
     total["control"] = _all_reduced(16, layout.world)  # Σ gradient² and the stop flag, fp64
     return total
 
@@ -187,12 +244,18 @@ def memory(
     kernels.
     """
     mesh, flat = layout.mesh(rank), buckets(c, layout, rank, lora)
-    _, frozen = bucket_elements(c, mesh.tp, mesh.tp_rank, mesh.pp, mesh.pp_rank, lora, dtype)
+    if layout.zero == 3:
+        flats = sharded_flats(c, layout, mesh.tp_rank, lora)
+        frozen = sum(m // ranks for _, trains, m, ranks in flats if not trains) * dtype.itemsize
+    else:
+        _, frozen = bucket_elements(c, mesh.tp, mesh.tp_rank, mesh.pp, mesh.pp_rank, lora, dtype)
     total = optimizer.memory(flat, frozen, layout.zero, dtype)._asdict()
     rows = -(-tokens // layout.cp)
     total["activations"] = _activations(c, mesh, tokens, micro_batches, dtype, checkpointing)
-    if layout.zero == 2:  # one bucket that fills, and at most two that are being reduced
-        moving = sorted((n for n, ranks in flat if ranks > 1), reverse=True)
+    if layout.zero == 3:
+        total["activations"] += gathered_peak(c, layout, mesh.tp_rank, dtype, lora)
+    if layout.zero > 1:  # one bucket that fills, and at most two that are being reduced
+        moving = sorted((n for n, ranks in flat if ranks > 1), reverse=True) or [0]
         total["activations"] += max(4, dtype.itemsize) * (moving[0] + sum(moving[:2]))
     total["logits"] = 0
     if mesh.last_stage and not c.outputs:

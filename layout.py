@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.device import upload
+
 Spans = list[tuple[int, list[int]]]  # one entry a tree: prompt length, response lengths
 
 # Context parallelism deals blocks of this many consecutive rows to ranks. Every query tile of the
@@ -55,14 +57,12 @@ class TreeLayout:
         self.runs = query_runs(spans, rows)
         self.cache: dict = {}
         if rows is not None:
-            self.index = torch.from_numpy(rows)
-            if kv_end.is_cuda:
-                self.index = self.index.pin_memory().to(kv_end.device, non_blocking=True)
+            self.index = upload(rows, kv_end.device)
 
     @classmethod
     def from_spans(cls, spans: Spans, device: torch.device | str = "cpu") -> "TreeLayout":
         """Lay out a row from its spans alone, with all queries here."""
-        kv_end, positions = (torch.from_numpy(x).to(device) for x in host_layout(spans))
+        kv_end, positions = (upload(x, device) for x in host_layout(spans))
         return cls(spans, kv_end.int(), positions)
 
     def shard(self, rows: np.ndarray) -> "TreeLayout":

@@ -10,9 +10,10 @@ of its stage's weights, under the names they have in the whole model.
 Letters: T tokens, M scored tokens, R responses, D width, F MLP width.
 """
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, overload
 
 import torch
@@ -22,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from architecture import GPTConfig
 from data.trees import TreeBatch
+from kernels.device import upload
 from kernels.kl import Divergence
 from kernels.swiglu import swiglu
 from layers import ColumnLinear, Linear, Norm, RowLinear, Vocabulary, Weight, columns, weights_of
@@ -128,6 +130,7 @@ class GPT(nn.Module):
             self.score_head = Linear(c.width, c.outputs, mesh)
         self.checkpoint_activations = False
         self.pending: dict[str, list] = {}  # part of the model -> buckets whose weights may be late
+        self.shards: Any = None  # --zero 3: sharding.Shards, which gathers a part for its use
         self._frequencies: dict[str, Tensor] = {}
 
     @property
@@ -153,6 +156,28 @@ class GPT(nn.Module):
             for bucket in self.pending.pop(name, ()):
                 bucket.wait()
 
+    def open(self, part: str, x: Tensor) -> Tensor:
+        """Return x, which goes into a part of the model, once the part's weights are here.
+
+        Parts: embed, blocks.N, and head, which has the last norm as well.
+        """
+        self.wait(None if part == "head" else part)
+        return x if self.shards is None else self.shards.open(part, x)
+
+    def close(self, part: str, y: Tensor) -> Tensor:
+        """Return y, which comes out of a part of the model, whose weights may be freed."""
+        return y if self.shards is None else self.shards.close(part, y)
+
+    @contextlib.contextmanager
+    def whole(self, part: str | None = None) -> Iterator[None]:
+        """Hold the up-to-date weights of one part, or of all, for the block; to read or sample.
+
+        Collective where the model is sharded.
+        """
+        self.wait()
+        with self.shards.whole(part) if self.shards else contextlib.nullcontext():
+            yield
+
     def init_weights(self, seed: int, std: float = 0.02) -> None:
         """Draw all weights as declared: normal(0, std), smaller in front of the residual stream."""
         generator = torch.Generator().manual_seed(seed)
@@ -175,7 +200,9 @@ class GPT(nn.Module):
             ropes = {"main": frequencies(c.rope_theta, size, c.rope_scaling)}
             if c.local_theta:
                 ropes["local"] = frequencies(c.local_theta, size)
-            self._frequencies = {name: rope.to(positions.device) for name, rope in ropes.items()}
+            self._frequencies = {
+                name: upload(rope, positions.device) for name, rope in ropes.items()
+            }
         angles = {}
         for name, frequency in self._frequencies.items():
             angle = positions.float()[:, None] * frequency
@@ -208,18 +235,18 @@ class GPT(nn.Module):
     def run(self, tokens: Tensor, view: View, x: Tensor | None = None) -> Tensor:
         """Return the hidden states of T tokens as a view places them, (T / tp, D)."""
         if self.mesh.pp_rank == 0:
-            self.wait("embed")
-            x = self.embed.embed(tokens)
+            x = self.close("embed", self.embed.embed(self.open("embed", tokens)))
             if self.c.embedding_scale != 1.0:
                 # rounded to the dtype of the weights, as Gemma's is
                 x = x * torch.tensor(self.c.embedding_scale, dtype=x.dtype).item()
         view.angles = self.angles(view.positions)
         for name, block in self.blocks.items():
-            self.wait(f"blocks.{name}")
+            x = self.open(f"blocks.{name}", x)
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x = checkpoint(block, x, view, use_reentrant=False)
             else:
                 x = block(x, view)
+            x = self.close(f"blocks.{name}", x)
         return x
 
     @overload
@@ -243,16 +270,20 @@ class GPT(nn.Module):
 
         entropy: also that of each distribution, (M,). Only scored tokens reach the vocabulary.
         """
-        normed, places = self.states(hidden, batch)
+        normed, places = self._states(self.open("head", hidden), batch)
         target = batch.target if places is None else batch.target[places]
         result = self.output.logps(normed, target, temperature, entropy)
-        if places is None:
-            return result
-        total, cp = len(batch.target), self.mesh.group("cp")
         if isinstance(result, tuple):
             logps, entropies = result
-            return assemble(logps, places, total, cp), assemble(entropies, places, total, cp)
-        return assemble(result, places, total, cp)
+            return self._assemble(logps, places, batch), self._assemble(entropies, places, batch)
+        return self._assemble(result, places, batch)
+
+    def _assemble(self, values: Tensor, places: Tensor | None, batch: TreeBatch) -> Tensor:
+        """Return what the head has computed for all scored tokens, (M,), from this rank's."""
+        values = self.close("head", values)
+        if places is None:
+            return values
+        return assemble(values, places, len(batch.target), self.mesh.group("cp"))
 
     def states(self, hidden: Tensor, batch: TreeBatch) -> tuple[Tensor, Tensor | None]:
         """Return what the output head reads for the scored tokens, (M, D), and which they are.
@@ -260,7 +291,10 @@ class GPT(nn.Module):
         With context parallelism a rank has some of the M, at the places that come second; else
         they are None.
         """
-        self.wait()
+        normed, places = self._states(self.open("head", hidden), batch)
+        return self.close("head", normed), places
+
+    def _states(self, hidden: Tensor, batch: TreeBatch) -> tuple[Tensor, Tensor | None]:
         index, places, cp = batch.logit_index, None, self.mesh.group("cp")
         rows = len(batch.tokens)
         if cp.n > 1:
@@ -290,24 +324,25 @@ class GPT(nn.Module):
 
         teacher_states: the teacher's `states` of the same batch. See kernels/kl.py.
         """
-        normed, places = self.states(hidden, batch)
+        hidden = self.open("head", teacher.open("head", hidden))
+        normed, places = self._states(hidden, batch)
         head = teacher.output
         result = self.output.kl(normed, head, teacher_states, divergence, mix, temperature)
-        if places is None:
-            return result
-        return assemble(result, places, len(batch.target), self.mesh.group("cp"))
+        return self._assemble(teacher.close("head", result), places, batch)
 
     def logits(self, hidden: Tensor, index: Tensor) -> Tensor:
         """Return the logits at places index (n,) of the flat row, (n, V); to sample from."""
-        self.wait()
+        hidden = self.open("head", hidden)
         if self.tp.n == 1:
-            return self.output.logits(self.before_head(hidden.index_select(0, index)))
-        hidden = enter(self.before_head(hidden), self.tp.n * len(hidden), self.tp)
-        return self.output.logits(hidden.index_select(0, index))
+            normed = self.before_head(hidden.index_select(0, index))
+        else:
+            normed = enter(self.before_head(hidden), self.tp.n * len(hidden), self.tp)
+            normed = normed.index_select(0, index)
+        return self.close("head", self.output.logits(normed))
 
     def score(self, hidden: Tensor, batch: TreeBatch, index: Tensor) -> Tensor:
         """Return scores read at places index (n,), (n, outputs), fp32 at least, on every rank."""
-        self.wait()
+        hidden = self.open("head", hidden)
         places, group = None, self.mesh.group("cp tp")
         total = len(index)
         if group.n > 1:  # every token is on one rank, which scores it
@@ -317,7 +352,7 @@ class GPT(nn.Module):
             rows = rows[self.mesh.tp_rank * hidden.shape[0] :][: hidden.shape[0]]
             places, index = locate(rows, index)
         z = self.score_head(self.norm(hidden.index_select(0, index)))
-        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        z = self.close("head", z.to(torch.promote_types(z.dtype, torch.float32)))
         return z if places is None else assemble(z, places, total, group)
 
 

@@ -1,4 +1,4 @@
-"""AdamW whose gradients, master weights and moments are sharded over the ranks (ZeRO 1 and 2).
+"""AdamW whose gradients, master weights and moments are sharded over the ranks (ZeRO 1 to 3).
 
     optimizer = AdamW(model, betas, eps, weight_decay, zero)
     norm, stopping = optimizer.step(lr, clip, stop)        one update, the same on every rank
@@ -17,8 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from layers import frozen_bytes
 from model import GPT
 from parallel import Group, Mesh
+from sharding import Flat, part_of, plan_flats, shard
 
 BUCKET = 1 << 25  # elements: large enough for full bandwidth, small enough to start early
 NORM_ROW = 1 << 12  # elements whose squares are added up in fp32
@@ -30,31 +32,39 @@ class Kind(NamedTuple):
     replicas: str  # axes of the ranks that hold the same piece
     decays: bool
 
+    @property
+    def crosses_stages(self) -> bool:
+        """True for a tied embedding, which the first and the last pipeline stage hold."""
+        return "ends" in self.replicas
 
-def plan_buckets(model: GPT, mesh: Mesh) -> list[tuple[Kind, list[str]]]:
+
+def plan_buckets(model: GPT, mesh: Mesh, zero: int = 1) -> list[tuple[Kind, list[str]]]:
     """Group the names of this rank's trained parameters into buckets, in the order they fill.
 
-    Gradients arrive about in reverse, and so do the buckets. `model` may lie on the meta device.
+    Gradients arrive about in reverse, and so do the buckets; those of a tied embedding, which two
+    pipeline stages sum, come last. Under ZeRO-3 a bucket has parameters
+    of one part of the model. `model` may lie on the meta device.
     """
     parameters = dict(model.named_parameters())
-    kinds: dict[Kind, list[list[str]]] = {}
+    kinds: dict[tuple[Kind, str], list[list[str]]] = {}
     for name, weight in reversed(model.weights().items()):
         if not parameters[name].requires_grad:
             continue
-        parts = kinds.setdefault(Kind(weight.replicas(mesh), weight.decays), [[]])
-        held = sum(parameters[other].numel() for other in parts[-1])
-        if parts[-1] and held + parameters[name].numel() > BUCKET:
-            parts.append([])
-        parts[-1].append(name)
-    return [(kind, names) for kind, parts in kinds.items() for names in parts]
+        kind = Kind(weight.replicas(mesh), weight.decays)
+        buckets = kinds.setdefault((kind, part_of(name) if zero == 3 else ""), [[]])
+        held = sum(parameters[other].numel() for other in buckets[-1])
+        if buckets[-1] and held + parameters[name].numel() > BUCKET and zero < 3:
+            buckets.append([])
+        buckets[-1].append(name)
+    planned = [(kind, names) for (kind, _), buckets in kinds.items() for names in buckets]
+    return sorted(planned, key=lambda bucket: bucket[0].crosses_stages)
 
 
-class Bucket:
-    """Parameters of one kind in flat buffers; the model's weights and gradients are views of them.
+class Bucket(Flat):
+    """Parameters of one kind with their gradients and master weights, all in flat buffers.
 
-    weights  (m,) in the model's dtype, m a multiple of n; each rank owns one piece of it
-    master   (m / n,) fp32 at least, updated by AdamW; the piece of `weights` itself where those are
-             exact enough
+    weights  (m,) in the model's dtype; under ZeRO-3 only while a part of the model is gathered
+    master   (m / n,) fp32 at least, updated by AdamW; `piece` itself where that is exact enough
     grad     (m,) fp32 at least, summed over ranks into
     shard    (m / n,) this rank's piece (ZeRO-1); under ZeRO-2 only `shard` lasts, and the gradients
              of a micro-batch live no longer than its reduce-scatter
@@ -63,39 +73,25 @@ class Bucket:
     def __init__(
         self, named: list[tuple[str, nn.Parameter]], decays: bool, group: Group, zero: int
     ):
-        self.named, self.decays, self.group = named, decays, group
+        super().__init__(named, group, sharded=zero == 3)
+        self.decays = decays
         self.keeps_grad = zero < 2 or group.n == 1
-        first = named[0][1]
-        self.exact = torch.promote_types(first.dtype, torch.float32)
-        used = sum(p.numel() for _, p in named)
-        size = -(-used // group.n) * group.n
-        piece = size // group.n
-        self.own = slice(piece * group.place, piece * (group.place + 1))
-        self.weights = torch.zeros(size, dtype=first.dtype, device=first.device)
-        kept = size if self.keeps_grad else 0
-        self.grad = torch.zeros(kept, dtype=self.exact, device=first.device)
-        for (_, p), weights in zip(named, self.views(self.weights)):
-            weights.copy_(p.data)
-            p.data = weights
+        self.exact = torch.promote_types(self.piece.dtype, torch.float32)
+        kept = len(self.weights) if self.keeps_grad else 0
+        self.grad = self.piece.new_zeros(kept, dtype=self.exact)
+        for _, p in named:
             p.grad_dtype = self.exact  # so that bf16 gradients of many micro-batches add up in fp32
-        own = self.weights[self.own]
         if self.keeps_grad:
             for (_, p), grad in zip(named, self.views(self.grad)):
                 p.grad = grad
             self.shard = self.grad[self.own]
         else:
-            self.shard = torch.zeros_like(own, dtype=self.exact)
-        self.master = nn.Parameter(own if first.dtype == self.exact else own.to(self.exact))
+            self.shard = torch.zeros_like(self.piece, dtype=self.exact)
+        self.master = nn.Parameter(self.piece.to(self.exact))  # no copy where the dtype is the same
         self.master.grad = self.shard
         self.missing = len(named)  # parameters whose gradient this micro-batch still owes
         self.work: Any = None  # the reduce-scatter or all-gather that is running
         self.incoming: tuple[Tensor, ...] = ()  # ZeRO-2: input and output of the reduce-scatter
-
-    def views(self, flat: Tensor) -> list[Tensor]:
-        """Cut a flat buffer into the shapes of the parameters."""
-        sizes = [p.numel() for _, p in self.named]
-        parts = flat[: sum(sizes)].split(sizes)
-        return [part.view(p.shape) for part, (_, p) in zip(parts, self.named)]
 
     def pieces(self, flat: Tensor) -> Iterator[tuple[str, int, Tensor]]:
         """Yield (name, first element, piece) of each parameter in this rank's part of a buffer."""
@@ -131,11 +127,13 @@ class Bucket:
             self.incoming = ()
 
     def publish(self) -> None:
-        """Begin to send this rank's new weights to the others."""
-        own = self.weights[self.own]
-        if self.master.data_ptr() != own.data_ptr():
-            own.copy_(self.master)
-        self.work = self.group.all_gather(own, "dp", out=self.weights, wait=False)
+        """Take over the new weights, and begin to send them unless whoever needs them gathers."""
+        if self.master.data_ptr() != self.piece.data_ptr():
+            self.piece.copy_(self.master)
+        if self.sharded:
+            self.free()
+        else:
+            self.work = self.group.all_gather(self.piece, "dp", out=self.weights, wait=False)
 
     def wait(self) -> None:
         """Wait for the collective that is running, if any."""
@@ -157,9 +155,11 @@ class AdamW:
 
     Ranks that hold the same weights share the work (ZeRO, arXiv 1910.02054): each owns a piece of
     the master weights and of both moments. zero=1 keeps whole gradients and sums them once a step,
-    while the last backward still runs; zero=2 sums them after every micro-batch and keeps a piece.
+    while the last backward still runs; zero=2 sums them after every micro-batch and keeps a piece;
+    zero=3 shards the weights as well, frozen ones included (sharding.py).
     New weights are sent while the next forward runs: call `model.wait()` before reading them
-    elsewhere. ValueError: no parameter of any rank's model trains.
+    elsewhere, or under zero=3 hold `model.shards.whole()`. ValueError: no parameter of any rank's
+    model trains, or zero=3 with pipeline stages.
     """
 
     def __init__(
@@ -172,16 +172,20 @@ class AdamW:
     ):
         self.model, self.zero, mesh = model, zero, model.mesh
         self.world = mesh.group("world")
+        if zero == 3 and mesh.pp > 1:
+            raise ValueError(f"--zero 3 is not supported with --pp {mesh.pp}: use --tp or --zero 2")
+        self.shards = shard(model) if zero == 3 else None
         parameters = dict(model.named_parameters())
-        self.buckets = [
-            Bucket(
-                [(name, parameters[name]) for name in names],
-                kind.decays,
-                mesh.group(kind.replicas),
-                zero,
-            )
-            for kind, names in plan_buckets(model, mesh)
-        ]
+        self.buckets = []
+        planned = plan_buckets(model, mesh, zero)
+        for kind, names in planned:
+            if self.shards:
+                self.shards.remove(set(names))
+            named = [(name, parameters[name]) for name in names]
+            bucket = Bucket(named, kind.decays, mesh.group(kind.replicas), zero)
+            if self.shards:
+                self.shards.own[part_of(names[0])].append(bucket)
+            self.buckets.append(bucket)
         if not any(mesh.everyone(bool(self.buckets))):
             raise ValueError("nothing to train: every weight of the model is frozen")
         # A stage with nothing to train still takes part in every step: one parameter of no size.
@@ -194,13 +198,14 @@ class AdamW:
         self.parts: dict[str, list[Bucket]] = {}  # part of the model -> buckets that it waits for
         for b in self.buckets:
             for name, _ in b.named:
-                words = name.split(".")
-                part = ".".join(words[:2]) if words[0] == "blocks" else words[0]
-                buckets = self.parts.setdefault(part, [])
+                buckets = self.parts.setdefault(part_of(name), [])
                 if b not in buckets:
                     buckets.append(b)
         self.early = False  # whether buckets are reduced as soon as they are full
         self.next = 0  # bucket to reduce next: one order for all ranks, however gradients arrive
+        # Buckets that may be reduced before a backward ends. The others wait for another stage,
+        # which may wait for a message from this one: that comes first.
+        self.n_early = sum(not kind.crosses_stages for kind, _ in planned)
         self.collected = False
         for b in self.buckets:
             if b.group.n > 1:
@@ -209,17 +214,17 @@ class AdamW:
 
     def expect(self, last: bool) -> None:
         """Announce a backward; last: that of the step's last micro-batch."""
-        self.early = last or self.zero == 2
+        self.early = last or self.zero > 1
         self.collected = False
 
     def _gradient_ready(self, bucket: Bucket) -> None:
         bucket.missing -= 1
-        while self.early and self.next < len(self.buckets):
+        while self.early and self.next < self.n_early:
             if self.buckets[self.next].missing:
                 break
             self.buckets[self.next].start_reduce()
-            # At most two sums run at once, or ZeRO-2 would hold whole gradients after all.
-            if self.zero == 2 and self.next > 1:
+            # At most two sums run at once, or ZeRO-2 and 3 would hold whole gradients after all.
+            if self.zero > 1 and self.next > 1:
                 self.buckets[self.next - 2].finish_reduce()
             self.next += 1
 
@@ -232,6 +237,8 @@ class AdamW:
                 b.finish_reduce()
         for b in self.buckets:
             b.missing = len(b.named)
+        if self.shards:
+            self.shards.release_all()
         self.next, self.collected = 0, self.early
 
     @torch.no_grad()
@@ -262,7 +269,8 @@ class AdamW:
             self.adam.step()
             for b in reversed(self.buckets):  # in the order of the next forward
                 b.publish()
-            self.model.pending = {part: list(buckets) for part, buckets in self.parts.items()}
+            if not self.shards:
+                self.model.pending = {part: list(buckets) for part, buckets in self.parts.items()}
         for b in self.buckets:
             b.grad.zero_()
             b.shard.zero_()
@@ -317,25 +325,50 @@ class Memory(NamedTuple):
     optimizer: int  # both moments, and master weights where they are no view of the weights
 
 
-def bucket_sizes(model: GPT, mesh: Mesh) -> list[tuple[int, int]]:
+def bucket_sizes(model: GPT, mesh: Mesh, zero: int = 1) -> list[tuple[int, int]]:
     """Return (elements with padding, ranks that share them) of each bucket of a rank."""
+    return [(m, ranks) for _, trains, m, ranks in flat_sizes(model, mesh, zero) if trains]
+
+
+def flat_sizes(model: GPT, mesh: Mesh, zero: int) -> list[tuple[str, bool, int, int]]:
+    """Return (part, whether it trains, elements with padding, ranks) of each flat buffer of a rank.
+
+    Frozen weights lie in flat buffers under ZeRO-3 alone. Part: see sharding.part_of; of a bucket
+    under other stages that of its first weight.
+    """
     parameters = dict(model.named_parameters())
+    planned = [
+        (part_of(names[0]), True, kind.replicas, names)
+        for kind, names in plan_buckets(model, mesh, zero)
+    ]
+    if zero == 3:
+        frozen = {name for name, p in parameters.items() if not p.requires_grad}
+        planned += [
+            (part, False, axes, names) for part, axes, names in plan_flats(model, mesh, frozen)
+        ]
     sizes = []
-    for kind, names in plan_buckets(model, mesh):
-        used = sum(parameters[name].numel() for name in names)
-        ranks = mesh.size(kind.replicas)
-        sizes.append((-(-used // ranks) * ranks, ranks))
+    for part, trains, replicas, names in planned:
+        used, ranks = sum(parameters[name].numel() for name in names), mesh.size(replicas)
+        sizes.append((part, trains, -(-used // ranks) * ranks, ranks))
     return sizes
 
 
 def memory(sizes: list[tuple[int, int]], frozen: int, zero: int, dtype: torch.dtype) -> Memory:
-    """Count the bytes of `bucket_sizes` under a ZeRO stage, and of `layers.frozen_bytes`."""
+    """Count the bytes of `bucket_sizes` under a ZeRO stage, and of the frozen weights it keeps."""
     exact = max(4, dtype.itemsize)
     padded = sum(n for n, _ in sizes)
     owned = sum(n // ranks for n, ranks in sizes)
     buffers = 2 if dtype.itemsize == exact else 3  # exact weights are their own master copy
     return Memory(
-        weights=padded * dtype.itemsize + frozen,
+        weights=(owned if zero == 3 else padded) * dtype.itemsize + frozen,
         gradients=(padded if zero == 1 else owned) * exact,
         optimizer=owned * exact * buffers,
     )
+
+
+def frozen_memory(model: GPT, mesh: Mesh, zero: int, dtype: torch.dtype) -> int:
+    """Return the bytes of the frozen weights that a rank keeps under a ZeRO stage."""
+    if zero < 3:
+        return frozen_bytes(model, dtype)
+    sizes = flat_sizes(model, mesh, zero)
+    return sum(m // ranks for _, trains, m, ranks in sizes if not trains) * dtype.itemsize

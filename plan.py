@@ -108,7 +108,9 @@ def candidates(c: GPTConfig, gpus: int) -> list[Layout]:
         for pp in _divisors(gpus // tp, c.layers):
             for cp in _divisors(gpus // (tp * pp), gpus):
                 dp = gpus // (tp * pp * cp)
-                stages = (1, 2) if dp * cp > 1 else (1,)
+                stages = [1]
+                if dp * cp > 1:
+                    stages = [1, 2] if pp > 1 else [1, 2, 3]
                 layouts += [Layout(tp, cp, pp, dp, zero) for zero in stages]
     return layouts
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from config import RunConfig
+from data.rows import read_rows
 from data.trees import TreeBatch
 from disk import drop_rows_after
 from model import GPTConfig
@@ -40,6 +41,7 @@ SHOWN = {
     "completions/mean_length": "length",
     "frac_reward_zero_std": "without spread",
 }
+SAMPLE_COLUMNS = ("step", "prompt", "response", "reward")  # of tables of samples
 PROGRESS_LINES = 20  # printed over a run where there is no terminal for a bar
 
 
@@ -125,6 +127,7 @@ class Log:
         self.path = Path(config.out) / "metrics.jsonl" if mesh.main else Path(os.devnull)
         if mesh.main:
             drop_rows_after(self.path, first_step)
+        self.samples = self.path.with_name("samples.jsonl")  # of online scripts
         self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
         self.first, self.total, self.started = first_step, total, time.monotonic()
         hidden = None if mesh.main else True
@@ -137,7 +140,7 @@ class Log:
                 project=config.wandb,
                 name=os.environ.get("WANDB_NAME", Path(config.out).name),
                 config=vars(config),
-            )
+            )  # WANDB_ENTITY, WANDB_TAGS, WANDB_RUN_GROUP and others are read by wandb itself
         self.board = None
         if config.tensorboard and mesh.main:
             self.board = import_tensorboard()(Path(config.out) / "tensorboard")
@@ -176,9 +179,17 @@ class Log:
         """Close the file, the bar and the connection to Weights & Biases."""
         self.bar.close()
         self.file.close()
+        samples = list(read_rows(self.samples)) if self.samples.is_file() else []
+        cells = [[str(row.get(name, "")) for name in SAMPLE_COLUMNS] for row in samples]
         if self.wandb:
+            if cells:
+                table = import_wandb().Table(columns=list(SAMPLE_COLUMNS), data=cells)
+                self.wandb.log({"samples": table})
             self.wandb.finish()
         if self.board:
+            for row, (_, prompt, response, reward) in zip(samples, cells):
+                text = f"{prompt}\n\n---\n\n{response}\n\n---\n\nreward {reward}"
+                self.board.add_text("samples", text, row["step"])
             self.board.close()
 
 

@@ -243,6 +243,12 @@ def validate(config: RunConfig) -> None:
             if getattr(config, name):
                 raise ValueError(f"{flags[name]} is for --lora or --adapter: add one, or drop it")
     target_names(config.lora_targets)
+    if config.zero == 3 and config.pp > 1:
+        raise ValueError(f"--zero 3 is not supported with --pp {config.pp}: use --tp, or --zero 2")
+    if config.zero == 3 and config.base_dtype != "none":
+        raise ValueError(
+            f"--zero 3 does not shard a base of --base-dtype {config.base_dtype}: drop one of them"
+        )
     if config.samples and config.pp > 1:
         raise ValueError("--samples is not supported with --pp > 1: drop one of them")
 
@@ -399,7 +405,9 @@ def _load(
 ) -> GPT:
     """Load a Hugging Face folder in the run's dtype, layout and options."""
     config = run.config
-    model = weights.folder.load_model(folder, run.dtype, run.device, scores, run.mesh, base_dtype)
+    model = weights.folder.load_model(
+        folder, run.dtype, run.device, scores, run.mesh, base_dtype, sharded=config.zero == 3
+    )
     ids = run.template.tokenizer.size
     if ids > model.c.vocab:
         raise ValueError(

@@ -81,12 +81,13 @@ def predicted_values(critic: GPT, hidden: torch.Tensor, batch: TreeBatch) -> tor
 @torch.no_grad()
 def token_values(critic: GPT, data: Dataset, bins: list[list[int]], config: Config) -> torch.Tensor:
     """Return the critic's value of each scored token, (M,). bins: micro-batches. Collective."""
-    values = torch.zeros(int(data.scored_len.sum()), dtype=torch.float64)
+    n_tokens = int(data.scored_len.sum())
+    values = torch.zeros(n_tokens, dtype=torch.float64, device=critic.device)
     batches = (make_batch(data, items, config.share_prompts) for items in bins)
     for batch, hidden in pipeline(critic, batches):
         batch_values = predicted_values(critic, hidden, batch)
-        values[batch.token_columns["token_index"].cpu()] = batch_values.double().cpu()
-    return critic.mesh.sum(values)  # each token is on one rank, 0 on the others
+        values[batch.token_columns["token_index"]] = batch_values.double()
+    return critic.mesh.sum(values.cpu())  # each token is on one rank, 0 on the others
 
 
 def add_advantages(
@@ -168,6 +169,8 @@ def validate(config: Config) -> None:
     rollout.validate(config)
     if config.shared_base and not (config.lora or config.adapter):
         raise ValueError("--shared-base trains adapters on one frozen base: add --lora 16")
+    if config.shared_base and config.zero == 3:  # ranks score in micro-batches of their own
+        raise ValueError("--shared-base cannot score with sharded weights: use --zero 2, or --tp")
     if config.kl_target and not config.kl:
         raise ValueError("--kl-target adapts β, which --kl 0 keeps at 0: give an initial --kl")
 

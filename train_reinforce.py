@@ -28,6 +28,7 @@ import training
 from commandline import Range, parse
 from config import Amount, Count, Number, Real, RolloutConfig, Share
 from data.trees import TreeBatch, make_batch
+from kernels.device import upload
 from pipeline import pipeline
 from reporting import add, means
 from sampling import refill, rollout, updates
@@ -268,10 +269,10 @@ def main(argv: list[str] | None = None) -> None:
         norms = []
         for update in plan:
             # Counted over the whole update: the loss does not depend on its micro-batches.
-            lengths = torch.from_numpy(update.lengths).double().to(run.device)
+            lengths = upload(update.lengths.astype(np.float64), run.device)
             if config.mask_cut:  # 0 tokens of the samples without a loss
                 ended = samples.ended[samples.data.responses_of(update.prompts)]
-                lengths = lengths * torch.from_numpy(ended).to(run.device)
+                lengths = lengths * upload(ended, run.device)
             batches = [
                 make_batch(samples.data, items, config.share_prompts) for items in update.bins
             ]

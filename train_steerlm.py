@@ -174,7 +174,10 @@ def item_losses(model: GPT, hidden: torch.Tensor, batch: TreeBatch, config: Conf
     if config.loss == "nll":
         return -logps
     q_logps = batch.columns["ref_logps"]  # (R,)
-    _, prompt = batch.columns["group"].unique(return_inverse=True)  # (R,)
+    group = batch.columns["group"]  # (R,), of a prompt's responses, which are neighbours
+    prompt = torch.zeros_like(group, dtype=torch.int64)
+    prompt[1:] = group[1:] != group[:-1]
+    prompt = prompt.cumsum(0)  # counts from 0
     pi_logps = batch.sum_by_response(logps)  # (R,)
     return losses.steerlm2(pi_logps, q_logps, batch.columns["weight"] - q_logps, prompt)
 

@@ -34,9 +34,8 @@ from config import RunConfig
 from data.dataset import Dataset
 from data.trees import TreeBatch, step_examples, steps_per_epoch, visited
 from disk import write_text
-from layers import frozen_bytes
 from model import GPT, parameter_count
-from optimizer import AdamW, bucket_sizes, memory
+from optimizer import AdamW, bucket_sizes, frozen_memory, memory
 from parallel import limit_waits
 from reporting import Log, Meter, due, in_bytes, in_units
 from runtime import Run
@@ -99,8 +98,9 @@ def describe(model: GPT, lengths: np.ndarray, steps: Steps, config: RunConfig) -
 
     lengths: tokens of every example, (n,). The memory is that of weights, gradients and optimizer.
     """
-    held = frozen_bytes(model, model.dtype)
-    used = memory(bucket_sizes(model, model.mesh), held, config.zero, model.dtype)
+    held = frozen_memory(model, model.mesh, config.zero, model.dtype)
+    sizes = bucket_sizes(model, model.mesh, config.zero)
+    used = memory(sizes, held, config.zero, model.dtype)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     tokens = lengths.mean() * min(config.batch_size, len(lengths))
@@ -257,13 +257,14 @@ def print_samples(loop: Loop, model: GPT, data: Dataset) -> None:
     n, template = min(loop.run.config.samples, len(data)), loop.run.template
     starts, sizes = data.tree_start[:n], data.prompt_len[:n]
     prompts = [data.tokens[start : start + size].tolist() for start, size in zip(starts, sizes)]
-    answers = generate(
-        model,
-        prompts,
-        SAMPLE_TOKENS,
-        temperature=SAMPLE_TEMPERATURE,
-        stop_ids=template.stop_ids,
-    )
+    with model.whole():
+        answers = generate(
+            model,
+            prompts,
+            SAMPLE_TOKENS,
+            temperature=SAMPLE_TEMPERATURE,
+            stop_ids=template.stop_ids,
+        )
     decode = template.tokenizer.decode
     for prompt, answer in zip(prompts, answers):
         loop.log.say(f"  prompt  {decode(prompt)[-SHOWN_CHARACTERS:].strip()!r}")

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from data.dataset import Dataset
+from kernels.device import upload
 from layout import Spans, TreeLayout, host_layout, share_rows
 
 
@@ -49,7 +50,7 @@ class TreeBatch:
         """Return each rank's places under context parallelism, ascending: about equal work."""
         if ranks not in self._shares:
             rows = share_rows(self.spans, ranks)
-            self._shares[ranks] = [torch.from_numpy(own).to(self.tokens.device) for own in rows]
+            self._shares[ranks] = [upload(own, self.tokens.device) for own in rows]
         return self._shares[ranks]
 
     def share_layout(self, ranks: int, rank: int) -> TreeLayout:
@@ -75,16 +76,14 @@ class TreeBatch:
     def to(self, device: torch.device) -> "TreeBatch":
         """Return the batch on another device; copies to a GPU are asynchronous."""
 
-        def move(x: Tensor) -> Tensor:
-            if device.type == "cuda":
-                return x.pin_memory().to(device, non_blocking=True)
-            return x.to(device)
-
         moved: dict[str, Any] = {
-            name: move(value) for name, value in vars(self).items() if isinstance(value, Tensor)
+            name: upload(value, device)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
         }
         for name in ("columns", "token_columns"):
-            moved[name] = {key: move(value) for key, value in getattr(self, name).items()}
+            columns = getattr(self, name).items()
+            moved[name] = {key: upload(value, device) for key, value in columns}
         layout = TreeLayout(self.spans, moved["kv_end"], moved["positions"], self.layout.rows)
         return replace(self, **moved, layout=layout, _shares={}, _layouts={})
 

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -83,6 +84,17 @@ def processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 132
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def upload(x: Tensor | np.ndarray, device: torch.device | str) -> Tensor:
+    """Copy numbers of the host to a device; a GPU's host does not wait for the copy.
+
+    From pageable memory it would wait, for all that the GPU still has to do before.
+    """
+    tensor = torch.from_numpy(x) if isinstance(x, np.ndarray) else x
+    if torch.device(device).type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def pick_device(name: str) -> str:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.device import upload
 from layout import TreeLayout
 from mixers import Extension, Mixer, NewPrompts, SamplingView, SharedPrompts
 from model import GPT
@@ -67,7 +68,7 @@ class Cache:
     def seat_rows(self, places: list[int], sizes: list[int]) -> None:
         """Set the place of every row's prompt (-1: an empty row) and the prompt's size."""
         self.begin[: len(sizes)] = sizes
-        self.start.copy_(torch.from_numpy(self.begin))
+        self.start.copy_(upload(self.begin, self.device))
         if not self.mode:
             together = np.bincount([place for place in places if place >= 0]).max()
             self.extent = (max(places) + 1, int(together), max(sizes))
@@ -79,8 +80,8 @@ class Cache:
                 member[place, taken[place]] = row
                 seat[row] = place * self.extent[1] + taken[place]
                 taken[place] += 1
-        self.member[: member.size] = torch.from_numpy(member.ravel())
-        self.seat.copy_(torch.from_numpy(seat))
+        self.member[: member.size] = upload(member.ravel(), self.device)
+        self.seat.copy_(upload(seat, self.device))
 
     def forward(
         self, tokens: np.ndarray, positions: np.ndarray, prompts: list[NewPrompt]
@@ -89,7 +90,7 @@ class Cache:
 
         tokens, positions: (R,), or empty.
         """
-        inputs = torch.from_numpy(np.stack((tokens, positions)))
+        inputs = upload(np.stack((tokens, positions)), self.device)
         if self.mode and len(tokens):
             prefilled = self.forward(tokens[:0], positions[:0], prompts)[1] if prompts else None
             length = _round_up(self._reach(positions) + 1)
@@ -98,16 +99,15 @@ class Cache:
                 return self._replay(length), prefilled
             return self._step(self.inputs, length), prefilled
         rows, sizes = len(tokens), [len(ids) for ids, _ in prompts]
-        inputs = inputs.to(self.device)
         extension = self._extension(inputs, self._reach(positions) + 1) if rows else None
         new = self._new_prompts(prompts, sizes) if prompts else None
         if prompts:
-            ids = torch.tensor([token for ids, _ in prompts for token in ids])
-            counted = torch.cat([torch.arange(n) for n in sizes])
-            inputs = torch.cat((inputs, torch.stack((ids, counted)).to(self.device)), 1)
+            ids = [token for ids, _ in prompts for token in ids]
+            counted = np.concatenate([np.arange(n) for n in sizes])
+            inputs = torch.cat((inputs, upload(np.stack((ids, counted)), self.device)), 1)
         hidden = self.model.run(inputs[0], SamplingView(inputs[1], extension, new, self.layers))
         last = rows + np.cumsum(sizes, dtype=np.int64) - 1  # of each prompt in the flat row
-        index = torch.from_numpy(np.concatenate((np.arange(rows), last))).to(self.device)
+        index = upload(np.concatenate((np.arange(rows), last)), self.device)
         return self.model.logits(hidden, index).split((rows, len(prompts)))
 
     def _reach(self, positions: np.ndarray) -> int:
@@ -126,18 +126,18 @@ class Cache:
             keepers.append(np.repeat(rows, size))
         source = np.concatenate(sources)
         if self.shared:
-            places = [rows[0] for _, rows in prompts]
-            self.prompt_size[places] = torch.tensor(sizes, device=self.device)
+            places = upload(np.array([rows[0] for _, rows in prompts]), self.device)
+            self.prompt_size[places] = upload(np.array(sizes), self.device)
         layout = TreeLayout(
             [(n, []) for n in sizes],
-            torch.from_numpy(ends.astype(np.int32)).to(self.device),
-            torch.from_numpy(positions).to(self.device),
+            upload(ends.astype(np.int32), self.device),
+            upload(positions, self.device),
         )
         return NewPrompts(
             layout=layout,
-            source=torch.from_numpy(source).to(self.device),
-            rows=torch.from_numpy(np.concatenate(keepers)).to(self.device),
-            at=torch.from_numpy(positions[source]).to(self.device),
+            source=upload(source, self.device),
+            rows=upload(np.concatenate(keepers), self.device),
+            at=upload(positions[source], self.device),
             each_once=len(source) == len(positions),
             in_places=self.shared,
         )

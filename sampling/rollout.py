@@ -198,16 +198,17 @@ def local_sampler(model: GPT, template: Template, config: RolloutConfig) -> Samp
     """Return a sampler that draws from a model in this process, with its current weights."""
 
     def sample(ids: list[list[int]], seeds: list[int], n: int, temperature: float) -> list[Sample]:
-        return generate(
-            model,
-            ids,
-            config.max_new_tokens,
-            temperature,
-            stop_ids=template.stop_ids,
-            batch_size=config.rollout_batch,
-            n=n,
-            seeds=seeds,
-        )
+        with model.whole():
+            return generate(
+                model,
+                ids,
+                config.max_new_tokens,
+                temperature,
+                stop_ids=template.stop_ids,
+                batch_size=config.rollout_batch,
+                n=n,
+                seeds=seeds,
+            )
 
     return sample
 
@@ -245,7 +246,7 @@ def with_reference(policy: Sampler, ref: Sampler, count: int) -> Sampler:
         parts = [(policy, table[:, :own]), (ref, table[:, own:])]
         drawn: list[list[Sample]] = [[] for _ in ids]
         for sampler, part in parts:
-            if not part.size:
+            if not part.shape[1]:
                 continue
             flat = sampler(ids, part.ravel().tolist(), part.shape[1], temperature)
             for i in range(len(ids)):
@@ -274,10 +275,9 @@ def collect(
     group = len(seeds) // n
     mine = list(range(mesh.dp_rank, n, mesh.dp))  # this rank's prompts
     places = [i * group + k for i in mine for k in range(group)]  # of their samples among all R
-    drawn = []
-    if mine:
-        own_seeds = [seeds[place] for place in places]
-        drawn = sample([prompts.ids[i] for i in mine], own_seeds, group, temperature)
+    own_seeds = [seeds[place] for place in places]
+    # A rank without prompts calls it as well: a sharded model is gathered by all.
+    drawn = sample([prompts.ids[i] for i in mine], own_seeds, group, temperature)
     samples = _exchange(mesh, places, drawn)
     texts = [template.tokenizer.decode(s.tokens) for s in samples]
     sampled = time.perf_counter()

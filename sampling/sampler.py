@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.device import upload
 from model import GPT
 from sampling.cache import Cache
 
@@ -204,20 +205,22 @@ class _Batch:
             some = first if prompts else self.prefilled.logits
             logits = some.new_zeros(rows, some.shape[-1])
         if self.rows_prefilled:
-            logits[self.rows_prefilled] = self.prefilled.logits
+            index = upload(np.array(self.rows_prefilled), logits.device)
+            logits[index] = self.prefilled.logits
         if self.prefills:
             beginning = [row for first_rows in self.prefills.values() for row in first_rows]
             copies = [len(first_rows) for first_rows in self.prefills.values()]
-            logits[beginning] = first[np.repeat(np.arange(len(copies)), copies)]
+            source = upload(np.repeat(np.arange(len(copies)), copies), logits.device)
+            logits[upload(np.array(beginning), logits.device)] = first[source]
         if self.queue and (prompt := self.queue[0] // self.n) in self.prefills:
             row = self.prefills[prompt][0]
             self.prefilled = _Prefilled(prompt, row, logits[row].clone())
         return logits
 
-    def uniforms(self) -> Tensor:
+    def uniforms(self) -> np.ndarray:
         """Return the uniform number that draws each row's next token, (R,)."""
         rows = len(self.row_sample)
-        return torch.from_numpy(self.uniform[np.arange(rows), self.drawn[:rows]])
+        return self.uniform[np.arange(rows), self.drawn[:rows]]
 
     def append(self, tokens: list[float]) -> None:
         """Add a token to every row's response, (R,)."""
@@ -288,9 +291,9 @@ def generate(
     window = 8 + 4 * max(map(len, stop_texts), default=0)
     while batch.refill():
         logits = batch.logits()
-        uniform = batch.uniforms().to(logits.device)
+        uniform = upload(batch.uniforms(), logits.device)
         draws = sample(logits, uniform, temperature, top_k, top_p)
-        # One copy from the device a step rather than one a row.
+        # One copy from the device a step: all that the host waits for.
         tokens, logps, policy_logps = torch.stack([x.double() for x in draws]).tolist()
         batch.append(tokens)
         for row, i in enumerate(batch.row_sample):

@@ -111,7 +111,7 @@ class Server:
         def complete(i: int) -> list[Sample]:
             return self._complete(ids[i], seeds[i * n], n, temperature)
 
-        with ThreadPoolExecutor(min(64, len(ids))) as pool:
+        with ThreadPoolExecutor(max(1, min(64, len(ids)))) as pool:
             return [sample for part in pool.map(complete, range(len(ids))) for sample in part]
 
     def reload(self, folder: Path) -> None:

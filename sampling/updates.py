@@ -87,13 +87,13 @@ def logps_at(
 ) -> np.ndarray:
     """Compute `token_logps` at several temperatures in one pass, (temperatures, M). Collective."""
     shape = (len(temperatures), int(data.scored_len.sum()))
-    logps = torch.zeros(shape, dtype=torch.float64)
+    logps = torch.zeros(shape, dtype=torch.float64, device=model.device)
     batches = (make_batch(data, items, config.share_prompts) for items in bins)
     for batch, hidden in pipeline(model, batches):
-        tokens = batch.token_columns["token_index"].cpu()
+        tokens = batch.token_columns["token_index"]
         for row, temperature in zip(logps, temperatures):
-            row[tokens] = model.logps(hidden, batch, temperature).double().cpu()
-    return model.mesh.sum(logps).numpy()  # each token is on one rank, 0 on the others
+            row[tokens] = model.logps(hidden, batch, temperature).double()
+    return model.mesh.sum(logps.cpu()).numpy()  # each token is on one rank, 0 on the others
 
 
 def add_logps(

@@ -153,6 +153,8 @@ def without_adapters(model: GPT, scores: tuple[str, ...] = ()) -> GPT:
         frozen_linears(base)[path].base = linear.base
     base.hf_config, base.original = raw, model.original
     base.checkpoint_activations = model.checkpoint_activations
+    if model.shards:
+        base.shards = model.shards.shared_with(base)
     return base
 
 

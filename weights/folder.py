@@ -5,6 +5,7 @@ an option or a weight that plumb does not know is refused by name: what is not c
 not be computed silently.
 """
 
+import itertools
 import json
 import math
 import os
@@ -25,6 +26,7 @@ from disk import replace_folder
 from layers import Linear, gather_slices, is_finite
 from model import ALONE, GPT
 from parallel import Mesh, split
+from sharding import part_of, shard
 from weights.adapters import BaseDtype, frozen_linears
 from weights.config_json import model_config, read_config, score_names, with_scores
 from weights.files import DTYPES, fingerprint, open_weights, weight_files
@@ -44,6 +46,7 @@ def load_model(
     scores: tuple[str, ...] | None = None,
     mesh: Mesh = ALONE,
     base_dtype: BaseDtype = "none",
+    sharded: bool = False,
 ) -> GPT:
     """Read a Hugging Face folder into a model of the given dtype on the given device.
 
@@ -51,7 +54,8 @@ def load_model(
     model with just these, whose score head starts at zero where the folder is a language model's
     (so that every first score is 0). The model keeps the raw config.json as `hf_config`.
     base_dtype: format of kernels/quantized.py in which the linears are held, frozen; saving the
-    model reads them again from the folder.
+    model reads them again from the folder. sharded: each rank keeps a piece of what it reads, one
+    part of the model after another (sharding.py); collective.
     ValueError names a weight that is missing, unknown or of the wrong shape, or says that the
     folder holds another kind of model.
     """
@@ -74,8 +78,24 @@ def load_model(
     quantised = {}
     if base_dtype != "none":
         quantised = {f"{path}.weight": linear for path, linear in frozen_linears(model).items()}
-    tensors = {}
-    for name, p in model.named_parameters():
+    declared = model.weights()
+    tensors: dict[str, Tensor] = {}
+
+    def fill() -> None:
+        """Give the model the weights that were read since the last time."""
+        model.load_state_dict(tensors, strict=False, assign=True)
+        for name in tensors:
+            p = model.get_parameter(name)
+            p.requires_grad_(declared[name].trains and name not in quantised)
+        tensors.clear()
+        if sharded:
+            shard(model)
+
+    part = ""
+    for name, p in list(model.named_parameters()):
+        if part_of(name) != part:
+            fill()
+            part = part_of(name)
         if name not in table:  # a fresh score head
             tensors[name] = torch.zeros(p.shape, dtype=dtype, device=device)
             continue
@@ -95,10 +115,7 @@ def load_model(
         tensor = _read_slice(on_disk, stored, mesh)
         tensors[name] = tensor.to(device=device, dtype=dtype, copy=True)
         _check_finite(folder, stored.name, tensors[name])
-    model.load_state_dict(tensors, assign=True)
-    declared = model.weights()
-    for name, p in model.named_parameters():
-        p.requires_grad_(declared[name].trains and name not in quantised)
+    fill()
     model.hf_config = raw
 
     def original(name: str) -> Tensor:
@@ -189,30 +206,37 @@ def _read_slice(on_disk: Any, stored: Stored, mesh: Mesh) -> Tensor:
 def to_theirs(model: GPT, names: list[str] | None = None, keep: bool = True) -> dict[str, Tensor]:
     """Return whole weights under their names on disk, on the CPU: all of this stage, or `names`.
 
-    Every tensor rank calls it, slices are gathered one weight at a time; ranks with keep=False
-    return nothing. Adapters are merged into the weights that they change.
+    Every tensor rank calls it, of a sharded model every rank. Slices are gathered one weight at a
+    time; ranks with keep=False return nothing. Adapters are merged into
+    the weights that they change.
     """
-    model.wait()
     tensors: dict[str, Tensor] = {}
     fused: dict[str, dict[str, Tensor]] = {}
     here = dict(model.named_parameters())
     table = weight_table(model.c)
-    for name, stored in table.items():
-        if name not in here or names is not None and stored.name not in names:
-            continue
-        tensor, cut = _merged(model, name, here[name]).detach(), stored.weight.cut
-        if cut:
-            unit = stored.weight.shape[cut.dim] // cut.units
-            tensor = gather_slices(tensor, cut.dim, cut.units, model.tp, unit)
-        if not keep:
-            continue
-        tensor = tensor.cpu().contiguous()
-        if stored.part:
-            fused.setdefault(stored.name, {})[name] = tensor
-        else:
-            tensors[stored.name] = tensor
+    wanted = [n for n in table if n in here and (names is None or table[n].name in names)]
+    for part, members in itertools.groupby(wanted, part_of):
+        with model.whole(part):
+            for name in members:
+                tensor = _whole(model, name, table[name])
+                if not keep:
+                    continue
+                tensor, stored = tensor.cpu().contiguous(), table[name]
+                if stored.part:
+                    fused.setdefault(stored.name, {})[name] = tensor
+                else:
+                    tensors[stored.name] = tensor
     tensors |= {name: fuse(parts, table) for name, parts in fused.items()}
     return tensors
+
+
+def _whole(model: GPT, name: str, stored: Stored) -> Tensor:
+    """Return a weight of all tensor ranks, its adapter merged into it."""
+    tensor, cut = _merged(model, name, model.get_parameter(name)).detach(), stored.weight.cut
+    if cut:
+        unit = stored.weight.shape[cut.dim] // cut.units
+        tensor = gather_slices(tensor, cut.dim, cut.units, model.tp, unit)
+    return tensor.clone() if model.shards else tensor  # the memory of gathered weights goes away
 
 
 def _merged(model: GPT, name: str, p: Tensor) -> Tensor:
@@ -377,10 +401,13 @@ def _write_weights(model: GPT, folder: Path) -> str:
         # A file is gathered by the tensor ranks of one replica, and written by one of them.
         replica = i % (mesh.dp * mesh.cp)
         writer = i // (mesh.dp * mesh.cp) % mesh.tp
-        if (stage, replica) != (mesh.pp_rank, mesh.dp_rank * mesh.cp + mesh.cp_rank):
+        mine = replica == mesh.dp_rank * mesh.cp + mesh.cp_rank
+        # Of a sharded model all replicas gather together.
+        if stage != mesh.pp_rank or not mine and model.shards is None:
             continue
-        tensors = to_theirs(model, names, keep=writer == mesh.tp_rank)
-        if writer != mesh.tp_rank or problem:
+        keep = mine and writer == mesh.tp_rank
+        tensors = to_theirs(model, names, keep)
+        if not keep or problem:
             continue
         broken = [name for name in names if not is_finite(tensors[name])]
         if broken:

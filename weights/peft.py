@@ -18,6 +18,7 @@ from torch import Tensor
 from disk import replace_folder
 from layers import Adapter, Linear, gather_slices, is_finite
 from model import GPT
+from sharding import part_of
 from weights.adapters import Lora, adapters_of, target_names
 from weights.config_json import score_names
 from weights.files import fingerprint, open_weights
@@ -50,15 +51,16 @@ def save_adapter(model: GPT, folder: str | Path, base: str, lora: Lora) -> None:
     v of GPT-NeoX), their adapters become one of the sum of their ranks, which is the same product.
     """
     folder, mesh = Path(folder), model.mesh
-    model.wait()
     here: dict[str, Tensor] = {}
     scales = {}
     for path, linear in adapters_of(model).items():
         scales[path] = linear.adapter.scale
-        for part in ("a", "b"):
-            here[f"{path}.{part}"] = _whole(linear.adapter, part, model)
+        with model.whole(part_of(path)):
+            for part in ("a", "b"):
+                here[f"{path}.{part}"] = _whole(linear.adapter, part, model)
     if "score_head.weight" in dict(model.named_parameters()):
-        here["score_head"] = model.score_head.weight.detach().cpu().contiguous()
+        with model.whole("head"):
+            here["score_head"] = model.score_head.weight.detach().cpu().clone()
     if mesh.dp_rank or mesh.cp_rank or mesh.tp_rank:
         here = {}
     parts = mesh.everyone({name: tensor.numpy() for name, tensor in _exact(here).items()})
@@ -99,7 +101,7 @@ def _whole(adapter: Adapter, part: str, model: GPT) -> Tensor:
     if weight.cut:
         unit = weight.shape[weight.cut.dim] // weight.cut.units
         tensor = gather_slices(tensor, weight.cut.dim, weight.cut.units, model.tp, unit)
-    return tensor.cpu().contiguous()
+    return tensor.cpu().clone()
 
 
 def _to_peft(
@@ -269,6 +271,8 @@ def load_adapter(model: GPT, folder: str | Path) -> Lora:
         _attach_tensors(linear, a, b, scale, lora.dropout, f"{folder}: {name}")
     score = tensors.get(SCORE)
     if score is not None and hasattr(model, "score_head"):
+        if model.shards:
+            model.shards.remove({"score_head.weight"})
         model.score_head.weight.data.copy_(score)
         used.add(SCORE)
     if hasattr(model, "score_head"):

@@ -19,7 +19,7 @@ from checkpoint import State
 from data.trees import make_batch, micro_batches
 from kernels.quantized import quantize
 from model import GPT
-from optimizer import AdamW
+from optimizer import AdamW, Bucket
 from parallel import init_mesh
 from pipeline import pipeline
 from weights.adapters import Lora, attach, frozen_linears, target_names, without_adapters
@@ -30,6 +30,8 @@ TREES = [([3, 4, 5], [[6, 7, 8], [9, 10]]), ([11, 12], [[13, 14, 15, 16]]), ([17
 LAYOUTS = {  # ranks, tp, cp, pp, zero
     "dp2": (2, 1, 1, 1, 1),
     "dp2 zero 2": (2, 1, 1, 1, 2),
+    "dp2 zero 3": (2, 1, 1, 1, 3),
+    "tp2 dp2 zero 3": (4, 2, 1, 1, 3),
     "tp2": (2, 2, 1, 1, 1),
     "cp2": (2, 1, 2, 1, 1),
     "pp2": (2, 1, 1, 2, 1),
@@ -50,7 +52,7 @@ def train(folder: Path, out: Path, layout: tuple, lora: Lora = RANK_3, first: in
     """Take AdamW steps `first` to 5 of SFT; save the start, a checkpoint, adapter and model."""
     _, tp, cp, pp, zero = layout
     mesh = init_mesh(tp, cp, pp, "cpu", 1.0)
-    model = load_model(folder, torch.float64, mesh=mesh, base_dtype=lora.base_dtype)
+    model = load_model(folder, torch.float64, "cpu", None, mesh, lora.base_dtype, zero == 3)
     attach(model, lora, seed=7)
     save_adapter(model, out / "start", str(folder), lora)
     optimizer = AdamW(model, (0.9, 0.95), 1e-8, 0.1, zero)
@@ -79,11 +81,13 @@ def train(folder: Path, out: Path, layout: tuple, lora: Lora = RANK_3, first: in
 def real_bytes(model: GPT, optimizer: AdamW) -> tuple[int, int, int]:
     """Count the bytes that a rank really holds: weights, gradients, optimizer."""
     held = [p for p in model.parameters() if not p.requires_grad and not p.is_meta]
+    flats = [f for parts in model.shards.own.values() for f in parts] if model.shards else []
+    held += [f.piece for f in flats if not isinstance(f, Bucket)]
     for linear in frozen_linears(model).values():
         if linear.base:
             held += [linear.base.codes, linear.base.scales, linear.base.units]
     weights = sum(x.untyped_storage().nbytes() for x in held)
-    weights += sum(b.weights.nbytes for b in optimizer.buckets)
+    weights += sum((b.piece if b.sharded else b.weights).nbytes for b in optimizer.buckets)
     gradients = sum(b.grad.nbytes if b.keeps_grad else b.shard.nbytes for b in optimizer.buckets)
     moments = [optimizer.adam.state[b.master] for b in optimizer.buckets]
     return weights, gradients, sum(m["exp_avg"].nbytes + m["exp_avg_sq"].nbytes for m in moments)

@@ -181,6 +181,10 @@ FIVE_STEPS = [
     ("pp2 dp2", "gpt_neox", "one"),
     ("pp2 dp2 zero2", "qwen2", "small buckets"),
     ("pp2 cp2", "qwen2", "small buckets"),
+    ("dp2 zero3", "uneven", "small"),
+    ("dp4 zero3", "qwen2", "three recompute"),
+    ("tp2 dp2 zero3", "gpt_neox", "small"),
+    ("cp2 zero3", "qwen3", "small recompute"),
 ]
 
 
@@ -228,6 +232,12 @@ SCRIPTS = {  # script, model, training rows, held-out rows, flags
     "dpo aot": (train_dpo, "uneven", *PAIRS, "--loss aot --sft-weight 0.1"),
     "dpo aot_unpaired": (train_dpo, "gpt_neox", *PAIRS, "--loss aot_unpaired"),
     "dpo bco_pair": (train_dpo, "uneven", *PAIRS, "--loss bco_pair --ref {llama}"),
+    "dpo moving": (
+        train_dpo,
+        "uneven",
+        *PAIRS,
+        "--mix aot:0.5 bco_pair:0.3 --ld-alpha 0.4 --ref-every 2 --ref-mix 0.6 --sft-weight 0.1",
+    ),
     "rm pairs": (train_rm, "uneven", *PAIRS, "--centering 0.01"),
     "rm samples": (train_rm, "qwen3", *PAIRS, "--samples 2"),
     "rm tied": (train_rm, "qwen2", *PAIRS, ""),
@@ -238,15 +248,16 @@ SCRIPTS = {  # script, model, training rows, held-out rows, flags
 }
 TOGETHER = [
     ("sft", "dp2 pp2"),
-    ("sft samples", "tp2 cp2"),
+    ("sft samples", "tp2 cp2", "dp2 zero3"),
     ("dpo aot", "dp2", "tp2", "pp2", "cp2"),
     ("dpo aot_unpaired", "dp2 pp2"),
-    ("dpo bco_pair", "dp2", "tp2", "pp2"),
+    ("dpo bco_pair", "dp2", "tp2", "pp2", "dp2 zero3"),
+    ("dpo moving", "dp2", "tp2", "pp2", "cp2", "dp2 zero3"),
     ("rm pairs", "dp2", "tp2", "pp2", "cp2"),
     ("rm samples", "tp2 cp2"),
-    ("rm tied", "pp2"),
+    ("rm tied", "pp2", "cp2 zero3"),
     ("rm regression", "dp2 pp2", "tp2 cp2"),
-    ("kto", "dp2", "tp2", "pp2", "cp2"),
+    ("kto", "dp2", "tp2", "pp2", "cp2", "dp2 zero3"),
     ("kto bco", "dp2 pp2"),
     ("sft attributes", "dp2 pp2", "tp2"),
 ]
@@ -451,6 +462,8 @@ def test_torch_agrees(kind: str, bench: Bench, tmp_path: Path):
         (3, "--tp 2", "multiple of 2 processes, torchrun started 3: start 4 or lower one of them"),
         (4, "--tp 4", "--tp 4: the model has 3 key/value heads, use at most that many"),
         (4, "--pp 4", "--pp 4: the model has 3 layers, use at most that many stages"),
+        (2, "--pp 2 --zero 3", "--zero 3 is not supported with --pp 2"),
+        (1, "--zero 3 --lora 4 --base-dtype int8", "--zero 3 does not shard a base of"),
         (2, "--pp 2 --samples 1", "--samples is not supported with --pp > 1"),
     ],
 )

@@ -87,6 +87,9 @@ def pretend(layout: Layout, rank: int):
         (NEOX, Layout(tp=2, pp=2, cp=2)),
         (REWARD, Layout(tp=2, dp=2, zero=2)),
         (REWARD, Layout(pp=3, cp=2)),
+        (ODD, Layout(dp=5, zero=3)),
+        (TIED, Layout(tp=2, dp=2, zero=3)),
+        (REWARD, Layout(cp=2, zero=3)),
     ],
 )
 def test_planned_memory_equals_the_optimizer_buffers(
@@ -104,14 +107,17 @@ def test_planned_memory_equals_the_optimizer_buffers(
             optimizer.step(1e-3, 1.0)
             seen = {"weights": 0, "gradients": 0, "optimizer": 0}
             for b in optimizer.buckets:
-                storage = {b.weights.untyped_storage().data_ptr(): "weights"}
+                if b.sharded:
+                    seen["weights"] += b.weights.untyped_storage().nbytes()
+                weights = b.piece if b.sharded else b.weights
+                storage = {weights.untyped_storage().data_ptr(): "weights"}
                 storage |= {
                     g.untyped_storage().data_ptr(): "gradients"
                     for g in (b.grad, b.shard)
                     if g.numel()
                 }
                 means = optimizer.adam.state[b.master]
-                kept = (b.weights, b.grad, b.shard, b.master, means["exp_avg"], means["exp_avg_sq"])
+                kept = (weights, b.grad, b.shard, b.master, means["exp_avg"], means["exp_avg_sq"])
                 stored = {
                     x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
                     for x in kept
@@ -235,6 +241,10 @@ def one_step(
         (TIED, Layout(tp=2, pp=2), False),
         (ODD, Layout(tp=2, cp=2), True),
         (REWARD, Layout(cp=2, dp=2, zero=2), False),
+        (ODD, Layout(dp=2, zero=3), False),
+        (TIED, Layout(dp=2, zero=3), True),
+        (NEOX, Layout(tp=2, dp=2, zero=3), True),
+        (REWARD, Layout(cp=2, dp=2, zero=3), False),
     ],
 )
 def test_bytes_sent_equal_the_planned_bytes(

@@ -23,7 +23,7 @@ LIBRARIES = [
     ["commandline"],
     ["config", "losses", "architecture", "rotary", "layout", "disk", "hub", "lock", "kernels.*"],
     ["parallel", "faults", "data.*"],
-    ["layers", "mixers", "model"],
+    ["layers", "mixers", "model", "sharding"],
     ["optimizer", "pipeline"],
     ["weights.*"],
     ["checkpoint", "passes", "sampling.*"],
