@@ -145,17 +145,19 @@ def main(argv: list[str] | None = None) -> None:
 
     # ---- data ----------------------------------------------------------------------------------
     train = runtime.load_rows(run, config.data, "preference")
-    heldout = runtime.load_rows(run, config.eval_data, "preference")
+    heldout = runtime.load_sets(run, "preference")
     check_rewards(train, config)
-    check_rewards(heldout, config)
+    for data in heldout.values():
+        check_rewards(data, config)
     lengths = train.tree_lengths(config.share_prompts)
-    steps = training.plan_steps(config, len(train))
+    steps = training.plan_steps(config, len(train), train.file_start)
 
     # ---- model and reference -------------------------------------------------------------------
     model = runtime.load_model(run)
     print(training.describe(model, lengths, steps, config))
     ref = "none" if config.reference_free or config.loss == "simpo" else config.ref
-    cost = add_ref_logps(model, ref, [(train, steps.visited()), (heldout, None)], config)
+    scored = [(train, steps.visited()), *((data, None) for data in heldout.values())]
+    cost = add_ref_logps(model, ref, scored, config)
     optimizer = runtime.make_optimizer(model, config)
     loop = training.begin(run, steps, optimizer, cost)
 
@@ -192,8 +194,8 @@ def main(argv: list[str] | None = None) -> None:
             loop.state.extra = next_delta(loop.state.extra, row, n_pairs)
         training.report_step(loop, row, int(lengths[examples].sum()), batches)
         if heldout and training.evaluation_due(loop):
-            result = evaluate(model, heldout, config, delta)
-            training.report_evaluation(loop, result)
+            results = {name: evaluate(model, data, config, delta) for name, data in heldout.items()}
+            result = training.report_evaluation(loop, results)
             training.print_samples(loop, model, heldout)
             if training.is_best(loop, result["eval/loss"]):
                 runtime.save_model(run, model, "best")
