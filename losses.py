@@ -299,7 +299,7 @@ def read_mixture(loss: str, terms: list[str]) -> dict[str, float]:
             raise ValueError(f"--mix {term}: the NLL of the chosen answers is --sft-weight")
         if name not in DPO_LOSSES:
             raise ValueError(
-                f"--mix {term}: {name} is no loss: take one of {', '.join(DPO_LOSSES)}"
+                f"--mix {term}: {name} is no loss of pairs: take one of {', '.join(DPO_LOSSES)}"
             )
         try:
             mixture[name] = float(weight)
@@ -307,6 +307,8 @@ def read_mixture(loss: str, terms: list[str]) -> dict[str, float]:
             mixture[name] = math.nan
         if not 0 < mixture[name] < math.inf:
             raise ValueError(f"--mix {term} is not NAME:WEIGHT, such as {name}:0.2")
+    if len(mixture) > 1 and "simpo" in mixture:
+        raise ValueError("--mix with simpo: its rewards have no reference and mix with no other")
     return mixture
 
 
@@ -317,8 +319,9 @@ def length_weights(response: Tensor, lengths: Tensor, alpha: float) -> Tensor:
     one has beyond them counts `alpha`. response (M,): the number of a token's response, chosen and
     rejected of each pair side by side; lengths (2B,): scored tokens of each.
     """
-    public = lengths.view(-1, 2).amin(1).repeat_interleave(2)  # (2B,)
-    starts = lengths.cumsum(0) - lengths  # (2B,)
+    whole = lengths.long()
+    public = whole.view(-1, 2).amin(1).repeat_interleave(2)  # (2B,)
+    starts = whole.cumsum(0) - whole  # (2B,)
     tokens = torch.arange(len(response), device=response.device)
     place = tokens - starts[response]  # (M,) in its response, from 0
     weights = torch.ones(len(response), dtype=torch.float64, device=response.device)

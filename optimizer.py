@@ -32,11 +32,17 @@ class Kind(NamedTuple):
     replicas: str  # axes of the ranks that hold the same piece
     decays: bool
 
+    @property
+    def crosses_stages(self) -> bool:
+        """True for a tied embedding, which the first and the last pipeline stage hold."""
+        return "ends" in self.replicas
+
 
 def plan_buckets(model: GPT, mesh: Mesh, zero: int = 1) -> list[tuple[Kind, list[str]]]:
     """Group the names of this rank's trained parameters into buckets, in the order they fill.
 
-    Gradients arrive about in reverse, and so do the buckets. Under ZeRO-3 a bucket has parameters
+    Gradients arrive about in reverse, and so do the buckets; those of a tied embedding, which two
+    pipeline stages sum, come last. Under ZeRO-3 a bucket has parameters
     of one part of the model. `model` may lie on the meta device.
     """
     parameters = dict(model.named_parameters())
@@ -50,7 +56,8 @@ def plan_buckets(model: GPT, mesh: Mesh, zero: int = 1) -> list[tuple[Kind, list
         if buckets[-1] and held + parameters[name].numel() > BUCKET and zero < 3:
             buckets.append([])
         buckets[-1].append(name)
-    return [(kind, names) for (kind, _), buckets in kinds.items() for names in buckets]
+    planned = [(kind, names) for (kind, _), buckets in kinds.items() for names in buckets]
+    return sorted(planned, key=lambda bucket: bucket[0].crosses_stages)
 
 
 class Bucket(Flat):
@@ -170,7 +177,8 @@ class AdamW:
         self.shards = shard(model) if zero == 3 else None
         parameters = dict(model.named_parameters())
         self.buckets = []
-        for kind, names in plan_buckets(model, mesh, zero):
+        planned = plan_buckets(model, mesh, zero)
+        for kind, names in planned:
             if self.shards:
                 self.shards.remove(set(names))
             named = [(name, parameters[name]) for name in names]
@@ -195,6 +203,9 @@ class AdamW:
                     buckets.append(b)
         self.early = False  # whether buckets are reduced as soon as they are full
         self.next = 0  # bucket to reduce next: one order for all ranks, however gradients arrive
+        # Buckets that may be reduced before a backward ends. The others wait for another stage,
+        # which may wait for a message from this one: that comes first.
+        self.n_early = sum(not kind.crosses_stages for kind, _ in planned)
         self.collected = False
         for b in self.buckets:
             if b.group.n > 1:
@@ -208,7 +219,7 @@ class AdamW:
 
     def _gradient_ready(self, bucket: Bucket) -> None:
         bucket.missing -= 1
-        while self.early and self.next < len(self.buckets):
+        while self.early and self.next < self.n_early:
             if self.buckets[self.next].missing:
                 break
             self.buckets[self.next].start_reduce()

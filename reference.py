@@ -22,6 +22,7 @@ import runtime
 from config import RunConfig
 from data.dataset import Dataset
 from kernels.device import upload
+from losses import length_weights
 from model import GPT
 from passes import forward
 from reporting import Meter
@@ -33,11 +34,13 @@ def add_ref_logps(
     folder: str,
     data: Iterable[tuple[Dataset, np.ndarray | None]],
     config: RunConfig,
+    ld_alpha: float = 1.0,
 ) -> dict[str, float]:
     """Add the column `ref_logps`, (R,), to data sets; return what scoring cost, {} if cached.
 
     data: (data set, examples to score or None for all); responses of others get NaN.
-    folder: the reference; "" is the policy as it is now, "none" gives zeros. Collective.
+    folder: the reference; "" is the policy as it is now, "none" gives zeros. ld_alpha: weight of
+    tokens by losses.length_weights, 1 for none. Collective.
     """
     cost: dict[str, float] = {}
     for dataset, examples in data:
@@ -46,7 +49,7 @@ def add_ref_logps(
             continue
         if examples is None:
             examples = np.arange(len(dataset))
-        logps, spent = reference_logps(policy, folder, dataset, examples, config)
+        logps, spent = reference_logps(policy, folder, dataset, examples, config, ld_alpha)
         dataset.columns["ref_logps"] = logps
         cost = cost or spent
     return cost
@@ -54,16 +57,21 @@ def add_ref_logps(
 
 @torch.no_grad()
 def reference_logps(
-    policy: GPT, folder: str, dataset: Dataset, examples: np.ndarray, config: RunConfig
+    policy: GPT,
+    folder: str,
+    dataset: Dataset,
+    examples: np.ndarray,
+    config: RunConfig,
+    ld_alpha: float = 1.0,
 ) -> tuple[np.ndarray, dict[str, float]]:
     """Return the reference's log-prob of every response, (R,), and what scoring cost, {} if cached.
 
     Responses that belong to none of `examples` get NaN. folder: the reference, "" for the policy as
-    it is now. Every rank scores its share and gets all of it.
+    it is now. ld_alpha: as in `add_ref_logps`. Every rank scores its share and gets all of it.
     ValueError: a reference with another vocabulary than the policy's.
     """
     mesh = policy.mesh
-    path = _cache_path(policy, folder, dataset, examples, config)
+    path = _cache_path(policy, folder, dataset, examples, config, ld_alpha)
     cached = _read_cache(path, len(dataset.response_len))
     if all(mesh.everyone(cached is not None)):
         print(f"reference: {len(examples)} examples from {path}")
@@ -78,14 +86,7 @@ def reference_logps(
             "use a reference with the policy's tokenizer"
         )
     meter = Meter(model.c, policy.device, mesh)
-    scored = torch.zeros(len(dataset.response_len), dtype=torch.float64, device=policy.device)
-    for batch, hidden in forward(model, dataset, examples, config, bar="reference"):
-        sums = batch.sum_by_response(model.logps(hidden, batch))
-        scored[upload(dataset.responses_of(batch.examples), policy.device)] = sums
-    logps = mesh.sum(scored.cpu()).numpy()  # one copy: the host runs ahead of the device
-    unseen = np.ones(len(logps), bool)
-    unseen[dataset.responses_of(examples)] = False
-    logps[unseen] = np.nan
+    logps = response_logps(model, dataset, examples, config, ld_alpha, bar="reference")
     tokens = int(dataset.tree_lengths(config.share_prompts)[examples].sum())
     cost = meter.read(tokens)
     if mesh.main:
@@ -94,16 +95,50 @@ def reference_logps(
     return logps, {f"reference_{k}": cost[k] for k in ("seconds", "cpu_seconds") if k in cost}
 
 
+@torch.no_grad()
+def response_logps(
+    model: GPT,
+    dataset: Dataset,
+    examples: np.ndarray,
+    config: RunConfig,
+    ld_alpha: float = 1.0,
+    bar: str | None = None,
+) -> np.ndarray:
+    """Return a model's log-prob of the responses of some examples, (R,), NaN for others.
+
+    ld_alpha: as in `add_ref_logps`. bar: label of a progress bar. Collective.
+    """
+    scored = torch.zeros(len(dataset.response_len), dtype=torch.float64, device=model.device)
+    for batch, hidden in forward(model, dataset, examples, config, bar=bar):
+        per_token = model.logps(hidden, batch)  # (M,)
+        if ld_alpha != 1:
+            per_token = per_token * length_weights(batch.response, batch.lengths, ld_alpha)
+        sums = batch.sum_by_response(per_token)
+        scored[upload(dataset.responses_of(batch.examples), model.device)] = sums
+    logps = model.mesh.sum(scored.cpu()).numpy()  # one copy: the host runs ahead of the device
+    unseen = np.ones(len(logps), bool)
+    unseen[dataset.responses_of(examples)] = False
+    logps[unseen] = np.nan
+    return logps
+
+
 def _cache_path(
-    policy: GPT, folder: str, dataset: Dataset, examples: np.ndarray, config: RunConfig
+    policy: GPT,
+    folder: str,
+    dataset: Dataset,
+    examples: np.ndarray,
+    config: RunConfig,
+    ld_alpha: float,
 ) -> Path:
     """Return the cache file of these weights, tokens, dtype and examples."""
     start = [folder] if folder else [config.model, config.adapter]
     weights_hash = policy.mesh.ask(lambda: " ".join(fingerprint(f) for f in start if f))
     bits = "" if folder or config.base_dtype == "none" else f" {config.base_dtype}"
-    inputs = hashlib.sha256(f"{weights_hash} {dataset.key} {policy.dtype}{bits}".encode())
+    weighed = "" if ld_alpha == 1 else f" ld {ld_alpha}"
+    inputs = f"{weights_hash} {dataset.key} {policy.dtype}{bits}{weighed}"
     ordered = np.sort(examples).astype(np.int64)
-    key = hashlib.sha256(inputs.digest() + ordered.tobytes()).hexdigest()[:24]
+    digest = hashlib.sha256(inputs.encode()).digest()
+    key = hashlib.sha256(digest + ordered.tobytes()).hexdigest()[:24]
     return runtime.cache_folder(config) / f"reference-{key}.safetensors"
 
 
@@ -146,17 +181,35 @@ def first_reference(run: runtime.Run, model: GPT, folder: str, every: int, step:
     return runtime.load_reference(run, model, folder)
 
 
-def renew_reference(run: runtime.Run, model: GPT, every: int, step: int) -> GPT:
+def renew_reference(
+    run: runtime.Run, model: GPT, every: int, step: int, old: GPT | None = None, mix: float = 1.0
+) -> GPT:
     """Write the policy to OUT/reference_N, N = step, and return it as the new reference.
 
-    It is read back from the disk, so that a resumed run has the same one. Folders that no
-    checkpoint needs are removed. Collective.
+    With mix α < 1 the new reference's weights are α policy + (1 - α) old: TR-DPO's soft update,
+    arXiv 2404.09656. It is read back from the disk, so that a resumed run has the same one. Folders
+    that no checkpoint needs are removed. Collective.
     """
     config = run.config
     folder = Path(config.out) / f"reference_{step}"
     save_model(model, folder, config.model, run.template)
+    if mix < 1:
+        mixed = runtime.load_reference(run, model, str(folder))
+        before = _tensors(old)
+        for name, weight in _tensors(mixed).items():
+            weight.copy_(mix * weight.double() + (1 - mix) * before[name].double())
+        save_model(mixed, folder, config.model, run.template)
     run.mesh.ask(lambda: _drop_references(config, every, step))
     return runtime.load_reference(run, model, str(folder))
+
+
+def _tensors(model: GPT) -> dict[str, torch.Tensor]:
+    """Return what this rank holds of a frozen model: parameters, or pieces of them (--zero 3)."""
+    flats = [flat for part in model.shards.own.values() for flat in part] if model.shards else []
+    pieces = {" ".join(name for name, _ in flat.named): flat.piece for flat in flats}
+    in_pieces = {name for flat in flats for name, _ in flat.named}
+    whole = {name: p.data for name, p in model.named_parameters() if name not in in_pieces}
+    return {**whole, **pieces}
 
 
 def _since(every: int, step: int) -> int:

@@ -183,10 +183,10 @@ class Shards:
                     self.own[part].append(Flat(rest, flat.group, sharded=True))
 
     def shared_with(self, model: GPT) -> "Shards":
-        """Return those of another model over the same tensors: the flat buffers that it has too."""
+        """Return those of another model over the same tensors: the flat buffers that it needs."""
         shards, names = Shards(model), set(model.weights())
         for part, flats in self.own.items():
-            shards.own[part] = [f for f in flats if all(name in names for name, _ in f.named)]
+            shards.own[part] = [f for f in flats if any(name in names for name, _ in f.named)]
         return shards
 
 

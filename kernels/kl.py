@@ -11,22 +11,24 @@ p = softmax(z_t / τ) of the teacher and q = softmax(z_s / τ) of the student:
 
 No (M, V) matrix is ever held: the vocabulary is taken in chunks, as in kernels/logprob.py. Pass 1
 finds log Σ exp of both; pass 2 sums the divergence and the mean slope; the backward, pass 3, turns
-slopes into gradients. On every device these are torch's own operations.
+slopes into gradients. On a GPU each pass over a chunk is one Triton kernel, after two matmuls.
 
 Letters: M scored tokens, D width, V vocabulary (or a rank's shard of it), C columns of a chunk.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from kernels.device import fused
+from kernels.device import fused, operator, tl, triton
 from kernels.logprob import CHUNK, GPU_CHUNK, add_matmul, matmul
 
 Divergence = Literal["forward", "reverse", "jsd", "skew_forward", "skew_reverse"]
 DIVERGENCES: tuple[Divergence, ...] = ("forward", "reverse", "jsd", "skew_forward", "skew_reverse")
+BLOCK = 2048  # columns of both sides that a kernel holds at a time
 
 
 def linear_kl(
@@ -102,37 +104,44 @@ class _LinearKL(torch.autograd.Function):
         temperature: float,
         gather: Callable[[Tensor], Tensor] | None,
     ) -> Tensor:
-        ctx.settings = divergence, mix, temperature
+        on_gpu = fused(hidden)
+        settings = divergence, mix, temperature
         sides = hidden, weight, teacher_hidden, teacher_weight
-        exact = torch.promote_types(hidden.dtype, torch.float32)
-        lse = torch.full((len(hidden), 2), float("-inf"), dtype=exact, device=hidden.device)
-        for _, *logits in _chunks(*sides, temperature):
-            chunk = torch.stack([z.logsumexp(1) for z in logits], 1)
-            lse = torch.logaddexp(lse, chunk)
+        lse = (_log_sums_fused if on_gpu else _log_sums)(sides, temperature)
         if gather is not None:
             lse = gather(lse).logsumexp(0)
         sums = torch.zeros_like(lse)  # of terms and of slopes
-        for _, z, teacher_z in _chunks(*sides, temperature):
-            q, p = z.sub_(lse[:, :1]), teacher_z.sub_(lse[:, 1:])
-            sums += torch.stack([x.sum(1) for x in pieces(divergence, mix, p, q)], 1)
+        for _, z, teacher_z in _chunks(*sides):
+            if on_gpu:
+                torch.ops.plumb.kl_sums(z, teacher_z, lse, sums, *settings)
+            else:
+                q, p = _logps(z, teacher_z, lse, temperature)
+                sums += torch.stack([x.sum(1) for x in pieces(divergence, mix, p, q)], 1)
         if gather is not None:
             sums = gather(sums).sum(0)
-        ctx.save_for_backward(*sides, lse, sums[:, 1:])
+        ctx.settings = settings
+        ctx.save_for_backward(*sides, lse, sums)
         return sums[:, 0].clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        *sides, lse, slope_sum = ctx.saved_tensors
+        *sides, lse, sums = ctx.saved_tensors
         hidden, weight = sides[:2]
         divergence, mix, temperature = ctx.settings
         need_hidden, need_weight, *_ = ctx.needs_input_grad
-        factor = grads[0][:, None] / temperature
+        grad = grads[0].contiguous()
         d_hidden = torch.zeros(hidden.shape, dtype=lse.dtype, device=hidden.device)
         d_weight = torch.empty_like(weight) if need_weight else None
-        for first, z, teacher_z in _chunks(*sides, temperature):
-            q, p = z.sub_(lse[:, :1]), teacher_z.sub_(lse[:, 1:])
-            _, slope = pieces(divergence, mix, p, q)
-            dz = (factor * (slope - q.exp() * slope_sum)).to(weight.dtype)
+        for first, z, teacher_z in _chunks(*sides):
+            if fused(hidden):
+                dz = torch.ops.plumb.kl_slopes(
+                    z, teacher_z, lse, sums, grad, *ctx.settings, weight.dtype
+                )
+            else:
+                q, p = _logps(z, teacher_z, lse, temperature)
+                _, slope = pieces(divergence, mix, p, q)
+                slope -= q.exp() * sums[:, 1:]
+                dz = slope.mul_(grad[:, None] / temperature).to(weight.dtype)
             last = first + dz.shape[1]
             if need_hidden:
                 add_matmul(d_hidden, dz, weight[first:last])
@@ -142,20 +151,159 @@ class _LinearKL(torch.autograd.Function):
 
 
 def _chunks(
-    hidden: Tensor,
-    weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    temperature: float,
+    hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Yield (first column, student's logits / τ, teacher's logits / τ) of every chunk, (M, C)."""
+    """Yield (first column, student's logits, teacher's logits) of every chunk, (M, C) each."""
     exact = torch.promote_types(hidden.dtype, torch.float32)
     chunk = GPU_CHUNK if fused(hidden) else CHUNK
     for first in range(0, len(weight), chunk):
         part = slice(first, first + chunk)
         z = matmul(hidden, weight[part].t(), exact)
-        teacher_z = matmul(teacher_hidden, teacher_weight[part].t(), exact)
-        if temperature != 1:
-            z /= temperature
-            teacher_z /= temperature
-        yield first, z, teacher_z
+        yield first, z, matmul(teacher_hidden, teacher_weight[part].t(), exact)
+
+
+def _log_sums(sides: tuple[Tensor, ...], temperature: float) -> Tensor:
+    """Return log Σ exp(logits / τ) over this shard, (M, 2): the student's, the teacher's."""
+    lse = None
+    for _, *logits in _chunks(*sides):
+        chunk = torch.stack([z.div_(temperature).logsumexp(1) for z in logits], 1)
+        lse = chunk if lse is None else torch.logaddexp(lse, chunk)
+    assert lse is not None
+    return lse
+
+
+def _logps(z: Tensor, teacher_z: Tensor, lse: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Turn a chunk's logits into log-probs of student and teacher, in place."""
+    return z.div_(temperature).sub_(lse[:, :1]), teacher_z.div_(temperature).sub_(lse[:, 1:])
+
+
+# ---- kernels -------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _mixed(p, q, log_p_share, log_q_share):
+    """Compute log(share of p · exp(p) + share of q · exp(q))."""
+    p += log_p_share
+    q += log_q_share
+    top = tl.maximum(p, q)
+    return top + tl.log(tl.exp(p - top) + tl.exp(q - top))
+
+
+@triton.jit
+def _pieces(p, q, mix, log_mix, log_rest, DIVERGENCE: tl.constexpr):
+    """Compute what `pieces` does, by the same formulas."""
+    student = tl.exp(q)
+    if DIVERGENCE == "forward":
+        slope = -tl.exp(p)
+        term = slope * (q - p)
+    elif DIVERGENCE == "reverse":
+        term = student * (q - p)
+        slope = term + student
+    elif DIVERGENCE == "jsd":
+        m = _mixed(p, q, log_mix, log_rest)
+        slope = (1 - mix) * student * (q - m)
+        term = mix * tl.exp(p) * (p - m) + slope
+    elif DIVERGENCE == "skew_forward":
+        m = _mixed(p, q, log_mix, log_rest)
+        term = tl.exp(p) * (p - m)
+        slope = (mix - 1) * tl.exp(p + q - m)
+    else:
+        m = _mixed(p, q, log_rest, log_mix)
+        term = student * (q - m)
+        slope = term + student - mix * tl.exp(2 * q - m)
+    return term, slope
+
+
+@triton.jit
+def sums_kernel(
+    Z, TEACHER, LSE, SUMS, C, inverse, mix, log_mix, log_rest,
+    DIVERGENCE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip  # in groups: tensors and sizes, then constants
+    """Add a chunk's terms and slopes of one row to SUMS (M, 2)."""
+    row = tl.program_id(0).to(tl.int64)
+    lse, teacher_lse = tl.load(LSE + 2 * row), tl.load(LSE + 2 * row + 1)
+    terms = tl.zeros((BLOCK,), tl.float32)
+    slopes = tl.zeros((BLOCK,), tl.float32)
+    for c in tl.range(0, C, BLOCK):
+        column = c + tl.arange(0, BLOCK)
+        z = tl.load(Z + row * C + column, mask=column < C, other=-1.0e30)
+        teacher_z = tl.load(TEACHER + row * C + column, mask=column < C, other=-1.0e30)
+        q, p = z * inverse - lse, teacher_z * inverse - teacher_lse
+        term, slope = _pieces(p, q, mix, log_mix, log_rest, DIVERGENCE)
+        terms += term
+        slopes += slope
+    tl.store(SUMS + 2 * row, tl.load(SUMS + 2 * row) + tl.sum(terms, 0))
+    tl.store(SUMS + 2 * row + 1, tl.load(SUMS + 2 * row + 1) + tl.sum(slopes, 0))
+
+
+@triton.jit
+def slope_kernel(
+    Z, TEACHER, LSE, SUMS, GRAD, D_Z, C, inverse, mix, log_mix, log_rest,
+    DIVERGENCE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip  # in groups: tensors and sizes, then constants
+    """Compute BLOCK columns of a row of D_Z = d loss / d (the student's unscaled logits)."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    z = tl.load(Z + row * C + column, mask=column < C, other=-1.0e30)
+    teacher_z = tl.load(TEACHER + row * C + column, mask=column < C, other=-1.0e30)
+    q, p = z * inverse - tl.load(LSE + 2 * row), teacher_z * inverse - tl.load(LSE + 2 * row + 1)
+    _, slope = _pieces(p, q, mix, log_mix, log_rest, DIVERGENCE)
+    slope -= tl.exp(q) * tl.load(SUMS + 2 * row + 1)
+    slope *= tl.load(GRAD + row) * inverse
+    tl.store(D_Z + row * C + column, slope.to(D_Z.dtype.element_ty), mask=column < C)
+
+
+def _log_sums_fused(sides: tuple[Tensor, ...], temperature: float) -> Tensor:
+    """Return what `_log_sums` does, by the log-prob's kernel with targets in no chunk."""
+    rows, device = len(sides[0]), sides[0].device
+    nowhere = torch.full((rows,), -1, device=device)
+    tops = torch.full((2, rows), float("-inf"), device=device)
+    totals, unused = torch.zeros_like(tops), torch.empty(rows, device=device)
+    for _, *logits in _chunks(*sides):
+        for z, top, total in zip(logits, tops, totals):
+            torch.ops.plumb.fold_logits(z, nowhere, top, total, None, unused, 0, temperature)
+    return (tops + totals.log()).t().contiguous()
+
+
+def _scalars(mix: float, temperature: float) -> tuple[float, ...]:
+    """Return 1 / τ, mix and the logs of mix and 1 - mix, that of 0 being a number that counts 0."""
+    return 1 / temperature, mix, *(math.log(x) if x > 0 else -1.0e30 for x in (mix, 1 - mix))
+
+
+@operator(
+    "kl_sums",
+    "(Tensor z, Tensor teacher_z, Tensor lse, Tensor(a!) sums, str divergence, float mix, "
+    "float temperature) -> ()",
+)
+def _sums_fused(z, teacher_z, lse, sums, divergence, mix, temperature):
+    rows, width = z.shape
+    sums_kernel[(rows,)](
+        z, teacher_z, lse, sums, width, *_scalars(mix, temperature),
+        DIVERGENCE=divergence, BLOCK=min(BLOCK, triton.next_power_of_2(width)), num_warps=8,
+    )  # fmt: skip  # in the kernel's groups
+
+
+@operator(
+    "kl_slopes",
+    "(Tensor z, Tensor teacher_z, Tensor lse, Tensor sums, Tensor grad, str divergence, float mix, "
+    "float temperature, ScalarType dtype) -> Tensor",
+)
+def _slopes_fused(z, teacher_z, lse, sums, grad, divergence, mix, temperature, dtype):
+    rows, width = z.shape
+    block = min(BLOCK, triton.next_power_of_2(width))
+    d_z = torch.empty(rows, width, dtype=dtype, device=z.device)
+    slope_kernel[(rows, triton.cdiv(width, block))](
+        z, teacher_z, lse, sums, grad, d_z, width, *_scalars(mix, temperature),
+        DIVERGENCE=divergence, BLOCK=block, num_warps=8,
+    )  # fmt: skip  # in the kernel's groups
+    return d_z
+
+
+@_sums_fused.register_fake
+def _(*inputs):
+    return None
+
+
+@_slopes_fused.register_fake
+def _(z, teacher_z, lse, sums, grad, divergence, mix, temperature, dtype):
+    return z.new_empty(z.shape, dtype=dtype)

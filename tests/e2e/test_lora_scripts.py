@@ -226,6 +226,8 @@ def test_a_shared_base_wants_adapters_of_it(toy: Path, scorer: Path, tmp_path: P
         ppo(toy, scorer, tmp_path / "b", "--reward", str(tmp_path / "other"))
     with pytest.raises(ValueError, match="--shared-base trains adapters on one frozen base"):
         ppo(toy, scorer, tmp_path / "c", "--lora", "0")
+    with pytest.raises(ValueError, match="--shared-base cannot score with sharded weights"):
+        ppo(toy, scorer, tmp_path / "d", "--zero", "3")
 
 
 # ---- with transformers and peft ------------------------------------------------------------------

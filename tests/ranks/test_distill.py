@@ -15,7 +15,7 @@ import train_distill
 from data.rows import read_rows
 from weights.folder import save_model
 
-LAYOUTS = ["", "dp2", "dp2 zero2", "tp2", "cp2", "pp2", "tp2 pp2"]
+LAYOUTS = ["", "dp2", "dp2 zero3", "tp2", "cp2", "pp2", "tp2 pp2"]
 STUDENT = {"width": 24, "layers": 3, "heads": 6, "kv_heads": 3, "ffn": 37, "std": 0.3}
 TEACHER = {"family": "qwen2", "width": 32, "layers": 2, "heads": 4, "kv_heads": 2, "std": 0.3}
 COMMON = "--dtype fp64 --device cpu --max-tokens 400 --weight-decay 0.1 --no-shuffle --lr 1e-2"

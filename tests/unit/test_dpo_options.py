@@ -77,3 +77,26 @@ def test_what_has_no_meaning_is_refused():
         losses.dpo(pairs(), "aot", wpo=True)
     with pytest.raises(ValueError, match="unknown divergence"):
         losses.dpo(pairs(), f_divergence="chi")
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_tokens_beyond_the_shorter_answer_count_alpha(alpha: float):
+    """LD-DPO, arXiv 2409.06411: the first min(length) tokens of both answers count 1."""
+    lengths = [3, 5, 4, 4, 1, 0, 2, 6]  # chosen, rejected of four pairs; one has no scored token
+    response = torch.tensor([i for i, n in enumerate(lengths) for _ in range(n)])
+    wanted = []
+    for i, n in enumerate(lengths):
+        shorter = min(n, lengths[i ^ 1])
+        wanted += [1.0] * shorter + [alpha] * (n - shorter)
+    got = losses.length_weights(response, torch.tensor(lengths).float(), alpha)
+    assert got.dtype == torch.float64 and got.tolist() == wanted
+
+
+def test_a_mixture_is_read():
+    assert losses.read_mixture("ipo", []) == {"ipo": 1.0}
+    assert losses.read_mixture("ipo", ["hinge:0.5"]) == {"ipo": 1.0, "hinge": 0.5}
+    mpo = losses.read_mixture("sigmoid", ["sigmoid:0.8", "bco_pair:0.2"])
+    assert mpo == {"sigmoid": 0.8, "bco_pair": 0.2} and next(iter(mpo)) == "sigmoid"
+    for bad in ("hinge", "hinge:", "hinge:x", "hinge:-1", "hinge:0", "hinge:nan", "hinge:inf"):
+        with pytest.raises(ValueError, match="is not NAME:WEIGHT"):
+            losses.read_mixture("sigmoid", [bad])

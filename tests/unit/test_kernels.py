@@ -2,8 +2,8 @@
 
     TRITON_INTERPRET=1 PLUMB_KERNELS=on python -m pytest tests/unit/test_kernels.py    one by one
 
-Attention and quantised weights have files of their own. The last test here starts all three in a
-process with the interpreter.
+Attention, divergences and quantised weights have files of their own. The last test here starts all
+of them in a process with the interpreter.
 """
 
 import os
@@ -262,7 +262,8 @@ def test_the_laws_hold_in_the_interpreter():
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PLUMB_KERNELS": "on"}
     here = Path(__file__).parent
-    files = [__file__, here / "test_attention_kernels.py", here / "test_quantized.py"]
+    others = "attention_kernels", "kl_kernels", "quantized"
+    files = [__file__, *(here / f"test_{name}.py" for name in others)]
     command = [sys.executable, "-m", "pytest", *files, "-x", "--tb=short", "-p", "no:cacheprovider"]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0 and " passed" in run.stdout, run.stdout[-6000:] + run.stderr[-2000:]

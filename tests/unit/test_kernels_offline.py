@@ -29,12 +29,12 @@ MATRIX = {80: "HMMA", 86: "HMMA", 90: "HGMMA", 100: r"UTC\w*MMA", 120: "HMMA"}
 # What a kernel's argument is, by its name. Strides and widths are multiples of 16 in real models.
 ALIGNED = set("q_t q_h k_t k_h v_t v_h x_t x_h D C rows columns code_stride".split())
 SIZES = set("T H G N D C".split())
-FLOATS = set("scale root eps inverse sign".split())
+FLOATS = set("scale root eps inverse sign mix log_mix log_rest".split())
 POINTERS = {
     "*i32": set("KV_END ITEMS LISTS SLOTS".split()),
     "*i64": set("POSITION TARGET".split()),
     "*fp32": set("LSE DELTA PARTIAL SCALE COS SIN Z TOP SUM MIXED PICKED GRAD".split())
-    | set("ENTROPIES D_ENTROPY D_W UNITS".split()),
+    | set("ENTROPIES D_ENTROPY D_W UNITS TEACHER SUMS".split()),
 }
 
 
@@ -61,7 +61,7 @@ def variants(arch: int, window: bool) -> Iterator[Variant]:
     """Yield every kernel that runs on an architecture, for bf16 models."""
     import torch
 
-    from kernels import attention, logprob, quantized, rmsnorm, rope, swiglu, tiles
+    from kernels import attention, kl, logprob, quantized, rmsnorm, rope, swiglu, tiles
 
     for size in (64, 128):
         constants = {"GROUP": 4, "E": size, "EP": size, "PRECISION": "tf32"}
@@ -83,6 +83,10 @@ def variants(arch: int, window: bool) -> Iterator[Variant]:
         constants = {"ENTROPY": entropy, "BLOCK": logprob.BLOCK}
         yield Variant(f"logprob_fold entropy={entropy}", logprob.fold_kernel, constants, 8, 3)
         yield Variant(f"logprob_slope entropy={entropy}", logprob.slope_kernel, constants, 8, 3)
+    for divergence in kl.DIVERGENCES:
+        constants = {"DIVERGENCE": divergence, "BLOCK": kl.BLOCK}
+        yield Variant(f"kl_sums {divergence}", kl.sums_kernel, constants, 8, 3)
+        yield Variant(f"kl_slope {divergence}", kl.slope_kernel, constants, 8, 3)
     for width in (128, 4096, 8192):
         row = torch.empty(1, width, device="meta")
         _, _, rows_each, padded, warps = rmsnorm.launch_shape(row)
