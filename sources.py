@@ -1,4 +1,4 @@
-"""What a word of --data and --eval-data names: a file, its weight, the set that it belongs to.
+"""Words of --data and --eval-data: a file, its weight, the name of the set that it belongs to.
 
     --data a.jsonl b.jsonl                 all rows, each once an epoch
     --data a.jsonl:0.7 b.jsonl:0.3         a blend: 70 % of the examples come from a.jsonl

@@ -43,7 +43,7 @@ def blend_of(sizes: tuple[int, ...], shares: tuple[float, ...], folder: Path) ->
 @pytest.mark.parametrize(("sizes", "shares"), BLENDS)
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_a_blend_gives_every_file_its_share_everywhere(sizes, shares, shuffle, tmp_path: Path):
-    """Of an epoch within one example, of any stretch of it within one for each file.
+    """Within one example in an epoch, and within one for each file in any stretch of it.
 
     Across epochs no row of a file is read k + 1 times before all of them were read k times.
     """
@@ -98,7 +98,7 @@ def test_a_blend_is_a_function_of_seed_and_step(tmp_path: Path):
     ],
 )
 def test_weights_that_cannot_be_are_refused(words, complaint, tmp_path: Path, monkeypatch):
-    """By name, with what to do."""
+    """The message names the file and what to do."""
     monkeypatch.chdir(tmp_path)
     for name in ("a", "b"):
         Path(f"{name}.jsonl").touch()
