@@ -35,6 +35,7 @@ from data.trees import step_examples
 from model import GPT
 from runtime import Run
 from sampling import rollout, updates
+from sampling.draw import check_drawing
 from sampling.gap import ServerCheck
 from sampling.rewards import Reward, load_reward
 from sampling.rollout import Rollout, Sampler
@@ -151,6 +152,7 @@ def sample_and_select(
 
 def validate(config: Config) -> None:
     """Raise ValueError for impossible flags, and for those of training, which have no effect."""
+    check_drawing(config)
     if config.top > config.group_size:
         raise ValueError(f"--top {config.top} of --group-size {config.group_size}: raise that")
     sources.refuse_shares(config.data, "here: each prompt is sampled once")

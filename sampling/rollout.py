@@ -32,7 +32,8 @@ from data.templates import Template
 from disk import drop_rows_after
 from model import GPT
 from parallel import Mesh
-from sampling.named import read_weights, total
+from sampling.draw import check_drawing
+from sampling.named import read_weights, totals
 from sampling.rewards import Reward, leader
 from sampling.sampler import Sample, generate
 from sampling.server import Server, reload_words
@@ -68,9 +69,16 @@ class Rollout:
 
         NaN where it does not. Its arithmetic is not training's: compare them in sampler_gap only.
         """
-        logps = np.concatenate([np.asarray(s.policy_logps, np.float64) for s in self.samples])
+        return self._of_scored([s.policy_logps for s in self.samples])
+
+    @property
+    def drawn_logps(self) -> np.ndarray:
+        """Log-probs under the distribution that drew them, filters included, (M,); NaN: unknown."""
+        return self._of_scored([s.logps for s in self.samples])
+
+    def _of_scored(self, logps: list[list[float]]) -> np.ndarray:
         marks = np.concatenate([scored_marks(s) for s in self.samples])
-        return logps[marks == 1]
+        return np.concatenate([np.asarray(x, np.float64) for x in logps])[marks == 1]
 
     def tokens(self, config: RolloutConfig) -> int:
         """Return the tokens of all trees, what one pass of training computes."""
@@ -131,6 +139,7 @@ def validate(config: RolloutConfig) -> None:
             "--rollout-url without --rollout-reload would sample from the initial weights forever: "
             "give the command that loads new weights"
         )
+    check_drawing(config)
     reload_words(config.rollout_reload)
     read_weights(config.reward_weights)
     if config.overlong_buffer > config.max_new_tokens:
@@ -212,10 +221,15 @@ def local_sampler(model: GPT, template: Template, config: RolloutConfig) -> Samp
                 ids,
                 config.max_new_tokens,
                 temperature,
+                config.top_k,
+                config.top_p,
                 stop_ids=template.stop_ids,
                 batch_size=config.rollout_batch,
                 n=n,
                 seeds=seeds,
+                stop_texts=config.stop,
+                decode=template.tokenizer.decode,
+                min_new_tokens=config.min_new_tokens,
             )
 
     return sample
@@ -278,8 +292,7 @@ def collect(
 
     Each rank draws and scores those of its share of the prompts; every rank returns all of them.
     """
-    started = time.perf_counter()
-    n = len(prompts.ids)
+    started, n = time.perf_counter(), len(prompts.ids)
     group = len(seeds) // n
     mine = list(range(mesh.dp_rank, n, mesh.dp))  # this rank's prompts
     places = [i * group + k for i in mine for k in range(group)]  # of their samples among all R
@@ -317,21 +330,6 @@ def collect(
         lap_started=scored,
         named=named,
     )
-
-
-def totals(scores: list, config: RolloutConfig) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Return the rewards of R responses, (R,), and the named ones that they are made of, (R,) each.
-
-    scores: numbers, or {name: number} for each response. ValueError: --reward-weights names others.
-    """
-    named: dict[str, np.ndarray] = {}
-    if isinstance(scores[0], dict):
-        if any(score.keys() != scores[0].keys() for score in scores):
-            raise ValueError("the reward returned other names for other prompts: always the same")
-        named = {name: np.array([score[name] for score in scores]) for name in scores[0]}
-    if named or config.reward_weights:
-        return total(named, read_weights(config.reward_weights)), named
-    return np.array(scores), named
 
 
 def length_penalty(lengths: np.ndarray, ended: np.ndarray, config: RolloutConfig) -> np.ndarray:
