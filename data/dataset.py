@@ -30,7 +30,7 @@ from data.rows import SHOWN, check_bad_rows, existing_files, parse_row, read_lin
 from disk import file_sha256
 
 AT_ONCE = 1 << 16  # responses whose tokens are counted at once
-FORMAT = 6  # raise it when the same rows would give other arrays, here or in data/formats.py
+FORMAT = 7  # raise it when the same rows would give other arrays, here or in data/formats.py
 
 
 @dataclass
@@ -55,6 +55,8 @@ class Dataset:
     key: str = ""  # hash of everything that decides the arrays
     # name -> (N,), meaningful where `scored` is 1
     token_columns: dict[str, np.ndarray] = field(default_factory=dict)
+    # (files + 1,): number of the first tree of every file; (1,) if the trees are of no file
+    file_start: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))
 
     def __len__(self) -> int:
         return len(self.prompt_len)
@@ -169,7 +171,10 @@ def _open(folder: Path, meta: dict[str, Any]) -> Dataset:
 
     arrays: dict[str, Any] = {name: array(name) for name in DTYPES}
     columns = {name.removeprefix("column_"): array(name) for name in meta["columns"]}
-    return Dataset(**arrays, columns=columns, counts=meta["counts"], key=meta["key"])
+    file_start = np.cumsum([0, *meta["file_trees"]])
+    return Dataset(
+        **arrays, columns=columns, counts=meta["counts"], key=meta["key"], file_start=file_start
+    )
 
 
 def _summary(dataset: Dataset, job: Job, source: str) -> str:
@@ -259,11 +264,18 @@ def from_trees(
 
 
 class Prompts(NamedTuple):
-    """Prompts to sample responses to, in three lists of the same length."""
+    """Prompts to sample responses to, in lists of the same length."""
 
     rows: list[dict[str, Any]]  # as in the files, for the reward function
     prompts: list[Any]  # text or messages
     ids: list[list[int]]
+    files: tuple[int, ...] = ()  # number of each prompt's file; () if they are of none
+    n_files: int = 0
+
+    @property
+    def file_start(self) -> np.ndarray:
+        """Number of the first prompt of every file, in order, and the end: (files + 1,)."""
+        return np.searchsorted(self.files, np.arange(self.n_files + 1))
 
     def take(self, items: Sequence[int] | np.ndarray) -> "Prompts":
         """Return some of them, in the order given."""
@@ -271,6 +283,8 @@ class Prompts(NamedTuple):
             [self.rows[i] for i in items],
             [self.prompts[i] for i in items],
             [self.ids[i] for i in items],
+            tuple(self.files[i] for i in items) if self.files else (),
+            self.n_files,
         )
 
 
@@ -294,6 +308,7 @@ def load_prompts(
     paths = existing_files(files)
     skipped = set(ignore)
     kept = Prompts([], [], [])
+    numbers = []  # of the files
     counts: Counter = Counter()
     bad = []
     for file, number, line in read_lines(paths):
@@ -312,6 +327,7 @@ def load_prompts(
             kept.rows.append(row)
             kept.prompts.append(prompt)
             kept.ids.append(ids)
+            numbers.append(file)
     check_bad_rows(bad[:SHOWN], len(bad), paths, max_bad_rows, log)
     names = ", ".join(file.name for file in paths)
     too_long = f"{counts['too_long']} longer than {max_length} tokens ({overlong})"
@@ -320,4 +336,4 @@ def load_prompts(
             f"{names}: no prompt is left of {counts['rows']} rows, {too_long}: raise --max-length"
         )
     log(f"{names}: {counts['rows']} rows, {len(kept.ids)} prompts kept, {too_long}, {len(bad)} bad")
-    return kept
+    return kept._replace(files=tuple(numbers), n_files=len(paths))
