@@ -25,6 +25,7 @@ from typing import Annotated
 import numpy as np
 
 import runtime
+import sources
 from commandline import Range, parse
 from config import Count, Number, Real, RolloutConfig
 from data.chat import as_row
@@ -154,8 +155,10 @@ def validate(config: Config) -> None:
     check_drawing(config)
     if config.top > config.group_size:
         raise ValueError(f"--top {config.top} of --group-size {config.group_size}: raise that")
+    sources.refuse_shares(config.data, "here: each prompt is sampled once")
     training = {
         "eval_data": config.eval_data,
+        "best_by": config.best_by,
         "shuffle": config.shuffle,
         "epochs": config.epochs,
         "max_steps": config.max_steps,

@@ -29,8 +29,11 @@ class RunConfig:
 
     # data
     data: list[str] = field(default_factory=list)  # training rows: JSONL, a JSON array, CSV
-    # or TSV, each also as .gz; Parquet
-    eval_data: list[str] = field(default_factory=list)  # held-out rows for evaluation
+    # or TSV, each also as .gz; Parquet. FILE:WEIGHT of each blends them: a.jsonl:0.7 b.jsonl:0.3
+    eval_data: list[str] = field(default_factory=list)  # held-out rows for evaluation; NAME=FILE
+    # for several sets, whose metrics are eval/NAME/...
+    best_by: str = ""  # name of the set of --eval-data that decides what OUT/best is; default: the
+    # first
     template: Literal["auto", "plain", "chatml", "zephyr", "llama2", "llama3"] = "auto"  # of chats;
     # auto: that of --model if it has one, else plain: bos, prompt, response, eos
     template_kwargs: str = ""  # values for the chat template, as in '{"enable_thinking": false}'

@@ -196,21 +196,24 @@ def main(argv: list[str] | None = None) -> None:
 
     # ---- data ----------------------------------------------------------------------------------
     train = runtime.load_rows(run, config.data, "label", whole_trees=False)
-    heldout = runtime.load_rows(run, config.eval_data, "label", whole_trees=False)
+    heldout = runtime.load_sets(run, "label")
     print(balance(train.columns["label"].sum(), (1 - train.columns["label"]).sum(), config))
-    steps = training.plan_steps(config, len(train.response_len))  # a comparison is two examples
+    steps = training.plan_steps(  # a comparison is two examples
+        config, len(train.response_len), train.response_start[train.file_start]
+    )
     order = [steps.examples(step) for step in range(steps.total)]
     starts = np.cumsum([0, *map(len, order)])  # from here on, an example is a tree of the run
     train = make_trees(train, order, config)
-    if heldout:
-        heldout = make_trees(heldout, [np.arange(len(heldout.response_len))], config)
+    for name, data in heldout.items():
+        heldout[name] = make_trees(data, [np.arange(len(data.response_len))], config)
     lengths = token_lengths(train, config, only=OWN)
     costs = lengths + (token_lengths(train, config, only=MISMATCHED) if config.loss == "kto" else 0)
 
     # ---- model and reference -------------------------------------------------------------------
     model = runtime.load_model(run)
     print(training.describe(model, lengths, steps, config))
-    cost = add_ref_logps(model, config.ref, [(train, None), (heldout, None)], config)
+    scored = [(data, None) for data in (train, *heldout.values())]
+    cost = add_ref_logps(model, config.ref, scored, config)
     optimizer = runtime.make_optimizer(model, config)
     loop = training.begin(run, steps, optimizer, cost)
 
@@ -248,8 +251,8 @@ def main(argv: list[str] | None = None) -> None:
             row["kl"] = z.item()
         training.report_step(loop, row, int(costs[examples].sum()), batches)
         if heldout and training.evaluation_due(loop):
-            result = evaluate(model, heldout, config, delta)
-            training.report_evaluation(loop, result)
+            results = {name: evaluate(model, data, config, delta) for name, data in heldout.items()}
+            result = training.report_evaluation(loop, results)
             training.print_samples(loop, model, heldout)
             if training.is_best(loop, result["eval/loss"]):
                 runtime.save_model(run, model, "best")

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+import sources
 from config import RolloutConfig
 from data.dataset import Dataset, Prompts, from_trees, load_prompts
 from data.templates import Template
@@ -161,10 +162,17 @@ def load(files: list[str], template: Template, config: RolloutConfig) -> Prompts
     """Load the prompts of JSONL files, leaving room for a response; None if there are no files."""
     if not files:
         return None
+    files = sources.paths(files, "data")
     longest = config.max_length - config.max_new_tokens
     return load_prompts(
         files, template, longest, config.overlong, config.max_bad_rows, ignore=config.ignore_keys
     )
+
+
+def load_sets(template: Template, config: RolloutConfig) -> dict[str, Prompts]:
+    """Load the prompts of every set of --eval-data, by its name."""
+    sets = sources.named_sets(config.eval_data, config.best_by)
+    return {name: load(files, template, config) for name, files in sets.items()}
 
 
 def tree_limits(prompts: Prompts, config: RolloutConfig) -> np.ndarray:
@@ -363,23 +371,25 @@ def draw(
 
 
 def evaluate(
-    prompts: Prompts,
+    sets: dict[str, Prompts],
     model: GPT,
     reward: Reward,
     template: Template,
     config: RolloutConfig,
     server: Server | None,
-) -> tuple[dict[str, float], Rollout]:
+) -> tuple[dict[str, dict[str, float]], Rollout]:
     """Draw and score one sample per prompt at --eval-temperature, with the same seeds every time.
 
-    Returns the metrics, under eval/, and the samples. Collective.
+    Returns the metrics of every set, under eval/, and the samples of the first. Collective.
     """
     sample = make_sampler(model, template, config, server)
-    own_seeds = seeds(config.seed, 0, len(prompts.ids), 1)
-    samples = collect(
-        prompts, sample, reward, template, config, model.mesh, own_seeds, config.eval_temperature
-    )
-    return {f"eval/{name}": value for name, value in samples.metrics().items()}, samples
+    drawn, results = {}, {}
+    for name, prompts in sets.items():
+        own_seeds = seeds(config.seed, 0, len(prompts.ids), 1)
+        more = model.mesh, own_seeds, config.eval_temperature
+        drawn[name] = collect(prompts, sample, reward, template, config, *more)
+        results[name] = {f"eval/{key}": value for key, value in drawn[name].metrics().items()}
+    return results, next(iter(drawn.values()))
 
 
 def scored_marks(sample: Sample) -> list[int]:

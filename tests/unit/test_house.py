@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 # A module imports from its own row and from the rows above it, and imports make no circle.
 LIBRARIES = [
-    ["elsewhere", "flagfile"],
+    ["elsewhere", "flagfile", "sources"],
     ["commandline"],
     ["config", "losses", "architecture", "rotary", "layout", "disk", "hub", "lock", "kernels.*"],
     ["parallel", "faults", "data.*"],
