@@ -25,6 +25,7 @@ from typing import Annotated
 import numpy as np
 
 import runtime
+import sources
 from commandline import Range, parse
 from config import Count, Number, Real, RolloutConfig
 from data.chat import as_row
@@ -34,6 +35,7 @@ from data.trees import step_examples
 from model import GPT
 from runtime import Run
 from sampling import rollout, updates
+from sampling.draw import check_drawing
 from sampling.gap import ServerCheck
 from sampling.rewards import Reward, load_reward
 from sampling.rollout import Rollout, Sampler
@@ -150,10 +152,13 @@ def sample_and_select(
 
 def validate(config: Config) -> None:
     """Raise ValueError for impossible flags, and for those of training, which have no effect."""
+    check_drawing(config)
     if config.top > config.group_size:
         raise ValueError(f"--top {config.top} of --group-size {config.group_size}: raise that")
+    sources.refuse_shares(config.data, "here: each prompt is sampled once")
     training = {
         "eval_data": config.eval_data,
+        "best_by": config.best_by,
         "shuffle": config.shuffle,
         "epochs": config.epochs,
         "max_steps": config.max_steps,

@@ -29,8 +29,11 @@ class RunConfig:
 
     # data
     data: list[str] = field(default_factory=list)  # training rows: JSONL, a JSON array, CSV
-    # or TSV, each also as .gz; Parquet
-    eval_data: list[str] = field(default_factory=list)  # held-out rows for evaluation
+    # or TSV, each also as .gz; Parquet. FILE:WEIGHT of each blends them: a.jsonl:0.7 b.jsonl:0.3
+    eval_data: list[str] = field(default_factory=list)  # held-out rows for evaluation; NAME=FILE
+    # for several sets, whose metrics are eval/NAME/...
+    best_by: str = ""  # name of the set of --eval-data that decides what OUT/best is; default: the
+    # first
     template: Literal["auto", "plain", "chatml", "zephyr", "llama2", "llama3"] = "auto"  # of chats;
     # auto: that of --model if it has one, else plain: bos, prompt, response, eos
     template_kwargs: str = ""  # values for the chat template, as in '{"enable_thinking": false}'
@@ -126,6 +129,11 @@ class RolloutConfig(RunConfig):
     max_new_tokens: Number = 256  # longest sample; its prompt may have the rest of --max-length
     temperature: Temperature = 1.0  # of samples and of the trained policy; 1 unless it stops
     # exploring
+    top_k: Count = 0  # draw samples from the k likeliest tokens; 0: all
+    top_p: Annotated[float, Range(0, 1, above=True)] = 1.0  # draw from the likeliest tokens that
+    # make up this much probability; both leave the loss's own log-probs whole: docs/reinforce.md
+    min_new_tokens: Count = 0  # tokens of a sample before it may end; 0 unless samples end at once
+    stop: list[str] = field(default_factory=list)  # texts that end a sample, which keeps them
     rollout_batch: Number = 128  # samples drawn at a time on a rank; lower it when memory runs out
     reward: str = ""  # reward-model folder, judge:DIR, file.py:function, exact:MARKER, boxed:,
     # regex:PATTERN or length:WORDS (sampling/rewards.py)

@@ -58,6 +58,7 @@ class Flags:
     top_p: Annotated[float, Range(0, 1, above=True)] = 1.0  # sample from the likeliest tokens that
     # make up this much probability
     max_new_tokens: Number = 256  # longest response
+    min_new_tokens: Count = 0  # tokens of a response before it may end
     stop: list[str] = field(default_factory=list)  # texts that end a response, left out of it
     no_repeat: Count = 0  # end a response if its last N tokens repeat a cycle; 32 is safe; 0 = off
     batch_size: Number = 64  # responses in progress at a time: lower it when memory runs out
@@ -242,6 +243,7 @@ def main(argv: list[str] | None = None) -> None:
         stop_texts=flags.stop,
         decode=tokenizer.decode,
         no_repeat=flags.no_repeat,
+        min_new_tokens=flags.min_new_tokens,
     )
     if flags.chat:
         chat(answer, template, flags)

@@ -7,10 +7,11 @@ A path on this disk comes first. Cache, token and mirror are those of the packag
 HF_TOKEN, HF_ENDPOINT). Every process asks for itself; the cache has locks.
 """
 
-import glob
 import re
 from pathlib import Path
 from typing import Any
+
+import sources
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt"]
@@ -28,9 +29,18 @@ def resolve(config: Any, models: tuple[str, ...], data: tuple[str, ...] = ()) ->
         if value and isinstance(value, str):
             setattr(config, name, model_folder(value))
     for name in data:
-        files = [file for value in getattr(config, name, []) for file in row_files(value)]
-        if files:
-            setattr(config, name, files)
+        words = []
+        for source in (sources.read(word, name) for word in getattr(config, name, [])):
+            files = row_files(source.path)
+            if source.weight and len(files) > 1:
+                pattern = f"{Path(files[0]).parent}/*{Path(files[0]).suffix}:{source.weight}"
+                raise ValueError(
+                    f"{source.path} has {len(files)} files and one weight: name them by one "
+                    f"pattern, such as '{pattern}'"
+                )
+            words += [str(source._replace(path=file)) for file in files]
+        if words:
+            setattr(config, name, words)
 
 
 def model_folder(name: str) -> str:
@@ -53,7 +63,7 @@ def model_folder(name: str) -> str:
 def row_files(name: str) -> list[str]:
     """Return the files of rows that a name stands for: itself, or those of a split on the hub."""
     repo, _, split = name.partition(":")
-    if Path(name).exists() or glob.glob(name) or not NAME.fullmatch(repo) or ROW_FILES.search(name):
+    if sources.is_there(name) or not NAME.fullmatch(repo) or ROW_FILES.search(name):
         return [name]
 
     def download(hub: Any) -> str:

@@ -18,6 +18,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import sources
 from config import RunConfig
 from data.tokenizer import TOKENIZER_FILES
 from disk import file_sha256
@@ -92,7 +93,7 @@ def file_hashes(config: RunConfig) -> dict[str, str]:
     """
     hashes = {}
     for name in DATA_FLAGS:
-        paths = [Path(path) for path in getattr(config, name)]
+        paths = [Path(path) for path in sources.paths(getattr(config, name), name)]
         if paths:
             hashes[name] = _joined([_content(path) for path in paths])
     for name in MODEL_FLAGS:

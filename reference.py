@@ -9,6 +9,7 @@ its reference.
 import hashlib
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -31,20 +32,18 @@ from weights.folder import fingerprint, load_model, save_model
 def add_ref_logps(
     policy: GPT,
     folder: str,
-    data: list[tuple[Dataset | None, np.ndarray | None]],
+    data: Iterable[tuple[Dataset, np.ndarray | None]],
     config: RunConfig,
     ld_alpha: float = 1.0,
 ) -> dict[str, float]:
     """Add the column `ref_logps`, (R,), to data sets; return what scoring cost, {} if cached.
 
-    data: (data set or None, examples to score or None for all); responses of others get NaN.
+    data: (data set, examples to score or None for all); responses of others get NaN.
     folder: the reference; "" is the policy as it is now, "none" gives zeros. ld_alpha: weight of
     tokens by losses.length_weights, 1 for none. Collective.
     """
     cost: dict[str, float] = {}
     for dataset, examples in data:
-        if dataset is None:
-            continue
         if folder == "none":
             dataset.columns["ref_logps"] = np.zeros(len(dataset.response_len))
             continue

@@ -8,8 +8,6 @@
 What happens from step to step is in training.py. Nothing here calls back into a script.
 """
 
-import contextlib
-import ctypes
 import dataclasses
 import json
 import os
@@ -31,6 +29,7 @@ import hub
 import lock
 import parallel
 import plan
+import sources
 import weights.folder
 from commandline import check_ranges, to_json
 from config import RunConfig
@@ -51,7 +50,7 @@ from identity import (
     describe,
     script_of,
 )
-from kernels.device import pick_device
+from kernels.device import keep_freed_memory, pick_device
 from model import GPT
 from optimizer import AdamW
 from parallel import Mesh, init_mesh
@@ -181,7 +180,7 @@ def start(config: RunConfig) -> Run:
     best_dtype = "bf16" if on_gpu else "fp32"
     dtype = weights.folder.DTYPES[best_dtype if config.dtype == "auto" else config.dtype]
     if not on_gpu:
-        _keep_freed_memory()
+        keep_freed_memory()
     random.seed(config.seed)
     np.random.seed(config.seed)
     torch.manual_seed(config.seed)
@@ -236,6 +235,8 @@ def validate(config: RunConfig) -> None:
             f"--base-dtype {config.base_dtype} is for weights that stay frozen: "
             "add --lora 16, or drop it"
         )
+    sources.shares(config.data)
+    sources.named_sets(config.eval_data, config.best_by)
     if config.eval_every and not config.eval_data:
         raise ValueError("--eval-every has nothing to evaluate: add --eval-data, or drop it")
     if not (config.lora or config.adapter):
@@ -296,17 +297,6 @@ def _open_out(config: RunConfig) -> tuple[str, list[str]]:
     return marker.name, warnings
 
 
-def _keep_freed_memory() -> None:
-    """Stop glibc from returning large buffers to the system.
-
-    The page faults of getting them again took a fifth of a CPU step.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
-
-
 # ---- data and models ---------------------------------------------------------------------------
 
 
@@ -316,7 +306,7 @@ def cache_folder(config: RunConfig) -> Path:
 
 
 def load_rows(run: Run, files: list[str], kind: str, whole_trees: bool = True) -> Dataset | None:
-    """Return the rows of some files as token trees; None without files.
+    """Return the rows of some files of --data as token trees; None without files.
 
     kind: see data.dataset.load_dataset. whole_trees=False skips `check_fit`, for data that is not
     trained on as it is. ValueError names a bad row, or the flag that makes all rows fit.
@@ -324,6 +314,7 @@ def load_rows(run: Run, files: list[str], kind: str, whole_trees: bool = True) -
     if not files:
         return None
     config = run.config
+    files = sources.paths(files, "data")
     with run.mesh.one_first():  # tokenises once a node: the others read the cache
         data = load_dataset(
             files,
@@ -338,6 +329,13 @@ def load_rows(run: Run, files: list[str], kind: str, whole_trees: bool = True) -
     if whole_trees:
         check_fit(data, config)
     return data
+
+
+def load_sets(run: Run, kind: str, words: list[str] | None = None) -> dict[str, Dataset]:
+    """Return name -> rows of every set of --eval-data, or of some other words; see load_rows."""
+    words = run.config.eval_data if words is None else words
+    sets = sources.named_sets(words, run.config.best_by)
+    return {name: load_rows(run, files, kind, kind != "label") for name, files in sets.items()}
 
 
 def check_fit(data: Dataset, config: RunConfig) -> None:

@@ -147,12 +147,12 @@ def main(argv: list[str] | None = None) -> None:
 
     # ---- data ----------------------------------------------------------------------------------
     train = runtime.load_rows(run, config.data, "sft")
-    heldout = runtime.load_rows(run, config.eval_data, "sft")
+    heldout = runtime.load_sets(run, "sft")
     prompts = None
     if config.on_policy:
         prompts = rollout.load(config.data, template, config)
         rollout.check_fits(prompts, config)
-    steps = training.plan_steps(config, len(train))
+    steps = training.plan_steps(config, len(train), train.file_start)
 
     # ---- model and teacher ---------------------------------------------------------------------
     student = runtime.load_model(run)
@@ -196,8 +196,10 @@ def main(argv: list[str] | None = None) -> None:
         tokens = int(data.tree_lengths(config.share_prompts)[examples].sum())
         training.report_step(loop, row, tokens, batches)
         if heldout and training.evaluation_due(loop):
-            result = evaluate(student, teacher, heldout, config)
-            training.report_evaluation(loop, result)
+            results = {
+                name: evaluate(student, teacher, data, config) for name, data in heldout.items()
+            }
+            result = training.report_evaluation(loop, results)
             training.print_samples(loop, student, heldout)
             if training.is_best(loop, result["eval/loss"]):
                 runtime.save_model(run, student, "best")

@@ -198,11 +198,12 @@ def main(argv: list[str] | None = None) -> None:
 
     # ---- data ----------------------------------------------------------------------------------
     train = runtime.load_rows(run, config.data, "preference")
-    heldout = runtime.load_rows(run, config.eval_data, "preference")
+    heldout = runtime.load_sets(run, "preference")
     check_rewards(train, config)
-    check_rewards(heldout, config)
+    for data in heldout.values():
+        check_rewards(data, config)
     lengths = train.tree_lengths(config.share_prompts)
-    steps = training.plan_steps(config, len(train))
+    steps = training.plan_steps(config, len(train), train.file_start)
 
     # ---- model and reference -------------------------------------------------------------------
     model = runtime.load_model(run)
@@ -211,8 +212,8 @@ def main(argv: list[str] | None = None) -> None:
     cost: dict[str, float] = {}
     if config.ref_every:  # scored again in every step
         ref = "none"
-    data = [(train, steps.visited()), (heldout, None)]
-    cost = add_ref_logps(model, ref, data, config, config.ld_alpha)
+    scored = [(train, steps.visited()), *((data, None) for data in heldout.values())]
+    cost = add_ref_logps(model, ref, scored, config, config.ld_alpha)
     optimizer = runtime.make_optimizer(model, config)
     loop = training.begin(run, steps, optimizer, cost)
     moving = None
@@ -258,12 +259,12 @@ def main(argv: list[str] | None = None) -> None:
             every, mix = config.ref_every, config.ref_mix
             moving = renew_reference(run, model, every, loop.state.step, moving, mix)
         if heldout and training.evaluation_due(loop):
-            if moving:
-                everything = np.arange(len(heldout))
-                logps = response_logps(moving, heldout, everything, config, config.ld_alpha)
-                heldout.columns["ref_logps"] = logps
-            result = evaluate(model, heldout, config, delta)
-            training.report_evaluation(loop, result)
+            for data in heldout.values() if moving else ():
+                everything = np.arange(len(data))
+                logps = response_logps(moving, data, everything, config, config.ld_alpha)
+                data.columns["ref_logps"] = logps
+            results = {name: evaluate(model, data, config, delta) for name, data in heldout.items()}
+            result = training.report_evaluation(loop, results)
             training.print_samples(loop, model, heldout)
             if training.is_best(loop, result["eval/loss"]):
                 runtime.save_model(run, model, "best")

@@ -44,15 +44,25 @@ class Config(RunConfig):
     beta: Above0 = 0.1  # temperature of the implicit reward; smaller strays further
     desirable_weight: Amount = 1.0  # λ_D of good answers; a run first prints what balances the data
     undesirable_weight: Amount = 1.0  # λ_U of bad answers
+    average_logps: bool = False  # divide log-ratios by the answer's length, so that long answers
+    # weigh no more; then a larger β, 1 to 10
+    sft_weight: Amount = 0.0  # weight of the mean token NLL of the good answers; 0.1 to 1
     ref: str = ""  # another Hugging Face folder as reference; default: the policy at step 0
 
 
 # ---- the algorithm -----------------------------------------------------------------------------
 
 
-def log_ratios(model: GPT, hidden: torch.Tensor, batch: TreeBatch) -> torch.Tensor:
-    """Return log π(y|x) - log π_ref(y|x) of every response of a micro-batch, (B,)."""
-    return batch.sum_by_response(model.logps(hidden, batch)) - batch.columns["ref_logps"]
+def log_ratios(
+    model: GPT, hidden: torch.Tensor, batch: TreeBatch, config: Config
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return log π(y|x) - log π_ref(y|x) and log π(y|x) of a micro-batch's responses, (B,) each.
+
+    With --average-logps the log-ratio is per token.
+    """
+    logps = batch.sum_by_response(model.logps(hidden, batch))  # (B,)
+    ratio = logps - batch.columns["ref_logps"]
+    return (ratio / batch.lengths if config.average_logps else ratio), logps
 
 
 @torch.no_grad()
@@ -69,7 +79,7 @@ def reference_point(
         return torch.zeros((), device=model.device)
     ratio_sum = torch.zeros((), dtype=torch.float64, device=model.device)
     for batch, hidden in forward(model, data, examples, config, only=MISMATCHED):
-        ratio_sum += log_ratios(model, hidden, batch).sum()
+        ratio_sum += log_ratios(model, hidden, batch, config)[0].sum()
     return losses.reference_point(model.mesh.sum(ratio_sum), len(examples))
 
 
@@ -139,7 +149,7 @@ def evaluate(model: GPT, data: Dataset, config: Config, delta: float) -> dict[st
     z = reference_point(model, data, examples, config)
     totals: dict[str, torch.Tensor] = {}
     for batch, hidden in forward(model, data, examples, config, only=OWN):
-        ratio, label = log_ratios(model, hidden, batch), batch.columns["label"]
+        (ratio, _), label = log_ratios(model, hidden, batch, config), batch.columns["label"]
         per_example, metrics = example_losses(ratio, label, z, config, delta)
         add(totals, {"loss": per_example, **metrics})
     row = means(totals, len(data), model.mesh)
@@ -186,21 +196,24 @@ def main(argv: list[str] | None = None) -> None:
 
     # ---- data ----------------------------------------------------------------------------------
     train = runtime.load_rows(run, config.data, "label", whole_trees=False)
-    heldout = runtime.load_rows(run, config.eval_data, "label", whole_trees=False)
+    heldout = runtime.load_sets(run, "label")
     print(balance(train.columns["label"].sum(), (1 - train.columns["label"]).sum(), config))
-    steps = training.plan_steps(config, len(train.response_len))  # a comparison is two examples
+    steps = training.plan_steps(  # a comparison is two examples
+        config, len(train.response_len), train.response_start[train.file_start]
+    )
     order = [steps.examples(step) for step in range(steps.total)]
     starts = np.cumsum([0, *map(len, order)])  # from here on, an example is a tree of the run
     train = make_trees(train, order, config)
-    if heldout:
-        heldout = make_trees(heldout, [np.arange(len(heldout.response_len))], config)
+    for name, data in heldout.items():
+        heldout[name] = make_trees(data, [np.arange(len(data.response_len))], config)
     lengths = token_lengths(train, config, only=OWN)
     costs = lengths + (token_lengths(train, config, only=MISMATCHED) if config.loss == "kto" else 0)
 
     # ---- model and reference -------------------------------------------------------------------
     model = runtime.load_model(run)
     print(training.describe(model, lengths, steps, config))
-    cost = add_ref_logps(model, config.ref, [(train, None), (heldout, None)], config)
+    scored = [(data, None) for data in (train, *heldout.values())]
+    cost = add_ref_logps(model, config.ref, scored, config)
     optimizer = runtime.make_optimizer(model, config)
     loop = training.begin(run, steps, optimizer, cost)
 
@@ -211,13 +224,19 @@ def main(argv: list[str] | None = None) -> None:
         # Counted over the whole step: the loss does not depend on how it is cut into micro-batches.
         n_examples = len(examples)
         n_good = count_good(train, examples)
+        own = train.response_start[examples]
+        n_good_tokens = int(train.scored_len[own] @ (train.columns["label"][own] > 0))
         delta = bco_delta(loop.state.extra)
         z = reference_point(model, train, examples, config)
 
         totals: dict[str, torch.Tensor] = {}
         for batch, hidden in pipeline(model, batches, optimizer):
-            ratio, label = log_ratios(model, hidden, batch), batch.columns["label"]
+            ratio, logps = log_ratios(model, hidden, batch, config)
+            label = batch.columns["label"]
             per_example, metrics = example_losses(ratio, label, z, config, delta)
+            if config.sft_weight:
+                metrics["nll"] = -logps * label * n_examples / max(1, n_good_tokens)
+                per_example = per_example + config.sft_weight * metrics["nll"]
             (per_example.sum() / n_examples).backward()
             add(totals, {"loss": per_example, **metrics})
         lr = training.learning_rate(config, step, steps.total)
@@ -232,8 +251,8 @@ def main(argv: list[str] | None = None) -> None:
             row["kl"] = z.item()
         training.report_step(loop, row, int(costs[examples].sum()), batches)
         if heldout and training.evaluation_due(loop):
-            result = evaluate(model, heldout, config, delta)
-            training.report_evaluation(loop, result)
+            results = {name: evaluate(model, data, config, delta) for name, data in heldout.items()}
+            result = training.report_evaluation(loop, results)
             training.print_samples(loop, model, heldout)
             if training.is_best(loop, result["eval/loss"]):
                 runtime.save_model(run, model, "best")

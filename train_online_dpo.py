@@ -185,7 +185,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # ---- data ----------------------------------------------------------------------------------
     train = rollout.load(config.data, template, config)
-    heldout = rollout.load(config.eval_data, template, config)
+    heldout = rollout.load_sets(template, config)
     rollout.check_fits(train, config)
     answers: list[Answer] = []
     if config.chosen == "data":
@@ -202,7 +202,7 @@ def main(argv: list[str] | None = None) -> None:
             mesh,
             read=config.reward_read,
         )
-    steps = training.plan_steps(config, len(train.ids))
+    steps = training.plan_steps(config, len(train.ids), train.file_start)
 
     # ---- model and reference -------------------------------------------------------------------
     model = runtime.load_model(run)
@@ -213,8 +213,8 @@ def main(argv: list[str] | None = None) -> None:
     ref = first_reference(run, model, config.ref, config.ref_every, loop.state.step)
     rollout.drop_samples_after(loop.state.step, config, mesh)
     if heldout and not loop.state.step:
-        result, _ = rollout.evaluate(heldout, model, reward, template, config, server)
-        training.report_evaluation(loop, result)
+        results, _ = rollout.evaluate(heldout, model, reward, template, config, server)
+        result = training.report_evaluation(loop, results)
         if training.is_best(loop, -result["eval/reward"]):
             runtime.save_model(run, model, "best")
 
@@ -269,8 +269,8 @@ def main(argv: list[str] | None = None) -> None:
         if config.ref_every and loop.state.step % config.ref_every == 0:
             ref = renew_reference(run, model, config.ref_every, loop.state.step)
         if heldout and training.evaluation_due(loop):
-            result, texts = rollout.evaluate(heldout, model, reward, template, config, server)
-            training.report_evaluation(loop, result)
+            results, texts = rollout.evaluate(heldout, model, reward, template, config, server)
+            result = training.report_evaluation(loop, results)
             rollout.print_samples(texts, config.samples, loop.log.say)
             if training.is_best(loop, -result["eval/reward"]):
                 runtime.save_model(run, model, "best")

@@ -209,7 +209,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # ---- data ----------------------------------------------------------------------------------
     train = rollout.load(config.data, template, config)
-    heldout = rollout.load(config.eval_data, template, config)
+    heldout = rollout.load_sets(template, config)
     rollout.check_fits(train, config)
     reward = load_reward(
         config.reward,
@@ -221,7 +221,7 @@ def main(argv: list[str] | None = None) -> None:
         mesh,
         read=config.reward_read,
     )
-    steps = training.plan_steps(config, len(train.ids))
+    steps = training.plan_steps(config, len(train.ids), train.file_start)
 
     # ---- model and reference -------------------------------------------------------------------
     model = runtime.load_model(run)
@@ -235,8 +235,8 @@ def main(argv: list[str] | None = None) -> None:
     loop = training.begin(run, steps, optimizer)
     rollout.drop_samples_after(loop.state.step, config, mesh)
     if heldout and not loop.state.step:
-        result, _ = rollout.evaluate(heldout, model, reward, template, config, server)
-        training.report_evaluation(loop, result)
+        results, _ = rollout.evaluate(heldout, model, reward, template, config, server)
+        result = training.report_evaluation(loop, results)
         if training.is_best(loop, -result["eval/reward"]):
             runtime.save_model(run, model, "best")
 
@@ -294,8 +294,8 @@ def main(argv: list[str] | None = None) -> None:
         training.report_step(loop, row, tokens, batches)
         rollout.log_samples(samples, step + 1, config, mesh)
         if heldout and training.evaluation_due(loop):
-            result, answers = rollout.evaluate(heldout, model, reward, template, config, server)
-            training.report_evaluation(loop, result)
+            results, answers = rollout.evaluate(heldout, model, reward, template, config, server)
+            result = training.report_evaluation(loop, results)
             rollout.print_samples(answers, config.samples, loop.log.say)
             if training.is_best(loop, -result["eval/reward"]):
                 runtime.save_model(run, model, "best")

@@ -116,8 +116,9 @@ def attribute_metrics(
 
 
 @torch.no_grad()
-def print_scores(loop: training.Loop, model: GPT, data: Dataset) -> None:
-    """Print the first --samples prompts of a data set, and their answers with their scores."""
+def print_scores(loop: training.Loop, model: GPT, sets: dict[str, Dataset]) -> None:
+    """Print the first --samples prompts of the first set, and their answers with their scores."""
+    data = next(iter(sets.values()))
     n = min(loop.run.config.samples, len(data))
     if not n:
         return
@@ -168,13 +169,13 @@ def main(argv: list[str] | None = None) -> None:
     regression = config.loss == "regression"
     kind = "attributes" if regression else "preference"
     train = runtime.load_rows(run, config.data, kind)
-    heldout = runtime.load_rows(run, config.eval_data, kind)
+    heldout = runtime.load_sets(run, kind)
     names = learned_attributes(train, config) if regression else ("reward",)
-    for data in filter(None, (train, heldout)):
+    for data in (train, *heldout.values()):
         if not regression:
             add_margins(data, config)
     lengths = train.tree_lengths(config.share_prompts)
-    steps = training.plan_steps(config, len(train))
+    steps = training.plan_steps(config, len(train), train.file_start)
 
     # ---- model ---------------------------------------------------------------------------------
     model = runtime.load_model(run, scores=names)
@@ -203,8 +204,8 @@ def main(argv: list[str] | None = None) -> None:
         row = {**means(totals, n_items, run.mesh), "grad_norm": norm, "lr": lr}
         training.report_step(loop, with_deviation(row), int(lengths[examples].sum()), batches)
         if heldout and training.evaluation_due(loop):
-            result = evaluate(model, heldout, names, config)
-            training.report_evaluation(loop, result)
+            results = {name: evaluate(model, data, names, config) for name, data in heldout.items()}
+            result = training.report_evaluation(loop, results)
             print_scores(loop, model, heldout)
             if training.is_best(loop, result["eval/loss"]):
                 runtime.save_model(run, model, "best")

@@ -60,9 +60,9 @@ def main(argv: list[str] | None = None) -> None:
     # ---- data ----------------------------------------------------------------------------------
     files = attributes.condition_files(config, run.mesh)  # as given, unless --attributes
     train = runtime.load_rows(run, files.data, "sft")
-    heldout = runtime.load_rows(run, files.eval_data, "sft")
+    heldout = runtime.load_sets(run, "sft", files.eval_data)
     lengths = train.tree_lengths(config.share_prompts)
-    steps = training.plan_steps(config, len(train))
+    steps = training.plan_steps(config, len(train), train.file_start)
 
     # ---- model ---------------------------------------------------------------------------------
     model = runtime.load_model(run)
@@ -89,8 +89,8 @@ def main(argv: list[str] | None = None) -> None:
         row = {**means(totals, n_scored, run.mesh), "grad_norm": norm, "lr": lr}
         training.report_step(loop, row, int(lengths[examples].sum()), batches)
         if heldout and training.evaluation_due(loop):
-            result = evaluate(model, heldout, config)
-            training.report_evaluation(loop, result)
+            results = {name: evaluate(model, data, config) for name, data in heldout.items()}
+            result = training.report_evaluation(loop, results)
             training.print_samples(loop, model, heldout)
             if training.is_best(loop, result["eval/loss"]):
                 attributes.save(runtime.save_model(run, model, "best"), files, run.mesh)

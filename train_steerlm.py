@@ -30,6 +30,7 @@ import torch
 
 import losses
 import runtime
+import sources
 import training
 from commandline import Range, parse
 from config import Amount, Count, Number, RunConfig, Temperature
@@ -85,7 +86,7 @@ def sample_responses(line: str, run: Run, config: Config) -> list[dict]:
         )
     names = trained[1]
     asked = attributes.read_line(config.ask, names) if config.ask else attributes.best(names)
-    rows = attributes.all_rows(config.data)
+    rows = attributes.all_rows(sources.paths(config.data, "data"))
     asked_for = [prompt_in(row, run.template.plain) for row in rows]
     prompts = {json.dumps(as_row(prompt)): prompt for prompt in asked_for}
     if not prompts:
@@ -149,7 +150,8 @@ def prepare(run: Run, config: Config) -> Conditioned:
     A resumed run finds its samples in OUT/bootstrap.jsonl.
     """
     line = attributes.template_of(config.model, config.attribute_template)
-    data, path = config.data, Path(config.out) / "bootstrap.jsonl"
+    data, path = sources.paths(config.data, "data"), Path(config.out) / "bootstrap.jsonl"
+    sets = sources.named_sets(config.eval_data, config.best_by)
     if config.answers:
         data = [str(path)]
         if not path.exists():
@@ -161,10 +163,13 @@ def prepare(run: Run, config: Config) -> Conditioned:
             write_rows(path, rows)
     if config.loss == "nll":
         train = attributes.condition_rows(data, line, 0.0, config.seed)
-        heldout = attributes.condition_rows(config.eval_data, line, 0.0, config.seed)
+        heldout = {
+            name: attributes.condition_rows(files, line, 0.0, config.seed)
+            for name, files in sets.items()
+        }
     else:
         train = weigh(data, line, run, config)
-        heldout = weigh(config.eval_data, line, run, config) if config.eval_data else ([], ())
+        heldout = {name: weigh(files, line, run, config) for name, files in sets.items()}
     return attributes.write_files(config.out, line, train, heldout)
 
 
@@ -203,15 +208,16 @@ def main(argv: list[str] | None = None) -> None:
     config = parse(Config, __doc__, argv)
     if config.loss == "nll" and not config.answers:
         raise ValueError("--answers 0 is for --loss steerlm2: use train_sft.py --attributes")
+    sources.refuse_shares(config.data, "where new rows are written from all rows")
     run = runtime.start(config)
 
     # ---- data ----------------------------------------------------------------------------------
     files = run.mesh.ask(lambda: prepare(run, config))  # rank 0 uses whole models, the others wait
     kind = "sft" if config.loss == "nll" else "weights"
     train = runtime.load_rows(run, files.data, kind)
-    heldout = runtime.load_rows(run, files.eval_data, kind)
+    heldout = runtime.load_sets(run, kind, files.eval_data)
     lengths = train.tree_lengths(config.share_prompts)
-    steps = training.plan_steps(config, len(train))
+    steps = training.plan_steps(config, len(train), train.file_start)
 
     # ---- model and reference -------------------------------------------------------------------
     model = runtime.load_model(run)
@@ -219,8 +225,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"attributes: {', '.join(files.names)}")
     if config.loss == "steerlm2":  # Q, the distribution of the responses: the policy at step 0
         scored = [(train, steps.visited())]
-        if heldout:
-            scored.append((heldout, np.arange(len(heldout))))
+        scored += [(data, np.arange(len(data))) for data in heldout.values()]
         add_ref_logps(model, "", scored, config)
         for data, _ in scored:
             data.columns["group"] = np.repeat(np.arange(len(data)), np.diff(data.response_start))
@@ -246,8 +251,8 @@ def main(argv: list[str] | None = None) -> None:
         row = {**means(totals, n_items, run.mesh), "grad_norm": norm, "lr": lr}
         training.report_step(loop, row, int(lengths[examples].sum()), batches)
         if heldout and training.evaluation_due(loop):
-            result = evaluate(model, heldout, config)
-            training.report_evaluation(loop, result)
+            results = {name: evaluate(model, data, config) for name, data in heldout.items()}
+            result = training.report_evaluation(loop, results)
             training.print_samples(loop, model, heldout)
             if training.is_best(loop, result["eval/loss"]):
                 attributes.save(runtime.save_model(run, model, "best"), files, run.mesh)

@@ -1,6 +1,6 @@
 """Steps of a run: their plan, the learning rate, and what follows every step of every script.
 
-    steps = training.plan_steps(config, len(train))
+    steps = training.plan_steps(config, len(train), train.file_start)
     loop = training.begin(run, steps, optimizer)            resumes, opens the log
     for step in training.remaining(loop):
         examples = steps.examples(step)
@@ -9,7 +9,7 @@
         training.check_update(loop, norm)                   counts steps without an update
         training.report_step(loop, row, tokens, batches)    a row of metrics.jsonl
         if training.evaluation_due(loop):
-            training.report_evaluation(loop, result)
+            result = training.report_evaluation(loop, results)
             if training.is_best(loop, result["eval/loss"]): ...
         if training.save_or_stop(loop, stopping):           a checkpoint; true: leave
             return
@@ -31,6 +31,7 @@ import lock
 import runtime
 from checkpoint import State
 from config import RunConfig
+from data.blend import Blend, make_blend
 from data.dataset import Dataset
 from data.trees import TreeBatch, step_examples, steps_per_epoch, visited
 from disk import write_text
@@ -58,13 +59,23 @@ class Steps:
     shuffle: bool
     per_epoch: int
     total: int
+    blend: Blend | None = None  # of files with weights
 
     def examples(self, step: int) -> np.ndarray:
         """Return the examples of a step (from 0): a function of (seed, epoch, step) alone."""
+        if self.blend:
+            epoch, place = divmod(step, self.per_epoch)
+            order = self.blend.epoch(epoch, self.seed, self.shuffle)
+            return order[place * self.batch_size : (place + 1) * self.batch_size].copy()
         return step_examples(self.n, self.batch_size, step, self.seed, self.shuffle)
 
     def visited(self) -> np.ndarray:
         """Return the examples that any step takes, ascending."""
+        if self.blend:
+            marks = np.zeros(self.n, bool)
+            for step in range(self.total):
+                marks[self.examples(step)] = True
+            return np.flatnonzero(marks)
         return visited(self.n, self.batch_size, self.total, self.seed, self.shuffle)
 
 
@@ -84,13 +95,19 @@ class Loop:
 # ---- before the loop ---------------------------------------------------------------------------
 
 
-def plan_steps(config: RunConfig, n: int) -> Steps:
-    """Return the steps of a run over n examples: --epochs, or --max-steps if that is fewer."""
+def plan_steps(config: RunConfig, n: int, file_start: np.ndarray) -> Steps:
+    """Return the steps of a run over n examples: --epochs, or --max-steps if that is fewer.
+
+    file_start: number of the first example of every file of --data, and the end; blends read it.
+    """
     per_epoch = steps_per_epoch(n, config.batch_size)
     total = per_epoch * config.epochs
     if config.max_steps:
         total = min(total, config.max_steps)
-    return Steps(n, config.batch_size, config.seed, config.shuffle, per_epoch, total)
+    blend = make_blend(config.data, file_start)
+    if blend:
+        print(blend.describe())
+    return Steps(n, config.batch_size, config.seed, config.shuffle, per_epoch, total, blend)
 
 
 def describe(model: GPT, lengths: np.ndarray, steps: Steps, config: RunConfig) -> str:
@@ -245,15 +262,26 @@ def evaluation_due(loop: Loop) -> bool:
     return due(loop.run.config.eval_every, loop.state.step) or loop.state.step == loop.steps.total
 
 
-def report_evaluation(loop: Loop, result: dict[str, float]) -> None:
-    """Log and print the result of an evaluation."""
-    loop.log.row({"step": loop.state.step, **result})
-    numbers = ", ".join(f"{name} {value:.4f}" for name, value in result.items())
+def report_evaluation(loop: Loop, results: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Log and print the results of every set of --eval-data; return those of the first.
+
+    results: name of a set -> its metrics, eval/... In the log those of a named set are
+    eval/NAME/...; the first set decides which model is best.
+    """
+    row = {
+        metric.replace("eval/", f"eval/{name}/", 1) if name else metric: value
+        for name, result in results.items()
+        for metric, value in result.items()
+    }
+    loop.log.row({"step": loop.state.step, **row})
+    numbers = ", ".join(f"{name} {value:.4f}" for name, value in row.items())
     loop.log.say(f"step {loop.state.step}: {numbers}")
+    return next(iter(results.values()))
 
 
-def print_samples(loop: Loop, model: GPT, data: Dataset) -> None:
+def print_samples(loop: Loop, model: GPT, sets: dict[str, Dataset]) -> None:
     """Print a sampled answer to each of the first --samples prompts, the same at every call."""
+    data = next(iter(sets.values()))
     n, template = min(loop.run.config.samples, len(data)), loop.run.template
     starts, sizes = data.tree_start[:n], data.prompt_len[:n]
     prompts = [data.tokens[start : start + size].tolist() for start, size in zip(starts, sizes)]

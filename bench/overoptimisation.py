@@ -166,7 +166,7 @@ def read_pool(file: Path) -> list[tuple[np.ndarray, np.ndarray]]:
     groups = []
     for row in read_rows(file):
         gold = [score(row["prompt"], text).utility for text in row["responses"]]
-        groups.append((np.array(row["score"]), np.array(gold)))
+        groups.append((np.array(row["scores"]), np.array(gold)))
     return groups
 
 
@@ -291,7 +291,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder, without spaces")
     parser.add_argument("--seeds", type=int, default=1, help="whole repetitions; default 1")
-    parser.add_argument("--steps", type=int, default=160, help="of REINFORCE; default 160")
+    parser.add_argument("--steps", type=int, default=120, help="of REINFORCE; default 120")
     parser.add_argument("--lr", default="2e-4", help="of REINFORCE; default 2e-4")
     parser.add_argument("--prompts", type=int, default=64, help="of best of n; default 64")
     parser.add_argument("--pool", type=int, default=256, help="answers to each; default 256")

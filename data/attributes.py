@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+import sources
 from data.chat import Messages, as_chat, as_row, options_of
 from data.formats import ATTRIBUTES, attribute_row, known_attributes
 from data.keys import canonical
@@ -187,6 +188,7 @@ class Config(Protocol):
     model: str
     data: list[str]
     eval_data: list[str]
+    best_by: str
     out: str
     seed: int
     attributes: bool
@@ -213,24 +215,30 @@ def condition_files(config: Config, mesh: Mesh) -> Conditioned:
             raise ValueError("--attribute-template and --attribute-dropout need --attributes")
         return Conditioned(config.data, config.eval_data)
 
+    sources.refuse_shares(config.data, "with --attributes, which writes one file of all rows")
+
     def copies() -> Conditioned:
         template = template_of(config.model, config.attribute_template)
-        train = condition_rows(config.data, template, config.attribute_dropout, config.seed)
-        heldout = condition_rows(config.eval_data, template, config.attribute_dropout, config.seed)
+        settings = template, config.attribute_dropout, config.seed
+        train = condition_rows(sources.paths(config.data, "data"), *settings)
+        sets = sources.named_sets(config.eval_data, config.best_by)
+        heldout = {name: condition_rows(files, *settings) for name, files in sets.items()}
         return write_files(config.out, template, train, heldout)
 
     return mesh.ask(copies)
 
 
 def write_files(
-    out: str, template: str, train: ConditionedRows, heldout: ConditionedRows
+    out: str, template: str, train: ConditionedRows, heldout: dict[str, ConditionedRows]
 ) -> Conditioned:
-    """Write OUT/conditioned_train.jsonl and, if there are any, OUT/conditioned_heldout.jsonl."""
-    files: dict[str, list[str]] = {"train": [], "heldout": []}
-    for part, (rows, _) in (("train", train), ("heldout", heldout)):
-        if rows:
-            files[part] = [write_rows(Path(out) / f"conditioned_{part}.jsonl", rows)]
-    return Conditioned(files["train"], files["heldout"], template, train[1])
+    """Write OUT/conditioned_train.jsonl and OUT/conditioned_heldout.jsonl, one for every set."""
+    data = [write_rows(Path(out) / "conditioned_train.jsonl", train[0])] if train[0] else []
+    eval_data = []
+    for name, (rows, _) in heldout.items():
+        end = f"_{name}" if name else ""
+        path = write_rows(Path(out) / f"conditioned_heldout{end}.jsonl", rows)
+        eval_data.append(str(sources.Source(path, name)))
+    return Conditioned(data, eval_data, template, train[1])
 
 
 def all_rows(files: list[str]) -> list[dict]:

@@ -51,6 +51,7 @@ def write_cache(
     temporary.mkdir(parents=True)
     arrays = _ArrayFiles(temporary)
     counts: dict[str, int] = {}
+    file_trees = [0] * len(job.files)
     bad = []
     ends = dict.fromkeys(STARTS, 0)  # where the next tree starts: its token, its first response
     try:
@@ -62,6 +63,8 @@ def write_cache(
         ):
             for chunk in chunks:
                 counts |= {name: counts.get(name, 0) + n for name, n in chunk.counts.items()}
+                for number, n in chunk.file_trees.items():
+                    file_trees[number] += n
                 bad = (bad + chunk.bad)[:SHOWN]
                 if counts["bad"] > max_bad_rows:
                     break
@@ -78,7 +81,14 @@ def write_cache(
             raise ValueError(_why_empty(counts, job))
         sizes = arrays.finish()
         columns = [name for name in sizes if name not in DTYPES]
-        meta = {"key": key, "counts": counts, "bad": bad, "columns": columns, "bytes": sizes}
+        meta: dict[str, Any] = {
+            "key": key,
+            "counts": counts,
+            "bad": bad,
+            "columns": columns,
+            "bytes": sizes,
+        }
+        meta["file_trees"] = file_trees
         meta["sha256"] = {name: file_sha256(temporary / f"{name}.npy") for name in sizes}
         with open(temporary / "meta.json", "w") as file:
             json.dump(meta, file, indent=1)

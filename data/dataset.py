@@ -29,7 +29,8 @@ from data.keys import prompt_in, without
 from data.rows import SHOWN, check_bad_rows, existing_files, parse_row, read_lines
 from disk import file_sha256
 
-FORMAT = 6  # raise it when the same rows would give other arrays, here or in data/formats.py
+AT_ONCE = 1 << 16  # responses whose tokens are counted at once
+FORMAT = 7  # raise it when the same rows would give other arrays, here or in data/formats.py
 
 
 @dataclass
@@ -54,6 +55,8 @@ class Dataset:
     key: str = ""  # hash of everything that decides the arrays
     # name -> (N,), meaningful where `scored` is 1
     token_columns: dict[str, np.ndarray] = field(default_factory=dict)
+    # (files + 1,): number of the first tree of every file; (1,) if the trees are of no file
+    file_start: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))
 
     def __len__(self) -> int:
         return len(self.prompt_len)
@@ -76,9 +79,13 @@ class Dataset:
         starts = np.repeat(prompt_tokens, np.diff(self.response_start))
         starts = starts + np.cumsum(self.response_len) - self.response_len
         counts = np.zeros(len(starts), np.int64)
-        nonempty = np.asarray(self.response_len) > 0
-        if nonempty.any():  # between two responses lies a prompt at most, which is not scored
-            counts[nonempty] = np.add.reduceat(self.scored, starts[nonempty], dtype=np.int64)
+        nonempty = np.flatnonzero(self.response_len)
+        for low in range(0, len(nonempty), AT_ONCE):  # the sum widens what it reads to int64
+            part = nonempty[low : low + AT_ONCE]
+            first, last = starts[part[0]], starts[part[-1]] + self.response_len[part[-1]]
+            # Between two responses lies a prompt at most, which is not scored.
+            scored = self.scored[first:last]
+            counts[part] = np.add.reduceat(scored, starts[part] - first, dtype=np.int64)
         return counts
 
     def responses_of(self, examples: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -164,7 +171,10 @@ def _open(folder: Path, meta: dict[str, Any]) -> Dataset:
 
     arrays: dict[str, Any] = {name: array(name) for name in DTYPES}
     columns = {name.removeprefix("column_"): array(name) for name in meta["columns"]}
-    return Dataset(**arrays, columns=columns, counts=meta["counts"], key=meta["key"])
+    file_start = np.cumsum([0, *meta["file_trees"]])
+    return Dataset(
+        **arrays, columns=columns, counts=meta["counts"], key=meta["key"], file_start=file_start
+    )
 
 
 def _summary(dataset: Dataset, job: Job, source: str) -> str:
@@ -254,11 +264,18 @@ def from_trees(
 
 
 class Prompts(NamedTuple):
-    """Prompts to sample responses to, in three lists of the same length."""
+    """Prompts to sample responses to, in lists of the same length."""
 
     rows: list[dict[str, Any]]  # as in the files, for the reward function
     prompts: list[Any]  # text or messages
     ids: list[list[int]]
+    files: tuple[int, ...] = ()  # number of each prompt's file; () if they are of none
+    n_files: int = 0
+
+    @property
+    def file_start(self) -> np.ndarray:
+        """Number of the first prompt of every file, in order, and the end: (files + 1,)."""
+        return np.searchsorted(self.files, np.arange(self.n_files + 1))
 
     def take(self, items: Sequence[int] | np.ndarray) -> "Prompts":
         """Return some of them, in the order given."""
@@ -266,6 +283,8 @@ class Prompts(NamedTuple):
             [self.rows[i] for i in items],
             [self.prompts[i] for i in items],
             [self.ids[i] for i in items],
+            tuple(self.files[i] for i in items) if self.files else (),
+            self.n_files,
         )
 
 
@@ -289,6 +308,7 @@ def load_prompts(
     paths = existing_files(files)
     skipped = set(ignore)
     kept = Prompts([], [], [])
+    numbers = []  # of the files
     counts: Counter = Counter()
     bad = []
     for file, number, line in read_lines(paths):
@@ -307,6 +327,7 @@ def load_prompts(
             kept.rows.append(row)
             kept.prompts.append(prompt)
             kept.ids.append(ids)
+            numbers.append(file)
     check_bad_rows(bad[:SHOWN], len(bad), paths, max_bad_rows, log)
     names = ", ".join(file.name for file in paths)
     too_long = f"{counts['too_long']} longer than {max_length} tokens ({overlong})"
@@ -315,4 +336,4 @@ def load_prompts(
             f"{names}: no prompt is left of {counts['rows']} rows, {too_long}: raise --max-length"
         )
     log(f"{names}: {counts['rows']} rows, {len(kept.ids)} prompts kept, {too_long}, {len(bad)} bad")
-    return kept
+    return kept._replace(files=tuple(numbers), n_files=len(paths))

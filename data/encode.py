@@ -66,6 +66,7 @@ class Chunk(NamedTuple):
     arrays: dict[str, np.ndarray]
     counts: dict[str, int]
     bad: list[BadRow]
+    file_trees: dict[int, int]  # number of a file -> its trees here
 
 
 @dataclass
@@ -116,6 +117,7 @@ def encode_lines(job: Job, lines: list[Line]) -> Chunk:
     """Turn lines into trees. Pure: the same lines give the same trees in any process."""
     trees = _Trees()
     bad = []
+    file_trees: dict[int, int] = {}
     names = ("too_long", "truncated", "moved", "identical", "split", "own_ends", "control")
     counts = dict.fromkeys(names, 0)
     for file, number, line in lines:
@@ -147,6 +149,7 @@ def encode_lines(job: Job, lines: list[Line]) -> Chunk:
             counts["moved"] += moved
             counts["identical"] += bool(others) and all(other == first for other in others)
             trees.add(prompt, answers, row.columns)
+            file_trees[file] = file_trees.get(file, 0) + 1
     counts |= {
         "rows": len(lines),
         "bad": len(bad),
@@ -155,7 +158,7 @@ def encode_lines(job: Job, lines: list[Line]) -> Chunk:
         "tokens": len(trees.tokens),
         "scored": sum(trees.scored),
     }
-    return Chunk(trees.arrays(), counts, bad)
+    return Chunk(trees.arrays(), counts, bad, file_trees)
 
 
 class SampledIds(NamedTuple):

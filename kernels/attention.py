@@ -200,7 +200,7 @@ def _visible(i, j, KV_END, POSITION, T, WINDOW: tl.constexpr):
     return seen
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def forward_kernel(
     Q, K, V, OUT, LSE, KV_END, POSITION, ITEMS, LISTS, T, scale,
     q_t, q_h, k_t, k_h, v_t, v_h, H,
@@ -247,7 +247,7 @@ def forward_kernel(
     tl.store(LSE + head.to(tl.int64) * T + i, top * scale + tl.math.log2(weight), mask=i < T)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def d_q_kernel(
     Q, K, V, OUT, D_OUT, LSE, DELTA, D_Q, KV_END, POSITION, ITEMS, LISTS, T, scale, root,
     q_t, q_h, k_t, k_h, v_t, v_h, H,
@@ -289,7 +289,7 @@ def d_q_kernel(
     tl.store(at, (d_q * root).to(D_Q.dtype.element_ty), mask=(i[:, None] < T) & (e[None, :] < E))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def d_kv_kernel(
     Q, K, V, D_OUT, LSE, DELTA, D_K, D_V, PARTIAL, KV_END, POSITION, ITEMS, LISTS, T, scale, root,
     q_t, q_h, k_t, k_h, v_t, v_h, G,
@@ -342,7 +342,7 @@ def d_kv_kernel(
         tl.store(cells + N * EP, d_v)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def merge_kernel(
     PARTIAL, SLOTS, D_K, D_V, T, G, N: tl.constexpr, E: tl.constexpr, EP: tl.constexpr
 ):

@@ -257,12 +257,13 @@ def _log_sums_fused(sides: tuple[Tensor, ...], temperature: float) -> Tensor:
     """Return what `_log_sums` does, by the log-prob's kernel with targets in no chunk."""
     rows, device = len(sides[0]), sides[0].device
     nowhere = torch.full((rows,), -1, device=device)
-    tops = torch.full((2, rows), float("-inf"), device=device)
-    totals, unused = torch.zeros_like(tops), torch.empty(rows, device=device)
+    # Tensors of their own: rows of one would start at any multiple of 4 bytes, by the batch.
+    tops = [torch.full((rows,), float("-inf"), device=device) for _ in range(2)]
+    totals, unused = [torch.zeros_like(top) for top in tops], torch.empty_like(tops[0])
     for _, *logits in _chunks(*sides):
         for z, top, total in zip(logits, tops, totals):
             torch.ops.plumb.fold_logits(z, nowhere, top, total, None, unused, 0, temperature)
-    return (tops + totals.log()).t().contiguous()
+    return torch.stack([top + total.log() for top, total in zip(tops, totals)], 1)
 
 
 def _scalars(mix: float, temperature: float) -> tuple[float, ...]:

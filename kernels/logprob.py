@@ -233,7 +233,7 @@ def _columns(target: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
 # ---- kernels -------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["start"])
 def fold_kernel(
     Z, TARGET, TOP, SUM, MIXED, PICKED, start, C, inverse,
     ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
@@ -262,7 +262,7 @@ def fold_kernel(
         tl.store(PICKED + row, tl.load(Z + row * C + own) * inverse)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["start"])
 def slope_kernel(
     Z, TARGET, LSE, GRAD, ENTROPIES, D_ENTROPY, D_Z, start, C, inverse,
     ENTROPY: tl.constexpr, BLOCK: tl.constexpr,

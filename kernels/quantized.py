@@ -271,7 +271,7 @@ def weight_tile(
     return tl.where(inside, value * scale[:, None], 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def forward_kernel(
     X,
     CODES,
@@ -327,7 +327,7 @@ def forward_kernel(
     tl.store(Y + at, sums.to(Y.dtype.element_ty), mask=kept)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def backward_kernel(
     DY,
     CODES,

@@ -36,7 +36,7 @@ def add_rms_norm(x: Tensor, more: Tensor, weight: Tensor, eps: float) -> tuple[T
     return total, rms_norm(total, weight, eps)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def forward_kernel(
     X, MORE, W, Y, TOTAL, SCALE, N, D, eps, ADD: tl.constexpr, ROWS: tl.constexpr, DP: tl.constexpr
 ):
@@ -61,7 +61,7 @@ def forward_kernel(
     tl.store(Y + at, (unit.to(tl.float32) * w).to(Y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "steps"])
 def backward_kernel(
     D_Y, D_TOTAL, TOTAL, W, SCALE, D_X, D_W, N, D, steps,
     ADD: tl.constexpr, ROWS: tl.constexpr, DP: tl.constexpr,

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from config import RolloutConfig
+
 
 def sees_groups(function: Callable) -> bool:
     """Return True if the first parameter of a function is called `prompts`."""
@@ -106,3 +108,18 @@ def read_weights(words: list[str]) -> dict[str, float]:
         if not colon or not name or not math.isfinite(weights[name]):
             raise ValueError(f"--reward-weights {word}: write NAME:WEIGHT, as in correct:2")
     return weights
+
+
+def totals(scores: list, config: RolloutConfig) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Return the rewards of R responses, (R,), and the named ones that they are made of, (R,) each.
+
+    scores: numbers, or {name: number} for each response. ValueError: --reward-weights names others.
+    """
+    named: dict[str, np.ndarray] = {}
+    if isinstance(scores[0], dict):
+        if any(score.keys() != scores[0].keys() for score in scores):
+            raise ValueError("the reward returned other names for other prompts: always the same")
+        named = {name: np.array([score[name] for score in scores]) for name in scores[0]}
+    if named or config.reward_weights:
+        return total(named, read_weights(config.reward_weights)), named
+    return np.array(scores), named

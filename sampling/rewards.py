@@ -77,7 +77,9 @@ def load_reward(
         rule = {"exact": exact, "boxed": boxed, "regex": regex, "length": length}[kind]
         return _per_response(name, rule(argument), mesh)
     if over and name and Path(name).is_dir():
-        return model_reward(over(name).requires_grad_(False), name, max_tokens, mesh)
+        tail = tail_of(name, ("reward",), template, read)  # an adapter on the policy's own base
+        model = over(name).requires_grad_(False)
+        return model_reward(model, name, max_tokens, mesh, tail, template.end)
     if name and Path(name).is_dir():
         return reward_model(name, template, template_name, dtype, device, max_tokens, mesh, read)
     if kind == "judge":

@@ -25,13 +25,15 @@ from typing import Any
 
 import numpy as np
 
+import sources
 from config import RolloutConfig
 from data.dataset import Dataset, Prompts, from_trees, load_prompts
 from data.templates import Template
 from disk import drop_rows_after
 from model import GPT
 from parallel import Mesh
-from sampling.named import read_weights, total
+from sampling.draw import check_drawing
+from sampling.named import read_weights, totals
 from sampling.rewards import Reward, leader
 from sampling.sampler import Sample, generate
 from sampling.server import Server, reload_words
@@ -67,9 +69,16 @@ class Rollout:
 
         NaN where it does not. Its arithmetic is not training's: compare them in sampler_gap only.
         """
-        logps = np.concatenate([np.asarray(s.policy_logps, np.float64) for s in self.samples])
+        return self._of_scored([s.policy_logps for s in self.samples])
+
+    @property
+    def drawn_logps(self) -> np.ndarray:
+        """Log-probs under the distribution that drew them, filters included, (M,); NaN: unknown."""
+        return self._of_scored([s.logps for s in self.samples])
+
+    def _of_scored(self, logps: list[list[float]]) -> np.ndarray:
         marks = np.concatenate([scored_marks(s) for s in self.samples])
-        return logps[marks == 1]
+        return np.concatenate([np.asarray(x, np.float64) for x in logps])[marks == 1]
 
     def tokens(self, config: RolloutConfig) -> int:
         """Return the tokens of all trees, what one pass of training computes."""
@@ -130,6 +139,7 @@ def validate(config: RolloutConfig) -> None:
             "--rollout-url without --rollout-reload would sample from the initial weights forever: "
             "give the command that loads new weights"
         )
+    check_drawing(config)
     reload_words(config.rollout_reload)
     read_weights(config.reward_weights)
     if config.overlong_buffer > config.max_new_tokens:
@@ -152,10 +162,17 @@ def load(files: list[str], template: Template, config: RolloutConfig) -> Prompts
     """Load the prompts of JSONL files, leaving room for a response; None if there are no files."""
     if not files:
         return None
+    files = sources.paths(files, "data")
     longest = config.max_length - config.max_new_tokens
     return load_prompts(
         files, template, longest, config.overlong, config.max_bad_rows, ignore=config.ignore_keys
     )
+
+
+def load_sets(template: Template, config: RolloutConfig) -> dict[str, Prompts]:
+    """Load the prompts of every set of --eval-data, by its name."""
+    sets = sources.named_sets(config.eval_data, config.best_by)
+    return {name: load(files, template, config) for name, files in sets.items()}
 
 
 def tree_limits(prompts: Prompts, config: RolloutConfig) -> np.ndarray:
@@ -204,10 +221,15 @@ def local_sampler(model: GPT, template: Template, config: RolloutConfig) -> Samp
                 ids,
                 config.max_new_tokens,
                 temperature,
+                config.top_k,
+                config.top_p,
                 stop_ids=template.stop_ids,
                 batch_size=config.rollout_batch,
                 n=n,
                 seeds=seeds,
+                stop_texts=config.stop,
+                decode=template.tokenizer.decode,
+                min_new_tokens=config.min_new_tokens,
             )
 
     return sample
@@ -270,8 +292,7 @@ def collect(
 
     Each rank draws and scores those of its share of the prompts; every rank returns all of them.
     """
-    started = time.perf_counter()
-    n = len(prompts.ids)
+    started, n = time.perf_counter(), len(prompts.ids)
     group = len(seeds) // n
     mine = list(range(mesh.dp_rank, n, mesh.dp))  # this rank's prompts
     places = [i * group + k for i in mine for k in range(group)]  # of their samples among all R
@@ -309,21 +330,6 @@ def collect(
         lap_started=scored,
         named=named,
     )
-
-
-def totals(scores: list, config: RolloutConfig) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Return the rewards of R responses, (R,), and the named ones that they are made of, (R,) each.
-
-    scores: numbers, or {name: number} for each response. ValueError: --reward-weights names others.
-    """
-    named: dict[str, np.ndarray] = {}
-    if isinstance(scores[0], dict):
-        if any(score.keys() != scores[0].keys() for score in scores):
-            raise ValueError("the reward returned other names for other prompts: always the same")
-        named = {name: np.array([score[name] for score in scores]) for name in scores[0]}
-    if named or config.reward_weights:
-        return total(named, read_weights(config.reward_weights)), named
-    return np.array(scores), named
 
 
 def length_penalty(lengths: np.ndarray, ended: np.ndarray, config: RolloutConfig) -> np.ndarray:
@@ -365,23 +371,25 @@ def draw(
 
 
 def evaluate(
-    prompts: Prompts,
+    sets: dict[str, Prompts],
     model: GPT,
     reward: Reward,
     template: Template,
     config: RolloutConfig,
     server: Server | None,
-) -> tuple[dict[str, float], Rollout]:
+) -> tuple[dict[str, dict[str, float]], Rollout]:
     """Draw and score one sample per prompt at --eval-temperature, with the same seeds every time.
 
-    Returns the metrics, under eval/, and the samples. Collective.
+    Returns the metrics of every set, under eval/, and the samples of the first. Collective.
     """
     sample = make_sampler(model, template, config, server)
-    own_seeds = seeds(config.seed, 0, len(prompts.ids), 1)
-    samples = collect(
-        prompts, sample, reward, template, config, model.mesh, own_seeds, config.eval_temperature
-    )
-    return {f"eval/{name}": value for name, value in samples.metrics().items()}, samples
+    drawn, results = {}, {}
+    for name, prompts in sets.items():
+        own_seeds = seeds(config.seed, 0, len(prompts.ids), 1)
+        more = model.mesh, own_seeds, config.eval_temperature
+        drawn[name] = collect(prompts, sample, reward, template, config, *more)
+        results[name] = {f"eval/{key}": value for key, value in drawn[name].metrics().items()}
+    return results, next(iter(drawn.values()))
 
 
 def scored_marks(sample: Sample) -> list[int]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from kernels.device import upload
 from model import GPT
 from sampling.cache import Cache
+from sampling.draw import ends_too_early, sample
 
 # Mean prompt length from which prompts are stored once for their n samples and attended to
 # together; shorter ones are copied to every row. One CPU thread, 4 key/value heads of size 32, ms a
@@ -180,10 +181,10 @@ class _Batch:
     def _seat_rows(self) -> None:
         """Tell the cache in which place the prompt of every row is stored."""
         places, lengths = [], []
-        for row, sample in enumerate(self.row_sample):
-            prompt = sample // self.n
-            places.append(EMPTY if sample == EMPTY else self.place[prompt])
-            lengths.append(self.position[row] if sample == EMPTY else self.lengths[prompt])
+        for row, index in enumerate(self.row_sample):
+            prompt = index // self.n
+            places.append(EMPTY if index == EMPTY else self.place[prompt])
+            lengths.append(self.position[row] if index == EMPTY else self.lengths[prompt])
         self.cache.seat_rows(places, lengths)
 
     def logits(self) -> Tensor:
@@ -260,6 +261,7 @@ def generate(
     decode: Callable[[list[int]], str] | None = None,
     no_repeat: int = 0,
     on_token: Callable[[int, int], None] | None = None,
+    min_new_tokens: int = 0,
 ) -> list[Sample]:
     """Sample n responses to each prompt of token ids; those of prompt i are [i * n : (i + 1) * n].
 
@@ -272,10 +274,17 @@ def generate(
     no_repeat    a response is cut when its last no_repeat tokens repeat one cycle of at most half
                  their number; 0 = never
     on_token     called with (index of the sample, token) for every token as it is drawn
+    min_new_tokens  tokens before an end token may be drawn: until then the other tokens share its
+                 probability; nor does a stop text end a response before
 
     ValueError: an empty prompt, or a setting out of range.
     """
     _validate(prompts, max_new_tokens, temperature, top_k, top_p, batch_size, n, seeds, no_repeat)
+    if not 0 <= min_new_tokens < max_new_tokens:
+        raise ValueError(
+            f"min_new_tokens {min_new_tokens} must be at least 0 and below max_new_tokens "
+            f"{max_new_tokens}"
+        )
     if stop_texts and (decode is None or not all(stop_texts)):
         raise ValueError(
             "stop_texts are looked for in decode(tokens): give a decode, and no empty text"
@@ -292,7 +301,10 @@ def generate(
     while batch.refill():
         logits = batch.logits()
         uniform = upload(batch.uniforms(), logits.device)
-        draws = sample(logits, uniform, temperature, top_k, top_p)
+        forbidden = None
+        if stop_ids and (batch.drawn[: len(logits)] < min_new_tokens).any():
+            forbidden = ends_too_early(batch.drawn[: len(logits)], min_new_tokens, stop_ids, logits)
+        draws = sample(logits, uniform, temperature, top_k, top_p, forbidden)
         # One copy from the device a step: all that the host waits for.
         tokens, logps, policy_logps = torch.stack([x.double() for x in draws]).tolist()
         batch.append(tokens)
@@ -307,7 +319,7 @@ def generate(
             if on_token:
                 on_token(i, token)
             ended = token in stop_ids
-            if stop_texts and not ended:
+            if stop_texts and not ended and len(response.tokens) >= min_new_tokens:
                 text = decode(response.tokens[-window:])
                 ended = any(stop in text for stop in stop_texts)
             if ended:
@@ -355,86 +367,3 @@ def repeats(tokens: list[int], last: int) -> bool:
     if len(tail) < last:
         return False
     return any(tail[-1] == tail[-1 - p] and tail[p:] == tail[:-p] for p in range(1, last // 2 + 1))
-
-
-# ---- one draw ------------------------------------------------------------------------------------
-
-
-def sample(
-    logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_p: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw one token a row from logits (R, V) with uniform numbers (R,).
-
-    Returns, (R,) each: the tokens; their log-probs under the distribution they are drawn from;
-    their log-probs under the softmax of the logits themselves. Filters apply in Hugging Face's
-    order: temperature, then the top_k likeliest, then the smallest set with probability top_p.
-    """
-    if temperature == 0:
-        top, best = logits.max(-1)
-        return best, torch.zeros_like(top), top - logits.logsumexp(-1)
-    top = logits.amax(-1, keepdim=True)  # (R, 1)
-    filtered = 0 < top_k < logits.shape[1] or top_p < 1
-    weights, total = logits - top, None  # in place from here on: (R, V) is large
-    if temperature != 1 or filtered:
-        scaled = weights / temperature
-        total = weights.exp_().sum(-1, keepdim=True)  # (R, 1)
-        weights = scaled
-    weights.exp_()
-    if filtered:
-        token, share = _draw_filtered(weights, uniform, top_k, top_p)
-    else:
-        token, share = _draw(weights, uniform)
-    chosen = logits.gather(1, token) - top
-    total = share if total is None else total
-    return token[:, 0], (chosen / temperature - share.log())[:, 0], (chosen - total.log())[:, 0]
-
-
-def _draw(weights: Tensor, uniform: Tensor, block: int = 256) -> tuple[Tensor, Tensor]:
-    """Return the token whose share of [0, 1) holds the uniform number, and Σ weights: (R, 1) each.
-
-    First the block of tokens, then the token in it: a running sum over a whole vocabulary, in fp64
-    so that no token's share is rounded away, took longer than the rest of the step.
-    """
-    vocabulary = weights.shape[1]
-    whole = vocabulary // block * block
-    sums = []
-    if whole:
-        sums.append(weights[:, :whole].unflatten(1, (-1, block)).sum(-1))
-    if whole < vocabulary:
-        sums.append(weights[:, whole:].sum(-1, keepdim=True))
-    edges = torch.cat(sums, 1).double().cumsum(-1)  # (R, V / block)
-    aim = uniform.double()[:, None] * edges[:, -1:]  # (R, 1)
-    index = torch.searchsorted(edges, aim, right=True).clamp_(max=edges.shape[1] - 1)  # (R, 1)
-    size = edges.diff(dim=1, prepend=torch.zeros_like(aim)).gather(1, index)
-    rest = 1 - (edges.gather(1, index) - aim) / size  # where in its block, of 1
-    tokens = index * block + torch.arange(block, device=weights.device)  # (R, block)
-    inside = weights.gather(1, tokens.clamp(max=vocabulary - 1)).double()
-    inside = inside.masked_fill_(tokens >= vocabulary, 0).cumsum(-1)
-    place = torch.searchsorted(inside, rest * inside[:, -1:], right=True)
-    return (index * block + place).clamp_(max=vocabulary - 1), edges[:, -1:]
-
-
-def _draw_filtered(
-    weights: Tensor, uniform: Tensor, top_k: int, top_p: float
-) -> tuple[Tensor, Tensor]:
-    """Draw as `_draw` among the top_k likeliest, and of these the fewest that make up top_p."""
-    vocabulary = weights.shape[1]
-    total = None  # of all weights, if top_k leaves all of them
-    if not 0 < top_k < vocabulary:
-        total = weights.sum(-1, keepdim=True, dtype=torch.float64)
-    size = min(top_k or 512, vocabulary)
-    while True:
-        ordered, index = weights.topk(size)
-        edges = ordered.double().cumsum(-1)
-        # Sorting a whole vocabulary is slow, and top_p seldom needs it.
-        if total is None or size == vocabulary or bool((edges[:, -1:] >= top_p * total).all()):
-            break
-        size = min(8 * size, vocabulary)
-    kept = torch.full_like(index[:, :1], size)  # (R, 1) number of tokens
-    if top_p < 1:
-        limit = top_p * (edges[:, -1:] if total is None else total)
-        before = edges - ordered
-        kept = (before < limit).sum(-1, keepdim=True).clamp_(min=1)
-    share = edges.gather(1, kept - 1)
-    place = torch.searchsorted(edges, uniform.double()[:, None] * share, right=True)
-    return index.gather(1, torch.minimum(place, kept - 1)), share

@@ -125,8 +125,8 @@ def load_scorer(
     pad = config.get("pad_token_id")
     if pad is not None and pad in load_tokenizer(folder).stops:
         print(
-            f"warning: {folder} pads with its end token, so transformers reads scores one token "
-            "before the end; here they are read at the end token, as in training",
+            f"warning: {folder} pads with its end token, so transformers reads its scores one "
+            "token before the end and gets others than plumb",
         )
     return model, score_names(config)
 

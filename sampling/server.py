@@ -22,6 +22,7 @@ from typing import Any
 
 from config import RolloutConfig
 from data.templates import Template
+from sampling.draw import truncated
 from sampling.sampler import Sample
 
 TRIES = 4  # per request, with pauses of 1, 2 and 4 seconds
@@ -158,8 +159,8 @@ class Server:
             "n": n,
             "max_tokens": self.config.max_new_tokens,
             "temperature": temperature,
-            "top_p": 1.0,
-            "top_k": -1,
+            "top_p": self.config.top_p,
+            "top_k": self.config.top_k or -1,
             "min_p": 0.0,
             "repetition_penalty": 1.0,
             "seed": seed % 2**31,
@@ -168,6 +169,10 @@ class Server:
             "return_token_ids": True,
             "return_tokens_as_token_ids": True,
         }
+        if self.config.min_new_tokens:
+            body["min_tokens"] = self.config.min_new_tokens
+        if self.config.stop:
+            body |= {"stop": self.config.stop, "include_stop_str_in_output": True}
         choices = self._request("/v1/completions", body).get("choices", [])
         if not isinstance(choices, list) or not all(isinstance(c, dict) for c in choices):
             raise self._bad(f"choices that are no list of objects: {str(choices)[:200]}")
@@ -200,7 +205,8 @@ class Server:
         if choice.get("token_ids") is None and not self._same_tokens(tokens, names):
             logps = []  # of other tokens than those that the text gave when it was tokenised again
         stopped = choice.get("finish_reason") == "stop"
-        if stopped and (not tokens or tokens[-1] not in self.template.stop_ids):
+        at_text = stopped and self._stop_text(choice, tokens)
+        if stopped and not at_text and (not tokens or tokens[-1] not in self.template.stop_ids):
             # Some engines leave the end token out; some still report its log-prob.
             if len(logps) == len(tokens):
                 logps.append(unknown)
@@ -209,8 +215,18 @@ class Server:
             raise OSError(f"--rollout-url {self.url} returned an empty sample that did not end")
         if len(logps) != len(tokens):
             logps = [unknown] * len(tokens)
-        drawn = logps if temperature == 1 else [unknown] * len(tokens)
-        return Sample(tokens, drawn, logps, tokens[-1] in self.template.stop_ids)
+        plain = temperature == 1 and not truncated(self.config)
+        drawn = logps if plain else [unknown] * len(tokens)
+        return Sample(tokens, drawn, logps, at_text or tokens[-1] in self.template.stop_ids)
+
+    def _stop_text(self, choice: dict, tokens: list[int]) -> bool:
+        """Return True if one of the texts of --stop ended a sample, and not an end token."""
+        if not tokens or tokens[-1] in self.template.stop_ids:
+            return False
+        if choice.get("stop_reason") in self.config.stop:
+            return True
+        text = self.template.tokenizer.decode(tokens)
+        return any(stop in text for stop in self.config.stop)
 
     def _check_tokens(self, tokens: list[int]) -> None:
         """Raise BadReply for tokens that were not asked for."""

@@ -19,6 +19,7 @@ from data.trees import make_batch, micro_batches
 from model import GPT
 from parallel import Mesh
 from pipeline import pipeline
+from sampling.draw import truncated
 from sampling.gap import mean_gap
 from sampling.rollout import Rollout
 
@@ -127,8 +128,13 @@ def add_logps(
     if not np.isnan(distance):
         row["sampler_gap"] = distance
         row["engine/kl"] = float(np.nanmean(samples.logps - nearest))
+    drawn = samples.logps
+    if truncated(config):
+        drawn, nearest = samples.drawn_logps, old_logps
+        if not np.isnan(drawn).all():  # of the policy's probability, at most 1
+            row["rollout/kept"] = float(np.nanmean(np.exp(nearest - drawn)))
     if config.engine_correction != "none":
-        row |= add_engine_weights(samples, nearest, config)
+        row |= add_engine_weights(samples, drawn, nearest, config)
     samples.data.add_tokens("old_logps", old_logps)
     old = torch.from_numpy(old_logps)
     if ref is None:
@@ -143,14 +149,15 @@ def add_logps(
 
 
 def add_engine_weights(
-    samples: Rollout, logps: np.ndarray, config: RolloutConfig
+    samples: Rollout, drawn: np.ndarray, logps: np.ndarray, config: RolloutConfig
 ) -> dict[str, float]:
     """Add the weights of --engine-correction as a token column, engine_weight; return metrics.
 
+    drawn: log-probs under the sampler, (M,); truncated samples count by those after truncation.
     logps: the policy's, (M,), as training computes them at the temperature that the sampler reports
     at. A token whose log-prob the sampler does not report has weight 1.
     """
-    log_ratio = np.nan_to_num(logps - samples.logps, nan=0.0)
+    log_ratio = np.nan_to_num(logps - drawn, nan=0.0)
     weights, cut = losses.engine_weights(
         torch.from_numpy(log_ratio),
         torch.from_numpy(samples.scored_lengths),

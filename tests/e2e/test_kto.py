@@ -159,7 +159,7 @@ def test_z_and_loss_are_those_of_the_whole_step(tmp_path: Path):
             for items in bins:
                 batch = make_batch(data, items, only=0)
                 ratio, label = (
-                    train_kto.log_ratios(model, model(batch), batch),
+                    train_kto.log_ratios(model, model(batch), batch, config)[0],
                     batch.columns["label"],
                 )
                 per_example, _ = train_kto.example_losses(ratio, label, z, config, 0.0)
@@ -216,7 +216,9 @@ def test_steps_do_not_depend_on_micro_batches(
     assert any(row.get("kl", 1) > 0 for row in steps)
 
 
-def plain_loop(model, trees, labels, steps, lr, beta, loss="kto"):
+def plain_loop(
+    model, trees, labels, steps, lr, beta, loss="kto", average_logps=False, sft_weight=0.0
+):
     """Run KTO one sequence at a time, mismatched by rotation; return its (loss, norm, z)."""
     trainer, rows = PlainTrainer(model, total=len(steps), lr=lr), []
     reference = {name: w.detach().clone() for name, w in model.weights.items()}
@@ -235,6 +237,9 @@ def plain_loop(model, trees, labels, steps, lr, beta, loss="kto"):
         with torch.no_grad():
             ref = logps(own, reference)
             moved = [a - b for a, b in zip(logps(other), logps(other, reference))]
+        if average_logps:
+            moved = [ratio / len(response) for ratio, (_, response) in zip(moved, other)]
+        good_tokens = sum(len(trees[i][1]) for i in mine if labels[i])
         z = max(0.0, float(sum(moved)) / len(moved))
         delta = sum(np.mean(r) for r in rewards.values() if r) / max(
             1, sum(bool(r) for r in rewards.values())
@@ -242,6 +247,10 @@ def plain_loop(model, trees, labels, steps, lr, beta, loss="kto"):
         total = 0.0
         for i, policy, fixed in zip(mine, logps(own), ref):
             ratio, sign = policy - fixed, 1 if labels[i] else -1
+            if average_logps:
+                ratio = ratio / len(trees[i][1])
+            if labels[i] and sft_weight:  # times the examples, by which the sum is divided
+                total = total - sft_weight * policy / good_tokens * len(mine)
             if loss == "kto":
                 total = total + (1.5 if labels[i] else 1.0) * (
                     1 - torch.sigmoid(sign * beta * (ratio - z))
@@ -255,10 +264,18 @@ def plain_loop(model, trees, labels, steps, lr, beta, loss="kto"):
     return rows
 
 
-@pytest.mark.parametrize("loss", ["kto", "bco"])
-@pytest.mark.parametrize(("family", "dtype"), [("llama", "fp64"), ("gpt_neox", "fp64")])
+@pytest.mark.parametrize(
+    ("loss", "family", "more"),
+    [
+        ("kto", "llama", {}),
+        ("bco", "llama", {}),
+        ("kto", "gpt_neox", {}),
+        ("kto", "llama", {"average_logps": True, "sft_weight": 0.3}),
+        ("bco", "gpt_neox", {"average_logps": True, "sft_weight": 0.1}),
+    ],
+)
 def test_five_steps_equal_a_plain_loop_in_float64(
-    loss: str, family: str, dtype: str, toy: Path, tmp_path: Path, train
+    loss: str, family: str, more: dict, toy: Path, tmp_path: Path, train
 ):
     """Losses, norms, z and all weights after five steps within 1e-10 of an independent loop."""
     sizes = {} if family == "gpt_neox" else {"kv_heads": 2}
@@ -268,7 +285,7 @@ def test_five_steps_equal_a_plain_loop_in_float64(
         layers=2,
         heads=4,
         std=0.3,
-        dtype=dtype,
+        dtype="fp64",
         tokenizer=str(toy / "world" / "tokenizer"),
         **sizes,
     )
@@ -283,8 +300,10 @@ def test_five_steps_equal_a_plain_loop_in_float64(
     labels = [row["label"] for row in data]
     assert 0 < sum(labels) < 20
     order = [step_examples(20, 4, step, 3, True) for step in range(5)]
-    wanted = plain_loop(plain, [(p, r[0]) for p, r in encoded], labels, order, 1e-2, 0.4, loss)
-    assert any(z > 0.01 for *_, z in wanted)
+    beta = 8.0 if more else 0.4  # of log-ratios a token
+    trees = [(p, r[0]) for p, r in encoded]
+    wanted = plain_loop(plain, trees, labels, order, 1e-2, beta, loss, **more)
+    assert any(z > 0.001 for *_, z in wanted)
     for run, budget in enumerate((8192, 130)):
         got = train(
             train_kto,
@@ -292,7 +311,8 @@ def test_five_steps_equal_a_plain_loop_in_float64(
             model=tmp_path / "model",
             data=tmp_path / "rows.jsonl",
             lr=1e-2,
-            beta=0.4,
+            beta=beta,
+            **more,
             batch_size=4,
             warmup=0.25,
             weight_decay=0.1,

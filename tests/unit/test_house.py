@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 # A module imports from its own row and from the rows above it, and imports make no circle.
 LIBRARIES = [
-    ["elsewhere", "flagfile"],
+    ["elsewhere", "flagfile", "sources"],
     ["commandline"],
     ["config", "losses", "architecture", "rotary", "layout", "disk", "hub", "lock", "kernels.*"],
     ["parallel", "faults", "data.*"],
@@ -333,3 +333,16 @@ def test_one_version_everywhere():
     cited = re.search(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(), re.M)
     newest = re.search(r"^## \[([^\]]+)\]", (ROOT / "CHANGELOG.md").read_text(), re.M)
     assert (cited and cited[1], newest and newest[1]) == (version, version)
+
+
+def test_every_reward_is_read_where_the_flag_says():
+    """Whoever loads a --reward passes --reward-read on: a default would read another token."""
+    calls = [
+        (path.name, {keyword.arg for keyword in node.keywords})
+        for path in sources().values()
+        if path.parent == ROOT
+        for node in nodes(path)
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "load_reward"
+    ]
+    assert len(calls) >= 4
+    assert not [name for name, keywords in calls if "read" not in keywords]

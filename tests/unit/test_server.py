@@ -49,6 +49,7 @@ class Liar(socketserver.ThreadingTCPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.replies: list = []
         self.requests: list[str] = []
+        self.body: dict = {}  # of the last request
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
@@ -67,7 +68,7 @@ class _Handler(socketserver.StreamRequestHandler):
             self.wfile.write(http(json.dumps({"data": [{"id": "tiny"}]}).encode()))
             return
         length = int(text.lower().partition("content-length: ")[2].partition("\r")[0])
-        self.rfile.read(length)
+        self.server.body = json.loads(self.rfile.read(length))
         replies = self.server.replies
         reply = replies.pop(0) if len(replies) > 1 else replies[0]
         if callable(reply):
@@ -248,6 +249,32 @@ def test_the_key_reaches_no_other_host(client: Server, liar: Liar):
     assert "Bearer secret" in liar.requests[-1] and not other.requests
     other.shutdown()
     other.server_close()
+
+
+def test_a_request_says_what_may_be_drawn(client: Server, liar: Liar):
+    """top_k, top_p, min_tokens and stop go with it; a text that ended a sample adds no end token.
+
+    Log-probs of a truncated distribution are not reported: those drawn with are unknown.
+    """
+    liar.replies = [samples({}, {})]
+    ask(client)
+    body = liar.body
+    assert (body["top_k"], body["top_p"]) == (-1, 1.0)
+    assert "min_tokens" not in body and "stop" not in body
+    config = client.config
+    config.top_k, config.top_p, config.min_new_tokens, config.stop = 7, 0.9, 2, ["END"]
+    by_text = {"token_ids": [40, 41], "finish_reason": "stop", "stop_reason": "END"}
+    liar.replies = [samples(by_text, {"token_ids": [40, 41, 42], "finish_reason": "length"})]
+    one, cut = ask(client)
+    body = liar.body
+    assert (body["top_k"], body["top_p"], body["min_tokens"]) == (7, 0.9, 2)
+    assert body["stop"] == ["END"] and body["include_stop_str_in_output"]
+    assert one.tokens == [40, 41] and one.ended and not cut.ended
+    assert all(math.isnan(x) for x in one.logps)
+    config.stop = [client.template.tokenizer.decode([41])]  # an engine that gives no reason
+    del by_text["stop_reason"]
+    liar.replies = [samples(by_text, by_text)]
+    assert ask(client)[0].tokens == [40, 41] and ask(client)[0].ended
 
 
 def test_tokens_after_the_end_are_refused(client: Server, liar: Liar):
