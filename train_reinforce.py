@@ -45,8 +45,7 @@ class Config(RolloutConfig):
     loss: Literal[tuple(losses.POLICY_LOSSES)] = "grpo"  # policy loss; formulas: losses.py
     clip_low: Share = 0.0  # lower clip of the ratio; 0 = grpo and dapo 0.2, gspo 3e-4,
     # gmpo 0.4 (of the log-ratio)
-    clip_high: Amount = 0.0  # upper clip; 0 = grpo 0.2, dapo 0.28, gspo 4e-4, cispo 4,
-    # gmpo 0.4
+    clip_high: Amount = 0.0  # upper; 0 = grpo 0.2, dapo 0.28, gspo 4e-4, cispo 4, gmpo 0.4
     aggregate: Literal[losses.AGGREGATES] = "token"  # weight of a token; formulas: losses.py
     dual_clip: Annotated[float, Range(0, 100)] = 0.0  # grpo, dapo: bound of the ratio where the
     # advantage is negative; 3 is common, 0 = none
@@ -119,13 +118,11 @@ def add_advantages(
         config.kl if config.kl_in == "reward" else 0.0,
     )  # (M,)
     samples.data.add_tokens("advantage", advantages.numpy())
-    if config.loss == "kl_cov":
+    if config.loss in ("kl_cov", "clip_cov"):
         marks = losses.high_covariance(old_logps, advantages, config.cov_share)
-        samples.data.add_tokens("marked", marks.numpy())
-    elif config.loss == "clip_cov":
-        bounds = (config.cov_low, config.cov_high)
-        seed = [config.seed, step]
-        marks = losses.drawn_covariance(old_logps, advantages, config.cov_share, *bounds, seed)
+        if config.loss == "clip_cov":
+            bounds, seed = (config.cov_low, config.cov_high), [config.seed, step]
+            marks = losses.drawn_covariance(old_logps, advantages, config.cov_share, *bounds, seed)
         samples.data.add_tokens("marked", marks.numpy())
     # The mean of -log π over samples is an unbiased estimate of the entropy of a token.
     return {"entropy": -old_logps.numpy().mean().item()}
@@ -158,10 +155,8 @@ def policy_loss(
         per_token = per_token + config.kl * kl
     if config.mask_cut:
         per_token = per_token * columns["kept"]
-    lengths = batch.lengths.double()
-    weights = losses.token_weights(
-        lengths, update_lengths, config.aggregate, config.max_new_tokens
-    )  # (R,)
+    sizes = batch.lengths.double(), update_lengths
+    weights = losses.token_weights(*sizes, config.aggregate, config.max_new_tokens)  # (R,)
     return (per_token * weights[batch.response]).sum(), metrics
 
 
@@ -254,9 +249,8 @@ def main(argv: list[str] | None = None) -> None:
             server,
         )
         if config.mask_cut:
-            samples.data.add_tokens(
-                "kept", np.repeat(samples.ended, samples.scored_lengths).astype(float)
-            )
+            kept = np.repeat(samples.ended, samples.scored_lengths)
+            samples.data.add_tokens("kept", kept.astype(float))
         plan = updates.plan(samples, config.rollout_epochs, config.minibatches, step, config, mesh)
         old_logps, ref_logps, row = updates.add_logps(samples, plan, model, ref, config)
         check_server(row.get("sampler_gap"), samples, ref_logps if ref else None)
@@ -273,9 +267,7 @@ def main(argv: list[str] | None = None) -> None:
             if config.mask_cut:  # 0 tokens of the samples without a loss
                 ended = samples.ended[samples.data.responses_of(update.prompts)]
                 lengths = lengths * upload(ended, run.device)
-            batches = [
-                make_batch(samples.data, items, config.share_prompts) for items in update.bins
-            ]
+            batches = [make_batch(samples.data, bin, config.share_prompts) for bin in update.bins]
             for batch, hidden in pipeline(model, batches, optimizer):
                 logps = model.logps(hidden, batch, config.temperature)  # (M,)
                 loss, metrics = policy_loss(logps, batch, lengths, config)
