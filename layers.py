@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.kl import Divergence, linear_kl
+from kernels.linear import linear
 from kernels.logprob import linear_logprob, merge_partials
 from kernels.quantized import Format, Quantized, quantize, quantized_linear
 from kernels.rmsnorm import add_rms_norm, rms_norm
@@ -210,7 +211,7 @@ class Linear(Layer):
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return x W_iᵀ + bias for this rank's slice W_i, and what the adapter adds."""
         if self.base is None:
-            y = F.linear(x, self.weight, bias)
+            y = linear(x, self.weight, bias)
         else:
             y = quantized_linear(x, self.base, bias)
         return y if self.adapter is None else y + self.adapter(x)
@@ -382,7 +383,7 @@ class Vocabulary(Layer):
 
     def logits(self, x: Tensor) -> Tensor:
         """(n, D) -> (n, V), fp32 at least; for sampling, not for training."""
-        z = F.linear(x, self.weight)
+        z = linear(x, self.weight)
         if self.tp.n > 1:
             z = gather_slices(z, 1, self.tokens, self.tp)
         return z.to(torch.promote_types(z.dtype, torch.float32))

@@ -29,6 +29,7 @@ from data.keys import prompt_in, without
 from data.rows import SHOWN, check_bad_rows, existing_files, parse_row, read_lines
 from disk import file_sha256
 
+AT_ONCE = 1 << 16  # responses whose tokens are counted at once
 FORMAT = 7  # raise it when the same rows would give other arrays, here or in data/formats.py
 
 
@@ -78,9 +79,13 @@ class Dataset:
         starts = np.repeat(prompt_tokens, np.diff(self.response_start))
         starts = starts + np.cumsum(self.response_len) - self.response_len
         counts = np.zeros(len(starts), np.int64)
-        nonempty = np.asarray(self.response_len) > 0
-        if nonempty.any():  # between two responses lies a prompt at most, which is not scored
-            counts[nonempty] = np.add.reduceat(self.scored, starts[nonempty], dtype=np.int64)
+        nonempty = np.flatnonzero(self.response_len)
+        for low in range(0, len(nonempty), AT_ONCE):  # the sum widens what it reads to int64
+            part = nonempty[low : low + AT_ONCE]
+            first, last = starts[part[0]], starts[part[-1]] + self.response_len[part[-1]]
+            # Between two responses lies a prompt at most, which is not scored.
+            scored = self.scored[first:last]
+            counts[part] = np.add.reduceat(scored, starts[part] - first, dtype=np.int64)
         return counts
 
     def responses_of(self, examples: Sequence[int] | np.ndarray) -> np.ndarray:

@@ -368,7 +368,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
     a, b = weights_in(tmp_path / "whole" / "final"), weights_in(tmp_path / "part" / "final")
     assert largest_gap(a, b) == 0.0
     assert [row["step"] for row in rows] == [step for step in (1, 2, 4, 6) for _ in range(16)]
-    assert rows[0].keys() == {"step", "prompt", "response", "reward", "ended"}
+    assert rows[0].keys() == {"step", "prompt", "response", "tokens", "reward", "ended"}
     assert whole[0]["step"] == 0
     assert whole[0].keys() == {
         "step",

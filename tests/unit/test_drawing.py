@@ -102,14 +102,14 @@ def test_weights_of_truncated_samples_are_the_share_that_was_kept(how: dict, pol
     """
     model, template = policy
     config = RolloutConfig(
-        max_new_tokens=6, temperature=0.8, engine_correction="truncate", group_size=4, **how
+        max_new_tokens=5, temperature=0.8, engine_correction="truncate", group_size=2, **how
     )
     ids = [template.prompt("What is this?")]
-    drawn = rollout.local_sampler(model, template, config)(ids, list(range(4)), 4, 0.8)
+    drawn = rollout.local_sampler(model, template, config)(ids, [0, 1], 2, 0.8)
     data = rollout.trees(ids, drawn)
     data.add_tokens("token_index", np.arange(data.scored_len.sum()))
     samples = rollout.Rollout(
-        SimpleNamespace(ids=ids), drawn, [""] * 4, np.zeros(4), np.ones(4, bool), data, {}
+        SimpleNamespace(ids=ids), drawn, [""] * 2, np.zeros(2), np.ones(2, bool), data, {}
     )
     plan = updates.plan(samples, 1, 1, 0, config, model.mesh)
     with torch.no_grad():

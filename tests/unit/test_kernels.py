@@ -18,10 +18,40 @@ from conftest import dataset_of
 from interpreter import EXACT, INTERPRETED, TOLERANCE, gradients, law, relative_error
 
 from kernels import logprob, tiles
+from kernels.linear import BLOCK, linear
 from kernels.rmsnorm import add_rms_norm, rms_norm
 from kernels.rope import rope
 from kernels.swiglu import swiglu
 from layout import TreeLayout
+
+# ---- linear --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("outputs", [1, BLOCK - 1, BLOCK, 2 * BLOCK + 7])
+def test_few_rows_of_a_linear(outputs: int, dtype):
+    """Sums of products in float64, by every way of asking for them, bias and slices included.
+
+    Without gradients, as in sampling, and with them.
+    """
+    torch.manual_seed(0)
+    for rows in (0, 1, 2, 3, 4, 7, 15, 16, 64, 65, 129):
+        wide = torch.randn(rows, 2 * 40, dtype=dtype)
+        weight, bias = torch.randn(outputs, 40, dtype=dtype), torch.randn(outputs, dtype=dtype)
+        for x, b in ((wide[:, :40].contiguous(), None), (wide[:, ::2], bias)):
+            want = (x.double()[:, None] * weight.double()).sum(-1)
+            want = want if b is None else want + b.double()
+            with torch.no_grad():
+                y = linear(x, weight, b)
+            assert y.is_contiguous() and y.dtype == dtype and y.shape == (rows, outputs)
+            step = {torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float64: 1e-13}[dtype]
+            torch.testing.assert_close(y.double(), want, rtol=step, atol=10 * step)
+            weight.requires_grad_()
+            linear(x, weight, b).sum().backward()
+            expected = x.double().sum(0).expand(outputs, -1)
+            torch.testing.assert_close(weight.grad.double(), expected, rtol=step, atol=10 * step)
+            weight = weight.detach()
+
 
 # ---- linear + log-prob ---------------------------------------------------------------------------
 

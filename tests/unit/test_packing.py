@@ -1,11 +1,13 @@
 """Packing and the order of examples: the same as slow twins, at a cost that grows as rows do."""
 
 import time
+import tracemalloc
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+import data.dataset
 import data.mismatched
 import runtime
 from data.dataset import Dataset, from_trees
@@ -216,3 +218,36 @@ def test_visited_lists_the_examples_of_the_first_steps(shuffle: bool):
     for steps in range(1, 12):
         chunks = [step_examples(23, 4, step, 5, shuffle) for step in range(steps)]
         assert visited(23, 4, steps, 5, shuffle).tolist() == sorted(set(np.concatenate(chunks)))
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 7, 1 << 16])
+def test_scored_tokens_are_counted_part_by_part(at_once: int, monkeypatch):
+    """The sum of `scored` over each response, by a plain loop; empty responses and prompts too."""
+    monkeypatch.setattr(data.dataset, "AT_ONCE", at_once)
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        trees = []
+        for _ in range(rng.integers(1, 6)):
+            sizes = rng.integers(0, 4, rng.integers(1, 4))
+            answers = [([1] * n, rng.integers(0, 2, n).astype(np.uint8)) for n in sizes]
+            trees.append(([5] * rng.integers(1, 4), answers))
+        wanted = [int(sum(scored)) for _, answers in trees for _, scored in answers]
+        assert from_trees(trees).scored_len.tolist() == wanted
+
+
+def test_counting_scored_tokens_takes_memory_by_responses():
+    """Four million tokens: their int64 twins alone would take 32 MB."""
+    n, size = 200_000, 20
+    trees = Dataset(
+        tokens=np.zeros(n * (size + 1), np.int32),
+        scored=np.tile(np.repeat([0, 1], [1, size]).astype(np.uint8), n),
+        tree_start=np.arange(n + 1) * (size + 1),
+        prompt_len=np.ones(n, np.int32),
+        response_start=np.arange(n + 1),
+        response_len=np.full(n, size, np.int32),
+    )
+    tracemalloc.start()
+    assert (trees.scored_len == size).all()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 25e6

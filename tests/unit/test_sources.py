@@ -78,6 +78,8 @@ def test_a_blend_is_a_function_of_seed_and_step(tmp_path: Path):
     assert steps(3).examples(7).tolist() == whole[7]
     assert steps(4).examples(0).tolist() != whole[0]
     assert whole[0] != whole[4]
+    alone = blend_of((9,), (1.0,), tmp_path)  # a pass has an order of its own
+    assert alone.epoch(0, 3, True).tolist() != alone.epoch(1, 3, True).tolist()
     assert steps(3).visited().tolist() == sorted({row for part in whole for row in part})
     plain = training.Steps(30, 8, 3, False, 4, 9, blend_of((10, 20), (0.7, 0.3), tmp_path))
     rows = np.concatenate([plain.examples(step) for step in range(4)])
