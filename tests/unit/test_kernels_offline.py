@@ -64,7 +64,7 @@ def variants(arch: int, window: bool) -> Iterator[Variant]:
     from kernels import attention, kl, logprob, quantized, rmsnorm, rope, swiglu, tiles
 
     for size in (64, 128):
-        constants = {"GROUP": 4, "E": size, "EP": size, "PRECISION": "tf32"}
+        constants = {"GROUP": 4, "E": size, "EP": size, "PRECISION": "ieee"}
         constants["WINDOW"] = 4096 if window else 0
         kernels = {
             "forward": attention.forward_kernel,
@@ -102,7 +102,7 @@ def variants(arch: int, window: bool) -> Iterator[Variant]:
     yield Variant("swiglu_forward", swiglu.forward_kernel, constants, 8, 3)
     yield Variant("swiglu_backward", swiglu.backward_kernel, constants, 8, 3)
     for format, tokens in itertools.product(quantized.FORMATS, (16, 8192)):
-        constants = {"FORMAT": format, "PRECISION": "tf32", "LEVELS": quantized.NF4}
+        constants = {"FORMAT": format, "PRECISION": "ieee", "LEVELS": quantized.NF4}
         constants |= {"WIDTH": quantized.BLOCK, "GROUP": quantized.GROUP}
         for backward in (False, True):
             kernel = quantized.backward_kernel if backward else quantized.forward_kernel
