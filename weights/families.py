@@ -7,6 +7,8 @@ far. Keys that it leaves behind are refused by name. Defaults are those of trans
 from collections.abc import Callable
 from typing import Any
 
+from weights.options import agreed
+
 Take = Callable[..., Any]  # take(key, default=None): the value of a key, which counts as read
 Fields = dict[str, Any]
 
@@ -187,8 +189,7 @@ def experts(take: Take, fields: Fields) -> Fields:
     """
     for key in ("router_aux_loss_coef", "output_router_logits"):
         take(key)
-    number = take("num_experts") or take("num_local_experts")
-    take("num_local_experts")
+    number = agreed({key: take(key) for key in ("num_experts", "num_local_experts")})
     active = take("num_experts_per_tok")
     if not number or not active:
         raise ValueError("config.json: num_experts or num_experts_per_tok is missing")
@@ -243,6 +244,11 @@ def qwen3_moe(take: Take, fields: Fields) -> Fields:
     """Read what Qwen3-MoE has besides. ValueError: a sliding window, which no published one has."""
     if take("use_sliding_window"):
         raise ValueError("config.json: use_sliding_window is not supported for qwen3_moe models")
+    if take("shared_expert_intermediate_size"):
+        raise ValueError(
+            "config.json: shared_expert_intermediate_size is not read by the code of qwen3_moe "
+            "models: remove it"
+        )
     take("sliding_window")
     return qwen_moe(take, fields)
 

@@ -1,0 +1,141 @@
+"""Mixture of experts against a loop over tokens and experts, written out again in float64.
+
+Faults that were put in one by one and made a test here fail:
+  experts   the next expert's weights used; weights normalised twice, or normalised where the family
+            does not; rows returned by the order in place of its inverse
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import dataset_of
+from published import published_config
+
+from architecture import GPTConfig
+from data.trees import make_batch
+from hf import New, new_model
+from kernels.quantized import FORMATS
+from model import ALONE, active_count, parameter_count
+from moe import Experts
+from weights.adapters import TARGETS, Lora, adapters_of, attach
+from weights.config_json import model_config
+from weights.folder import load_model, save_model
+
+SIZES = dict(vocab=50, width=8, layers=2, heads=2, kv_heads=2, head_size=4, ffn=12)
+
+
+def layer_of(normalised: bool, dtype: torch.dtype = torch.float64) -> Experts:
+    """Return a layer of 5 experts, 2 a token, with random weights."""
+    c = GPTConfig(
+        "qwen3_moe",
+        **SIZES,
+        experts=5,
+        active=2,
+        expert_ffn=6,
+        normalised=normalised,
+    )
+    layer = Experts(c, ALONE).to(dtype)
+    generator = torch.Generator().manual_seed(0)
+    for p in layer.parameters():
+        p.data.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64))
+    return layer
+
+
+def token_by_token(layer: Experts, x: torch.Tensor, normalised: bool) -> torch.Tensor:
+    """Return the output of a layer: one token and one expert at a time, by the formula."""
+    rows = []
+    for token in x:
+        scores = torch.exp(layer.router.weight @ token)
+        p = scores / scores.sum()
+        chosen = sorted(range(len(p)), key=lambda e: -p[e].item())[:2]
+        total = sum(p[e] for e in chosen) if normalised else 1.0
+        y = torch.zeros_like(token)
+        for e in chosen:
+            expert = layer.experts[e]
+            z = expert.gate.weight @ token
+            hidden = z / (1 + torch.exp(-z)) * (expert.up.weight @ token)
+            y = y + p[e] / total * (expert.down.weight @ hidden)
+        rows.append(y)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+def test_experts_equal_a_loop_over_tokens(normalised: bool):
+    """Outputs and all gradients, of many tokens, of one and of none, are those of the formula."""
+    layer = layer_of(normalised)
+    for tokens in (23, 1, 0):
+        x = torch.randn(tokens, 8, dtype=torch.float64, requires_grad=True)
+        inputs = [x, *layer.parameters()]
+        y = layer(x, tokens)
+        wanted = token_by_token(layer, x, normalised) if tokens else torch.zeros_like(x)
+        assert torch.allclose(y, wanted, rtol=0, atol=1e-12)
+        d_y = torch.randn_like(y)
+        ours = torch.autograd.grad(y, inputs, d_y)  # an expert without tokens has a gradient too
+        theirs = [torch.zeros_like(p) for p in inputs]
+        if tokens:
+            theirs = torch.autograd.grad(
+                wanted, inputs, d_y, allow_unused=True, materialize_grads=True
+            )
+        for mine, other in zip(ours, theirs):
+            assert torch.allclose(mine, other, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "olmoe", "mixtral"])
+def test_a_new_sparse_model_comes_back_from_its_folder(family: str, tmp_path: Path):
+    """hf.py new, save, load: the same weights, and the counts of all and of active parameters."""
+    sizes = dict(vocab=50, width=8, layers=2, heads=2, ffn=6, experts=5, active=3)
+    model = new_model(New(family=family, **sizes))
+    c = model.c
+    assert (c.experts, c.active, c.expert_ffn) == (5, 3, 6)
+    save_model(model, tmp_path / "model")
+    again = load_model(tmp_path / "model", torch.float32)
+    for name, p in model.named_parameters():
+        assert torch.equal(p, again.get_parameter(name))
+    assert parameter_count(c) == sum(p.numel() for p in model.parameters())
+    skipped = {".experts.0.", ".experts.1."}  # any two of the five
+    active = [p for n, p in model.named_parameters() if not any(s in n for s in skipped)]
+    assert active_count(c) == sum(p.numel() for p in active)
+
+
+def test_adapters_on_experts_merge_into_them(tmp_path: Path):
+    """Adapters on all linears give what the merged folder gives."""
+    model = new_model(New(family="qwen3_moe", vocab=50, width=8, layers=2, heads=2, std=0.5))
+    attach(model, Lora(rank=2, alpha=4.0, targets=TARGETS["all"]), seed=1)
+    for linear in adapters_of(model).values():
+        linear.adapter.b.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(2))
+    batch = make_batch(dataset_of([([5, 6, 7], [[8, 9], [10]])]), [0])
+    save_model(model, tmp_path / "merged")
+    merged = load_model(tmp_path / "merged", torch.float32)
+    assert torch.allclose(model(batch), merged(batch), atol=1e-5)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_quantised_base_computes_with_experts_without_tokens(format: str, tmp_path: Path):
+    """Frozen experts in fewer bits: a row of one token, which most experts never see."""
+    model = new_model(New(family="mixtral", vocab=50, width=64, layers=1, heads=2))
+    save_model(model, tmp_path / "model")
+    held = load_model(tmp_path / "model", torch.float32, base_dtype=format)
+    batch = make_batch(dataset_of([([5], [[8]])]), [0])
+    with torch.no_grad():
+        difference = (held(batch) - model(batch)).norm() / model(batch).norm()
+    assert difference < 0.2
+    assert all(e.gate.base is not None for e in held.blocks["0"].mlp.experts)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "named"),
+    [
+        ("Qwen3-30B-A3B", {"num_experts_per_tok": 7}, "more than the 6 experts"),
+        ("Qwen3-30B-A3B", {"num_local_experts": 5}, "say different things"),
+        ("Qwen3-30B-A3B", {"num_experts": 0}, "num_experts = 0"),
+        ("Qwen3-30B-A3B", {"shared_expert_intermediate_size": 8}, "shared_expert"),
+        ("OLMoE-1B-7B-0924-Instruct", {"clip_qkv": 8.0}, "clip_qkv"),
+        ("Mixtral-8x7B-Instruct-v0.1", {"router_jitter_noise": 0.1}, "router_jitter_noise"),
+    ],
+)
+def test_sparse_models_that_are_not_computed_are_refused(name: str, change: dict, named: str):
+    """A key that would change the arithmetic is named."""
+    raw = {**published_config(name), **change}
+    with pytest.raises(ValueError, match=named):
+        model_config(raw, raw["model_type"])
