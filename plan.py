@@ -3,6 +3,8 @@
     python plan.py --model mistral-7b-sft --gpus 8 --gpu h100 --algorithm dpo
     python plan.py --width 8192 --layers 80 --heads 64 --kv-heads 8 --ffn 28672 --vocab 128256 \\
         --gpus 64 --nodes 8
+    python plan.py --show models                 four well-known sizes on 1, 8, 64 and 512 GPUs
+    python plan.py --show memory --gpus 1        the largest model that 24, 48 and 80 GB hold
 
 The bytes are those of footprint.py: exact for weights, gradients, optimizer and messages, estimates
 for activations and logits. Times are those bytes and the arithmetic at assumed rates, without
@@ -49,6 +51,17 @@ GPUS = {
     "mi300x": Gpu(191, 1307e12, 358e9, 40e9),
     "mi355x": Gpu(287, 2500e12, 430e9, 40e9),
 }
+# Sizes that many models have. Name -> width, layers, heads, key/value heads, MLP width, vocabulary.
+MODELS = {
+    "1.1B": (2048, 22, 32, 4, 5632, 32000),  # TinyLlama
+    "3B": (3200, 26, 32, 32, 8640, 32000),  # OpenLLaMA
+    "7B": (4096, 32, 32, 32, 11008, 32000),  # Llama 2
+    "13B": (5120, 40, 40, 40, 13824, 32000),  # Llama 2
+    "34B": (8192, 48, 64, 8, 22016, 32000),  # Code Llama
+    "70B": (8192, 80, 64, 8, 28672, 32000),  # Llama 2
+    "405B": (16384, 126, 128, 8, 53248, 128256),  # Llama 3.1
+}
+SAMPLED = ("ppo", "reinforce", "online_dpo")  # algorithms that sample, and hold a reference
 RESERVE = 3.5  # GiB for CUDA, NCCL's buffers and fragmentation: a guess
 
 
@@ -72,7 +85,10 @@ class Plan:
     memory: Amount = 0.0  # GiB a GPU; 0 = that of --gpu
     efficiency: Annotated[float, Range(0, 1, above=True)] = 0.5  # share of the GPU's peak FLOPs
     # that is reached
-    algorithm: Literal["sft", "rm", "dpo", "kto", "ppo"] = "dpo"  # ppo adds critic and reference
+    algorithm: Literal["sft", "rm", "dpo", "kto", "ppo", "reinforce", "online_dpo"] = "dpo"  # ppo
+    # adds a critic, the last three a reference (not with --lora); rollouts' caches are not counted
+    show: Literal["layouts", "models", "memory"] = "layouts"  # or tables of well-known models: on
+    # 1 to 512 GPUs of --gpu; the largest that --gpus of 24, 48 and 80 GB hold
     lora: Count = 0  # rank of adapters on all linears (training scripts' --lora); 0 = all weights
     base_dtype: Literal["none", "bf16", "fp8", "int8", "nf4"] = "none"  # of the frozen linears,
     # with --lora; none: bf16
@@ -145,8 +161,11 @@ def estimate(
         )
         for kind in ("weights", "gradients", "optimizer"):
             kinds[kind] *= trained
-        if flags.algorithm == "ppo" and not lora:
-            kinds["weights"] += kinds["weights"] // 2  # the reference; with LoRA it is the base
+        if flags.algorithm in SAMPLED and not lora:
+            kinds["weights"] += kinds["weights"] // trained  # the reference; with LoRA the base
+        if flags.algorithm in SAMPLED and layout.zero == 3:  # rollouts hold whole weights
+            whole = 2 * parameter_count(c) // layout.tp
+            kinds["activations"] = max(kinds["activations"], whole)
         fullest = max(fullest, kinds, key=lambda kinds: sum(kinds.values()))
         busy = _flops(c, flags, layout, stage, tokens, checkpointing) * trained / peak
         moved = sent(c, layout, rank, rows, scored, checkpointing=checkpointing, lora=lora)
@@ -205,7 +224,8 @@ def plans(c: GPTConfig, flags: Plan) -> tuple[list[Row], list[Row]]:
     The others have their leanest settings, leanest first.
     """
     room = ((flags.memory or GPUS[flags.gpu].gib) - RESERVE) * GIB
-    tree = flags.max_length * (2 if flags.algorithm in ("dpo", "rm") else 1)  # tokens at most
+    pairs = flags.algorithm in ("dpo", "rm", "online_dpo")
+    tree = flags.max_length * (2 if pairs else 1)  # tokens at most
     budgets = [flags.max_tokens]
     while budgets[-1] // 2 >= tree:
         budgets.append(budgets[-1] // 2)
@@ -238,7 +258,7 @@ def table(c: GPTConfig, flags: Plan) -> str:
             f"{others[0].total / GIB:.1f} GiB and {RESERVE} for CUDA, a GPU has {gib:g}: take more "
             f"GPUs, or lower --max-tokens and --max-length"
         )
-    rollouts = "; rollouts not counted" if flags.algorithm == "ppo" else ""
+    rollouts = "; rollouts not counted" if flags.algorithm in SAMPLED else ""
     start = f"torchrun --nproc_per_node {flags.gpus}"
     if flags.nodes > 1:
         start = f"NODES={flags.nodes} HEAD=HOST:29500 RUN=NAME scripts/nodes.sh"
@@ -258,6 +278,78 @@ def table(c: GPTConfig, flags: Plan) -> str:
         f"--out DIR --batch-size {flags.batch_size} --max-length {flags.max_length} "
         f"{adapter_flags(flags)}{fitting[0].flags()}",
     ]
+    return "\n".join(lines)
+
+
+def known_model(name: str) -> GPTConfig:
+    """Return a model of MODELS."""
+    width, layers, heads, kv_heads, ffn, vocab = MODELS[name]
+    return GPTConfig(
+        family="llama",
+        vocab=vocab,
+        width=width,
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_size=width // heads,
+        ffn=ffn,
+    )
+
+
+def models_table(flags: Plan, names: tuple[str, ...] = ("7B", "13B", "70B", "405B")) -> str:
+    """Return a Markdown table of the fastest layout of each model on 1, 8, 64 and 512 GPUs."""
+    lines = [
+        f"MODELLED, NOT MEASURED: {flags.algorithm} in bf16 on {flags.gpu}, {mean_tokens(flags)} "
+        f"tokens an example, {flags.efficiency:.0%} of peak in matmuls, no overlap",
+        "",
+        "| model | GPUs | examples a step | fastest layout | GiB a GPU | tokens/s a GPU | MFU |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in names:
+        c = known_model(name)
+        for gpus in (1, 8, 64, 512):
+            batch, nodes = max(flags.batch_size, 2 * gpus), -(-gpus // 8)
+            own = dataclasses.replace(flags, gpus=gpus, nodes=nodes, batch_size=batch)
+            fitting, _ = plans(c, own)
+            if not fitting:
+                lines.append(f"| {name} | {gpus} | {batch} | does not fit | | | |")
+                continue
+            best = fitting[0]
+            rate = batch * mean_tokens(own) / best.seconds / gpus
+            flops = _flops(c, own, Layout(), 0, 2, False) / 2  # half of the tokens are scored
+            lines.append(
+                f"| {name} | {gpus} | {batch} | `{best.flags()}` | {best.total / GIB:.0f} | "
+                f"{rate:,.0f} | {rate * flops / GPUS[flags.gpu].flops:.0%} |"
+            )
+    return "\n".join(lines)
+
+
+def memory_table(flags: Plan) -> str:
+    """Return a Markdown table of the largest model of MODELS that cards of 24 to 80 GB hold."""
+    ways: list[tuple[str, dict[str, object]]] = [
+        ("all weights", {}),
+        ("`--lora 16`", {"lora": 16}),
+        ("`--lora 16 --base-dtype nf4`", {"lora": 16, "base_dtype": "nf4"}),
+    ]
+    lines = [
+        f"MODELLED, NOT MEASURED: {flags.algorithm} in bf16 on {flags.gpus} GPU(s), rows of at "
+        f"most {flags.max_length} tokens",
+        "",
+        "| trains | 24 GB | 48 GB | 80 GB |",
+        "|---|---|---|---|",
+    ]
+    for label, changes in ways:
+        cells = [label]
+        for gpu in ("4090", "l40s", "h100"):
+            own = dataclasses.replace(flags, gpu=gpu, **changes)  # type: ignore[arg-type]
+            fits = {name: plans(known_model(name), own)[0] for name in MODELS}
+            fits = {name: rows for name, rows in fits.items() if rows}
+            cell = "none"
+            if fits:
+                name, (best, *_) = fits.popitem()  # the largest: MODELS is in order
+                cell = f"{name}: `{best.flags()}`, {best.total / GIB:.0f} GiB"
+            cells.append(cell)
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -344,7 +436,11 @@ def suggest(config: RunConfig, world: int, gib: float) -> str:
 def main(argv: list[str] | None = None) -> None:
     flags = parse(Plan, __doc__, argv)
     try:
-        print(table(sizes(flags), flags))
+        if flags.show == "layouts":
+            print(table(sizes(flags), flags))
+            return
+        check_ranges(flags)
+        print(models_table(flags) if flags.show == "models" else memory_table(flags))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

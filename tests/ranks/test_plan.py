@@ -371,6 +371,33 @@ def test_every_card_holds_what_its_memory_allows():
         assert bool(plan.plans(SEVEN, flags)[0]) == (gpu.gib > 130), name
 
 
+def test_the_tables_of_known_models_name_what_fits(monkeypatch, capsys):
+    """More GPUs fit more; every MFU is below the assumed efficiency; LoRA and NF4 fit more."""
+    sizes = {"1.1B": plan.MODELS["1.1B"], "7B": plan.MODELS["7B"]}
+    monkeypatch.setattr(plan, "MODELS", sizes)
+    lines = plan.models_table(Plan(algorithm="sft"), ("1.1B",)).splitlines()
+    assert lines[0].startswith("MODELLED, NOT MEASURED") and len(lines) == 8
+    for line in lines[4:]:
+        cells = [cell.strip() for cell in line.split("|")]
+        assert 0 < int(cells[-2].rstrip("%")) <= 50 and cells[4].startswith("`--")
+    plan.main(shlex.split("--show memory --gpus 1 --max-length 1024"))
+    table = [line.split("|")[2].strip() for line in capsys.readouterr().out.splitlines()[4:]]
+    assert [cell.partition(":")[0] for cell in table] == ["1.1B", "7B", "7B"]
+
+
+def test_rollouts_need_the_whole_model_for_a_while():
+    """Under --zero 3 a script that samples holds all weights; references are counted."""
+    layout = Layout(dp=64, zero=3)
+    held = {
+        name: plan.estimate(SEVENTY, Plan(gpus=64, algorithm=name), layout, 4096, True).memory
+        for name in ("dpo", "reinforce", "ppo")
+    }
+    assert held["dpo"]["activations"] < 2 * parameter_count(SEVENTY)
+    assert held["reinforce"]["activations"] == 2 * parameter_count(SEVENTY)
+    weights = [held[name]["weights"] for name in ("dpo", "reinforce", "ppo")]
+    assert weights == [weights[0], 2 * weights[0], 3 * weights[0]]
+
+
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
