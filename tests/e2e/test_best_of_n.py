@@ -164,9 +164,9 @@ def test_impossible_settings_are_refused(toy: Path, tmp_path: Path):
             best_of_n.main(words_of(toy, tmp_path / words[:5], **more))
 
 
-def test_the_loop_of_the_readme_runs(toy: Path, tmp_path: Path, train):
-    """Iterative DPO as in README.md: two rounds of its commands on thirty prompts."""
-    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+def test_the_loop_of_the_demos_page_runs(toy: Path, tmp_path: Path, train):
+    """Iterative DPO as in docs/demo.md: two rounds of its commands on thirty prompts."""
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "docs/demo.md").read_text(), re.S)
     (loop,) = [block for block in blocks if "best_of_n.py" in block]
     model, *commands, next_model = re.findall(r"^(?:model=|  python |  model=)(.*)$", loop, re.M)
     assert len(commands) == 2
