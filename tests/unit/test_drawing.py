@@ -94,6 +94,7 @@ def test_a_stop_text_ends_a_sample_that_keeps_it(policy):
             assert stop not in template.tokenizer.decode(one.tokens[least:-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [{"top_k": 5}, {"top_p": 0.6}, {"min_new_tokens": 3}])
 def test_weights_of_truncated_samples_are_the_share_that_was_kept(how: dict, policy):
     """w = π_old / μ = Σ of π over the tokens that could be drawn: at most 1; exact at 1e-9.

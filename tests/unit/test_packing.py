@@ -33,6 +33,7 @@ def pack_slowly(lengths: np.ndarray, budget: int, ranks: int) -> list[list[int]]
     return [sorted(items) for items in bins]
 
 
+@pytest.mark.slow
 def test_packing_is_first_fit_decreasing_bin_for_bin():
     """On thousands of random cases: few and many bins, equal sizes, sizes 0 and budget, ranks."""
     rng = np.random.default_rng(0)

@@ -52,6 +52,7 @@ def without_import(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
     monkeypatch.setattr(builtins, "__import__", fail)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("keys", "columns", "rows"),
     [

@@ -26,6 +26,8 @@ from data.templates import Template
 from data.tokenizer import load_tokenizer
 from data.trees import make_batch, micro_batches, pack, step_examples, steps_per_epoch, visited
 
+pytestmark = pytest.mark.slow  # together about ten seconds
+
 # ---- rows ----------------------------------------------------------------------------------------
 
 

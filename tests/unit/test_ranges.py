@@ -58,6 +58,7 @@ def parsed(cls: type, name: str, value) -> object:
     return getattr(commandline.parse(cls, "", [f"--{name.replace('_', '-')}={text}"]), name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("program", "name"), NUMBERS)
 def test_every_number_is_checked_at_the_ends_of_its_range(program: str, name: str, capsys):
     """Taken just inside; just outside refused by one line with the range; the default is inside."""

@@ -554,6 +554,7 @@ def test_a_withheld_end_token_is_the_reported_one(toy: Path):
     assert cut.tokens == [7, 8] and not cut.ended
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bf16", "fp32", "fp64"])
 def test_nothing_is_learned_from_nothing_through_a_server(
     dtype: str, toy: Path, engine, tmp_path: Path, train

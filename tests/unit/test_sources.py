@@ -178,6 +178,7 @@ def halves(toy: Path, tmp_path: Path):
     return write
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_script_blends_and_evaluates_sets_apart(name, halves, toy, tmp_path, train, capsys):
     """Examples come in the shares asked for; a named set has the metrics that it has alone."""
