@@ -87,9 +87,9 @@ def commands(home: Path, seed: int, quick: bool, model: str = "") -> dict[str, l
         train = f"{script} --model {start} --out {home}/{name} {flags} --max-length 320 {end}"
         return [train, *measure(f"{home}/{name}/final", name)]
 
-    size = "--train 64 --test 60" if quick else "--train 400 --test 150"
-    prompts, group = (24, 4) if quick else (160, 6)
-    steps = 3 if quick else 24
+    size = "--train 64 --test 40" if quick else "--train 400 --test 150"
+    prompts, group = (16, 4) if quick else (160, 6)
+    steps = 2 if quick else 24
     pairs = f"--data {home}/pairs/pairs.jsonl --batch-size 8 --epochs 2"
     make = [f"-m data.verifiable make --out {home}/data {end} {size}"]
     if not model:

@@ -294,7 +294,7 @@ def test_unsupported_options_are_refused_by_name(tmp_path: Path):
         ('"use_dora": true', "use_dora"),
         ('"bias": "all"', "bias"),
         ('"peft_type": "LOHA"', "LOHA"),
-        ('"target_modules": ["w1"]', "'w1'"),
+        ('"target_modules": ["conv1"]', "'conv1'"),
     ):
         key = change.split(":")[0]
         lines = [line for line in text.splitlines() if not line.strip().startswith(key)]

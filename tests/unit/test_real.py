@@ -11,8 +11,8 @@ from data.rows import read_rows, write_rows
 
 SHORTER = {  # to make the commands of --quick quicker
     "--max-new-tokens 64": "--max-new-tokens 6",
-    "--test 60": "--test 4",
-    "--max-steps 3": "--max-steps 1",
+    "--test 40": "--test 4",
+    "--max-steps 2": "--max-steps 1",
 }
 
 
