@@ -56,7 +56,8 @@ def test_dpo_on_real_pairs_equals_a_plain_loop(
     assert (
         len({round(loss, 3) for loss, _ in wanted}) > 2
     )  # it moves, so that equality means something
-    for run, (share, budget) in enumerate([(True, 8192), (False, 8192), (True, 700), (False, 800)]):
+    ways = [(True, 8192), (False, 8192), (True, 700), (False, 800)]  # shared or not, budget
+    for run, (share, budget) in enumerate(ways if dtype == "fp64" else ways[2:3]):
         got = train(
             train_dpo,
             tmp_path / f"out{run}",
