@@ -156,6 +156,7 @@ def draw_scores(
             fontsize=7,
             color=color,
         )
+    scatter.margins(0.08, 0.15)  # room for the names
     bars.set_yticks(range(len(methods)), methods, fontsize=8)
     bars.invert_yaxis()
     bars.set_title("share of good answers", **TITLE)
