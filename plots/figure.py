@@ -161,7 +161,7 @@ def draw_scores(
     bars.invert_yaxis()
     bars.set_title("share of good answers", **TITLE)
     bars.set_xlabel("share; a dot a seed", fontsize=10)
-    scatter.set_title("good answers against KL to SFT", **TITLE)
+    scatter.set_title("good answers against KL to the start", **TITLE)
     scatter.set_xlabel("nats an answer", fontsize=10)
     scatter.set_ylabel("share of good answers", fontsize=10)
 
