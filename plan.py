@@ -232,6 +232,8 @@ def plans(c: GPTConfig, flags: Plan) -> tuple[list[Row], list[Row]]:
     recompute = (True,) if flags.checkpoint_activations else (False, True)
     fitting, others = [], []
     for layout in candidates(c, flags.gpus):
+        if flags.base_dtype != "none" and layout.zero == 3:
+            continue
         rows = [estimate(c, flags, layout, n, again) for n in budgets for again in recompute]
         fits = [row for row in rows if row.total <= room]
         if fits:
@@ -284,16 +286,7 @@ def table(c: GPTConfig, flags: Plan) -> str:
 def known_model(name: str) -> GPTConfig:
     """Return a model of MODELS."""
     width, layers, heads, kv_heads, ffn, vocab = MODELS[name]
-    return GPTConfig(
-        family="llama",
-        vocab=vocab,
-        width=width,
-        layers=layers,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_size=width // heads,
-        ffn=ffn,
-    )
+    return GPTConfig("llama", vocab, width, layers, heads, kv_heads, width // heads, ffn)
 
 
 def models_table(flags: Plan, names: tuple[str, ...] = ("7B", "13B", "70B", "405B")) -> str:
@@ -308,8 +301,8 @@ def models_table(flags: Plan, names: tuple[str, ...] = ("7B", "13B", "70B", "405
     for name in names:
         c = known_model(name)
         for gpus in (1, 8, 64, 512):
-            batch, nodes = max(flags.batch_size, 2 * gpus), -(-gpus // 8)
-            own = dataclasses.replace(flags, gpus=gpus, nodes=nodes, batch_size=batch)
+            batch = max(flags.batch_size, 2 * gpus)
+            own = dataclasses.replace(flags, gpus=gpus, nodes=-(-gpus // 8), batch_size=batch)
             fitting, _ = plans(c, own)
             if not fitting:
                 lines.append(f"| {name} | {gpus} | {batch} | does not fit | | | |")

@@ -385,6 +385,13 @@ def test_the_tables_of_known_models_name_what_fits(monkeypatch, capsys):
     assert [cell.partition(":")[0] for cell in table] == ["1.1B", "7B", "7B"]
 
 
+def test_zero_3_is_no_candidate_over_a_quantised_base():
+    """Two GPUs with an NF4 base are planned with ZeRO 1 and 2, which is what the scripts take."""
+    flags = Plan(gpus=2, lora=16, base_dtype="nf4")
+    fitting, others = plan.plans(SEVEN, flags)
+    assert {row.layout.zero for row in fitting + others} == {1, 2}
+
+
 def test_rollouts_need_the_whole_model_for_a_while():
     """Under --zero 3 a script that samples holds all weights; references are counted."""
     layout = Layout(dp=64, zero=3)
