@@ -150,10 +150,10 @@ class RolloutConfig(RunConfig):
     # mean reward is eval/reward
     log_samples: Count = 10  # steps between samples in OUT/samples.jsonl, besides the first; 0:
     # never
-    rollout_url: str = ""  # OpenAI-compatible server to sample from (vLLM, SGLang):
-    # http://host:8000
-    rollout_reload: str = ""  # command that makes the server load new weights from {folder}, which
-    # is also in the environment as PLUMB_FOLDER
+    rollout_url: list[str] = field(default_factory=list)  # OpenAI-compatible servers to sample
+    # from, http://host:8000; several share the prompts; vLLM needs no more (docs/engine.md)
+    rollout_reload: str = ""  # for other engines: command that makes the servers load new weights
+    # from {folder}, which is also in the environment as PLUMB_FOLDER
     engine_correction: Literal["none", "truncate", "mask"] = "none"  # weigh tokens by policy /
     # sampler where the two differ: cut at --engine-cap, or left out beyond it
     engine_by: Literal["token", "sequence"] = "token"  # sequence: the product over a response

@@ -37,10 +37,10 @@ from model import GPT
 from pipeline import pipeline
 from reporting import add, means
 from sampling import rollout, updates
+from sampling.engine import connect
 from sampling.gap import ServerCheck
 from sampling.rewards import load_reward, same_tokens
 from sampling.rollout import Rollout
-from sampling.server import Server
 
 
 @dataclass
@@ -205,7 +205,7 @@ def main(argv: list[str] | None = None) -> None:
     ref = None
     if config.kl or config.ref:  # the folder: a resumed run must not use its half-trained policy
         ref = runtime.load_reference(run, model, config.ref)
-    server = Server(template, config) if config.rollout_url else None
+    server = connect(template, config, train)
     check_server = ServerCheck(config, run.dtype)
     optimizer = runtime.make_optimizer(model, config)
     critic_optimizer = runtime.make_optimizer(critic, config)
