@@ -41,7 +41,7 @@ LEAST = -1e4  # a log-prob; fp16 has no more than 65,504, and 0 times infinity i
 
 @dataclass(frozen=True)
 class TopK:
-    """What a teacher says at the scored tokens of a data set: K tokens, and their log-probs."""
+    """The K likeliest tokens of a teacher at every scored token of a data set, with log-probs."""
 
     ids: np.ndarray  # (N, K), memory-mapped
     logps: np.ndarray  # (N, K + 1), memory-mapped
