@@ -30,7 +30,7 @@ LIBRARIES = [
     ["footprint", "reporting", "identity"],
     ["plan"],
     ["runtime"],
-    ["training", "reference", "stages", "plots.*"],
+    ["training", "reference", "teacher", "stages", "plots.*"],
 ]
 # A program imports libraries, and no module imports a program. plan.py is a program too, but
 # runtime.py asks it for advice when memory runs out.
