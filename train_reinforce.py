@@ -267,7 +267,7 @@ def main(argv: list[str] | None = None) -> None:
             if config.mask_cut:  # 0 tokens of the samples without a loss
                 ended = samples.ended[samples.data.responses_of(update.prompts)]
                 lengths = lengths * upload(ended, run.device)
-            batches = [make_batch(samples.data, bin, config.share_prompts) for bin in update.bins]
+            batches = [make_batch(samples.data, part, config.share_prompts) for part in update.bins]
             for batch, hidden in pipeline(model, batches, optimizer):
                 logps = model.logps(hidden, batch, config.temperature)  # (M,)
                 loss, metrics = policy_loss(logps, batch, lengths, config)
