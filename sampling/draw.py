@@ -27,7 +27,7 @@ def check_drawing(config: RolloutConfig) -> None:
         )
     if not all(config.stop):
         raise ValueError("--stop with an empty text would end every sample at once: drop it")
-    if truncated(config) and config.rollout_url and config.engine_correction != "none":
+    if truncated(config) and config.rollout_url and config.correction != "none":
         raise ValueError(
             "--engine-correction with --top-k, --top-p or --min-new-tokens needs the log-probs "
             "after truncation, which servers do not report: drop one of them, or --rollout-url"

@@ -133,7 +133,7 @@ def add_logps(
         drawn, nearest = samples.drawn_logps, old_logps
         if not np.isnan(drawn).all():  # of the policy's probability, at most 1
             row["rollout/kept"] = float(np.nanmean(np.exp(nearest - drawn)))
-    if config.engine_correction != "none":
+    if config.correction != "none":
         row |= add_engine_weights(samples, drawn, nearest, config)
     samples.data.add_tokens("old_logps", old_logps)
     old = torch.from_numpy(old_logps)
@@ -161,7 +161,7 @@ def add_engine_weights(
     weights, cut = losses.engine_weights(
         torch.from_numpy(log_ratio),
         torch.from_numpy(samples.scored_lengths),
-        config.engine_correction,
+        config.correction,
         config.engine_by,
         config.engine_cap,
     )
