@@ -162,10 +162,3 @@ class RolloutConfig(RunConfig):
     engine_by: Literal["token", "sequence"] = "token"  # sequence: the product over a response
     engine_cap: Annotated[float, Range(1, 1e6)] = 2.0  # largest weight; 2 to 5
     rollout_timeout: Wait = 600.0  # seconds that a request or a reload may take
-
-    @property
-    def correction(self) -> str:
-        """What --engine-correction means: none, truncate or mask."""
-        if self.engine_correction != "auto":
-            return self.engine_correction
-        return "truncate" if self.rollout_ahead else "none"

@@ -128,7 +128,7 @@ def policy_losses(
     advantage, clip = batch.token_columns["advantage"], config.clip_ratio
     surrogate, clipped = losses.clipped_surrogate(ratio, advantage, clip, clip)
     metrics = {"ratio": ratio, "clip_fraction": clipped, "entropy": entropy}
-    if config.correction != "none":
+    if "engine_weight" in batch.token_columns:
         surrogate = surrogate * batch.token_columns["engine_weight"]
     return surrogate - config.entropy_weight * entropy, metrics
 

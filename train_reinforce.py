@@ -148,7 +148,7 @@ def policy_loss(
         config.dual_clip,
         columns.get("marked"),
     )  # (M,)
-    if config.correction != "none":
+    if "engine_weight" in columns:
         per_token = per_token * columns["engine_weight"]
     if config.kl and config.kl_in == "loss":
         kl = losses.kl_estimate(logps, columns["ref_logps"], config.kl_estimator)

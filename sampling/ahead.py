@@ -30,7 +30,7 @@ class Steps(Protocol):
 
     @property
     def total(self) -> int:
-        """How many there are."""
+        """Number of steps."""
 
     def examples(self, step: int) -> np.ndarray:
         """Return the examples of a step."""

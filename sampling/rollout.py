@@ -33,7 +33,7 @@ from disk import drop_rows_after
 from model import GPT
 from parallel import Mesh
 from sampling.ahead import Sampler, seeds
-from sampling.draw import check_drawing
+from sampling.draw import check_drawing, correction
 from sampling.engine import Engine
 from sampling.named import read_weights, totals
 from sampling.reload import reload_words
@@ -139,13 +139,13 @@ def refuse_correction(config: RolloutConfig, why: str) -> None:
     """Raise ValueError where --engine-correction or --rollout-ahead is asked for in vain."""
     if config.rollout_ahead:
         raise ValueError(f"--rollout-ahead is for train_reinforce.py and train_ppo.py: {why}")
-    if config.correction != "none":
+    if correction(config) != "none":
         raise ValueError(f"--engine-correction is for train_reinforce.py and train_ppo.py: {why}")
 
 
 def validate(config: RolloutConfig) -> None:
     """Raise ValueError for flags that no training from samples can run with."""
-    if config.correction == "none" and (config.engine_by != "token" or config.engine_cap != 2.0):
+    if correction(config) == "none" and (config.engine_by != "token" or config.engine_cap != 2.0):
         raise ValueError("--engine-by and --engine-cap are for --engine-correction: set it as well")
     if config.rollout_reload and not config.rollout_url:
         raise ValueError("--rollout-reload is for --rollout-url: give the server's address as well")

@@ -193,15 +193,15 @@ def test_samples_drawn_ahead_are_those_of_older_weights(toy: Path, engine, tmp_p
     flags = flags_of(toy, engine("vllm"), max_steps=5, log_samples=1, kl=0.0)
     still = train(train_reinforce, tmp_path / "still", **{**flags, "lr": 0.0})
     drawn = {}
-    for ahead in (1, 2):
-        out = tmp_path / f"ahead{ahead}"
-        rows = train(train_reinforce, out, **flags, rollout_ahead=ahead)
-        assert ages_of(rows) == [min(ahead, step) for step in range(5)]
-        drawn[ahead] = texts_of(out)
+    for late in (1, 2):
+        out = tmp_path / f"late{late}"
+        rows = train(train_reinforce, out, **flags, rollout_ahead=late)
+        assert ages_of(rows) == [min(late, step) for step in range(5)]
+        drawn[late] = texts_of(out)
         # The first weights drew the first K + 1 steps.
         first = texts_of(tmp_path / "still")
-        assert [drawn[ahead][step] == first[step] for step in range(1, 6)] == [
-            step <= ahead + 1 for step in range(1, 6)
+        assert [drawn[late][step] == first[step] for step in range(1, 6)] == [
+            step <= late + 1 for step in range(1, 6)
         ]
         # They are a trainer's step away from those of the rollout, and the weights say so.
         assert all(row["engine/weight"] == pytest.approx(1, abs=1e-5) for row in rows[:1])
