@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import generate
 import train_reinforce
 from config import RolloutConfig
 from data.templates import Template
@@ -254,3 +255,30 @@ def test_a_failure_in_the_background_ends_the_run(toy: Path, engine, tmp_path: P
     stand_in.complete = fail_later
     with pytest.raises(OSError, match="no answer in 4 tries"):
         train(train_reinforce, tmp_path / "out", **flags_of(toy, stand_in, rollout_ahead=1))
+
+
+# ---- generate.py -------------------------------------------------------------------------------
+
+
+def test_generate_answers_through_servers(toy: Path, engine, tmp_path: Path):
+    """The greedy answers of two servers are those of the model; other seeds draw others."""
+    urls = [engine("vllm").url, engine().url]
+    words = f"--model {toy}/model --data {toy}/world/prompts_test.jsonl --max-new-tokens 8"
+    answers = {}
+    for name, more in {
+        "own": ["--temperature", "0"],
+        "theirs": ["--temperature", "0", "--rollout-url", *urls],
+        "drawn": ["--n", "2", "--rollout-url", *urls],
+        "again": ["--n", "2", "--rollout-url", *urls],
+        "other": ["--n", "2", "--seed", "1", "--rollout-url", *urls],
+    }.items():
+        generate.main([*words.split(), *more, "--out", str(tmp_path / name)])
+        answers[name] = (tmp_path / name).read_text()
+    assert answers["own"] == answers["theirs"]
+    assert answers["drawn"] == answers["again"] != answers["other"]
+    first = json.loads(answers["drawn"].splitlines()[0])["responses"]
+    assert first[0] != first[1]
+    for flag, more in (("--chat", ["--chat"]), ("--no-repeat", ["--no-repeat", "9"])):
+        with pytest.raises(ValueError, match=f"{flag} needs each token"):
+            more = [*more, "--prompt", "x"] if flag == "--no-repeat" else more
+            generate.main([f"--model={toy}/model", *more, "--rollout-url", urls[0]])
