@@ -107,6 +107,7 @@ def answers(home: Path, name: str, seed: int) -> str:
 
 
 def folder_of(name: str) -> str:
+    """Return the folder of a condition, "hot, none" -> "hot_none"."""
     return name.replace(", ", "_").replace(" ", "_")
 
 
