@@ -42,8 +42,8 @@ from passes import forward, make_batches
 from pipeline import pipeline
 from reporting import add, means
 from sampling import rollout
+from sampling.engine import connect
 from sampling.rewards import no_reward, same_tokens
-from sampling.server import Server
 from teacher import TopK, read_top_k, score_top_k, top_k_path
 
 
@@ -212,7 +212,7 @@ def main(argv: list[str] | None = None) -> None:
     if config.on_policy or top is None:  # samples are new: the teacher has to be there
         teacher = load_teacher(run, student, config)
     print(training.describe(student, train.tree_lengths(config.share_prompts), steps, config))
-    server = Server(template, config) if config.rollout_url else None
+    server = connect(template, config, prompts)
     optimizer = runtime.make_optimizer(student, config)
     loop = training.begin(run, steps, optimizer)
     rollout.drop_samples_after(loop.state.step, config, mesh)
