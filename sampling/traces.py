@@ -1,4 +1,4 @@
-"""What constitution.py keeps of its texts: OUT/trace.jsonl, and the rows that come out of it.
+"""Traces of constitution.py, OUT/trace.jsonl, and the rows that come out of them.
 
 A trace is one line a prompt: {row, prompt, draft, rounds, ended, pairs}. The first line of the file
 is the key of the run. Whatever a kill leaves of it, the same command ends with the same lines.

@@ -177,7 +177,7 @@ def test_both_orders_are_asked_and_swapped(words, model: Path, tmp_path: Path):
 
 
 def test_a_label_is_the_mean_of_both_orders():
-    """By hand: a judge of the place alone gives 0.5 and no pair; swapped answers swap the label."""
+    """A judge of the place alone gives 0.5 and no pair; swapped answers swap the label."""
     by_place = [[math.log(0.6), math.log(0.2)], [math.log(0.3), math.log(0.1)]]
     assert label(by_place) == (pytest.approx(0.5, abs=1e-15), False, pytest.approx(0.4))
     front, behind = [math.log(0.5), math.log(0.1)], [math.log(0.2), math.log(0.6)]
