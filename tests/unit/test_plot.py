@@ -97,9 +97,7 @@ def test_evaluation_sets_are_told_apart(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pictures.Figure, "savefig", lambda self, *_, **__: drawn.append(self))
     run = write_run(tmp_path / "a")
     with open(run / "metrics.jsonl", "a") as file:
-        file.write(
-            '{"step": 60, "eval/gsm/loss": 0.4, "eval/loss/sigmoid": 0.1}\n'
-        )
+        file.write('{"step": 60, "eval/gsm/loss": 0.4, "eval/loss/sigmoid": 0.1}\n')
     plot.main([str(run), "--keys", "loss", "--out", str(tmp_path / "c.png")])
     (loss,) = drawn[0].axes
     assert [line.get_marker() for line in loss.lines[2:]] == ["o", "s"]
