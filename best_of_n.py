@@ -34,7 +34,7 @@ from data.rows import write_rows
 from data.trees import step_examples
 from model import GPT
 from runtime import Run
-from sampling import rollout, source, updates
+from sampling import ahead, rollout, source, updates
 from sampling.draw import check_drawing
 from sampling.engine import connect
 from sampling.gap import ServerCheck
@@ -117,7 +117,7 @@ def sample_and_select(
     rollout.drop_samples_after(0, config, run.mesh)
     for number, start in enumerate(range(0, size, config.batch_size), 1):
         part = prompts.take(chosen[start : start + config.batch_size])
-        seeds = source.seeds(config.seed, number, len(part.ids), config.group_size)
+        seeds = ahead.seeds(config.seed, number, len(part.ids), config.group_size)
         samples = rollout.collect(
             part, sample, reward, run.template, config, run.mesh, seeds, config.temperature
         )

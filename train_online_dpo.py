@@ -41,7 +41,7 @@ from passes import make_batches
 from pipeline import pipeline
 from reference import first_reference, renew_reference
 from reporting import add, means
-from sampling import rollout, source
+from sampling import ahead, rollout, source
 from sampling.engine import connect
 from sampling.rewards import Reward, load_reward, no_reward
 from sampling.rollout import Rollout
@@ -226,7 +226,7 @@ def main(argv: list[str] | None = None) -> None:
         if config.ref_samples:
             from_ref = source.local_sampler(ref, template, config)
             sample = source.with_reference(sample, from_ref, config.ref_samples)
-        seeds = source.seeds(config.seed, step + 1, len(prompts.ids), config.group_size)
+        seeds = ahead.seeds(config.seed, step + 1, len(prompts.ids), config.group_size)
         samples = rollout.collect(
             prompts, sample, reward, template, config, mesh, seeds, config.temperature
         )

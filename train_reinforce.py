@@ -148,7 +148,7 @@ def policy_loss(
         config.dual_clip,
         columns.get("marked"),
     )  # (M,)
-    if config.engine_correction != "none":
+    if "engine_weight" in columns:
         per_token = per_token * columns["engine_weight"]
     if config.kl and config.kl_in == "loss":
         kl = losses.kl_estimate(logps, columns["ref_logps"], config.kl_estimator)
@@ -224,7 +224,7 @@ def main(argv: list[str] | None = None) -> None:
     ref = None
     if config.kl or config.ref:  # the folder: a resumed run must not use its half-trained policy
         ref = runtime.load_reference(run, model, config.ref)
-    server = connect(template, config, train)
+    server = connect(template, config, train, steps)
     check_server = ServerCheck(config, run.dtype)
     optimizer = runtime.make_optimizer(model, config)
     loop = training.begin(run, steps, optimizer)

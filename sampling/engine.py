@@ -24,6 +24,7 @@ from pathlib import Path
 from config import RolloutConfig
 from data.dataset import Prompts
 from data.templates import Template
+from sampling.ahead import Ahead, Steps
 from sampling.reload import run_command
 from sampling.sampler import Sample
 from sampling.server import NoAnswer, Refused, Server
@@ -36,6 +37,8 @@ class Engine:
 
     learns: they get new weights while a run trains; else they keep those they were started with.
     """
+
+    ahead: Ahead | None = None  # what they draw for later steps, with --rollout-ahead
 
     def __init__(self, template: Template, config: RolloutConfig, learns: bool = True):
         self.config = config
@@ -144,18 +147,24 @@ class Engine:
 
 
 def connect(
-    template: Template, config: RolloutConfig, prompts: Prompts | None, learns: bool = True
+    template: Template,
+    config: RolloutConfig,
+    prompts: Prompts | None,
+    steps: Steps | None = None,
+    learns: bool = True,
 ) -> Engine | None:
     """Return the servers of --rollout-url, None if there are none.
 
-    OSError: one does not answer. ValueError: one cannot take new weights, or a prompt of the data
-    set and its sample would not fit into its context.
+    steps: of the run, for --rollout-ahead. OSError: one does not answer. ValueError: one cannot
+    take new weights, or a prompt of the data set and its sample would not fit into its context.
     """
     if not config.rollout_url:
         return None
     engine = Engine(template, config, learns)
     if prompts is None:
         return engine
+    if steps and config.rollout_ahead:
+        engine.ahead = Ahead(engine.sample, prompts, steps, config.rollout_ahead)
     longest = max(len(ids) for ids in prompts.ids) + config.max_new_tokens
     for server in engine.servers:
         if server.context and longest > server.context:

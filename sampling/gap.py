@@ -73,6 +73,8 @@ class ServerCheck:
         if self.first is None:
             self._check_first(gap)
             self.first = gap
+        if samples.age:  # the policy has moved since: engine/kl says how far
+            return
         ref_gap = gap
         if ref_logps is not None and self.config.temperature == 1:
             ref_gap = mean_gap(samples.logps, ref_logps.numpy())

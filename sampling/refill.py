@@ -15,10 +15,11 @@ from config import RolloutConfig
 from data.dataset import Prompts
 from data.templates import Template
 from model import GPT
+from sampling.ahead import seeds
 from sampling.engine import Engine
 from sampling.rewards import Reward
 from sampling.rollout import Rollout, collect, trees
-from sampling.source import make_sampler, seeds
+from sampling.source import make_sampler
 
 
 def draw(
@@ -39,7 +40,7 @@ def draw(
     with spread. If too few have spread, groups without fill the step.
     """
     started = time.perf_counter()
-    sample = make_sampler(model, template, config, server)
+    sample = make_sampler(model, template, config, server, step)
     transfer = time.perf_counter() - started
     rng = np.random.default_rng([config.seed, step, 1])
     others = rng.permutation(np.setdiff1d(np.arange(len(train.ids)), examples))
@@ -70,7 +71,7 @@ def draw(
     row = {"refill/groups": float(len(drawn)), "refill/spread": spread.mean().item()}
     samples = _select(parts, train.take(drawn[kept]), kept, group)
     if server:
-        samples.seconds["transfer"] = transfer
+        samples.record_server(server, step, transfer)
     return samples, row
 
 

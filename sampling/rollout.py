@@ -32,13 +32,14 @@ from data.templates import Template
 from disk import drop_rows_after
 from model import GPT
 from parallel import Mesh
-from sampling.draw import check_drawing
+from sampling.ahead import Sampler, seeds
+from sampling.draw import check_drawing, correction
 from sampling.engine import Engine
 from sampling.named import read_weights, totals
 from sampling.reload import reload_words
 from sampling.rewards import Reward, leader
 from sampling.sampler import Sample
-from sampling.source import Sampler, make_sampler, seeds
+from sampling.source import make_sampler
 
 LOGGED_PROMPTS = 4  # of a step: their samples go to OUT/samples.jsonl
 
@@ -57,6 +58,7 @@ class Rollout:
     # what `lap` adds
     lap_started: float = 0.0  # when the last phase ended
     named: dict[str, np.ndarray] = field(default_factory=dict)  # several rewards, (R,) each
+    age: int | None = None  # steps since the weights that drew them, with --rollout-ahead
 
     @property
     def scored_lengths(self) -> np.ndarray:
@@ -96,7 +98,17 @@ class Rollout:
         row |= {f"reward/{name}": column.mean().item() for name, column in self.named.items()}
         row["completions/mean_length"] = self.data.response_len.mean().item()
         row["completions/ended"] = self.ended.mean().item()
+        if self.age is not None:
+            row["rollout/age"] = self.age
         return row
+
+    def record_server(self, server: Engine, step: int, seconds: float) -> None:
+        """Record the age of samples that servers drew, and seconds of transfer and of waiting."""
+        if server.ahead:
+            self.age = server.ahead.age(step)
+            seconds -= server.ahead.waited
+            self.seconds["rollout"] += server.ahead.waited
+        self.seconds["transfer"] = seconds
 
     def lap(self, phase: str) -> None:
         """Add the time since the last phase ended to `phase`."""
@@ -124,19 +136,26 @@ class Rollout:
 
 
 def refuse_correction(config: RolloutConfig, why: str) -> None:
-    """Raise ValueError where --engine-correction is asked for and has no effect."""
-    if config.engine_correction != "none":
+    """Raise ValueError where --engine-correction or --rollout-ahead is asked for in vain."""
+    if config.rollout_ahead:
+        raise ValueError(f"--rollout-ahead is for train_reinforce.py and train_ppo.py: {why}")
+    if correction(config) != "none":
         raise ValueError(f"--engine-correction is for train_reinforce.py and train_ppo.py: {why}")
 
 
 def validate(config: RolloutConfig) -> None:
     """Raise ValueError for flags that no training from samples can run with."""
-    if config.engine_correction == "none" and (
-        config.engine_by != "token" or config.engine_cap != 2.0
-    ):
+    if correction(config) == "none" and (config.engine_by != "token" or config.engine_cap != 2.0):
         raise ValueError("--engine-by and --engine-cap are for --engine-correction: set it as well")
     if config.rollout_reload and not config.rollout_url:
         raise ValueError("--rollout-reload is for --rollout-url: give the server's address as well")
+    if config.rollout_ahead and not config.rollout_url:
+        raise ValueError("--rollout-ahead is for --rollout-url: this process cannot draw and train")
+    if config.rollout_ahead and getattr(config, "refill", 0):
+        raise ValueError(
+            "--refill chooses prompts by the rewards of the first draw, and --rollout-ahead draws "
+            "before that: drop one of the two"
+        )
     check_drawing(config)
     reload_words(config.rollout_reload)
     read_weights(config.reward_weights)
@@ -283,14 +302,14 @@ def draw(
 ) -> Rollout:
     """Draw and score the samples of training step `step` (from 1) from the policy. Collective."""
     started = time.perf_counter()
-    sample = make_sampler(model, template, config, server)
+    sample = make_sampler(model, template, config, server, step)
     transfer = time.perf_counter() - started
     own_seeds = seeds(config.seed, step, len(prompts.ids), config.group_size)
     samples = collect(
         prompts, sample, reward, template, config, model.mesh, own_seeds, config.temperature
     )
     if server:
-        samples.seconds["transfer"] = transfer
+        samples.record_server(server, step, transfer)
     return samples
 
 
@@ -357,6 +376,8 @@ def log_samples(samples: Rollout, step: int, config: RolloutConfig, mesh: Mesh) 
                 "tokens": len(samples.samples[i].tokens),
                 "ended": samples.samples[i].ended,
             }
+            if samples.age is not None:
+                row["age"] = samples.age
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 

@@ -4,7 +4,6 @@ Each sample has its own random numbers, seeded by step and position, so neither 
 it nor the rest of the batch matters.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,26 +11,12 @@ import numpy as np
 from config import RolloutConfig
 from data.templates import Template
 from model import GPT
+from sampling.ahead import Sampler
 from sampling.engine import Engine
 from sampling.rewards import leader
 from sampling.sampler import Sample, generate
 from weights.folder import load_model, save_model
 from weights.peft import lora_of, save_adapter
-
-# (prompts as token ids, a seed per sample, samples per prompt, temperature) -> samples by prompt.
-Sampler = Callable[[list[list[int]], list[int], int, float], list[Sample]]
-
-
-def seeds(seed: int, step: int, n: int, group: int) -> list[int]:
-    """Return a seed for each of `group` samples to each of n prompts, prompt by prompt.
-
-    step: from 1; 0 is the evaluation. A seed depends on (seed, step, prompt, sample) alone.
-    """
-    return [
-        int(np.random.SeedSequence([seed, step, i, k]).generate_state(1, np.uint64)[0] >> 1)
-        for i in range(n)
-        for k in range(group)
-    ]
 
 
 def local_sampler(model: GPT, template: Template, config: RolloutConfig) -> Sampler:
@@ -59,13 +44,18 @@ def local_sampler(model: GPT, template: Template, config: RolloutConfig) -> Samp
 
 
 def make_sampler(
-    model: GPT, template: Template, config: RolloutConfig, server: Engine | None = None
+    model: GPT,
+    template: Template,
+    config: RolloutConfig,
+    server: Engine | None = None,
+    step: int = 0,
 ) -> Sampler:
     """Return a sampler that draws from the policy with its current weights. Collective.
 
-    Only a `leader`'s samples count. Servers receive the weights first, where they learn. With
-    pipeline stages no rank has a whole model to sample from: the leaders load one, by way of
-    OUT/rollout, for as long as they sample. If that does not fit, use a server.
+    step: of training, from 1; with --rollout-ahead its samples are those of older weights. Only a
+    `leader`'s samples count. Servers receive the weights first, where they learn. With pipeline
+    stages no rank has a whole model to sample from: the leaders load one, by way of OUT/rollout,
+    for as long as they sample. If that does not fit, use a server.
     """
     mesh = model.mesh
     if server is None and mesh.pp == 1:
@@ -76,8 +66,12 @@ def make_sampler(
             save_adapter(model, folder, config.model, lora_of(config))
         else:
             save_model(model, folder, config.model, template)
+    if server and server.ahead:
+        server.ahead.finish(mesh)
     if server and server.learns:
         server.loaded(folder, *mesh.ask(lambda: server.load(folder)))
+    if server and server.ahead and step:
+        return server.ahead.sampler(step, config.seed, config.group_size, config.temperature, mesh)
     if not leader(mesh):
         return lambda ids, seeds, n, temperature: []
     if server:

@@ -12,7 +12,7 @@ from data.dataset import load_prompts
 from data.templates import Template
 from data.tokenizer import load_tokenizer
 from parallel import Mesh
-from sampling import rollout, source
+from sampling import ahead, rollout, source
 from sampling.rewards import load_reward
 from sampling.sampler import Sample
 from weights.folder import load_model
@@ -27,7 +27,7 @@ def drawn(toy: Path, model: Path, config: RolloutConfig) -> rollout.Rollout:
     prompts = load_prompts([file], template, 1000, log=lambda line: None).take(range(6))
     sample = source.local_sampler(load_model(model, torch.float64), template, config)
     reward = load_reward(config.reward, template)
-    seeds = source.seeds(0, 1, 6, config.group_size)
+    seeds = ahead.seeds(0, 1, 6, config.group_size)
     return rollout.collect(prompts, sample, reward, template, config, Mesh(), seeds, 1.0)
 
 

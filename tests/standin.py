@@ -7,7 +7,9 @@ from pathlib import Path
 
 import torch
 
+from data.dataset import from_trees
 from data.tokenizer import load_tokenizer
+from data.trees import make_batch
 from sampling.sampler import generate
 from weights.folder import load_model
 from weights.peft import load_adapter
@@ -85,6 +87,8 @@ class StandIn(ThreadingHTTPServer):
 
     def complete(self, body: dict) -> dict:
         assert not self.paused and not self.stale
+        if body.get("echo"):
+            return self.echo(body["prompt"])
         seeds = [body["seed"] + k for k in range(body["n"])]
         with self.lock:
             samples = generate(
@@ -114,6 +118,14 @@ class StandIn(ThreadingHTTPServer):
                 choice["logprobs"] = {"tokens": names, "token_logprobs": sample.policy_logps[own]}
             choices.append(choice)
         return {"choices": choices[::-1]}
+
+    def echo(self, ids: list[int]) -> dict:
+        """Answer with the log-probs of a prompt's tokens and one token more, as vLLM does."""
+        data = from_trees([(ids[:1], [(ids[1:], [1] * len(ids[1:]))])])
+        with self.lock, torch.no_grad():
+            batch = make_batch(data, [0])
+            logps = self.model.logps(self.model(batch), batch).tolist()
+        return {"choices": [{"logprobs": {"token_logprobs": [None, *logps, -0.1]}}]}
 
 
 class Handler(BaseHTTPRequestHandler):

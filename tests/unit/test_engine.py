@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
+import generate
 import train_reinforce
 from config import RolloutConfig
 from data.templates import Template
 from data.tokenizer import load_tokenizer
+from sampling import ahead, rollout, server
 from sampling import engine as engines
-from sampling import rollout, server, source
 from sampling.engine import Engine, connect
 from weights.folder import fingerprint, load_model, save_model
 
@@ -41,7 +42,7 @@ def ready(toy: Path, *stand_ins, **flags) -> tuple[Engine, list, list[int]]:
     )
     prompts = rollout.load([str(toy / "world" / "prompts_test.jsonl")], template, config)
     ids = prompts.ids[:5]
-    return connect(template, config, prompts), ids, source.seeds(0, 1, 5, 2)
+    return connect(template, config, prompts), ids, ahead.seeds(0, 1, 5, 2)
 
 
 def flags_of(toy: Path, *stand_ins, **more) -> dict:
@@ -173,3 +174,111 @@ def test_a_sampler_that_learns_nothing_needs_no_calls(toy: Path, engine):
     config = RolloutConfig(rollout_url=[engine().url])
     assert not engines.connect(template, config, None, learns=False).learns
     assert engines.connect(template, RolloutConfig(), None) is None
+
+
+# ---- --rollout-ahead ---------------------------------------------------------------------------
+
+
+def texts_of(out: Path) -> dict[int, list[str]]:
+    """Return step -> the samples of samples.jsonl."""
+    rows = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    return {step: [r["response"] for r in rows if r["step"] == step] for step in range(1, 6)}
+
+
+def ages_of(rows: list[dict]) -> list[int]:
+    return [row["rollout/age"] for row in rows]
+
+
+def test_samples_drawn_ahead_are_those_of_older_weights(toy: Path, engine, tmp_path: Path, train):
+    """Step s has the samples of the weights that step s - K had, and its own prompts and seeds."""
+    flags = flags_of(toy, engine("vllm"), max_steps=5, log_samples=1, kl=0.0)
+    still = train(train_reinforce, tmp_path / "still", **{**flags, "lr": 0.0})
+    drawn = {}
+    for late in (1, 2):
+        out = tmp_path / f"late{late}"
+        rows = train(train_reinforce, out, **flags, rollout_ahead=late)
+        assert ages_of(rows) == [min(late, step) for step in range(5)]
+        drawn[late] = texts_of(out)
+        # The first weights drew the first K + 1 steps.
+        first = texts_of(tmp_path / "still")
+        assert [drawn[late][step] == first[step] for step in range(1, 6)] == [
+            step <= late + 1 for step in range(1, 6)
+        ]
+        # They are a trainer's step away from those of the rollout, and the weights say so.
+        assert all(row["engine/weight"] == pytest.approx(1, abs=1e-5) for row in rows[:1])
+        assert all(abs(row["engine/weight"] - 1) > 1e-4 for row in rows[1:])
+    assert drawn[1] != drawn[2]
+    assert "rollout/age" not in still[0]
+
+
+def test_nothing_is_lost_or_repeated_when_a_run_that_draws_ahead_stops(
+    toy: Path, engine, tmp_path: Path, train
+):
+    """The resumed run takes every step's own prompts once; its first samples are of age 0."""
+    flags = flags_of(toy, engine("vllm"), max_steps=5, log_samples=1, save_every=1, lr=0.0)
+    whole = train(train_reinforce, tmp_path / "whole", **flags, rollout_ahead=2)
+    real, steps = engines.Engine.load, []
+
+    def load(self, folder):
+        steps.append(folder)
+        if len(steps) == 4:
+            raise OSError("gone")
+        return real(self, folder)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engines.Engine, "load", load)
+        with pytest.raises(OSError, match="gone"):
+            train(train_reinforce, tmp_path / "out", **flags, rollout_ahead=2)
+    rows = train(train_reinforce, tmp_path / "out", **flags, rollout_ahead=2, resume="auto")
+    assert ages_of(rows) == [0, 1, 2, 0, 1] and ages_of(whole) == [0, 1, 2, 2, 2]
+    assert texts_of(tmp_path / "out") == texts_of(tmp_path / "whole")
+
+
+def test_what_cannot_be_drawn_ahead_is_refused(toy: Path, tmp_path: Path, train):
+    flags = {"model": toy / "model", "data": toy / "world" / "sft.jsonl", "reward": "length:5"}
+    for more, complaint in (
+        ({"rollout_ahead": 1}, "--rollout-ahead is for --rollout-url"),
+        ({"rollout_ahead": 1, "rollout_url": ["http://x"], "refill": 2}, "--refill chooses"),
+    ):
+        with pytest.raises(ValueError, match=complaint):
+            train(train_reinforce, tmp_path / "out", **flags, **more)
+
+
+def test_a_failure_in_the_background_ends_the_run(toy: Path, engine, tmp_path: Path, train):
+    stand_in = engine("vllm")
+    complete = stand_in.complete
+
+    def fail_later(body):
+        stand_in.failures = [500] * 100 if len(stand_in.requests) > 8 else []
+        return complete(body)
+
+    stand_in.complete = fail_later
+    with pytest.raises(OSError, match="no answer in 4 tries"):
+        train(train_reinforce, tmp_path / "out", **flags_of(toy, stand_in, rollout_ahead=1))
+
+
+# ---- generate.py -------------------------------------------------------------------------------
+
+
+def test_generate_answers_through_servers(toy: Path, engine, tmp_path: Path):
+    """The greedy answers of two servers are those of the model; other seeds draw others."""
+    urls = [engine("vllm").url, engine().url]
+    words = f"--model {toy}/model --data {toy}/world/prompts_test.jsonl --max-new-tokens 8"
+    answers = {}
+    for name, more in {
+        "own": ["--temperature", "0"],
+        "theirs": ["--temperature", "0", "--rollout-url", *urls],
+        "drawn": ["--n", "2", "--rollout-url", *urls],
+        "again": ["--n", "2", "--rollout-url", *urls],
+        "other": ["--n", "2", "--seed", "1", "--rollout-url", *urls],
+    }.items():
+        generate.main([*words.split(), *more, "--out", str(tmp_path / name)])
+        answers[name] = (tmp_path / name).read_text()
+    assert answers["own"] == answers["theirs"]
+    assert answers["drawn"] == answers["again"] != answers["other"]
+    first = json.loads(answers["drawn"].splitlines()[0])["responses"]
+    assert first[0] != first[1]
+    for flag, more in (("--chat", ["--chat"]), ("--no-repeat", ["--no-repeat", "9"])):
+        with pytest.raises(ValueError, match=f"{flag} needs each token"):
+            more = [*more, "--prompt", "x"] if flag == "--no-repeat" else more
+            generate.main([f"--model={toy}/model", *more, "--rollout-url", urls[0]])

@@ -18,7 +18,7 @@ from data.templates import Template
 from data.tokenizer import load_tokenizer
 from data.trees import make_batch
 from parallel import Mesh
-from sampling import rollout, server, source, updates
+from sampling import ahead, rollout, server, source, updates
 from sampling.engine import Engine
 from sampling.sampler import Sample, generate
 from sampling.server import Server
@@ -65,17 +65,17 @@ def test_a_token_column_follows_its_token():
 
 def test_seeds_belong_to_one_sample():
     """A seed depends on seed, step, prompt and sample, and on nothing else."""
-    seeds = [s for seed in (0, 1) for step in (0, 1, 2) for s in source.seeds(seed, step, 5, 4)]
+    seeds = [s for seed in (0, 1) for step in (0, 1, 2) for s in ahead.seeds(seed, step, 5, 4)]
     assert len(set(seeds)) == len(seeds)
     assert 0 <= min(seeds) <= max(seeds) < 2**63
-    assert source.seeds(3, 7, 2, 4)[:4] == source.seeds(3, 7, 9, 4)[:4]
+    assert ahead.seeds(3, 7, 2, 4)[:4] == ahead.seeds(3, 7, 9, 4)[:4]
 
 
 def test_a_rollout_is_its_samples_side_by_side(toy: Path):
     """Trees, texts, rewards, penalty and metrics belong together, sample by sample."""
     prompts, template, config, model = ready(toy, no_eos_penalty=0.5, rollout_batch=5)
     prompts = prompts.take([3, 1, 4])
-    seeds = source.seeds(0, 1, 3, 4)
+    seeds = ahead.seeds(0, 1, 3, 4)
     sample = source.local_sampler(model, template, config)
     samples = rollout.collect(prompts, sample, text_length, template, config, Mesh(), seeds, 1.0)
     data = samples.data
@@ -110,7 +110,7 @@ def test_a_rollout_is_its_samples_side_by_side(toy: Path):
 def test_two_ranks_draw_what_one_draws(toy: Path):
     """Each of two ranks draws its share; put together it is the rollout of one rank."""
     prompts, template, config, model = ready(toy)
-    prompts, seeds = prompts.take(range(5)), source.seeds(0, 1, 5, 2)
+    prompts, seeds = prompts.take(range(5)), ahead.seeds(0, 1, 5, 2)
     sample = source.local_sampler(model, template, config)
     alone = rollout.collect(prompts, sample, text_length, template, config, Mesh(), seeds, 1.0)
     sent: dict[int, list] = {0: [], 1: []}
@@ -203,7 +203,7 @@ def test_unscored_tokens_are_context_and_nothing_else(toy: Path, monkeypatch):
     """They are in the trees and the text, but in no log-prob, count or column."""
     sample_with_marks(monkeypatch)
     prompts, template, config, model = ready(toy)
-    prompts, seeds = prompts.take(range(4)), source.seeds(0, 1, 4, 3)
+    prompts, seeds = prompts.take(range(4)), ahead.seeds(0, 1, 4, 3)
     sample = source.local_sampler(model, template, config)
     samples = rollout.collect(prompts, sample, text_length, template, config, Mesh(), seeds, 1.0)
     marks = [mark(s.tokens) for s in samples.samples]
@@ -234,7 +234,7 @@ def test_unscored_tokens_are_context_and_nothing_else(toy: Path, monkeypatch):
 def test_all_tokens_marked_is_no_marks(toy: Path):
     """A sample without marks equals one with every token marked, in every array."""
     prompts, template, config, model = ready(toy)
-    ids, seeds = prompts.ids[:3], source.seeds(0, 1, 3, 2)
+    ids, seeds = prompts.ids[:3], ahead.seeds(0, 1, 3, 2)
     drawn = source.local_sampler(model, template, config)(ids, seeds, 2, 1.0)
     marked = [s._replace(scored=[1] * len(s.tokens)) for s in drawn]
     one, two = rollout.trees(ids, drawn), rollout.trees(ids, marked)
@@ -277,7 +277,7 @@ def test_samples_of_a_server_are_its_tokens(form: str, toy: Path, engine, capsys
     stand_in = engine(form)
     prompts, template, config, _ = ready(toy, rollout_url=[stand_in.url + "/v1/"])
     client = Engine(template, config, learns=False)
-    seeds = source.seeds(0, 1, 3, 2)
+    seeds = ahead.seeds(0, 1, 3, 2)
     ids = prompts.ids[:3]
     samples = client.sample(ids, seeds, 2, 1.0)
     assert len(samples) == 6
