@@ -242,6 +242,7 @@ def test_five_steps_equal_a_plain_loop(
 PAIRS = ("preferences", "preferences_test")
 SCRIPTS = {  # script, model, training rows, held-out rows, flags
     "sft": (train_sft, "uneven", "sft", "sft", ""),
+    "sft experts": (train_sft, "qwen3_moe", "sft", "sft", "--balance-loss 0.1"),
     "sft samples": (train_sft, "uneven", "sft", "sft", "--samples 2"),
     "dpo aot": (train_dpo, "uneven", *PAIRS, "--loss aot --sft-weight 0.1"),
     "dpo aot_unpaired": (train_dpo, "gpt_neox", *PAIRS, "--loss aot_unpaired"),
@@ -262,6 +263,7 @@ SCRIPTS = {  # script, model, training rows, held-out rows, flags
 }
 TOGETHER = [
     ("sft", "dp2 pp2"),
+    ("sft experts", "dp2 pp2", "tp2 cp2"),
     ("sft samples", "tp2 cp2", "dp2 zero3"),
     ("dpo aot", "dp2", "tp2", "pp2", "cp2"),
     ("dpo aot_unpaired", "dp2 pp2"),
