@@ -45,7 +45,7 @@ def copies(spans: Spans, device: torch.device) -> Tensor:
     return upload(torch.from_numpy(np.repeat(np.array(times, np.float64), sizes)), device)
 
 
-class Attach(torch.autograd.Function):
+class _Attach(torch.autograd.Function):
     """Return x; backward also starts from a loss, as if it were added to the script's loss.
 
     So a loss comes from the middle of the model and from any pipeline stage.
@@ -98,7 +98,7 @@ class Tally:
             tokens = times.sum()
             fractions = load / tokens
         loss = self.balance * self.experts * (fractions * p).sum() + self.z * z.sum()
-        return Attach.apply(x, loss / (tokens * ranks))
+        return _Attach.apply(x, loss / (tokens * ranks))
 
 
 def start_count(tallies: list[Tally]) -> list[Tensor | None]:
