@@ -58,7 +58,7 @@ class RunConfig:
     # time, far less memory
     compile: bool = False  # torch.compile the layers: slow start, faster steps
 
-    # mixtures of experts: losses of the router beside the algorithm's own, over the whole step
+    # experts: losses of the router beside the algorithm's own, over the whole step
     balance_loss: Amount = 0.0  # weight of the loss that evens the load of experts; 0 = none, 0.001
     # to 0.02 as in pretraining
     router_z_loss: Amount = 0.0  # weight of the loss that keeps the router's logits small; 0.001

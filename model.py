@@ -131,7 +131,7 @@ class GPT(nn.Module):
 
     @property
     def tallies(self) -> dict[int, Tally]:
-        """What this rank's sparse layers count, by number of the layer."""
+        """Counts of this rank's sparse layers, by number of the layer."""
         layers = {int(name): block.mlp for name, block in self.blocks.items()}
         return {layer: mlp.tally for layer, mlp in layers.items() if isinstance(mlp, Experts)}
 

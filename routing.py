@@ -1,4 +1,4 @@
-"""What sparse layers count of a step, and the losses that keep all their experts in use.
+"""Counts of a step in sparse layers, and the losses that keep all their experts in use.
 
     balance = E Σ_e f_e P_e             f_e: share of tokens that chose expert e
     z       = mean (log Σ_e exp l_e)²   P_e: mean probability of expert e; l: the router's logits
@@ -30,7 +30,7 @@ from parallel import Group, Mesh
 
 @dataclass
 class Routing:
-    """What a view tells sparse layers of its T tokens."""
+    """Facts about the T tokens of a view that sparse layers need."""
 
     copies: Tensor  # (T,) fp64: responses that each token belongs to
 
@@ -62,7 +62,7 @@ class _Attach(torch.autograd.Function):
 
 
 class Tally:
-    """What a sparse layer counts of its tokens, and the weights of its losses."""
+    """Counts of a sparse layer's tokens, and the weights of its losses."""
 
     def __init__(self, experts: int):
         self.experts = experts
