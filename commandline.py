@@ -92,6 +92,8 @@ def from_file(cls: type, path: str) -> dict[str, Any]:
     for key, value in values.items():
         name = _known(cls, key, f"{path}: unknown key")
         words = value if isinstance(value, list) else [value]
+        if value == "" and get_origin(get_type_hints(cls)[name]) is list:
+            words = []  # a flag that took one word when the file was written
         if any(isinstance(word, (dict, list)) or word is None for word in words):
             raise ValueError(f"{path}: {key} cannot be {json.dumps(value)}")
         checked[name] = _convert(cls, name, [str(word) for word in words], f"{path}: {key}")

@@ -150,12 +150,15 @@ class RolloutConfig(RunConfig):
     # mean reward is eval/reward
     log_samples: Count = 10  # steps between samples in OUT/samples.jsonl, besides the first; 0:
     # never
-    rollout_url: str = ""  # OpenAI-compatible server to sample from (vLLM, SGLang):
-    # http://host:8000
-    rollout_reload: str = ""  # command that makes the server load new weights from {folder}, which
-    # is also in the environment as PLUMB_FOLDER
-    engine_correction: Literal["none", "truncate", "mask"] = "none"  # weigh tokens by policy /
-    # sampler where the two differ: cut at --engine-cap, or left out beyond it
+    rollout_url: list[str] = field(default_factory=list)  # OpenAI-compatible servers to sample
+    # from, http://host:8000; several share the prompts; vLLM needs no more (docs/engine.md)
+    rollout_reload: str = ""  # for other engines: command that makes the servers load new weights
+    # from {folder}, which is also in the environment as PLUMB_FOLDER
+    rollout_ahead: Annotated[int, Range(0, 64)] = 0  # steps by which the servers draw ahead, while
+    # this process trains; samples are as many steps old. 0: on policy; 1 uses both all the time
+    engine_correction: Literal["auto", "none", "truncate", "mask"] = "auto"  # weigh tokens by
+    # policy / sampler where the two differ: cut at --engine-cap, or left out beyond it; auto:
+    # truncate with --rollout-ahead, else none
     engine_by: Literal["token", "sequence"] = "token"  # sequence: the product over a response
     engine_cap: Annotated[float, Range(1, 1e6)] = 2.0  # largest weight; 2 to 5
     rollout_timeout: Wait = 600.0  # seconds that a request or a reload may take

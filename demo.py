@@ -25,7 +25,7 @@ from data.rows import read_rows
 from data.toyworld import score_file
 from disk import write_text
 from plots.series import last_row
-from stages import Stage, output_of, run_stages, write_commands
+from stages import Stage, file_name, output_of, run_stages, side_by_side, write_commands
 
 COLUMNS = ["good", "gold", "correct", "complete", "coherent", "polite", "rude", "words", "kl"]
 # Rows of the table; each has a file of answers.
@@ -73,11 +73,6 @@ SHORT = (
 )
 
 Scores = dict[str, dict[str, Any]]  # row of the table -> {column: value}
-
-
-def file_name(name: str) -> str:
-    """Return the name of a table row in file names, "ppo truth" -> "ppo_truth"."""
-    return name.replace(" ", "_")
 
 
 # ---- the commands
@@ -299,16 +294,6 @@ def _table_row(name: str, rows: list[dict], seconds: float) -> str:
     return f"{name:<21}{cells}{seconds:>9.0f}    {each}  ± {spread:.3f}"
 
 
-def side_by_side(home: Path, n: int) -> str:
-    """Return the answers of every model to the first n held-out prompts."""
-    rows = {name: list(read_rows(home / f"{file_name(name)}.jsonl")) for name in TABLE}
-    lines = []
-    for i in range(n):
-        lines.append(f"\n{rows['sft'][i]['prompt']}")
-        lines += [f"  {name + ':':<22}{rows[name][i]['response']}" for name in TABLE]
-    return "\n".join(lines)
-
-
 def main() -> None:
     """Run the demo and print its results."""
     parser = argparse.ArgumentParser(
@@ -344,7 +329,7 @@ def main() -> None:
     if flags.quick:
         print(SHORT)
     home = out / f"seed_{seeds[0]}"
-    print(side_by_side(home, 3))
+    print(side_by_side(home, TABLE, 3))
 
     table = {seed: {name: scores[name] for name in TABLE} for seed, scores in results.items()}
     write_text(out / "scores.json", json.dumps(table, indent=1))

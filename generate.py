@@ -4,11 +4,13 @@
     python generate.py --model DIR --data prompts.jsonl --out answers.jsonl --temperature 0.7 --n 4
     python generate.py --model DIR --prompt "Where does Ada live?" --attributes "helpfulness:4"
     python generate.py --model DIR --chat
+    python generate.py --model DIR --data prompts.jsonl --out a.jsonl --rollout-url http://x:8000
 
 --data reads rows {"prompt": text or messages} and writes each with a "response", or with
 "responses" if --n asks for several; other keys stay. A sample depends on its prompt and its seed
 alone, not on the rest of its batch. A run that is stopped keeps the answers that it has: the same
-command goes on from there.
+command goes on from there. With --rollout-url a server answers (vLLM, SGLang), which must serve
+this model; --model then gives the tokenizer and the chat format.
 """
 
 import functools
@@ -20,9 +22,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
+import torch
+
 import hub
 from commandline import Range, parse
-from config import Count, Number, SampleTemperature, Seed
+from config import Count, Number, RolloutConfig, SampleTemperature, Seed
 from data import attributes
 from data.jinja import read_kwargs
 from data.keys import prompt_in
@@ -30,6 +35,7 @@ from data.rows import read_rows, write_rows
 from data.templates import Template
 from data.tokenizer import load_tokenizer
 from kernels.device import pick_device
+from sampling.engine import Engine
 from sampling.sampler import Sample, generate
 from weights.folder import DTYPES, fingerprint, load_model
 
@@ -64,6 +70,8 @@ class Flags:
     batch_size: Number = 64  # responses in progress at a time: lower it when memory runs out
     seed: Seed = 0  # seed of the samples
     limit: Count = 0  # use only the first rows of --data; 0 = all
+    rollout_url: list[str] = field(default_factory=list)  # servers that answer instead, which share
+    # the prompts: http://host:8000
     dtype: Literal["auto", "bf16", "fp32", "fp64"] = "auto"  # auto: bf16 on GPUs, else fp32
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: a GPU if there is one
 
@@ -76,6 +84,9 @@ def validate(flags: Flags) -> None:
             "generate.py needs --model, and one of --prompt TEXT, --data FILE with --out FILE, "
             "and --chat"
         )
+    if flags.rollout_url and (flags.chat or flags.no_repeat):
+        flag = "--chat" if flags.chat else "--no-repeat"
+        raise ValueError(f"{flag} needs each token as it is drawn: drop --rollout-url")
 
 
 def conditioned(prompt: str | list, flags: Flags) -> str | list:
@@ -212,6 +223,49 @@ def finished_rows(partial: Path, key: dict[str, str]) -> list[dict]:
     return entries[1:] if entries[:1] == [key] else []
 
 
+def from_model(
+    template: Template, flags: Flags, device: str, dtype: torch.dtype
+) -> Callable[..., list[Sample]]:
+    """Return a function that answers prompts with --model in this process, as `generate` does."""
+    return functools.partial(
+        generate,
+        load_model(flags.model, dtype, device),
+        max_new_tokens=flags.max_new_tokens,
+        temperature=flags.temperature,
+        top_k=flags.top_k,
+        top_p=flags.top_p,
+        stop_ids=template.stop_ids,
+        batch_size=flags.batch_size,
+        stop_texts=flags.stop,
+        decode=template.tokenizer.decode,
+        no_repeat=flags.no_repeat,
+        min_new_tokens=flags.min_new_tokens,
+    )
+
+
+def from_servers(template: Template, flags: Flags) -> Callable[..., list[Sample]]:
+    """Return a function that answers prompts with the servers of --rollout-url."""
+    config = RolloutConfig(
+        rollout_url=flags.rollout_url,
+        max_new_tokens=flags.max_new_tokens,
+        top_k=flags.top_k,
+        top_p=flags.top_p,
+        stop=flags.stop,
+        min_new_tokens=flags.min_new_tokens,
+    )
+    engine = Engine(template, config, learns=False)
+
+    def answer(
+        prompts: list[list[int]], n: int = 1, seed: int = 0, seeds: list | None = None
+    ) -> list[Sample]:
+        own = seeds or [[seed, k] for k in range(n * len(prompts))]
+        states = [np.random.SeedSequence(words).generate_state(1) for words in own]
+        numbers = [int(state[0]) for state in states]
+        return engine.sample(prompts, numbers, n, flags.temperature)
+
+    return answer
+
+
 def main(argv: list[str] | None = None) -> None:
     flags = parse(Flags, __doc__, argv)
     validate(flags)
@@ -231,20 +285,10 @@ def main(argv: list[str] | None = None) -> None:
             prompts.append(template.prompt(prompt))
         except ValueError as error:
             raise ValueError(f"row {number} of {flags.data or '--prompt'}: {error}") from None
-    answer = functools.partial(
-        generate,
-        load_model(flags.model, dtype, device),
-        max_new_tokens=flags.max_new_tokens,
-        temperature=flags.temperature,
-        top_k=flags.top_k,
-        top_p=flags.top_p,
-        stop_ids=template.stop_ids,
-        batch_size=flags.batch_size,
-        stop_texts=flags.stop,
-        decode=tokenizer.decode,
-        no_repeat=flags.no_repeat,
-        min_new_tokens=flags.min_new_tokens,
-    )
+    if flags.rollout_url:
+        answer = from_servers(template, flags)
+    else:
+        answer = from_model(template, flags, device, dtype)
     if flags.chat:
         chat(answer, template, flags)
         return

@@ -29,6 +29,7 @@ from kernels.linear import linear
 from kernels.logprob import linear_logprob, merge_partials
 from kernels.quantized import Format, Quantized, quantize, quantized_linear
 from kernels.rmsnorm import add_rms_norm, rms_norm
+from kernels.top_k import linear_buckets, linear_top_k
 from parallel import Group, Mesh, enter, exit, split, sum_over
 
 Start = Literal["normal", "residual", "ones", "zeros", "uniform"]
@@ -370,6 +371,19 @@ class Vocabulary(Layer):
         gather = self._gather if self.tp.n > 1 else None
         weights = self.weight, teacher_x, teacher.weight
         return linear_kl(x, *weights, divergence, mix, temperature, gather)
+
+    def top_k(self, x: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:
+        """Return the K likeliest tokens of each row, (M, K), and log-probs (M, K + 1).
+
+        The last is that of all others; see kernels/top_k.py. The same on every tensor rank.
+        """
+        gather = self._gather if self.tp.n > 1 else None
+        return linear_top_k(x, self.weight, k, temperature, self.first, gather)
+
+    def buckets(self, x: Tensor, ids: Tensor, temperature: float) -> Tensor:
+        """Return the logits / τ at K tokens of each row and log Σ exp of all others, (M, K + 1)."""
+        gather = self._gather if self.tp.n > 1 else None
+        return linear_buckets(x, self.weight, ids, temperature, self.first, gather)
 
     def _gather(self, partials: Tensor) -> Tensor:
         """Return the partials of all tensor ranks, (n, M, k), by an all-gather of k a token."""

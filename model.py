@@ -24,6 +24,7 @@ from architecture import GPTConfig
 from data.trees import TreeBatch
 from kernels.device import upload
 from kernels.kl import Divergence
+from kernels.top_k import bucket_divergence
 from layers import Linear, Norm, Vocabulary, Weight, weights_of
 from mixers import Angles, Attention, TreeView, View
 from mlp import MLP
@@ -304,6 +305,39 @@ class GPT(nn.Module):
         head = teacher.output
         result = self.output.kl(normed, head, teacher_states, divergence, mix, temperature)
         return self._assemble(teacher.close("head", result), places, batch)
+
+    def top_k(
+        self, hidden: Tensor, batch: TreeBatch, k: int, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """Return the K likeliest tokens at each scored place, (M, K), and log-probs (M, K + 1).
+
+        The last log-prob is that of all other tokens. All M on every rank. See kernels/top_k.py.
+        """
+        normed, places = self._states(self.open("head", hidden), batch)
+        ids, logps = self.output.top_k(normed, k, temperature)
+        return self._assemble(ids, places, batch), self._assemble(logps, places, batch)
+
+    def top_kl(
+        self,
+        hidden: Tensor,
+        batch: TreeBatch,
+        ids: Tensor,
+        teacher_logps: Tensor,
+        divergence: Divergence,
+        mix: float = 0.5,
+        temperature: float = 1.0,
+    ) -> Tensor:
+        """Return the divergence from a teacher's top K at each scored token, (M,), on every rank.
+
+        ids (M, K) and teacher_logps (M, K + 1) of the teacher's `top_k`; (M, K) where K is the
+        whole vocabulary.
+        """
+        normed, places = self._states(self.open("head", hidden), batch)
+        if places is not None:
+            ids, teacher_logps = ids[places], teacher_logps[places]
+        sums = self.output.buckets(normed, ids, temperature)[:, : teacher_logps.shape[1]]
+        result = bucket_divergence(teacher_logps, sums.log_softmax(1), divergence, mix)
+        return self._assemble(result, places, batch)
 
     def logits(self, hidden: Tensor, index: Tensor) -> Tensor:
         """Return the logits at places index (n,) of the flat row, (n, V); to sample from."""

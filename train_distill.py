@@ -13,6 +13,9 @@ divergence between the teacher's distribution and the student's over the whole v
 the teacher then corrects what the student really writes (GKD, Algorithm 1). Gradients do not flow
 through the sampling.
 
+--teacher-top-k K lets the teacher score the data once: its K likeliest tokens, and all others as
+one, are kept on disk, and no teacher is in memory while the student learns.
+
 Student and teacher must read the same tokens; sizes and families may differ.
 
 Watch kl, the mean divergence a token in nats: it falls fast, then slowly. On-policy it may rise at
@@ -29,7 +32,7 @@ import torch
 import runtime
 import training
 from commandline import parse
-from config import Amount, Number, Part, RolloutConfig, Share, Temperature
+from config import Amount, Count, Number, Part, RolloutConfig, Share, Temperature
 from data.dataset import Dataset
 from data.tokenizer import load_tokenizer
 from data.trees import TreeBatch
@@ -39,8 +42,9 @@ from passes import forward, make_batches
 from pipeline import pipeline
 from reporting import add, means
 from sampling import rollout
+from sampling.engine import connect
 from sampling.rewards import no_reward, same_tokens
-from sampling.server import Server
+from teacher import TopK, read_top_k, score_top_k, top_k_path
 
 
 @dataclass
@@ -48,6 +52,8 @@ class Config(RolloutConfig):
     batch_size: Number = 64  # examples an optimizer step, over all ranks
     lr: Amount = 1e-5  # peak learning rate; as for SFT, 1e-5 to 2e-5 for 7B models
     teacher: str = ""  # Hugging Face folder of the teacher, with the student's tokenizer
+    teacher_top_k: Count = 0  # likeliest tokens of the teacher, scored once and kept on disk, the
+    # others count as one; 16 to 128. 0: the whole vocabulary of a teacher in memory
     divergence: Divergence = "forward"  # forward covers the teacher, reverse keeps to its peaks
     mix: Part = 0.5  # β of jsd, α of the skewed ones (0.1 in DistiLLM); between 0 and 1
     distill_temperature: Temperature = 1.0  # of both distributions in the divergence; 1 to 2
@@ -73,13 +79,19 @@ def divergences(
     student: GPT,
     hidden: torch.Tensor,
     batch: TreeBatch,
-    teacher: GPT,
-    states: torch.Tensor,
+    teacher: GPT | None,
+    target: torch.Tensor | TopK,
     config: Config,
 ) -> torch.Tensor:
-    """Return the divergence at each scored token, (M,)."""
+    """Return the divergence at each scored token, (M,).
+
+    target: the teacher's states of the micro-batch, or its cached top K.
+    """
     settings = config.divergence, config.mix, config.distill_temperature
-    return student.kl(hidden, batch, teacher, states, *settings)
+    if isinstance(target, TopK):
+        ids, logps = target.of(batch)
+        return student.top_kl(hidden, batch, ids, logps, *settings)
+    return student.kl(hidden, batch, teacher, target, *settings)
 
 
 def is_on_policy(config: Config, step: int) -> bool:
@@ -88,26 +100,36 @@ def is_on_policy(config: Config, step: int) -> bool:
 
 
 @torch.no_grad()
-def evaluate(student: GPT, teacher: GPT, data: Dataset, config: Config) -> dict[str, float]:
-    """Return divergence and log-likelihood of a whole data set, under eval/."""
+def evaluate(
+    student: GPT, teacher: GPT | None, data: Dataset, top: TopK | None, config: Config
+) -> dict[str, float]:
+    """Return divergence and log-likelihood of a whole data set, under eval/.
+
+    top: the teacher's cache of it; None asks the teacher itself.
+    """
     totals: dict[str, torch.Tensor] = {}
     examples = np.arange(len(data))
-    states = teacher_states(teacher, make_batches(data, examples, config, student.mesh))
+    batches = make_batches(data, examples, config, student.mesh)
+    targets = [top] * len(batches) if top else teacher_states(teacher, batches)
     for i, (batch, hidden) in enumerate(forward(student, data, examples, config)):
-        kl = divergences(student, hidden, batch, teacher, states[i], config)
+        kl = divergences(student, hidden, batch, teacher, targets[i], config)
         nll = -student.logps(hidden, batch)
         add(totals, {"loss": kl + config.sft_weight * nll, "kl": kl, "nll": nll})
     row = means(totals, int(data.scored_len.sum()), student.mesh)
     return {f"eval/{name}": value for name, value in row.items()}
 
 
-def load_teacher(run: runtime.Run, student: GPT, config: Config) -> GPT:
-    """Load the frozen teacher. ValueError: it reads other tokens than the student."""
+def check_tokenizer(run: runtime.Run, config: Config) -> None:
+    """ValueError: the teacher reads other tokens than the student."""
     if not same_tokens(run.template.tokenizer, load_tokenizer(config.teacher)):
         raise ValueError(
             f"--teacher {config.teacher} has another tokenizer than --model {config.model}: "
             "distributions over different tokens cannot be compared"
         )
+
+
+def load_teacher(run: runtime.Run, student: GPT, config: Config) -> GPT:
+    """Load the frozen teacher. ValueError: it has another vocabulary than the student."""
     teacher = runtime.load_reference(run, student, config.teacher)
     if teacher.c.vocab != student.c.vocab:
         raise ValueError(
@@ -115,6 +137,26 @@ def load_teacher(run: runtime.Run, student: GPT, config: Config) -> GPT:
             f"{student.c.vocab}: pad the smaller embedding to the same size"
         )
     return teacher
+
+
+def cached_top_k(
+    run: runtime.Run, student: GPT, sets: list[tuple[Dataset, np.ndarray]], config: Config
+) -> list[TopK]:
+    """Return the teacher's top K of some examples of every data set.
+
+    The teacher is loaded only for what the cache lacks, and freed.
+    """
+    k, tau, folder = config.teacher_top_k, config.distill_temperature, config.teacher
+    teacher = None
+    tops = []
+    for data, examples in sets:
+        path = top_k_path(runtime.cache_folder(config), folder, student, data, examples, k, tau)
+        top = read_top_k(path, data, examples, student.mesh)
+        if top is None:
+            teacher = teacher or load_teacher(run, student, config)
+            top = score_top_k(path, teacher, data, examples, k, tau, config)
+        tops.append(top)
+    return tops
 
 
 def validate(config: Config) -> None:
@@ -135,6 +177,11 @@ def validate(config: Config) -> None:
         )
     if config.on_policy == 1 and config.sft_weight:
         raise ValueError("--sft-weight has no effect with --on-policy 1: drop one of them")
+    if config.on_policy == 1 and config.teacher_top_k:
+        raise ValueError(
+            "--teacher-top-k keeps what the teacher says of the data, which --on-policy 1 never "
+            "trains on: drop one of them"
+        )
     if config.divergence == "jsd" and config.mix == 0:
         raise ValueError("--mix must be above 0 for jsd, whose divergence it would make 0")
 
@@ -156,9 +203,16 @@ def main(argv: list[str] | None = None) -> None:
 
     # ---- model and teacher ---------------------------------------------------------------------
     student = runtime.load_model(run)
-    teacher = load_teacher(run, student, config)
+    check_tokenizer(run, config)
+    teacher, top, heldout_tops = None, None, dict.fromkeys(heldout)
+    if config.teacher_top_k:
+        scored = [(data, np.arange(len(data))) for data in heldout.values()]
+        top, *others = cached_top_k(run, student, [(train, steps.visited()), *scored], config)
+        heldout_tops = dict(zip(heldout, others))
+    if config.on_policy or top is None:  # samples are new: the teacher has to be there
+        teacher = load_teacher(run, student, config)
     print(training.describe(student, train.tree_lengths(config.share_prompts), steps, config))
-    server = Server(template, config) if config.rollout_url else None
+    server = connect(template, config, prompts)
     optimizer = runtime.make_optimizer(student, config)
     loop = training.begin(run, steps, optimizer)
     rollout.drop_samples_after(loop.state.step, config, mesh)
@@ -176,10 +230,11 @@ def main(argv: list[str] | None = None) -> None:
         # Counted over the whole step: the loss does not depend on how it is cut into micro-batches.
         n_scored = int(data.scored_len[data.responses_of(examples)].sum())
 
-        states = teacher_states(teacher, batches)
+        cached = top and not on_policy
+        targets = [top] * len(batches) if cached else teacher_states(teacher, batches)
         totals: dict[str, torch.Tensor] = {}
         for i, (batch, hidden) in enumerate(pipeline(student, batches, optimizer)):
-            kl = divergences(student, hidden, batch, teacher, states[i], config)  # (M,)
+            kl = divergences(student, hidden, batch, teacher, targets[i], config)  # (M,)
             loss = kl
             if sft_weight:
                 nll = -student.logps(hidden, batch)
@@ -197,7 +252,8 @@ def main(argv: list[str] | None = None) -> None:
         training.report_step(loop, row, tokens, batches)
         if heldout and training.evaluation_due(loop):
             results = {
-                name: evaluate(student, teacher, data, config) for name, data in heldout.items()
+                name: evaluate(student, teacher, data, heldout_tops[name], config)
+                for name, data in heldout.items()
             }
             result = training.report_evaluation(loop, results)
             training.print_samples(loop, student, heldout)

@@ -121,13 +121,18 @@ def takes(config: Config, names: tuple[str, ...]) -> bool:
 
 
 @torch.no_grad()
-def all_pairs(model: GPT, data: Dataset, examples: np.ndarray, config: Config) -> Pairs:
-    """Return the pairs of some examples, those of all ranks, in their order, (n,) each."""
-    pairs = torch.zeros(len(data), len(Pairs._fields), dtype=torch.float64, device=model.device)
+def all_pairs(
+    model: GPT, data: Dataset, examples: np.ndarray, config: Config
+) -> tuple[Pairs, torch.Tensor]:
+    """Return what `policy_pairs` does, of examples of all ranks, in their order, (n,) each."""
+    width = len(Pairs._fields) + 1
+    table = torch.zeros(len(data), width, dtype=torch.float64, device=model.device)
     for batch, hidden in forward(model, data, examples, config):
-        columns = [column.double() for column in policy_pairs(model, hidden, batch, config)[0]]
-        pairs[batch.examples] = torch.stack(columns, 1)
-    return Pairs(*model.mesh.sum(pairs[torch.from_numpy(examples).to(pairs.device)]).unbind(1))
+        pairs, chosen = policy_pairs(model, hidden, batch, config)
+        table[batch.examples] = torch.stack([column.double() for column in (*pairs, chosen)], 1)
+    table = model.mesh.sum(table[torch.from_numpy(examples).to(table.device)])
+    *columns, chosen = table.unbind(1)
+    return Pairs(*columns), chosen
 
 
 def step_losses(
@@ -139,7 +144,7 @@ def step_losses(
     """
     if not takes(config, losses.WHOLE_STEP_LOSSES) or len(batches) * model.mesh.dp == 1:
         return None
-    pairs = all_pairs(model, data, examples, config)
+    pairs, _ = all_pairs(model, data, examples, config)
     chosen, rejected = pairs.chosen.requires_grad_(), pairs.rejected.requires_grad_()
     per_pair, _ = pair_losses(pairs, config)
     return StepLosses(examples.tolist(), chosen, rejected, per_pair)
@@ -155,11 +160,11 @@ def next_delta(state: dict[str, float], row: dict[str, float], n: int) -> dict[s
 @torch.no_grad()
 def evaluate(model: GPT, data: Dataset, config: Config, delta: float) -> dict[str, float]:
     """Return loss and metrics over a whole data set, under eval/."""
-    pairs = all_pairs(model, data, np.arange(len(data)), config)
+    pairs, chosen = all_pairs(model, data, np.arange(len(data)), config)
     per_pair, metrics = pair_losses(pairs, config, delta)
     row = {name: column.mean().item() for name, column in {"loss": per_pair, **metrics}.items()}
     if config.sft_weight:
-        row["nll"] = -(pairs.chosen.sum() / pairs.len_chosen.sum()).item()
+        row["nll"] = -(chosen.sum() / pairs.len_chosen.sum()).item()
         row["loss"] += config.sft_weight * row["nll"]
     return {f"eval/{name}": value for name, value in row.items()}
 

@@ -147,10 +147,14 @@ def evaluate(model: GPT, data: Dataset, config: Config, delta: float) -> dict[st
     """Return loss and metrics over a whole data set, treated as one large step, under eval/."""
     examples = np.arange(len(data))
     z = reference_point(model, data, examples, config)
+    n_good_tokens = count_good_tokens(data, examples)
     totals: dict[str, torch.Tensor] = {}
     for batch, hidden in forward(model, data, examples, config, only=OWN):
-        (ratio, _), label = log_ratios(model, hidden, batch, config), batch.columns["label"]
+        (ratio, logps), label = log_ratios(model, hidden, batch, config), batch.columns["label"]
         per_example, metrics = example_losses(ratio, label, z, config, delta)
+        if config.sft_weight:
+            metrics["nll"] = -logps * label * len(data) / max(1, n_good_tokens)
+            per_example = per_example + config.sft_weight * metrics["nll"]
         add(totals, {"loss": per_example, **metrics})
     row = means(totals, len(data), model.mesh)
     row = by_class(row, len(data), count_good(data, examples))
@@ -162,6 +166,12 @@ def evaluate(model: GPT, data: Dataset, config: Config, delta: float) -> dict[st
 def count_good(data: Dataset, examples: np.ndarray) -> float:
     """Return how many of some examples are desirable."""
     return float(data.columns["label"][data.response_start[examples]].sum())
+
+
+def count_good_tokens(data: Dataset, examples: np.ndarray) -> int:
+    """Return how many scored tokens the desirable ones of some examples have."""
+    own = data.response_start[examples]
+    return int(data.scored_len[own] @ (data.columns["label"][own] > 0))
 
 
 def make_trees(data: Dataset, order: list[np.ndarray], config: Config) -> Dataset:
@@ -224,8 +234,7 @@ def main(argv: list[str] | None = None) -> None:
         # Counted over the whole step: the loss does not depend on how it is cut into micro-batches.
         n_examples = len(examples)
         n_good = count_good(train, examples)
-        own = train.response_start[examples]
-        n_good_tokens = int(train.scored_len[own] @ (train.columns["label"][own] > 0))
+        n_good_tokens = count_good_tokens(train, examples)
         delta = bco_delta(loop.state.extra)
         z = reference_point(model, train, examples, config)
 

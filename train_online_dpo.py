@@ -41,10 +41,10 @@ from passes import make_batches
 from pipeline import pipeline
 from reference import first_reference, renew_reference
 from reporting import add, means
-from sampling import rollout
+from sampling import ahead, rollout, source
+from sampling.engine import connect
 from sampling.rewards import Reward, load_reward, no_reward
 from sampling.rollout import Rollout
-from sampling.server import Server
 
 
 @dataclass
@@ -207,7 +207,7 @@ def main(argv: list[str] | None = None) -> None:
     # ---- model and reference -------------------------------------------------------------------
     model = runtime.load_model(run)
     print(training.describe(model, rollout.tree_limits(train, config), steps, config))
-    server = Server(template, config) if config.rollout_url else None
+    server = connect(template, config, train)
     optimizer = runtime.make_optimizer(model, config)
     loop = training.begin(run, steps, optimizer)
     ref = first_reference(run, model, config.ref, config.ref_every, loop.state.step)
@@ -222,11 +222,11 @@ def main(argv: list[str] | None = None) -> None:
     for step in training.remaining(loop):
         examples = steps.examples(step)
         prompts = train.take(examples)
-        sample = rollout.make_sampler(model, template, config, server)
+        sample = source.make_sampler(model, template, config, server)
         if config.ref_samples:
-            from_ref = rollout.local_sampler(ref, template, config)
-            sample = rollout.with_reference(sample, from_ref, config.ref_samples)
-        seeds = rollout.seeds(config.seed, step + 1, len(prompts.ids), config.group_size)
+            from_ref = source.local_sampler(ref, template, config)
+            sample = source.with_reference(sample, from_ref, config.ref_samples)
+        seeds = ahead.seeds(config.seed, step + 1, len(prompts.ids), config.group_size)
         samples = rollout.collect(
             prompts, sample, reward, template, config, mesh, seeds, config.temperature
         )

@@ -37,10 +37,10 @@ from model import GPT
 from pipeline import pipeline
 from reporting import add, means
 from sampling import rollout, updates
+from sampling.engine import connect
 from sampling.gap import ServerCheck
 from sampling.rewards import load_reward, same_tokens
 from sampling.rollout import Rollout
-from sampling.server import Server
 
 
 @dataclass
@@ -128,7 +128,7 @@ def policy_losses(
     advantage, clip = batch.token_columns["advantage"], config.clip_ratio
     surrogate, clipped = losses.clipped_surrogate(ratio, advantage, clip, clip)
     metrics = {"ratio": ratio, "clip_fraction": clipped, "entropy": entropy}
-    if config.engine_correction != "none":
+    if "engine_weight" in batch.token_columns:
         surrogate = surrogate * batch.token_columns["engine_weight"]
     return surrogate - config.entropy_weight * entropy, metrics
 
@@ -205,7 +205,7 @@ def main(argv: list[str] | None = None) -> None:
     ref = None
     if config.kl or config.ref:  # the folder: a resumed run must not use its half-trained policy
         ref = runtime.load_reference(run, model, config.ref)
-    server = Server(template, config) if config.rollout_url else None
+    server = connect(template, config, train, steps)
     check_server = ServerCheck(config, run.dtype)
     optimizer = runtime.make_optimizer(model, config)
     critic_optimizer = runtime.make_optimizer(critic, config)

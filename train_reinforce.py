@@ -32,11 +32,11 @@ from kernels.device import upload
 from pipeline import pipeline
 from reporting import add, means
 from sampling import refill, rollout, updates
+from sampling.engine import connect
 from sampling.gap import ServerCheck
 from sampling.named import read_weights
 from sampling.rewards import load_reward
 from sampling.rollout import Rollout
-from sampling.server import Server
 
 
 @dataclass
@@ -148,7 +148,7 @@ def policy_loss(
         config.dual_clip,
         columns.get("marked"),
     )  # (M,)
-    if config.engine_correction != "none":
+    if "engine_weight" in columns:
         per_token = per_token * columns["engine_weight"]
     if config.kl and config.kl_in == "loss":
         kl = losses.kl_estimate(logps, columns["ref_logps"], config.kl_estimator)
@@ -224,7 +224,7 @@ def main(argv: list[str] | None = None) -> None:
     ref = None
     if config.kl or config.ref:  # the folder: a resumed run must not use its half-trained policy
         ref = runtime.load_reference(run, model, config.ref)
-    server = Server(template, config) if config.rollout_url else None
+    server = connect(template, config, train, steps)
     check_server = ServerCheck(config, run.dtype)
     optimizer = runtime.make_optimizer(model, config)
     loop = training.begin(run, steps, optimizer)
@@ -267,7 +267,7 @@ def main(argv: list[str] | None = None) -> None:
             if config.mask_cut:  # 0 tokens of the samples without a loss
                 ended = samples.ended[samples.data.responses_of(update.prompts)]
                 lengths = lengths * upload(ended, run.device)
-            batches = [make_batch(samples.data, bin, config.share_prompts) for bin in update.bins]
+            batches = [make_batch(samples.data, part, config.share_prompts) for part in update.bins]
             for batch, hidden in pipeline(model, batches, optimizer):
                 logps = model.logps(hidden, batch, config.temperature)  # (M,)
                 loss, metrics = policy_loss(logps, batch, lengths, config)

@@ -55,7 +55,7 @@ def run_plumb(spec: dict) -> dict:
         samples.append([sample.tokens for sample in rollout.samples])
         return rollout
 
-    script.rollout.collect = collect_and_keep
+    script.refill.collect = collect_and_keep
     runtime.Template = EndlessTemplate
     if "replay" in spec:
         given, zeros = iter(spec["replay"]), [0.0] * NEW_TOKENS
@@ -63,7 +63,7 @@ def run_plumb(spec: dict) -> dict:
         def replay(*_):
             return [Sample(ids, zeros, zeros, False) for ids in next(given)]
 
-        script.rollout.make_sampler = lambda *_: replay
+        script.refill.make_sampler = lambda *_: replay
     flags = f"--group-size {GROUP} --max-new-tokens {NEW_TOKENS} --reward length:{REWARD_WORDS}"
     flags += " --advantage grpo --loss grpo --aggregate token --kl 0 --log-samples 0"
     script.main(plumb_command(spec, *flags.split())[2:])

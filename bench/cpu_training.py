@@ -12,8 +12,8 @@ from cpu_process import CLOCKS, ROOT, call, medians, start, timed
 from cpu_rows import BATCH, MAX_LENGTH, choose_pairs, digest, read_rows, steps_reversed
 
 BETA = 0.1  # of DPO and KTO
-LR = {"dpo": 5e-7, "rm": 1e-5, "kto": 5e-7, "grpo": 1e-6}
-SCRIPTS = {"grpo": "reinforce"}  # named otherwise than the algorithm
+LR = {"dpo": 5e-7, "rm": 1e-5, "kto": 5e-7, "grpo": 1e-6, "gkd": 1e-4}
+SCRIPTS = {"grpo": "reinforce", "gkd": "distill"}  # named otherwise than the algorithm
 RUNS = {"plumb": "plumb", "stock": "TRL stock", "precompute": "TRL precompute"}
 
 

@@ -20,6 +20,10 @@
     and loss_type="dapo", one update a rollout: 8 samples of 64 tokens, no early stop, to each of 4
     prompts a step, rewarded by length:50. The two draw different samples, so plumb also trains on
     TRL's (untimed): rewards and gradient norms must agree.
+--algorithm gkd  train_distill.py, with the live teacher and with its top K on disk, against
+    GKDTrainer (trl.experimental) with lmbda=0: the chosen answers are the data. The teacher is a
+    wider random Llama, or that of --teacher. --divergences: jsd (beta 0.5), forward (0),
+    reverse (1).
 
 --lora RANK gives all linears of the blocks adapters, TRL's by peft; both start from the same ones.
 
@@ -41,6 +45,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from cpu_distill import DIVERGENCES, compare_distill
 from cpu_grpo import compare_grpo
 from cpu_process import ROOT, start
 from cpu_rows import BATCH, WORKLOADS
@@ -61,6 +66,7 @@ COMPARE = {
     "kto": compare_training,
     "generate": compare_sampling,
     "grpo": compare_grpo,
+    "gkd": compare_distill,
 }
 
 
@@ -138,6 +144,8 @@ def parse_arguments() -> argparse.Namespace:
     flag("--data", nargs="+", required=True, help="preference files, JSONL")
     flag("--tokenizer", help="tokenizer.model, or a folder with a Llama tokenizer")
     flag("--model", help="a Hugging Face Llama with its tokenizer, instead of random weights")
+    flag("--teacher", help="a Hugging Face Llama of the same vocabulary, for gkd")
+    flag("--divergences", nargs="+", choices=DIVERGENCES, default=["jsd"], help="of gkd")
     flag("--lora", type=int, default=0, help="rank of adapters; 0 trains all weights")
     flag("--algorithm", nargs="+", choices=COMPARE, default=["dpo"], help="what to compare")
     flag("--workloads", nargs="+", choices=WORKLOADS, default=["long prompts", "long answers"])

@@ -3,11 +3,12 @@
 import math
 from typing import Any
 
-from plots.series import Series, against, distributions, smoothed
+from plots.series import Series, against, distributions, evaluation_of, evaluations, smoothed
 
 PANEL = (4.4, 2.8)  # width and height of one panel in inches
 DPI = 120
 BINS = 20  # of a histogram
+MARKERS = "osD^v*"  # of evaluation sets
 HISTOGRAM = "histogram:"  # opens a key
 TITLE: dict[str, Any] = {"fontsize": 11, "fontweight": "bold"}
 
@@ -31,12 +32,14 @@ def draw(
     except ImportError as error:
         raise ImportError("plot.py needs matplotlib: pip install matplotlib") from error
     panels = len(keys) + (2 if scores else 0)
+    sets = {name for run in runs.values() for key in keys for name in evaluations(run, key)}
+    markers = {name: MARKERS[i % len(MARKERS)] for i, name in enumerate(sorted(sets))}
     columns = min(panels, 2 if panels in (2, 4) else 3)
     rows = math.ceil(panels / columns)
     # A letter of the legend takes about 0.085 inches, the line beside it 0.7.
     entry_inches = 0.085 * max(map(len, [*runs, "evaluation"])) + 0.7
     legend_columns = max(1, int(columns * PANEL[0] / entry_inches))
-    legend_inches = 0.15 + 0.21 * math.ceil((len(runs) + 1) / legend_columns)
+    legend_inches = 0.15 + 0.21 * math.ceil((len(runs) + max(1, len(sets))) / legend_columns)
     height = rows * PANEL[1] + legend_inches
     figure = Figure(figsize=(columns * PANEL[0], height))
     below_legend = (0, 0, 1, 1 - legend_inches / height)
@@ -52,7 +55,7 @@ def draw(
             if key.startswith(HISTOGRAM):
                 draw_histogram(axes, samples[name], key.removeprefix(HISTOGRAM), colors[name])
             else:
-                draw_run(axes, run, key, weight, colors[name])
+                draw_run(axes, run, key, weight, colors[name], markers)
         label_axes(axes, key)
     if scores:
         bars = figure.add_subplot(rows, columns, panels - 1)
@@ -63,9 +66,8 @@ def draw(
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color("0.6")
 
-    evaluated = any(f"eval/{key}" in run for run in runs.values() for key in keys)
     figure.legend(
-        handles=legend_handles(colors, evaluated),
+        handles=legend_handles(colors, markers),
         loc="upper center",
         ncols=legend_columns,
         frameon=False,
@@ -104,8 +106,13 @@ def draw_histogram(axes: Any, samples: list[dict], name: str, color: Any) -> Non
         axes.hist(values, edges, weights=share, color=color, **style)
 
 
-def draw_run(axes: Any, run: Series, key: str, weight: float, color: Any) -> None:
-    """Draw one metric of a run: measured and smoothed, evaluation as dots; "y~x": y over x."""
+def draw_run(
+    axes: Any, run: Series, key: str, weight: float, color: Any, markers: dict[str, str]
+) -> None:
+    """Draw one metric of a run: measured and smoothed, evaluation as dots; "y~x": y over x.
+
+    markers: of every evaluation set, by its name.
+    """
     if "~" in key:
         x, y = against(run, key, weight)
         axes.plot(x, y, color=color, linewidth=1.5)
@@ -120,9 +127,18 @@ def draw_run(axes: Any, run: Series, key: str, weight: float, color: Any) -> Non
             averages = smoothed(values, weight)
             axes.plot(steps, values, color=color, alpha=0.22, linewidth=1, marker=marker)
             axes.plot(steps, averages, color=color, linewidth=1.8, marker=marker)
-    if f"eval/{key}" in run:
-        steps, values = zip(*run[f"eval/{key}"])
-        axes.plot(steps, values, "o:", color=color, linewidth=1, ms=5, mec="white", zorder=3)
+    for name in evaluations(run, key):
+        steps, values = zip(*run[evaluation_of(key, name)])
+        axes.plot(
+            steps,
+            values,
+            markers[name] + ":",
+            color=color,
+            linewidth=1,
+            ms=5,
+            mec="white",
+            zorder=3,
+        )
 
 
 def draw_scores(
@@ -166,14 +182,15 @@ def draw_scores(
     scatter.set_ylabel("share of good answers", fontsize=10)
 
 
-def legend_handles(colors: dict[str, Any], evaluated: bool) -> list:
-    """Return a line for each run, and one for evaluation if there is any."""
+def legend_handles(colors: dict[str, Any], markers: dict[str, str]) -> list:
+    """Return a line for each run, and one for each evaluation set by its name."""
     from matplotlib.lines import Line2D
 
     handles = [
         Line2D([], [], color=color, linewidth=2.2, label=name) for name, color in colors.items()
     ]
-    if evaluated:
-        style: dict[str, Any] = {"color": "0.35", "linestyle": ":", "marker": "o", "markersize": 5}
-        handles.append(Line2D([], [], label="evaluation", **style))
+    for name, marker in markers.items():
+        style: dict[str, Any] = {"color": "0.35", "linestyle": ":", "marker": marker}
+        style["markersize"] = 5
+        handles.append(Line2D([], [], label=f"evaluation {name}".strip(), **style))
     return handles

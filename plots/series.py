@@ -118,7 +118,8 @@ def table(runs: dict[str, Series], keys: list[str]) -> list[list[str]]:
     for key in keys:
         if "~" in key or key.startswith("histogram:"):
             continue
-        for name in (key, f"eval/{key}"):
+        sets = sorted({name for run in runs.values() for name in evaluations(run, key)})
+        for name in (key, *(evaluation_of(key, name) for name in sets)):
             if any(name in run for run in runs.values()):
                 rows.append([name, *(_cell(run.get(name, []), name) for run in runs.values())])
     return rows
@@ -152,7 +153,25 @@ def has(run: Series, key: str) -> bool:
     if "~" in key:
         x, _ = against(run, key, 0.0)
         return bool(x)
-    return key in run or f"eval/{key}" in run
+    return key in run or bool(evaluations(run, key))
+
+
+def evaluation_of(key: str, name: str) -> str:
+    """Return the name of a metric on an evaluation set; name "": the one without a name."""
+    return f"eval/{name}/{key}" if name else f"eval/{key}"
+
+
+def evaluations(run: Series, key: str) -> list[str]:
+    """Return the names of the evaluation sets on which a run has a metric, "" before others."""
+    names = []
+    for metric in run:
+        if metric == f"eval/{key}":
+            names.append("")
+        elif metric.startswith("eval/") and metric.endswith(f"/{key}"):
+            name = metric.removeprefix("eval/").removesuffix(f"/{key}")
+            if "/" not in name:
+                names.append(name)
+    return sorted(names)
 
 
 def against(run: Series, key: str, weight: float) -> tuple[list[float], list[float]]:

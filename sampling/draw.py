@@ -18,6 +18,13 @@ def truncated(config: RolloutConfig) -> bool:
     return bool(config.top_k or config.top_p < 1 or config.min_new_tokens)
 
 
+def correction(config: RolloutConfig) -> str:
+    """Return what --engine-correction means: none, truncate or mask."""
+    if config.engine_correction != "auto":
+        return config.engine_correction
+    return "truncate" if config.rollout_ahead else "none"
+
+
 def check_drawing(config: RolloutConfig) -> None:
     """Raise ValueError for flags of drawing that no sampler can follow."""
     if config.min_new_tokens >= config.max_new_tokens:
@@ -27,7 +34,7 @@ def check_drawing(config: RolloutConfig) -> None:
         )
     if not all(config.stop):
         raise ValueError("--stop with an empty text would end every sample at once: drop it")
-    if truncated(config) and config.rollout_url and config.engine_correction != "none":
+    if truncated(config) and config.rollout_url and correction(config) != "none":
         raise ValueError(
             "--engine-correction with --top-k, --top-p or --min-new-tokens needs the log-probs "
             "after truncation, which servers do not report: drop one of them, or --rollout-url"

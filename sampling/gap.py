@@ -47,6 +47,7 @@ class ServerCheck:
     def __init__(self, config: RolloutConfig, dtype: torch.dtype):
         self.config = config
         self.dtype = dtype
+        self.urls = " ".join(config.rollout_url)
         self.first: float | None = None  # gap of the first rollout
         self.warned = False
 
@@ -64,7 +65,7 @@ class ServerCheck:
         if gap is None or known < MIN_TOKENS:
             if gap is None and not self.warned:
                 print(
-                    f"warning: {self.config.rollout_url} reports no log-probs, so nothing would "
+                    f"warning: {self.urls} reports no log-probs, so nothing would "
                     "show that it samples from old weights: use a server that does (vLLM, SGLang)"
                 )
                 self.warned = True
@@ -72,6 +73,8 @@ class ServerCheck:
         if self.first is None:
             self._check_first(gap)
             self.first = gap
+        if samples.age:  # the policy has moved since: engine/kl says how far
+            return
         ref_gap = gap
         if ref_logps is not None and self.config.temperature == 1:
             ref_gap = mean_gap(samples.logps, ref_logps.numpy())
@@ -81,16 +84,17 @@ class ServerCheck:
             if ref_gap < gap / 2:
                 serves = f"the reference's weights ({ref_gap:.2g} nats a token from them)"
             reload = self.config.rollout_reload
+            how = f"--rollout-reload {reload!r} did not load" if reload else "it did not load"
             raise ValueError(
                 f"stale server: sampler_gap is {gap:.2g} nats a token and was {self.first:.2g} at "
-                f"first: {self.config.rollout_url} still serves {serves}, because "
-                f"--rollout-reload {reload!r} did not load {self.config.out}/rollout: fix that "
-                "command"
+                f"first: {self.urls} still serves {serves}, because {how} "
+                f"{self.config.out}/rollout: "
+                + ("fix that command" if reload else "restart it, and go on with --resume auto")
             )
 
     def _check_first(self, gap: float) -> None:
         """Tell another model (ValueError) from another precision (a note) and from rounding."""
-        url = self.config.rollout_url
+        url = self.urls
         if not gap <= OTHER_WEIGHTS:
             raise ValueError(
                 f"wrong server: sampler_gap is {gap:.2g} nats a token, and another precision "

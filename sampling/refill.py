@@ -7,15 +7,19 @@ a function of (weights, seed, step), so a resumed run draws the same ones.
 Letters: n prompts of a step, G samples each, R = n G responses.
 """
 
+import time
+
 import numpy as np
 
 from config import RolloutConfig
 from data.dataset import Prompts
 from data.templates import Template
 from model import GPT
+from sampling.ahead import seeds
+from sampling.engine import Engine
 from sampling.rewards import Reward
-from sampling.rollout import Rollout, collect, make_sampler, seeds, trees
-from sampling.server import Server
+from sampling.rollout import Rollout, collect, trees
+from sampling.source import make_sampler
 
 
 def draw(
@@ -27,7 +31,7 @@ def draw(
     reward: Reward,
     template: Template,
     config: RolloutConfig,
-    server: Server | None,
+    server: Engine | None,
 ) -> tuple[Rollout, dict[str, float]]:
     """Draw the samples of step `step` (from 1), and refill at most `rounds` times. Collective.
 
@@ -35,7 +39,9 @@ def draw(
     first, and metrics: refill/groups, how many were drawn, and refill/spread, the share of those
     with spread. If too few have spread, groups without fill the step.
     """
-    sample = make_sampler(model, template, config, server)
+    started = time.perf_counter()
+    sample = make_sampler(model, template, config, server, step)
+    transfer = time.perf_counter() - started
     rng = np.random.default_rng([config.seed, step, 1])
     others = rng.permutation(np.setdiff1d(np.arange(len(train.ids)), examples))
     n, group = len(examples), config.group_size
@@ -63,7 +69,10 @@ def draw(
     # With spread before without, each in the order of drawing; then all in that order again.
     kept = np.sort(np.argsort(~spread, kind="stable")[:n])  # (n,)
     row = {"refill/groups": float(len(drawn)), "refill/spread": spread.mean().item()}
-    return _select(parts, train.take(drawn[kept]), kept, group), row
+    samples = _select(parts, train.take(drawn[kept]), kept, group)
+    if server:
+        samples.record_server(server, step, transfer)
+    return samples, row
 
 
 def _select(parts: list[Rollout], prompts: Prompts, kept: np.ndarray, group: int) -> Rollout:

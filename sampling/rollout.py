@@ -32,15 +32,15 @@ from data.templates import Template
 from disk import drop_rows_after
 from model import GPT
 from parallel import Mesh
-from sampling.draw import check_drawing
+from sampling.ahead import Sampler, seeds
+from sampling.draw import check_drawing, correction
+from sampling.engine import Engine
 from sampling.named import read_weights, totals
+from sampling.reload import reload_words
 from sampling.rewards import Reward, leader
-from sampling.sampler import Sample, generate
-from sampling.server import Server, reload_words
-from weights.folder import load_model, save_model
+from sampling.sampler import Sample
+from sampling.source import make_sampler
 
-# (prompts as token ids, a seed per sample, samples per prompt, temperature) -> samples by prompt.
-Sampler = Callable[[list[list[int]], list[int], int, float], list[Sample]]
 LOGGED_PROMPTS = 4  # of a step: their samples go to OUT/samples.jsonl
 
 
@@ -54,9 +54,11 @@ class Rollout:
     rewards: np.ndarray  # (R,) fp64, less the `length_penalty`
     ended: np.ndarray  # (R,) bool
     data: Dataset  # n trees; token column `token_index` numbers the M scored tokens
-    seconds: dict[str, float]  # by phase: rollout, scoring, and what `lap` adds
+    seconds: dict[str, float]  # by phase: rollout, scoring, transfer of weights to a server, and
+    # what `lap` adds
     lap_started: float = 0.0  # when the last phase ended
     named: dict[str, np.ndarray] = field(default_factory=dict)  # several rewards, (R,) each
+    age: int | None = None  # steps since the weights that drew them, with --rollout-ahead
 
     @property
     def scored_lengths(self) -> np.ndarray:
@@ -96,7 +98,17 @@ class Rollout:
         row |= {f"reward/{name}": column.mean().item() for name, column in self.named.items()}
         row["completions/mean_length"] = self.data.response_len.mean().item()
         row["completions/ended"] = self.ended.mean().item()
+        if self.age is not None:
+            row["rollout/age"] = self.age
         return row
+
+    def record_server(self, server: Engine, step: int, seconds: float) -> None:
+        """Record the age of samples that servers drew, and seconds of transfer and of waiting."""
+        if server.ahead:
+            self.age = server.ahead.age(step)
+            seconds -= server.ahead.waited
+            self.seconds["rollout"] += server.ahead.waited
+        self.seconds["transfer"] = seconds
 
     def lap(self, phase: str) -> None:
         """Add the time since the last phase ended to `phase`."""
@@ -118,26 +130,31 @@ class Rollout:
         row = {}
         for phase, seconds in self.seconds.items():
             row[f"{phase}_seconds"] = seconds
-            row[f"{phase}_tokens_per_second"] = tokens[phase] / seconds
+            if phase in tokens:
+                row[f"{phase}_tokens_per_second"] = tokens[phase] / seconds
         return row
 
 
 def refuse_correction(config: RolloutConfig, why: str) -> None:
-    """Raise ValueError where --engine-correction is asked for and has no effect."""
-    if config.engine_correction != "none":
+    """Raise ValueError where --engine-correction or --rollout-ahead is asked for in vain."""
+    if config.rollout_ahead:
+        raise ValueError(f"--rollout-ahead is for train_reinforce.py and train_ppo.py: {why}")
+    if correction(config) != "none":
         raise ValueError(f"--engine-correction is for train_reinforce.py and train_ppo.py: {why}")
 
 
 def validate(config: RolloutConfig) -> None:
     """Raise ValueError for flags that no training from samples can run with."""
-    if config.engine_correction == "none" and (
-        config.engine_by != "token" or config.engine_cap != 2.0
-    ):
+    if correction(config) == "none" and (config.engine_by != "token" or config.engine_cap != 2.0):
         raise ValueError("--engine-by and --engine-cap are for --engine-correction: set it as well")
-    if config.rollout_url and not config.rollout_reload:
+    if config.rollout_reload and not config.rollout_url:
+        raise ValueError("--rollout-reload is for --rollout-url: give the server's address as well")
+    if config.rollout_ahead and not config.rollout_url:
+        raise ValueError("--rollout-ahead is for --rollout-url: this process cannot draw and train")
+    if config.rollout_ahead and getattr(config, "refill", 0):
         raise ValueError(
-            "--rollout-url without --rollout-reload would sample from the initial weights forever: "
-            "give the command that loads new weights"
+            "--refill chooses prompts by the rewards of the first draw, and --rollout-ahead draws "
+            "before that: drop one of the two"
         )
     check_drawing(config)
     reload_words(config.rollout_reload)
@@ -197,85 +214,6 @@ def check_fits(prompts: Prompts, config: RolloutConfig) -> None:
 
 
 # ---- sampling --------------------------------------------------------------------------------
-
-
-def seeds(seed: int, step: int, n: int, group: int) -> list[int]:
-    """Return a seed for each of `group` samples to each of n prompts, prompt by prompt.
-
-    step: from 1; 0 is the evaluation. A seed depends on (seed, step, prompt, sample) alone.
-    """
-    return [
-        int(np.random.SeedSequence([seed, step, i, k]).generate_state(1, np.uint64)[0] >> 1)
-        for i in range(n)
-        for k in range(group)
-    ]
-
-
-def local_sampler(model: GPT, template: Template, config: RolloutConfig) -> Sampler:
-    """Return a sampler that draws from a model in this process, with its current weights."""
-
-    def sample(ids: list[list[int]], seeds: list[int], n: int, temperature: float) -> list[Sample]:
-        with model.whole():
-            return generate(
-                model,
-                ids,
-                config.max_new_tokens,
-                temperature,
-                config.top_k,
-                config.top_p,
-                stop_ids=template.stop_ids,
-                batch_size=config.rollout_batch,
-                n=n,
-                seeds=seeds,
-                stop_texts=config.stop,
-                decode=template.tokenizer.decode,
-                min_new_tokens=config.min_new_tokens,
-            )
-
-    return sample
-
-
-def make_sampler(
-    model: GPT, template: Template, config: RolloutConfig, server: Server | None = None
-) -> Sampler:
-    """Return a sampler that draws from the policy with its current weights. Collective.
-
-    Only a `leader`'s samples count. A server receives the weights first (with --rollout-reload).
-    With pipeline stages no rank has a whole model to sample from: the leaders load one, by way of
-    OUT/rollout, for as long as they sample. If that does not fit, use a server.
-    """
-    mesh = model.mesh
-    if server is None and mesh.pp == 1:
-        return local_sampler(model, template, config)
-    folder = Path(config.out).resolve() / "rollout"
-    if server is None or config.rollout_reload:
-        save_model(model, folder, config.model, template)
-    if server and config.rollout_reload:
-        mesh.ask(lambda: server.reload(folder))
-    if not leader(mesh):
-        return lambda ids, seeds, n, temperature: []
-    if server:
-        return server.sample
-    return local_sampler(load_model(folder, model.dtype, model.device), template, config)
-
-
-def with_reference(policy: Sampler, ref: Sampler, count: int) -> Sampler:
-    """Return a sampler whose last `count` samples to each prompt are the reference's."""
-
-    def sample(ids: list[list[int]], seeds: list[int], n: int, temperature: float) -> list[Sample]:
-        table = np.array(seeds).reshape(len(ids), n)
-        own = n - count
-        parts = [(policy, table[:, :own]), (ref, table[:, own:])]
-        drawn: list[list[Sample]] = [[] for _ in ids]
-        for sampler, part in parts:
-            if not part.shape[1]:
-                continue
-            flat = sampler(ids, part.ravel().tolist(), part.shape[1], temperature)
-            for i in range(len(ids)):
-                drawn[i] += flat[i * part.shape[1] : (i + 1) * part.shape[1]]
-        return [one for group in drawn for one in group]
-
-    return sample
 
 
 def collect(
@@ -360,14 +298,19 @@ def draw(
     reward: Reward,
     template: Template,
     config: RolloutConfig,
-    server: Server | None,
+    server: Engine | None,
 ) -> Rollout:
     """Draw and score the samples of training step `step` (from 1) from the policy. Collective."""
-    sample = make_sampler(model, template, config, server)
+    started = time.perf_counter()
+    sample = make_sampler(model, template, config, server, step)
+    transfer = time.perf_counter() - started
     own_seeds = seeds(config.seed, step, len(prompts.ids), config.group_size)
-    return collect(
+    samples = collect(
         prompts, sample, reward, template, config, model.mesh, own_seeds, config.temperature
     )
+    if server:
+        samples.record_server(server, step, transfer)
+    return samples
 
 
 def evaluate(
@@ -376,7 +319,7 @@ def evaluate(
     reward: Reward,
     template: Template,
     config: RolloutConfig,
-    server: Server | None,
+    server: Engine | None,
 ) -> tuple[dict[str, dict[str, float]], Rollout]:
     """Draw and score one sample per prompt at --eval-temperature, with the same seeds every time.
 
@@ -433,6 +376,8 @@ def log_samples(samples: Rollout, step: int, config: RolloutConfig, mesh: Mesh) 
                 "tokens": len(samples.samples[i].tokens),
                 "ended": samples.samples[i].ended,
             }
+            if samples.age is not None:
+                row["age"] = samples.age
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 

@@ -1,22 +1,16 @@
 """Client of an OpenAI-compatible completion server that draws the samples (vLLM, SGLang)."""
 
-import contextlib
 import http.client
 import json
 import math
 import os
 import queue
 import re
-import shlex
-import signal
-import subprocess
-import tempfile
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +21,28 @@ from sampling.sampler import Sample
 
 TRIES = 4  # per request, with pauses of 1, 2 and 4 seconds
 LARGEST_REPLY = 256 << 20  # bytes; 64 samples of 4,096 tokens with log-probs take about 30 MB
+ADAPTER = "plumb"  # its name in a server
 ABOVE_ZERO = 1e-5  # a log-prob that rounding may reach
 
 
 class BadReply(OSError):
     """A reply that no second request would mend."""
+
+
+class NoAnswer(OSError):
+    """A server that does not answer."""
+
+
+class Broken(NoAnswer):
+    """A server that answers with an error of its own (5xx)."""
+
+
+class Refused(OSError):
+    """A request that a server refuses (4xx)."""
+
+    def __init__(self, message: str, code: int):
+        super().__init__(message)
+        self.code = code
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -86,72 +97,89 @@ class Server:
 
     bad_logps = 0  # log-probs so far that cannot be
 
-    def __init__(self, template: Template, config: RolloutConfig):
+    def __init__(self, template: Template, config: RolloutConfig, url: str):
         self.config = config
         self.template = template
-        self.url = config.rollout_url.rstrip("/").removesuffix("/v1")
+        self.url = url.rstrip("/").removesuffix("/v1")
         self.warned = False
         self.opener = urllib.request.build_opener(_NoRedirects)
         if not self.url.startswith(("http://", "https://")):
-            raise ValueError(
-                f"--rollout-url {config.rollout_url} must begin with http:// or https://"
-            )
-        models = self._request("/v1/models", None)
+            raise ValueError(f"--rollout-url {url} must begin with http:// or https://")
+        models = self._request("/v1/models")
         try:
-            self.model = str(models["data"][0]["id"])
-        except (LookupError, TypeError):
+            served = models["data"][0]
+            self.model = str(served["id"])
+            self.engine = str(served.get("owned_by"))  # "vllm", "sglang", ...
+            context = served.get("max_model_len")
+        except (LookupError, TypeError, AttributeError):
             raise OSError(
                 f"--rollout-url {self.url} serves no model: {str(models)[:200]}"
             ) from None
+        self.context = context if type(context) is int and context > 0 else 0  # 0: unknown
 
-    def sample(
-        self, ids: list[list[int]], seeds: list[int], n: int, temperature: float
-    ) -> list[Sample]:
-        """Draw n samples per prompt, prompt by prompt; requests run in parallel."""
+    def check_reloads(self) -> None:
+        """Raise ValueError if this server has no calls of its own that load new weights."""
+        if self.engine != "vllm":
+            raise ValueError(
+                f"--rollout-url {self.url} without --rollout-reload would sample from the initial "
+                "weights forever: give the command that loads new weights (only vLLM has calls of "
+                "its own for that)"
+            )
+        if self._call("/reset_prefix_cache", {}) is None:
+            raise ValueError(
+                f"--rollout-url {self.url} is vLLM without its calls for new weights: start it "
+                "with VLLM_SERVER_DEV_MODE=1 in its environment, or give --rollout-reload"
+            )
 
-        def complete(i: int) -> list[Sample]:
-            return self._complete(ids[i], seeds[i * n], n, temperature)
+    def takes_adapters(self) -> bool:
+        """Return True if this server loads adapters while it runs."""
+        # A request without a path: refused where the call exists, unknown where it does not.
+        try:
+            return self._call("/v1/load_lora_adapter", {"lora_name": ADAPTER}) is not None
+        except Refused:
+            return True
 
-        with ThreadPoolExecutor(max(1, min(64, len(ids)))) as pool:
-            return [sample for part in pool.map(complete, range(len(ids))) for sample in part]
+    def load(self, folder: Path, version: str, adapter: bool, once: bool = False) -> None:
+        """Load a folder's weights, or adapter, by vLLM's own calls. NoAnswer; OSError: a refusal.
 
-    def reload(self, folder: Path) -> None:
-        """Load a folder's weights into the server with --rollout-reload. OSError if it fails.
-
-        The command gets the folder as {folder} in an argument, and as PLUMB_FOLDER. It may leave a
-        daemon behind: its output goes to a file, so nobody waits for the daemon to close it.
+        version: a name for them. once: a server that was dead, and is asked once.
         """
-        command = self.config.rollout_reload
-        words = [word.replace("{folder}", str(folder)) for word in reload_words(command)]
-        environment = {**os.environ, "PLUMB_FOLDER": str(folder)}
-        with tempfile.TemporaryFile() as output:
-            try:
-                process = subprocess.Popen(
-                    words,
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=output,
-                    env=environment,
-                    start_new_session=True,
-                )
-                code = process.wait(self.config.rollout_timeout)
-            except subprocess.TimeoutExpired:
-                with contextlib.suppress(OSError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-                limit = self.config.rollout_timeout
-                raise OSError(
-                    f"--rollout-reload: {command} did not end within {limit:g} s: let it start "
-                    "what goes on in the background, or raise --rollout-timeout"
-                ) from None
-            except OSError as error:
-                raise OSError(f"--rollout-reload: {command} did not run: {error}") from None
-            if code:
-                output.seek(0)
-                reason = output.read().decode(errors="replace")[-500:]
-                raise OSError(f"--rollout-reload: {command} failed ({code}): {reason}")
+        self._call("/pause?mode=wait", {}, tries=1 if once else TRIES)
+        path: str = "/collective_rpc"
+        body: dict = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+        if adapter:
+            path = "/v1/load_lora_adapter"
+            body = {"lora_name": ADAPTER, "lora_path": str(folder), "load_inplace": True}
+        try:
+            self._request(path, body, plain=True)
+        except (Broken, Refused) as error:
+            self._call("/resume", {})
+            raise OSError(f"{error}; does it see {folder}? --out must be on its disk") from None
+        if adapter:
+            self.model = ADAPTER
+        self._call("/reset_prefix_cache", {})
+        self._call("/update_weight_version", {"new_version": version})
+        self._call("/resume", {})
 
-    def _complete(self, prompt: list[int], seed: int, n: int, temperature: float) -> list[Sample]:
+    def version(self) -> str | None:
+        """Return the name that the weights of this server were given; None if it knows none."""
+        reply = self._call("/weight_info")
+        return None if reply is None else str(reply.get("weight_version"))
+
+    def logps(self, ids: list[int]) -> list[float]:
+        """Return the log-prob of every token but the first, at temperature 1; NaN: unknown."""
+        body = {
+            "model": self.model,
+            "prompt": ids,
+            "echo": True,
+            "max_tokens": 1,
+            "logprobs": 0,
+            "return_tokens_as_token_ids": True,
+        }
+        (choice,) = self._request("/v1/completions", body)["choices"]
+        return self._logps(choice["logprobs"]["token_logprobs"][1 : len(ids)])
+
+    def complete(self, prompt: list[int], seed: int, n: int, temperature: float) -> list[Sample]:
         """Request n samples to one prompt."""
         body = {
             "model": self.model,
@@ -305,22 +333,35 @@ class Server:
             raise self._bad(f"a text that is none: {str(text)[:200]}")
         return list(self.template.tokenizer.encode(text))
 
-    def _request(self, path: str, body: dict | None) -> dict:
+    def _call(self, path: str, body: dict | None = None, tries: int = TRIES) -> dict | None:
+        """Return the reply of `_request`, {} if it is no object; None if there is no such path."""
+        try:
+            return self._request(path, body, tries, plain=True)
+        except Refused as error:
+            if error.code != 404:
+                raise
+            return None
+
+    def _request(
+        self, path: str, body: dict | None = None, tries: int = TRIES, plain: bool = False
+    ) -> dict:
         """GET a path, or POST a JSON body to it, retrying where that may help.
 
-        OSError: no answer, or a refusal.
+        plain: a reply that is no JSON, as vLLM has some, will do. NoAnswer: none in some tries;
+        Broken: they were errors of the server's own. Refused.
         """
         headers = {"Content-Type": "application/json"}
         if os.environ.get("OPENAI_API_KEY"):
             headers["Authorization"] = f"Bearer {os.environ['OPENAI_API_KEY']}"
-        content = json.dumps(body).encode() if body else None
+        content = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, content, headers)
-        limit, reason = self.config.rollout_timeout, ""
-        for attempt in range(TRIES):
+        limit, reason, code = self.config.rollout_timeout, "", 0
+        for attempt in range(tries):
             if attempt:
                 time.sleep(2 ** (attempt - 1))
+            code = 0
             try:
-                code, reply = _within(limit, lambda: self._exchange(request))
+                code, reply = _within(limit, lambda: self._exchange(request, plain))
             except BadReply as error:
                 raise OSError(f"--rollout-url {self.url}{path}: {error}") from None
             # No connection, a time-out, half a reply, no JSON.
@@ -331,13 +372,14 @@ class Server:
                 return reply
             reason = f"{code}: {reply}"
             if code < 500 and code not in (408, 429):
-                raise OSError(f"--rollout-url {self.url}{path} refused: {reason}")
-        raise OSError(
-            f"--rollout-url {self.url}{path}: no answer in {TRIES} tries ({reason}): "
+                raise Refused(f"--rollout-url {self.url}{path} refused: {reason}", code)
+        kind = Broken if code >= 500 else NoAnswer
+        raise kind(
+            f"--rollout-url {self.url}{path}: no answer in {tries} tries ({reason}): "
             "is the server up?"
         )
 
-    def _exchange(self, request: urllib.request.Request) -> tuple[int, Any]:
+    def _exchange(self, request: urllib.request.Request, plain: bool) -> tuple[int, Any]:
         """Send a request; return status and JSON object, or the begin of the text of an error."""
         try:
             with self.opener.open(request, timeout=self.config.rollout_timeout) as answer:
@@ -346,26 +388,9 @@ class Server:
             return error.code, error.read(300).decode(errors="replace")
         if len(content) > LARGEST_REPLY:
             raise BadReply(f"a reply of more than {LARGEST_REPLY >> 20} MB")
+        if plain and not content.startswith(b"{"):
+            return 200, {}
         reply = json.loads(content)
         if not isinstance(reply, dict):
             raise BadReply(f"a reply that is no object: {str(reply)[:200]}")
         return 200, reply
-
-
-def reload_words(command: str) -> list[str]:
-    """Return the words of --rollout-reload.
-
-    ValueError: its quotes do not match, or {folder} stands in a program that is given as text,
-    where characters of a path would run as code.
-    """
-    try:
-        words = shlex.split(command)
-    except ValueError as error:
-        raise ValueError(f"--rollout-reload {command}: {error}") from None
-    for before, word in zip(words, words[1:]):
-        if re.fullmatch(r"-\w*c", before) and "{folder}" in word:
-            raise ValueError(
-                f"--rollout-reload {command}: {{folder}} stands inside a program: read the "
-                "environment's PLUMB_FOLDER there, or pass {folder} as an argument behind it"
-            )
-    return words

@@ -19,7 +19,7 @@ from data.trees import make_batch, micro_batches
 from model import GPT
 from parallel import Mesh
 from pipeline import pipeline
-from sampling.draw import truncated
+from sampling.draw import correction, truncated
 from sampling.gap import mean_gap
 from sampling.rollout import Rollout
 
@@ -133,7 +133,7 @@ def add_logps(
         drawn, nearest = samples.drawn_logps, old_logps
         if not np.isnan(drawn).all():  # of the policy's probability, at most 1
             row["rollout/kept"] = float(np.nanmean(np.exp(nearest - drawn)))
-    if config.engine_correction != "none":
+    if correction(config) != "none":
         row |= add_engine_weights(samples, drawn, nearest, config)
     samples.data.add_tokens("old_logps", old_logps)
     old = torch.from_numpy(old_logps)
@@ -161,7 +161,7 @@ def add_engine_weights(
     weights, cut = losses.engine_weights(
         torch.from_numpy(log_ratio),
         torch.from_numpy(samples.scored_lengths),
-        config.engine_correction,
+        correction(config),
         config.engine_by,
         config.engine_cap,
     )

@@ -190,3 +190,19 @@ def read_metrics(out: Path) -> list[dict]:
         {k: v for k, v in row.items() if not any(w in k for w in ("second", "memory"))}
         for row in rows
     ]
+
+
+@pytest.fixture
+def engine(toy: Path):
+    """Start stand-ins of a sampling server on the toy model: engine() or engine("vllm")."""
+    from standin import StandIn
+
+    started = []
+
+    def start(form: str = "token_ids") -> StandIn:
+        started.append(StandIn(toy / "model", form))
+        return started[-1]
+
+    yield start
+    for stand_in in started:
+        stand_in.die()

@@ -12,7 +12,7 @@ from data.dataset import load_prompts
 from data.templates import Template
 from data.tokenizer import load_tokenizer
 from parallel import Mesh
-from sampling import rollout
+from sampling import ahead, rollout, source
 from sampling.rewards import load_reward
 from sampling.sampler import Sample
 from weights.folder import load_model
@@ -25,9 +25,9 @@ def drawn(toy: Path, model: Path, config: RolloutConfig) -> rollout.Rollout:
     template = Template("auto", load_tokenizer(model))
     file = toy / "world" / "sft.jsonl"
     prompts = load_prompts([file], template, 1000, log=lambda line: None).take(range(6))
-    sample = rollout.local_sampler(load_model(model, torch.float64), template, config)
+    sample = source.local_sampler(load_model(model, torch.float64), template, config)
     reward = load_reward(config.reward, template)
-    seeds = rollout.seeds(0, 1, 6, config.group_size)
+    seeds = ahead.seeds(0, 1, 6, config.group_size)
     return rollout.collect(prompts, sample, reward, template, config, Mesh(), seeds, 1.0)
 
 
@@ -57,12 +57,12 @@ def with_marks(sample: Sample) -> Sample:
 
 def sample_with_marks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make rollouts draw samples with unscored tokens for the rest of a test."""
-    generate = rollout.generate
+    generate = source.generate
 
     def draw(*args, **flags) -> list[Sample]:
         return [with_marks(sample) for sample in generate(*args, **flags)]
 
-    monkeypatch.setattr(rollout, "generate", draw)
+    monkeypatch.setattr(source, "generate", draw)
 
 
 def scored_places(samples: rollout.Rollout, unscored: bool) -> list[list[int]]:

@@ -5,6 +5,7 @@ load_adapter(model, "OUT/adapter")                 whoever trained it
 check_base("OUT/adapter", "base")                  refuses an adapter of another base
 """
 
+import dataclasses
 import json
 import math
 import re
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from config import RunConfig
 from disk import replace_folder
 from layers import Adapter, Linear, gather_slices, is_finite
 from model import GPT
@@ -41,6 +43,17 @@ ONLY = {
     "corda_config": (None,),
     "eva_config": (None,),
 }
+
+
+def lora_of(config: RunConfig) -> Lora:
+    """Return the size and place of adapters that the flags, or the folder of --adapter, say."""
+    if config.adapter:
+        lora = read_adapter_config(config.adapter)[0]
+        return dataclasses.replace(lora, base_dtype=config.base_dtype)
+    alpha = config.lora_alpha or 2.0 * config.lora
+    targets = target_names(config.lora_targets)
+    dropout, dtype = config.lora_dropout, config.base_dtype
+    return Lora(config.lora, alpha, targets, dropout, config.rslora, dtype)
 
 
 def save_adapter(model: GPT, folder: str | Path, base: str, lora: Lora) -> None:

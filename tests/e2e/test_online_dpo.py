@@ -18,7 +18,7 @@ import train_online_dpo
 from data.dataset import load_prompts
 from data.templates import Template
 from data.tokenizer import load_tokenizer
-from sampling import rollout
+from sampling import source
 from weights.folder import load_model, save_model
 
 
@@ -82,7 +82,7 @@ def test_a_step_equals_a_plain_loop_in_float64(
     template = Template("auto", load_tokenizer(folders[0]))
     prompts = load_prompts([flags["data"]], template, 1000, log=lambda line: None).take(range(6))
     samplers = [
-        rollout.local_sampler(
+        source.local_sampler(
             load_model(folder, torch.float64), template, train_online_dpo.Config(max_new_tokens=8)
         )
         for folder in folders

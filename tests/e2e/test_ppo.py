@@ -488,7 +488,7 @@ def test_impossible_settings_are_refused(toy: Path, tmp_path: Path, train):
     """One line that names the flag, before any model is loaded."""
     for more, words in (
         ({"kl": 0, "kl_target": 3}, "--kl-target adapts β"),
-        ({"rollout_url": "http://localhost:1"}, "from the initial weights forever"),
+        ({"rollout_reload": "true"}, "--rollout-reload is for --rollout-url"),
         ({"reward": ""}, "--reward .missing. is no folder"),
         ({"max_tokens": 20}, "more than a micro-batch of 20: raise --max-tokens"),
     ):

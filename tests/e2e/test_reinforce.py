@@ -18,7 +18,7 @@ import losses
 import train_ppo
 import train_reinforce
 from parallel import Mesh
-from sampling import rollout, updates
+from sampling import source, updates
 from weights.folder import load_model, save_model
 
 
@@ -502,14 +502,14 @@ def test_an_engine_that_is_off_is_corrected(script, toy: Path, tmp_path: Path, t
     own = train(script, tmp_path / "own", **on)[-1]
     assert own["engine/weight"] == pytest.approx(1, abs=1e-6) and own["engine/cut"] == 0
     assert own["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-6)
-    draw = rollout.generate
+    draw = source.generate
 
     def off(*args, **more):
         samples = draw(*args, **more)
         told = [[logp - math.log(1.5) for logp in s.policy_logps] for s in samples]
         return [s._replace(policy_logps=logps) for s, logps in zip(samples, told)]
 
-    monkeypatch.setattr(rollout, "generate", off)
+    monkeypatch.setattr(source, "generate", off)
     for more, weight in (({}, 1.5), ({"engine_cap": 1.2}, 1.2)):
         row = train(script, tmp_path / f"off{weight}", **on, **more)[-1]
         assert row["engine/weight"] == pytest.approx(weight, rel=1e-6)

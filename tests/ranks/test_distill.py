@@ -1,5 +1,6 @@
 """Distillation: steps equal a plain loop on every layout, on data and on the student's samples."""
 
+import json
 import math
 from pathlib import Path
 
@@ -104,6 +105,63 @@ def test_five_steps_equal_a_plain_loop(
     check(words, tmp_path, student, rows)
 
 
+def merged(chances: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Return the chances of some tokens and of all others together, (tokens, K + 1)."""
+    inside = torch.zeros_like(chances).scatter(1, ids, 1.0)
+    rest = (chances * (1 - inside)).sum(1, keepdim=True)
+    return torch.cat([chances.gather(1, ids), rest], 1)
+
+
+def test_five_steps_on_the_cached_top_k_equal_a_plain_loop(
+    folders: Path, toy: Path, tmp_path: Path
+):
+    """The teacher's five likeliest tokens and the rest as one, on every layout."""
+    file = toy / "world" / "sft.jsonl"
+    trees = encode(
+        toy / "world/tokenizer/tokenizer.model", list(read_rows(file))[:20], ["response"]
+    )
+    student = PlainModel(folders / "student", torch.float64)
+    teacher = PlainModel(folders / "teacher", torch.float64)
+    trainer = PlainTrainer(student, 5, 1e-2)
+    rows = []
+    for step in range(5):
+        loss = torch.zeros((), dtype=torch.float64)
+        total = 0
+        for prompt, (response,) in trees[4 * step : 4 * step + 4]:
+            p = chances(teacher, prompt, response, 1.5).detach()
+            ids = p.topk(5).indices
+            q = chances(student, prompt, response, 1.5)
+            loss = loss + plain_divergence(merged(p, ids), merged(q, ids), "reverse", 0.5)
+            total += len(response)
+        rows.append(trainer.step(loss / total))
+    words = (
+        f"--model {folders}/student --teacher {folders}/teacher --data {file} --max-steps 5 "
+        f"--batch-size 4 --warmup 0.25 --template plain --divergence reverse "
+        f"--distill-temperature 1.5 --teacher-top-k 5 {COMMON}"
+    )
+    check(words, tmp_path, student, rows)
+
+
+def test_a_top_k_of_the_whole_vocabulary_is_no_approximation(
+    folders: Path, toy: Path, tmp_path: Path
+):
+    """The same numbers as with the live teacher, and a shard of fewer than K tokens is enough."""
+    words = f"--model {folders}/student --teacher {folders}/teacher --data {toy}/world/sft.jsonl"
+    shuffled = COMMON.replace("--no-shuffle ", "")
+    words += f" --batch-size 4 --max-steps 3 --divergence jsd {shuffled}"
+    vocab = json.loads((folders / "student/config.json").read_text())["vocab_size"]
+    runs = {}
+    for name, ranks, flags in (("live", 1, ""), ("all", 1, ""), ("split", 2, "--tp 2")):
+        if name != "live":
+            flags += f" --teacher-top-k {vocab}"
+        launch(ranks, train_distill.main, f"{words} {flags} --out {tmp_path / name}".split())
+        runs[name] = [row for row in read_metrics(tmp_path / name) if "loss" in row]
+    for name in ("all", "split"):
+        for row, live in zip(runs[name], runs["live"], strict=True):
+            assert row["loss"] == pytest.approx(live["loss"], abs=1e-12)
+            assert row["grad_norm"] == pytest.approx(live["grad_norm"], rel=1e-10)
+
+
 def test_an_on_policy_step_equals_a_plain_loop(folders: Path, toy: Path, tmp_path: Path):
     """The student's own samples, two a prompt; no gradient flows through the sampling."""
     config = train_distill.Config(group_size=2, max_new_tokens=8, reward="length:5")
@@ -145,6 +203,41 @@ def test_resumed_is_never_stopped(folders: Path, toy: Path, tmp_path: Path):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_the_top_k_is_scored_once(
+    folders: Path, toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    """A resumed run reads the cache and loads no teacher; a damaged cache is written again.
+
+    Of fp32 runs the log-probs are kept in fp16: the divergence moves by less than 1 in 1,000.
+    """
+    cache = tmp_path / "cache"
+    few = ["--teacher-top-k", "4", "--cache", str(cache), "--on-policy", "0"]
+    flags = [*few, "--eval-data", f"{toy}/world/sft.jsonl"]
+    whole = run(folders, toy, tmp_path / "whole", *flags, "--save-every", "4")
+    load, loaded = train_distill.load_teacher, []
+    monkeypatch.setattr(
+        train_distill, "load_teacher", lambda *args: loaded.append(1) or load(*args)
+    )
+    resumed = ["--resume", str(tmp_path / "whole/step_4")]
+    again = run(folders, toy, tmp_path / "again", *flags, *resumed)
+    assert again == whole[-len(again) :] and not loaded
+    kept = sorted(cache.glob("teacher-*/logps.npy"))
+    assert len(kept) == 2  # of the rows to train on, and of those to evaluate
+    content = bytearray(kept[0].read_bytes())
+    content[-1] ^= 1
+    kept[0].write_bytes(content)
+    third = run(folders, toy, tmp_path / "third", *flags)
+    assert third == whole and loaded == [1]
+    run(folders, toy, tmp_path / "warmer", *few, "--distill-temperature", "2")
+    assert loaded == [1, 1]  # another temperature has another tail
+    capsys.readouterr()
+    single = run(folders, toy, tmp_path / "single", *few, "--dtype", "fp32")
+    assert "18 bytes a token" in capsys.readouterr().out  # 4 ids of 2, 5 log-probs of 2
+    assert single[0]["loss"] == pytest.approx(whole[0]["loss"], rel=1e-3)
+    mixed = run(folders, toy, tmp_path / "mixed", *few[:-2])  # samples need the teacher itself
+    assert {row["on_policy"] for row in mixed if "loss" in row} == {0, 1}
+
+
 def test_a_teacher_is_reached(folders: Path, toy: Path, tmp_path: Path):
     """Trained on one batch the student comes near the teacher; adapters alone do too."""
     flags = ["--on-policy", "0", "--eval-data", f"{toy}/world/sft.jsonl", "--max-steps", "40"]
@@ -169,6 +262,8 @@ def test_what_cannot_be_is_refused(folders: Path, toy: Path, tmp_path: Path):
         (["--reward", "length:5"], "--reward has no effect here, the teacher judges"),
         (["--no-eos-penalty", "1"], "--no-eos-penalty has no effect here"),
         (["--on-policy", "1", "--sft-weight", "1"], "--sft-weight has no effect"),
+        (["--on-policy", "1", "--teacher-top-k", "8"], "--teacher-top-k keeps what the teacher"),
+        (["--teacher-top-k", "100000"], "more than the vocabulary: use at most"),
     ):
         with pytest.raises((ValueError, OSError), match=complaint):
             run(folders, toy, tmp_path / "out", *flags)

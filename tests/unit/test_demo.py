@@ -36,6 +36,13 @@ def write_stages(tmp_path, lines, needs):
     return stages
 
 
+def test_a_stage_that_waits_for_nothing_is_refused(tmp_path):
+    """Its need is no stage: the others would run, and it would wait for ever."""
+    stages = [Stage("a", "", ["-c pass"], tmp_path / "a"), Stage("b", "x", [], tmp_path / "b")]
+    with pytest.raises(ValueError, match="stage b needs x, which is none of the stages"):
+        list(run_stages(stages))
+
+
 def test_stages_run_after_the_stage_they_need(tmp_path):
     """Every command runs once, none before the last command of the stage that it needs."""
     lines = {"c": [""], "b": ["", ""], "a": ["", "import time; time.sleep(0.3)"], "d": [""]}

@@ -11,7 +11,7 @@ import torch
 from config import RolloutConfig
 from data.templates import Template
 from data.tokenizer import load_tokenizer
-from sampling import draw, rollout, sampler, updates
+from sampling import draw, rollout, sampler, source, updates
 from weights.folder import load_model
 
 
@@ -81,12 +81,12 @@ def test_a_stop_text_ends_a_sample_that_keeps_it(policy):
     ids = [template.prompt("What is this?")]
     seeds = list(range(12))
     config = RolloutConfig(max_new_tokens=20)
-    plain = rollout.local_sampler(model, template, config)(ids, seeds, 12, 1.0)
+    plain = source.local_sampler(model, template, config)(ids, seeds, 12, 1.0)
     texts = [template.tokenizer.decode(one.tokens) for one in plain]
     stop = next(text[5:6] for text in texts if len(text) > 8 and text[5:6].strip())
     for least in (0, 6):
         config = RolloutConfig(max_new_tokens=20, stop=[stop], min_new_tokens=least)
-        stopped = rollout.local_sampler(model, template, config)(ids, seeds, 12, 1.0)
+        stopped = source.local_sampler(model, template, config)(ids, seeds, 12, 1.0)
         assert any(stop in template.tokenizer.decode(one.tokens) for one in stopped)
         for one in stopped:
             late = template.tokenizer.decode(one.tokens[least:])
@@ -106,7 +106,7 @@ def test_weights_of_truncated_samples_are_the_share_that_was_kept(how: dict, pol
         max_new_tokens=5, temperature=0.8, engine_correction="truncate", group_size=2, **how
     )
     ids = [template.prompt("What is this?")]
-    drawn = rollout.local_sampler(model, template, config)(ids, [0, 1], 2, 0.8)
+    drawn = source.local_sampler(model, template, config)(ids, [0, 1], 2, 0.8)
     data = rollout.trees(ids, drawn)
     data.add_tokens("token_index", np.arange(data.scored_len.sum()))
     samples = rollout.Rollout(
@@ -147,13 +147,13 @@ def next_token(model, ids: list[int], temperature: float) -> np.ndarray:
 
 
 def test_what_has_no_meaning_is_refused():
-    ok = RolloutConfig(rollout_url="http://x", rollout_reload="x", top_p=0.9)
+    ok = RolloutConfig(rollout_url=["http://x"], rollout_reload="x", top_p=0.9)
     rollout.validate(ok)
     for flags, message in [
         ({"min_new_tokens": 256}, "below --max-new-tokens"),
         ({"stop": [""]}, "end every sample at once"),
         (
-            {"top_k": 5, "rollout_url": "http://x", "engine_correction": "mask"},
+            {"top_k": 5, "rollout_url": ["http://x"], "engine_correction": "mask"},
             "which servers do not report",
         ),
     ]:

@@ -30,11 +30,21 @@ LIBRARIES = [
     ["footprint", "reporting", "identity"],
     ["plan"],
     ["runtime"],
-    ["training", "reference", "stages", "plots.*"],
+    ["training", "reference", "teacher", "stages", "plots.*"],
 ]
 # A program imports libraries, and no module imports a program. plan.py is a program too, but
 # runtime.py asks it for advice when memory runs out.
-PROGRAMS = ["train_*", "best_of_n", "generate", "score", "hf", "plot", "demo", "real"]
+PROGRAMS = [
+    "train_*",
+    "best_of_n",
+    "constitution",
+    "generate",
+    "score",
+    "hf",
+    "plot",
+    "demo",
+    "real",
+]
 # These measure and check programs, so they import anything.
 OBSERVERS = ["bench.*", "tests.*"]
 

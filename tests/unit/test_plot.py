@@ -90,6 +90,26 @@ def test_every_run_is_in_the_picture(tmp_path, monkeypatch):
     assert labels == ["x/dpo", "y/dpo", "evaluation"]
 
 
+def test_evaluation_sets_are_told_apart(tmp_path, monkeypatch, capsys):
+    """Each has a marker, a name in the legend and a row of the table; `eval/x/loss` is set x."""
+    pictures = pytest.importorskip("matplotlib.figure")
+    drawn = []
+    monkeypatch.setattr(pictures.Figure, "savefig", lambda self, *_, **__: drawn.append(self))
+    run = write_run(tmp_path / "a")
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 60, "eval/gsm/loss": 0.4, "eval/loss/sigmoid": 0.1}\n')
+    plot.main([str(run), "--keys", "loss", "--out", str(tmp_path / "c.png")])
+    (loss,) = drawn[0].axes
+    assert [line.get_marker() for line in loss.lines[2:]] == ["o", "s"]
+    assert list(loss.lines[3].get_ydata()) == [0.4]
+    labels = [text.get_text() for text in drawn[0].legends[0].get_texts()]
+    assert labels == ["a", "evaluation", "evaluation gsm"]
+    capsys.readouterr()
+    plot.main([str(run), "--table", "--keys", "loss"])
+    names = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines()]
+    assert names[3:] == ["loss", "eval/loss", "eval/gsm/loss"]
+
+
 def test_scores_of_a_demo_get_two_panels(tmp_path, monkeypatch):
     """Bars are means over the seeds, a dot a seed; methods without KL are in the bars alone."""
     pictures = pytest.importorskip("matplotlib.figure")

@@ -16,7 +16,13 @@ from commandline import Range
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted(path.stem for path in ROOT.glob("train_*.py"))
 PROGRAMS = {name: "Config" for name in [*SCRIPTS, "best_of_n"]}
-PROGRAMS |= {"generate": "Flags", "score": "Flags", "hf": "New", "plan": "Plan"}
+PROGRAMS |= {
+    "generate": "Flags",
+    "constitution": "Flags",
+    "score": "Flags",
+    "hf": "New",
+    "plan": "Plan",
+}
 
 
 def flags_of(program: str) -> type:

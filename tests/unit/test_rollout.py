@@ -1,10 +1,7 @@
 """Rollouts: a function of (weights, seed, step), whoever draws them; engines that draw instead."""
 
-import json
 import math
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +18,8 @@ from data.templates import Template
 from data.tokenizer import load_tokenizer
 from data.trees import make_batch
 from parallel import Mesh
-from sampling import rollout, server, updates
+from sampling import ahead, rollout, server, source, updates
+from sampling.engine import Engine
 from sampling.sampler import Sample, generate
 from sampling.server import Server
 from weights.folder import fingerprint, load_model
@@ -67,18 +65,18 @@ def test_a_token_column_follows_its_token():
 
 def test_seeds_belong_to_one_sample():
     """A seed depends on seed, step, prompt and sample, and on nothing else."""
-    seeds = [s for seed in (0, 1) for step in (0, 1, 2) for s in rollout.seeds(seed, step, 5, 4)]
+    seeds = [s for seed in (0, 1) for step in (0, 1, 2) for s in ahead.seeds(seed, step, 5, 4)]
     assert len(set(seeds)) == len(seeds)
     assert 0 <= min(seeds) <= max(seeds) < 2**63
-    assert rollout.seeds(3, 7, 2, 4)[:4] == rollout.seeds(3, 7, 9, 4)[:4]
+    assert ahead.seeds(3, 7, 2, 4)[:4] == ahead.seeds(3, 7, 9, 4)[:4]
 
 
 def test_a_rollout_is_its_samples_side_by_side(toy: Path):
     """Trees, texts, rewards, penalty and metrics belong together, sample by sample."""
     prompts, template, config, model = ready(toy, no_eos_penalty=0.5, rollout_batch=5)
     prompts = prompts.take([3, 1, 4])
-    seeds = rollout.seeds(0, 1, 3, 4)
-    sample = rollout.local_sampler(model, template, config)
+    seeds = ahead.seeds(0, 1, 3, 4)
+    sample = source.local_sampler(model, template, config)
     samples = rollout.collect(prompts, sample, text_length, template, config, Mesh(), seeds, 1.0)
     data = samples.data
     assert len(samples.samples) == 12
@@ -112,8 +110,8 @@ def test_a_rollout_is_its_samples_side_by_side(toy: Path):
 def test_two_ranks_draw_what_one_draws(toy: Path):
     """Each of two ranks draws its share; put together it is the rollout of one rank."""
     prompts, template, config, model = ready(toy)
-    prompts, seeds = prompts.take(range(5)), rollout.seeds(0, 1, 5, 2)
-    sample = rollout.local_sampler(model, template, config)
+    prompts, seeds = prompts.take(range(5)), ahead.seeds(0, 1, 5, 2)
+    sample = source.local_sampler(model, template, config)
     alone = rollout.collect(prompts, sample, text_length, template, config, Mesh(), seeds, 1.0)
     sent: dict[int, list] = {0: [], 1: []}
 
@@ -205,8 +203,8 @@ def test_unscored_tokens_are_context_and_nothing_else(toy: Path, monkeypatch):
     """They are in the trees and the text, but in no log-prob, count or column."""
     sample_with_marks(monkeypatch)
     prompts, template, config, model = ready(toy)
-    prompts, seeds = prompts.take(range(4)), rollout.seeds(0, 1, 4, 3)
-    sample = rollout.local_sampler(model, template, config)
+    prompts, seeds = prompts.take(range(4)), ahead.seeds(0, 1, 4, 3)
+    sample = source.local_sampler(model, template, config)
     samples = rollout.collect(prompts, sample, text_length, template, config, Mesh(), seeds, 1.0)
     marks = [mark(s.tokens) for s in samples.samples]
     counts = [sum(own) for own in marks]
@@ -236,8 +234,8 @@ def test_unscored_tokens_are_context_and_nothing_else(toy: Path, monkeypatch):
 def test_all_tokens_marked_is_no_marks(toy: Path):
     """A sample without marks equals one with every token marked, in every array."""
     prompts, template, config, model = ready(toy)
-    ids, seeds = prompts.ids[:3], rollout.seeds(0, 1, 3, 2)
-    drawn = rollout.local_sampler(model, template, config)(ids, seeds, 2, 1.0)
+    ids, seeds = prompts.ids[:3], ahead.seeds(0, 1, 3, 2)
+    drawn = source.local_sampler(model, template, config)(ids, seeds, 2, 1.0)
     marked = [s._replace(scored=[1] * len(s.tokens)) for s in drawn]
     one, two = rollout.trees(ids, drawn), rollout.trees(ids, marked)
     for name in ("tokens", "scored", "tree_start", "prompt_len", "response_start", "response_len"):
@@ -272,107 +270,18 @@ def test_a_sample_must_have_a_scored_token():
 # ---- a stand-in for vLLM and SGLang -----------------------------------------------------------
 
 
-class Engine(ThreadingHTTPServer):
-    """Server of /v1/models, /v1/completions and /reload?FOLDER on a tiny model."""
-
-    def __init__(self, folder: Path, form: str = "token_ids"):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.form, self.requests, self.failures, self.loaded = form, [], [], []
-        self.lock = threading.Lock()
-        self.load(folder)
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.server_port}"
-
-    def load(self, folder: Path) -> None:
-        self.tokenizer = load_tokenizer(folder)
-        self.model = load_model(folder, torch.float32)
-        self.loaded.append(str(folder))
-
-    def complete(self, body: dict) -> dict:
-        seeds = [body["seed"] + k for k in range(body["n"])]
-        with self.lock:
-            samples = generate(
-                self.model,
-                [body["prompt"]],
-                body["max_tokens"],
-                body["temperature"],
-                stop_ids=body["stop_token_ids"],
-                n=body["n"],
-                seeds=seeds,
-            )
-        choices = []
-        for i, sample in enumerate(samples):
-            choice = {
-                "index": i,
-                "text": self.tokenizer.decode(sample.tokens),
-                "finish_reason": "stop" if sample.ended else "length",
-            }
-            if self.form == "token_ids":
-                choice |= {
-                    "token_ids": sample.tokens,
-                    "logprobs": {"token_logprobs": sample.policy_logps},
-                }
-            if self.form == "names":  # some leave the end token out
-                own = slice(0, len(sample.tokens) - sample.ended)
-                names = [f"token_id:{token}" for token in sample.tokens[own]]
-                choice["logprobs"] = {"tokens": names, "token_logprobs": sample.policy_logps[own]}
-            choices.append(choice)
-        return {"choices": choices[::-1]}
-
-
-class Handler(BaseHTTPRequestHandler):
-    """Answers of an Engine."""
-
-    def reply(self, code: int, body: dict) -> None:
-        content = json.dumps(body).encode()
-        self.send_response(code)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def do_GET(self):
-        if self.path.startswith("/reload?"):
-            self.server.load(Path(self.path.partition("?")[2]))
-        self.reply(200, {"data": [{"id": "tiny"}]})
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.requests.append((dict(self.headers), body))
-        if self.server.failures:
-            self.reply(self.server.failures.pop(0), {"error": "no, thanks"})
-        else:
-            self.reply(200, self.server.complete(body))
-
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
-def engine(toy: Path):
-    started = []
-
-    def start(form: str = "token_ids") -> Engine:
-        started.append(Engine(toy / "model", form))
-        return started[-1]
-
-    yield start
-    for stand_in in started:
-        stand_in.shutdown()
-        stand_in.server_close()
-
-
 @pytest.mark.parametrize("form", ["token_ids", "names", "text"])
 def test_samples_of_a_server_are_its_tokens(form: str, toy: Path, engine, capsys, monkeypatch):
     """Prompt ids go out; samples come back in order, with log-probs where the server gives them."""
     monkeypatch.setenv("OPENAI_API_KEY", "abc")
     stand_in = engine(form)
-    prompts, template, config, _ = ready(toy, rollout_url=stand_in.url + "/v1/")
-    client = Server(template, config)
-    seeds = rollout.seeds(0, 1, 3, 2)
+    prompts, template, config, _ = ready(toy, rollout_url=[stand_in.url + "/v1/"])
+    client = Engine(template, config, learns=False)
+    seeds = ahead.seeds(0, 1, 3, 2)
     ids = prompts.ids[:3]
     samples = client.sample(ids, seeds, 2, 1.0)
     assert len(samples) == 6
-    assert client.model == "tiny"
+    assert client.servers[0].model == "tiny"
     for i in range(3):
         seed = seeds[2 * i] % 2**31
         wanted = generate(
@@ -409,8 +318,8 @@ def test_a_failed_request_is_repeated_or_explained(toy: Path, engine, monkeypatc
     pauses = []
     monkeypatch.setattr(server.time, "sleep", pauses.append)
     stand_in = engine()
-    prompts, template, config, _ = ready(toy, rollout_url=stand_in.url, rollout_timeout=5.0)
-    client = Server(template, config)
+    prompts, template, config, _ = ready(toy, rollout_url=[stand_in.url], rollout_timeout=5.0)
+    client = Engine(template, config, learns=False)
     stand_in.failures = [503, 429, 500]
     assert len(client.sample(prompts.ids[:1], [1], 1, 1.0)) == 1
     assert pauses == [1, 2, 4]
@@ -429,10 +338,10 @@ def test_a_failed_request_is_repeated_or_explained(toy: Path, engine, monkeypatc
     stand_in.shutdown()
     stand_in.server_close()
     with pytest.raises(OSError, match="v1/models: no answer in 4 tries"):
-        Server(template, config)
-    config.rollout_url = "localhost:8000"
+        Engine(template, config)
+    config.rollout_url = ["localhost:8000"]
     with pytest.raises(ValueError, match="must begin with http"):
-        Server(template, config)
+        Engine(template, config)
 
 
 @pytest.mark.slow
@@ -454,7 +363,7 @@ def test_training_through_a_server_pushes_its_weights(toy: Path, engine, tmp_pat
         "max_steps": 3,
         "reward": "length:5",
         "minibatches": 2,
-        "rollout_url": stand_in.url,
+        "rollout_url": [stand_in.url],
         "eval_data": toy / "world" / "prompts_test.jsonl",
     }
     rows = train(train_reinforce, tmp_path / "out", **flags, rollout_reload=reload)
@@ -495,7 +404,7 @@ def test_stale_wrong_and_less_precise_servers_are_told_apart(
         "max_new_tokens": 8,
         "max_steps": 4,
         "reward": "length:5",
-        "rollout_url": stand_in.url,
+        "rollout_url": [stand_in.url],
         "dtype": dtype,
     }
     gap = {"fp32": 1e-5, "bf16": 0.05}[dtype]
@@ -561,7 +470,7 @@ def test_nothing_is_learned_from_nothing_through_a_server(
 ):
     """The null test of tests/nulls.py with an fp32 engine, whose numbers serve the gap alone."""
     flags = null_flags(toy / "model", toy / "world" / "sft.jsonl", dtype=dtype, advantage="grpo")
-    flags |= {"rollout_url": engine().url, "rollout_reload": "true", "rollout_epochs": 2}
+    flags |= {"rollout_url": [engine().url], "rollout_reload": "true", "rollout_epochs": 2}
     train(train_reinforce, tmp_path / "out", **flags)
     assert null_numbers(tmp_path / "out", toy / "model") == NOTHING
     gaps = [row["sampler_gap"] for row in metrics(tmp_path / "out")]

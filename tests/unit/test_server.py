@@ -21,7 +21,8 @@ from config import RolloutConfig
 from data.templates import Template
 from data.tokenizer import load_tokenizer
 from sampling import server
-from sampling.server import Server, reload_words
+from sampling.reload import reload_words, run_command
+from sampling.server import Server
 
 pause = time.sleep  # which the tests take out of the client
 OK = {"token_ids": [40, 41, 42], "finish_reason": "length", "index": 0}
@@ -90,9 +91,9 @@ def client(liar: Liar, toy: Path, monkeypatch) -> Server:
     monkeypatch.setattr(server.time, "sleep", lambda seconds: None)
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     template = Template("plain", load_tokenizer(toy / "model"))
-    config = RolloutConfig(rollout_url=liar.url, max_new_tokens=4, rollout_timeout=1.0)
+    config = RolloutConfig(rollout_url=[liar.url], max_new_tokens=4, rollout_timeout=1.0)
     liar.replies, liar.requests = [], []
-    return Server(template, config)
+    return Server(template, config, config.rollout_url[0])
 
 
 def drip(wfile) -> None:
@@ -195,7 +196,7 @@ SLOW = {"drips": drip, "drips headers": drip_headers, "hangs": hang}
 
 
 def ask(client: Server) -> list:
-    return client.sample([[2, 30]], [1, 2], 2, 1.0)
+    return client.complete([2, 30], 1, 2, 1.0)
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -288,7 +289,7 @@ def test_log_probs_that_cannot_be_are_unknown_and_counted(client: Server, liar: 
     """Above 0, infinite, NaN, no number; rounding above 0 is 0. Said once."""
     bad = [[0.5, -1.0, -2.0], [-math.inf, math.nan, -1.0], ["a", True, None], [1e-7, -1.0, -1.0]]
     liar.replies = [samples(*({"logprobs": {"token_logprobs": logps}} for logps in bad))]
-    drawn = client.sample([[2, 30]], [1, 2, 3, 4], 4, 1.0)
+    drawn = client.complete([2, 30], 1, 4, 1.0)
     known = [[not math.isnan(x) for x in sample.policy_logps] for sample in drawn]
     assert known == [[False, True, True], [False, False, True], [False] * 3, [True] * 3]
     assert drawn[3].policy_logps[0] == 0.0
@@ -297,6 +298,10 @@ def test_log_probs_that_cannot_be_are_unknown_and_counted(client: Server, liar: 
 
 
 # ---- reloading -------------------------------------------------------------------------------
+
+
+def reload(client: Server, folder: Path) -> None:
+    run_command(client.config.rollout_reload, folder, client.config.rollout_timeout)
 
 
 def test_a_reload_may_leave_a_daemon(client: Server, tmp_path: Path):
@@ -308,7 +313,7 @@ def test_a_reload_may_leave_a_daemon(client: Server, tmp_path: Path):
     client.config.rollout_reload = f"{sys.executable} {script} {{folder}}"
     client.config.rollout_timeout = 15.0
     started = time.monotonic()
-    client.reload(tmp_path)
+    reload(client, tmp_path)
     assert time.monotonic() - started < 10
 
 
@@ -324,7 +329,7 @@ def test_a_folder_is_an_argument_and_never_code(client: Server, tmp_path: Path):
     )
     client.config.rollout_timeout = 20.0
     client.config.rollout_reload = f"{sys.executable} {script} --path={{folder}} {{folder}}"
-    client.reload(folder)
+    reload(client, folder)
     assert json.loads(out.read_text()) == [[f"--path={folder}", str(folder)], str(folder)]
     for command in (
         "sh -c 'curl x/{folder}'",
@@ -343,14 +348,14 @@ def test_a_reload_that_hangs_or_fails_is_named(client: Server, tmp_path: Path):
     client.config.rollout_timeout = 0.5
     client.config.rollout_reload = "sh -c 'sleep 30 & wait'"
     with pytest.raises(OSError, match=r"did not end within 0\.5 s"):
-        client.reload(tmp_path)
+        reload(client, tmp_path)
     client.config.rollout_timeout = 20.0
     client.config.rollout_reload = "sh -c 'echo no such engine >&2; exit 3'"
     with pytest.raises(OSError, match=r"failed \(3\): no such engine"):
-        client.reload(tmp_path)
+        reload(client, tmp_path)
     client.config.rollout_reload = "no-such-program {folder}"
     with pytest.raises(OSError, match="did not run"):
-        client.reload(tmp_path)
+        reload(client, tmp_path)
     assert not os.path.exists("pwned")
 
 
@@ -361,4 +366,4 @@ def test_a_port_that_nobody_listens_on(toy: Path, monkeypatch):
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
     template = Template("plain", load_tokenizer(toy / "model"))
     with pytest.raises(OSError, match=r"v1/models: no answer in 4 tries .*is the server up\?"):
-        Server(template, RolloutConfig(rollout_url=url, rollout_timeout=1.0))
+        Server(template, RolloutConfig(rollout_timeout=1.0), url)

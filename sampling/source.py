@@ -1,0 +1,98 @@
+"""The sources of samples: the model of this process, or servers that are sent its weights.
+
+Each sample has its own random numbers, seeded by step and position, so neither the rank that draws
+it nor the rest of the batch matters.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from config import RolloutConfig
+from data.templates import Template
+from model import GPT
+from sampling.ahead import Sampler
+from sampling.engine import Engine
+from sampling.rewards import leader
+from sampling.sampler import Sample, generate
+from weights.folder import load_model, save_model
+from weights.peft import lora_of, save_adapter
+
+
+def local_sampler(model: GPT, template: Template, config: RolloutConfig) -> Sampler:
+    """Return a sampler that draws from a model in this process, with its current weights."""
+
+    def sample(ids: list[list[int]], seeds: list[int], n: int, temperature: float) -> list[Sample]:
+        with model.whole():
+            return generate(
+                model,
+                ids,
+                config.max_new_tokens,
+                temperature,
+                config.top_k,
+                config.top_p,
+                stop_ids=template.stop_ids,
+                batch_size=config.rollout_batch,
+                n=n,
+                seeds=seeds,
+                stop_texts=config.stop,
+                decode=template.tokenizer.decode,
+                min_new_tokens=config.min_new_tokens,
+            )
+
+    return sample
+
+
+def make_sampler(
+    model: GPT,
+    template: Template,
+    config: RolloutConfig,
+    server: Engine | None = None,
+    step: int = 0,
+) -> Sampler:
+    """Return a sampler that draws from the policy with its current weights. Collective.
+
+    step: of training, from 1; with --rollout-ahead its samples are those of older weights. Only a
+    `leader`'s samples count. Servers receive the weights first, where they learn. With pipeline
+    stages no rank has a whole model to sample from: the leaders load one, by way of OUT/rollout,
+    for as long as they sample. If that does not fit, use a server.
+    """
+    mesh = model.mesh
+    if server is None and mesh.pp == 1:
+        return local_sampler(model, template, config)
+    folder = Path(config.out).resolve() / "rollout"
+    if server is None or server.learns:
+        if server and server.adapters:
+            save_adapter(model, folder, config.model, lora_of(config))
+        else:
+            save_model(model, folder, config.model, template)
+    if server and server.ahead:
+        server.ahead.finish(mesh)
+    if server and server.learns:
+        server.loaded(folder, *mesh.ask(lambda: server.load(folder)))
+    if server and server.ahead and step:
+        return server.ahead.sampler(step, config.seed, config.group_size, config.temperature, mesh)
+    if not leader(mesh):
+        return lambda ids, seeds, n, temperature: []
+    if server:
+        return server.sample
+    return local_sampler(load_model(folder, model.dtype, model.device), template, config)
+
+
+def with_reference(policy: Sampler, ref: Sampler, count: int) -> Sampler:
+    """Return a sampler whose last `count` samples to each prompt are the reference's."""
+
+    def sample(ids: list[list[int]], seeds: list[int], n: int, temperature: float) -> list[Sample]:
+        table = np.array(seeds).reshape(len(ids), n)
+        own = n - count
+        parts = [(policy, table[:, :own]), (ref, table[:, own:])]
+        drawn: list[list[Sample]] = [[] for _ in ids]
+        for sampler, part in parts:
+            if not part.shape[1]:
+                continue
+            flat = sampler(ids, part.ravel().tolist(), part.shape[1], temperature)
+            for i in range(len(ids)):
+                drawn[i] += flat[i * part.shape[1] : (i + 1) * part.shape[1]]
+        return [one for group in drawn for one in group]
+
+    return sample
