@@ -58,6 +58,11 @@ class RunConfig:
     # time, far less memory
     compile: bool = False  # torch.compile the layers: slow start, faster steps
 
+    # experts: losses of the router beside the algorithm's own, over the whole step
+    balance_loss: Amount = 0.0  # weight of the loss that evens the load of experts; 0 = none, 0.001
+    # to 0.02 as in pretraining
+    router_z_loss: Amount = 0.0  # weight of the loss that keeps the router's logits small; 0.001
+
     # adapters: LoRA, of which alone is trained where --lora or --adapter is given
     lora: Count = 0  # rank of an adapter beside every target, 8 to 64; 0: train all weights
     lora_alpha: Amount = 0.0  # an adapter counts alpha / rank; 0: twice the rank

@@ -211,7 +211,7 @@ def forward_kernel(
 
     LSE = log2 Σ 2^(q k scale), scale = log2(e) / √E.
     """
-    head = tl.program_id(0)
+    head = tl.program_id(0).to(tl.int64)
     item = ITEMS + tl.program_id(1) * 8
     first, full, total = tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
     i = tl.load(item) * M + tl.arange(0, M)
@@ -244,7 +244,7 @@ def forward_kernel(
     at = OUT + (rows[:, None] * H + head) * E + e[None, :]
     inside = (i[:, None] < T) & (e[None, :] < E)
     tl.store(at, (out / weight[:, None]).to(OUT.dtype.element_ty), mask=inside)
-    tl.store(LSE + head.to(tl.int64) * T + i, top * scale + tl.math.log2(weight), mask=i < T)
+    tl.store(LSE + head * T + i, top * scale + tl.math.log2(weight), mask=i < T)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -258,7 +258,7 @@ def d_q_kernel(
 
     DELTA (H, T) = Σ out · d_out over the head; root = 1 / √E.
     """
-    head = tl.program_id(0)
+    head = tl.program_id(0).to(tl.int64)
     item = ITEMS + tl.program_id(1) * 8
     first, full, total = tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
     i = tl.load(item) * M + tl.arange(0, M)
@@ -266,8 +266,8 @@ def d_q_kernel(
     d_out = _load_rows(D_OUT + head * E, rows, H * E, E, EP)
     out = _load_rows(OUT + head * E, rows, H * E, E, EP)
     delta = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1)
-    tl.store(DELTA + head.to(tl.int64) * T + i, delta, mask=i < T)
-    lse = tl.load(LSE + head.to(tl.int64) * T + rows)
+    tl.store(DELTA + head * T + i, delta, mask=i < T)
+    lse = tl.load(LSE + head * T + rows)
     q = _load_rows(Q + head * q_h, rows, q_t, E, EP)
     K += head // GROUP * k_h
     V += head // GROUP * v_h
@@ -300,7 +300,7 @@ def d_kv_kernel(
 
     Of a split tile this program sums its steps only, into PARTIAL (slots, G, 2, N, EP).
     """
-    g = tl.program_id(0)
+    g = tl.program_id(0).to(tl.int64)
     item = ITEMS + tl.program_id(1) * 8
     first, full, total = tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
     low, high, slot = tl.load(item + 4), tl.load(item + 5), tl.load(item + 6)
@@ -318,8 +318,8 @@ def d_kv_kernel(
         q = _load_rows(Q + head * q_h + m0.to(tl.int64) * q_t, ahead, q_t, E, EP)
         d_out_t = G * GROUP * E  # stride of a token
         d_out = _load_rows(D_OUT + head * E + m0.to(tl.int64) * d_out_t, ahead, d_out_t, E, EP)
-        lse = tl.load(LSE + head.to(tl.int64) * T + m0 + ahead)
-        delta = tl.load(DELTA + head.to(tl.int64) * T + m0 + ahead)
+        lse = tl.load(LSE + head * T + m0 + ahead)
+        delta = tl.load(DELTA + head * T + m0 + ahead)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale - lse[None, :]
         if t >= full:
             i = m0 + tl.arange(0, M)
@@ -336,7 +336,7 @@ def d_kv_kernel(
         tl.store(D_K + at, (d_k * root).to(D_K.dtype.element_ty), mask=inside)
         tl.store(D_V + at, d_v.to(D_V.dtype.element_ty), mask=inside)
     else:
-        part = PARTIAL + (slot.to(tl.int64) * G + g) * (2 * N * EP)
+        part = PARTIAL + (slot * G + g) * (2 * N * EP)
         cells = part + tl.arange(0, N)[:, None] * EP + e[None, :]
         tl.store(cells, d_k * root)
         tl.store(cells + N * EP, d_v)

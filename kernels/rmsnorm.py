@@ -86,7 +86,7 @@ def backward_kernel(
         if ADD:
             d_x += tl.load(D_TOTAL + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(D_X + at, d_x.to(D_X.dtype.element_ty), mask=inside)
-    at = tl.program_id(0).to(tl.int64) * D + d
+    at = tl.program_id(0) * D + d
     tl.store(D_W + at, tl.sum(d_w, 0)[None, :], mask=d < D)
 
 

@@ -36,7 +36,7 @@ def rotate_kernel(
     inside = (head < H) & (pair < HALF)
     cos = tl.load(COS + token * HALF + pair, mask=pair < HALF, other=0.0).to(tl.float32)
     sin = tl.load(SIN + token * HALF + pair, mask=pair < HALF, other=0.0).to(tl.float32) * sign
-    x = X + token * x_t + head * x_h
+    x = X + token * x_t + head.to(tl.int64) * x_h
     out = OUT + (token * H + head) * E
     a = tl.load(x + pair, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(x + HALF + pair, mask=inside, other=0.0).to(tl.float32)
