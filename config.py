@@ -140,8 +140,8 @@ class RolloutConfig(RunConfig):
     min_new_tokens: Count = 0  # tokens of a sample before it may end; 0 unless samples end at once
     stop: list[str] = field(default_factory=list)  # texts that end a sample, which keeps them
     rollout_batch: Number = 128  # samples drawn at a time on a rank; lower it when memory runs out
-    reward: str = ""  # reward-model folder, judge:DIR, file.py:function, exact:MARKER, boxed:,
-    # regex:PATTERN or length:WORDS (sampling/rewards.py)
+    reward: str = ""  # reward-model folder, judge:DIR or judge:URL, file.py:function, exact:MARKER,
+    # boxed:, regex:PATTERN or length:WORDS (sampling/rewards.py)
     reward_read: Literal["auto", "end", "last"] = "auto"  # token at which a reward model is read:
     # the end of turn, or the last of its template; auto: by the folder, which is said
     reward_weights: list[str] = field(default_factory=list)  # NAME:WEIGHT of each of several named
