@@ -27,6 +27,7 @@ from torch import Tensor
 import lock
 from disk import replace_folder, sha256_of
 from layers import Weight, is_finite
+from model import GPT
 from optimizer import AdamW
 from parallel import Mesh
 
@@ -53,6 +54,23 @@ def _numbered(optimizers: AdamW | tuple[AdamW, ...]) -> list[tuple[str, AdamW]]:
     return [(f"{i}/", optimizer) for i, optimizer in enumerate(optimizers)]
 
 
+class Snapshot(NamedTuple):
+    """The state of a rank, as its file has it."""
+
+    tensors: dict[str, Tensor]  # key -> flat piece
+    places: dict[str, list]  # key -> its first element, shape of the whole weight, slice of it
+    updates: list[int]  # of each optimizer
+
+
+class Written(NamedTuple):
+    """What a rank has written, or why it could not."""
+
+    seals: dict[str, dict]  # size and SHA-256 by file name
+    updates: list[int]
+    problem: str = ""
+    broken: str = ""  # name of a tensor that is not finite
+
+
 def save(
     out: str | Path,
     state: State,
@@ -63,66 +81,93 @@ def save(
     """Write OUT/step_N and remove all but the newest `keep`.
 
     run: what `description` returns later. Every rank calls it and writes its own file.
-    OSError, the same on every rank: the fix; older checkpoints are untouched.
+    OSError, the same on every rank: the fix; older checkpoints are untouched. background.py does
+    the same while training goes on.
     """
-    out, named = Path(out), _numbered(optimizer)
-    mesh = named[0][1].model.mesh
-    final, partial = out / f"step_{state.step}", out / f".step_{state.step}.partial"
-
-    def begin() -> None:
-        lock.check()
-        for path in out.glob(".step_*.partial"):  # of this or of a killed run
-            shutil.rmtree(path, ignore_errors=True)
-        partial.mkdir(parents=True)
-
-    def commit(files: dict[str, dict], updates: list[int]) -> None:
-        values = {**asdict(state), "updates": updates, "format": FORMAT, "run": run or {}}
-        (partial / "state.json").write_text(json.dumps(values, indent=2))
-        files["state.json"] = _seal(partial / "state.json")
-        (partial / "manifest.json").write_text(json.dumps(files, indent=2))
-        _flush(partial / "manifest.json")
-        _flush(partial)
-        replace_folder(partial, final)
-        _flush(out)
-        for path in all_steps(out)[keep:] if keep else []:
-            shutil.rmtree(path, ignore_errors=True)
-
-    _check_finite(out, state, named, mesh)
-    try:
-        mesh.ask(begin)
-        answers = mesh.everyone(_write_rank(partial, named, mesh))
-        for _, _, problem in answers:
-            if problem:
-                raise OSError(problem)
-        files = {name: seal for sealed, _, _ in answers for name, seal in sealed.items()}
-        # A rank on whose stage nothing trains has made no updates.
-        updates = [max(done) for done in zip(*(done for _, done, _ in answers))]
-        mesh.ask(lambda: commit(files, updates))
-    except OSError as error:
-        if mesh.main:
-            shutil.rmtree(partial, ignore_errors=True)
-        kept = newest(out, mesh=mesh)
-        start = kept.name if kept else "the start"
-        raise OSError(
-            f"could not write {final} ({error}): free space on the disk, "
-            f"then --resume auto goes on from {start}"
-        ) from None
-    return final
-
-
-def _check_finite(out: Path, state: State, named: list[tuple[str, AdamW]], mesh: Mesh) -> None:
-    """Raise ValueError, the same on every rank, where a weight or a moment is not finite."""
-    broken = ""
-    for prefix, optimizer in named:
-        optimizer.model.wait()
-        pieces, _ = optimizer.state()
-        broken = next((prefix + key for key, (_, x) in pieces.items() if not is_finite(x)), broken)
-    broken = next(filter(None, mesh.everyone(broken)), "")
+    out, mesh = Path(out), first_model(optimizer).mesh
+    values = state_values(state, run)
+    snapshot = collect(optimizer)
+    broken = next(filter(None, mesh.everyone(not_finite(snapshot))), "")
     if broken:
-        raise ValueError(
-            f"{broken} is not finite after step {state.step}, so that step is not saved: lower "
-            f"--lr, or look for broken rows; {last_good(out, mesh)}"
-        )
+        raise ValueError(not_finite_words(broken, state.step, out, mesh))
+    partial = partial_folder(out, state.step)
+    try:
+        mesh.ask(lambda: begin(partial))
+        answers = mesh.everyone(write_rank(partial, snapshot, mesh))
+        return mesh.ask(lambda: commit(partial, values, answers, keep))
+    except OSError as error:
+        raise OSError(unwritten_words(error, state.step, out, mesh)) from None
+
+
+def first_model(optimizer: AdamW | tuple[AdamW, ...]) -> GPT:
+    """Return the model of an optimizer, of several the first one's."""
+    return _numbered(optimizer)[0][1].model
+
+
+def state_values(state: State, run: dict[str, Any] | None) -> dict[str, Any]:
+    """Return what state.json says, besides the numbers of updates: a copy."""
+    return {**asdict(state), "updates": [], "format": FORMAT, "run": dict(run or {})}
+
+
+def partial_folder(out: Path, step: int) -> Path:
+    """Return the hidden folder in which a checkpoint is written."""
+    return out / f".step_{step}.partial"
+
+
+def begin(partial: Path) -> None:
+    """Make the hidden folder of a checkpoint, and remove what other ones left."""
+    lock.check()
+    for path in partial.parent.glob(".step_*.partial"):  # of this or of a killed run
+        shutil.rmtree(path, ignore_errors=True)
+    partial.mkdir(parents=True)
+
+
+def collect(
+    optimizer: AdamW | tuple[AdamW, ...], host: dict[str, Tensor] | None = None
+) -> Snapshot:
+    """Return the state of this rank. Its tensors are those of the optimizer, or copies.
+
+    host: buffers for copies in host memory, by name, which a later call takes again; {} at first.
+    A GPU may still be copying when this returns.
+    """
+    tensors, places, updates = {"rng": torch.get_rng_state()}, {}, []
+    for prefix, each in _numbered(optimizer):
+        model = each.model
+        declared = model.weights()
+        model.wait()
+        pieces, done = each.state(prefix, host)
+        updates.append(done)
+        for key, (first, piece) in pieces.items():
+            weight = declared[key.partition("/")[2]]
+            tensors[prefix + key] = piece
+            places[prefix + key] = [first, weight.shape, weight.slice(model.mesh)]
+    return Snapshot(tensors, places, updates)
+
+
+def not_finite(snapshot: Snapshot) -> str:
+    """Return the name of a tensor with an element that is not finite, "" if there is none."""
+    floats = {key: x for key, x in snapshot.tensors.items() if x.is_floating_point()}
+    return next((key for key, x in floats.items() if not is_finite(x)), "")
+
+
+def not_finite_words(broken: str, step: int, out: Path, mesh: Mesh) -> str:
+    """Return the error for a step whose state is not finite. Collective."""
+    return (
+        f"{broken} is not finite after step {step}, so that step is not saved: lower "
+        f"--lr, or look for broken rows; {last_good(out, mesh)}"
+    )
+
+
+def unwritten_words(error: object, step: int, out: Path, mesh: Mesh) -> str:
+    """Remove the hidden folder and return the error for a step that was not saved. Collective."""
+    if mesh.main:
+        shutil.rmtree(partial_folder(out, step), ignore_errors=True)
+    kept = newest(out, mesh=mesh)
+    start = kept.name if kept else "the start"
+    return (
+        f"could not write {out / f'step_{step}'} ({error}): free space on the disk, "
+        f"then --resume auto goes on from {start}"
+    )
 
 
 def last_good(out: str | Path, mesh: Mesh = ALONE) -> str:
@@ -131,33 +176,39 @@ def last_good(out: str | Path, mesh: Mesh = ALONE) -> str:
     return f"{kept} is good" if kept else "there is no checkpoint to go back to"
 
 
-def _write_rank(
-    folder: Path, named: list[tuple[str, AdamW]], mesh: Mesh
-) -> tuple[dict[str, dict], list[int], str]:
-    """Write this rank's file. Return (its seal by name, updates of each optimizer, error or "")."""
+def write_rank(folder: Path, snapshot: Snapshot, mesh: Mesh) -> Written:
+    """Write this rank's file."""
     name = f"state-{mesh.rank + 1:05d}-of-{mesh.world:05d}.safetensors"
     try:
-        updates = _write_state(folder / name, named)
-        return {name: _seal(folder / name)}, updates, ""
+        tensors = {key: x.cpu().contiguous() for key, x in snapshot.tensors.items()}
+        save_file(tensors, folder / name, metadata={"places": json.dumps(snapshot.places)})
+        return Written({name: _seal(folder / name)}, snapshot.updates)
     except (OSError, SafetensorError) as error:
-        return {}, [], f"rank {mesh.rank}: {error}" if mesh.world > 1 else str(error)
+        problem = f"rank {mesh.rank}: {error}" if mesh.world > 1 else str(error)
+        return Written({}, [], problem)
 
 
-def _write_state(path: Path, named: list[tuple[str, AdamW]]) -> list[int]:
-    """Write this rank's pieces and their places. Return the number of updates of each optimizer."""
-    tensors, places, updates = {"rng": torch.get_rng_state()}, {}, []
-    for prefix, optimizer in named:
-        model = optimizer.model
-        declared = model.weights()
-        model.wait()
-        pieces, done = optimizer.state()
-        updates.append(done)
-        for key, (first, piece) in pieces.items():
-            weight = declared[key.partition("/")[2]]
-            tensors[prefix + key] = piece.cpu().contiguous()
-            places[prefix + key] = [first, weight.shape, weight.slice(model.mesh)]
-    save_file(tensors, path, metadata={"places": json.dumps(places)})
-    return updates
+def commit(partial: Path, values: dict[str, Any], answers: list[Written], keep: int) -> Path:
+    """Make a checkpoint of the files that all ranks have written; return its folder.
+
+    Remove all but the newest `keep`. OSError: a rank could not write, or this one cannot.
+    """
+    out, final = partial.parent, partial.parent / f"step_{values['step']}"
+    if problem := next(filter(None, (written.problem for written in answers)), ""):
+        raise OSError(problem)
+    files = {name: seal for written in answers for name, seal in written.seals.items()}
+    # A rank on whose stage nothing trains has made no updates.
+    updates = [max(done) for done in zip(*(written.updates for written in answers))]
+    (partial / "state.json").write_text(json.dumps({**values, "updates": updates}, indent=2))
+    files["state.json"] = _seal(partial / "state.json")
+    (partial / "manifest.json").write_text(json.dumps(files, indent=2))
+    _flush(partial / "manifest.json")
+    _flush(partial)
+    replace_folder(partial, final)
+    _flush(out)
+    for path in all_steps(out)[keep:] if keep else []:
+        shutil.rmtree(path, ignore_errors=True)
+    return final
 
 
 def _seal(path: Path) -> dict[str, Any]:
@@ -327,6 +378,13 @@ def all_steps(out: str | Path) -> list[Path]:
     """Checkpoint folders of a run, newest first."""
     folders = [path for path in Path(out).glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
     return sorted(folders, key=lambda path: -int(path.name[5:]))
+
+
+def steps_begun(out: str | Path) -> list[int]:
+    """Return the steps of all checkpoints, also of one that is being written."""
+    names = [path.name for path in Path(out).glob(".step_*.partial")]  # first: it may be renamed
+    names += [path.name for path in all_steps(out)]
+    return [int(re.search(r"\d+", name)[0]) for name in names]
 
 
 def damage(folder: Path, mesh: Mesh = ALONE) -> str:

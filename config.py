@@ -116,6 +116,7 @@ class RunConfig:
     eval_every: Count = 0  # steps between evaluations; 0: only at the end, if there is --eval-data
     samples: Count = 0  # answers to held-out prompts to print at every evaluation
     save_every: Count = 0  # steps between checkpoints; 0: only when stopped
+    async_save: bool = False  # write checkpoints while training goes on, from a copy in host memory
     keep: Count = 2  # newest checkpoints to keep, 0: all; OUT/best is kept as well
     log_every: Number = 1  # steps between rows of metrics.jsonl
     wandb: str = ""  # Weights & Biases project to log to as well (pip install wandb)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from kernels.device import copy_to_host
 from layers import frozen_bytes
 from model import GPT
 from parallel import Group, Mesh
@@ -277,19 +278,24 @@ class AdamW:
         self.collected = False
         return norm, bool(stopping)
 
-    def state(self) -> tuple[dict[str, tuple[int, Tensor]], int]:
+    def state(
+        self, prefix: str = "", host: dict[str, Tensor] | None = None
+    ) -> tuple[dict[str, tuple[int, Tensor]], int]:
         """Return what this rank saves: "kind/parameter" -> (first element, piece); and the updates.
 
-        kind: master, exp_avg or exp_avg_sq.
+        kind: master, exp_avg or exp_avg_sq. With `host` the pieces are copies, in buffers that it
+        keeps under names that open with the prefix: see kernels.device.copy_to_host.
         """
         pieces: dict[str, tuple[int, Tensor]] = {}
         updates = 0
-        for b in self.buckets:
+        for number, b in enumerate(self.buckets):
             adam = self.adam.state.get(b.master, {})
             updates = int(adam.get("step", 0))
             buffers = {"master": b.master.data}
             buffers |= {kind: adam[kind] for kind in ("exp_avg", "exp_avg_sq") if kind in adam}
             for kind, buffer in buffers.items():
+                if host is not None:
+                    buffer = copy_to_host(host, f"{prefix}{number}/{kind}", buffer)
                 for name, at, piece in b.pieces(buffer):
                     pieces[f"{kind}/{name}"] = (at, piece)
         return pieces, updates

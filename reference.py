@@ -219,7 +219,7 @@ def _since(every: int, step: int) -> int:
 
 def _drop_references(config: RunConfig, every: int, step: int) -> None:
     """Remove the folders of references that neither this step nor a checkpoint needs."""
-    saved = [int(path.name.removeprefix("step_")) for path in checkpoint.all_steps(config.out)]
+    saved = checkpoint.steps_begun(config.out)
     needed = {f"reference_{_since(every, s)}" for s in (*saved, step)}
     for path in Path(config.out).glob("reference_*"):
         if path.name not in needed:

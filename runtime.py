@@ -23,6 +23,7 @@ from types import FrameType
 import numpy as np
 import torch
 
+import background
 import checkpoint
 import hub
 import lock
@@ -112,6 +113,7 @@ def _exit(reason: str, ask_others: bool = False, details: str = "") -> None:
     Where several ranks fail alike, one of them says it. details: text to print before the line.
     """
     mesh = parallel.here()
+    background.settle(PATIENCE if mesh.world > 1 else None)
     lock.release()
     if mesh.world == 1:
         sys.exit(f"error: {reason}")

@@ -30,6 +30,7 @@ import checkpoint
 import lock
 import routing
 import runtime
+from background import Writer
 from checkpoint import State
 from config import RunConfig
 from data.blend import Blend, make_blend
@@ -90,6 +91,7 @@ class Loop:
     state: State
     log: Log
     meter: Meter
+    writer: Writer | None = None  # of checkpoints, with --async-save
     nonfinite: int = 0  # updates in a row that were skipped
 
 
@@ -171,7 +173,8 @@ def begin(
     meter = Meter(first.model.c, run.device, run.mesh)
     if first_row and not run.checkpoint:
         log.row({"step": 0, **first_row})
-    return Loop(run, steps, optimizer, state, log, meter)
+    writer = Writer(run.stop) if run.config.async_save else None
+    return Loop(run, steps, optimizer, state, log, meter, writer)
 
 
 def _check_unfinished(run: Run, total: int) -> None:
@@ -323,15 +326,19 @@ def is_best(loop: Loop, loss: float) -> bool:
 def save_or_stop(loop: Loop, stopping: bool) -> bool:
     """Write a checkpoint if one is due or the run stops; return whether the script must leave.
 
+    With --async-save a thread writes it, unless the run stops: then it is whole on return.
     stopping: what optimizer.step returned. After the last step there is nothing left to stop.
     """
     run, state, total = loop.run, loop.state, loop.steps.total
     stopping = stopping and state.step < total
     if due(run.config.save_every, state.step) or stopping:
         description: dict = dict(run.description)
-        checkpoint.save(run.config.out, state, loop.optimizer, run.config.keep, description)
+        save = loop.writer.save if loop.writer else checkpoint.save
+        save(run.config.out, state, loop.optimizer, run.config.keep, description)
     if not stopping:
         return False
+    if loop.writer:
+        loop.writer.wait()
     reason = run.stop.reason or "another rank"
     loop.log.say(
         f"stopped by {reason} after step {state.step} of {total}; continue with --resume auto"
@@ -344,6 +351,8 @@ def save_or_stop(loop: Loop, stopping: bool) -> bool:
 def finish(loop: Loop, model: GPT) -> Path:
     """Close the log, write the trained model to OUT/final and return that folder."""
     loop.log.close()
+    if loop.writer:
+        loop.writer.wait()
     folder = runtime.save_model(loop.run, model, "final")
     finished = Path(loop.run.config.out) / FINISHED
     text = json.dumps({"steps": loop.steps.total, "model": folder.name}) + "\n"

@@ -101,6 +101,27 @@ def upload(x: Tensor | np.ndarray, device: torch.device | str) -> Tensor:
     return tensor.to(device)
 
 
+def copy_to_host(buffers: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
+    """Copy a tensor into the buffer of this name in host memory, made where there is none yet.
+
+    From a GPU the buffer is pinned, and neither host nor GPU waits: see `copies_done`.
+    """
+    on_gpu = x.device.type == "cuda"
+    if name not in buffers:
+        buffer = torch.empty(x.shape, dtype=x.dtype)
+        buffers[name] = buffer.pin_memory() if on_gpu else buffer
+    return buffers[name].copy_(x, non_blocking=on_gpu)
+
+
+def copies_done(device: torch.device) -> Callable[[], None]:
+    """Return a function that waits until the copies begun so far are done, in any thread."""
+    if device.type != "cuda":
+        return lambda: None
+    event = torch.cuda.Event()
+    event.record()
+    return event.synchronize
+
+
 def pick_device(name: str) -> str:
     """Return "cuda" or "cpu" for --device auto, cuda or cpu. ValueError: there is no GPU."""
     if name == "cuda" and not torch.cuda.is_available():

@@ -6,16 +6,22 @@
 
 As on a GPU, an operation on tensors of two devices raises, a tensor on the device has no numpy()
 and no address to read, and whatever needs a number on the host waits for the device. A copy to the
-device waits too, unless it is asynchronous and from pinned memory. Time, streams and memory are not
+device waits too, unless it is asynchronous and from pinned memory. Time and memory are not
 pretended, and kernels run only in Triton's interpreter.
+
+An asynchronous copy to pinned memory, and any on a side stream, arrives when something waits for
+it: until then what it writes is NaN. On a side stream it reads what it copies then and not earlier,
+so that a buffer which is taken again too soon shows.
 
 It lasts as long as the process: install it in a fork (launch.py) or in a process of its own. A
 tensor says that it is on the device, but torch's C++ believes that it is on the CPU, so a CPU build
 of torch will do and nothing has to be compiled. Backward passes run in the thread that calls them.
 """
 
+import contextlib
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -66,6 +72,65 @@ def _place() -> str:
             return f"{path.relative_to(ROOT)}:{frame.f_code.co_name}"
         frame = frame.f_back
     return "?"
+
+
+class Stream:
+    """A queue of copies that have not arrived."""
+
+    def __init__(self, *device: Any) -> None:
+        self.copies: list[tuple[Tensor, Tensor]] = []  # where to, what
+
+    def arrive(self, n: int | None = None) -> None:
+        """End the first n copies, or all."""
+        done, self.copies[:] = self.copies[:n], self.copies[n:] if n is not None else []
+        with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+            for to, what in done:
+                to.copy_(what)
+
+    def wait_stream(self, other: "Stream") -> None:
+        """Make this queue wait for what another one holds."""
+        other.arrive()
+
+    def wait_event(self, event: "Event") -> None:
+        """Make this queue wait for an event of another one."""
+        event.arrive()
+
+    def synchronize(self) -> None:
+        """Make the host wait."""
+        waits("synchronize")
+        self.arrive()
+
+
+class Event:
+    """A place in a queue."""
+
+    def record(self, stream: Stream | None = None) -> None:
+        """Remember the copies so far."""
+        self.stream = stream or STREAM[0]
+        self.copies = list(self.stream.copies)
+
+    def synchronize(self) -> None:
+        """Make the host wait until the queue has come here."""
+        waits("event")
+        self.arrive()
+
+    def arrive(self) -> None:
+        """End the copies before it that have not arrived."""
+        left = [c for c in self.copies if any(c is other for other in self.stream.copies)]
+        self.stream.arrive(len(left))
+
+
+MAIN = Stream()
+STREAM = [MAIN]  # the current one
+
+
+@contextlib.contextmanager
+def _on(stream: Stream) -> Iterator[None]:
+    before, STREAM[0] = STREAM[0], stream
+    try:
+        yield
+    finally:
+        STREAM[0] = before
 
 
 class OnDevice(Tensor):
@@ -156,7 +221,11 @@ def _run(func: Any, args: tuple, kwargs: dict) -> Any:
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     on_host = [x for x in tensors if not isinstance(x, OnDevice)]
     if name == "aten::copy_":
-        _check_copy(args[0], args[1], asynchronous=len(args) > 2 and bool(args[2]))
+        asynchronous = len(args) > 2 and bool(args[2])
+        _check_copy(args[0], args[1], asynchronous)
+        to_host = not isinstance(args[0], OnDevice)
+        if asynchronous and (to_host or STREAM[0] is not MAIN):
+            return _begin_copy(args[0], args[1])
     elif name in INDEXING:
         if not isinstance(args[0], OnDevice):
             raise RuntimeError(f"indices should be on the CPU, at {_place()}")
@@ -195,10 +264,20 @@ def _check_copy(to: Tensor, source: Tensor, asynchronous: bool) -> None:
         return
     if isinstance(to, OnDevice):
         _check_upload(source, asynchronous)
-    elif asynchronous:
-        raise RuntimeError(f"an asynchronous copy to the host is read before it ends: {_place()}")
-    else:
+    elif not asynchronous:
         waits("copy to the host")
+    elif not getattr(to, "pinned", False):
+        raise RuntimeError(f"an asynchronous copy to the host is read before it ends: {_place()}")
+
+
+def _begin_copy(to: Tensor, source: Tensor) -> Tensor:
+    """Queue an asynchronous copy; what it writes is NaN until something waits for it."""
+    held = _held(to)
+    what = _held(source) if STREAM[0] is not MAIN else _held(source).clone()
+    STREAM[0].copies.append((held, what))
+    with torch._C.DisableTorchFunctionSubclass():
+        held.fill_(float("nan") if held.is_floating_point() else 0)
+    return to
 
 
 def _check_upload(source: Tensor, asynchronous: bool) -> None:
@@ -306,7 +385,9 @@ def install() -> None:
     cuda.current_device = lambda: 0
     cuda.device_count = lambda: 1
     cuda.set_device = lambda device: None
-    cuda.synchronize = lambda *device: waits("synchronize")
+    cuda.synchronize = lambda *device: MAIN.synchronize()
+    cuda.Stream, cuda.Event, cuda.stream = Stream, Event, _on
+    cuda.current_stream = lambda *device: STREAM[0]
     cuda.memory_allocated = lambda *device: 0
     cuda.max_memory_allocated = lambda *device: 0
     cuda.reset_peak_memory_stats = lambda *device: None

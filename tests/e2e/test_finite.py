@@ -1,6 +1,6 @@
 """No NaN survives: not in a checkpoint, not in final/ or best/, not in the place of a good one.
 
-Seen to fail: without _check_finite in checkpoint.py, without the check in weights/folder.py, with
+Seen to fail: without not_finite in checkpoint.py, without the check in weights/folder.py, with
 `best is None` alone in is_best.
 """
 
@@ -46,9 +46,11 @@ def breaks_after(step: int, monkeypatch, value: float = math.nan) -> None:
     monkeypatch.setattr(AdamW, "step", patched)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    ("value", "later"), [(math.nan, False), (math.inf, False), (math.nan, True)]
+)
 def test_weights_that_are_not_finite_push_no_checkpoint_out(
-    value: float, toy: Path, tmp_path: Path, train, monkeypatch
+    value: float, later: bool, toy: Path, tmp_path: Path, train, monkeypatch
 ):
     """The run ends with an error that names the last good checkpoint, which --keep 1 keeps."""
     breaks_after(4, monkeypatch, value)
@@ -62,6 +64,7 @@ def test_weights_that_are_not_finite_push_no_checkpoint_out(
             batch_size=8,
             save_every=2,
             keep=1,
+            async_save=later,
         )
     assert checkpoint.newest(out).name == "step_2" and not (out / "final").exists()
     state = load_file(out / "step_2" / "state-00001-of-00001.safetensors")

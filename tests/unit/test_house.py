@@ -27,7 +27,7 @@ LIBRARIES = [
     ["layers", "mixers", "mlp", "moe", "model", "sharding"],
     ["optimizer", "pipeline"],
     ["weights.*"],
-    ["checkpoint", "passes", "sampling.*"],
+    ["checkpoint", "background", "passes", "sampling.*"],
     ["footprint", "reporting", "identity"],
     ["plan"],
     ["runtime"],
