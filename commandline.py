@@ -62,7 +62,17 @@ class Range:
 
 
 # Groups in the order of --help. A script's own flags are "algorithm" if no comment names them.
-GROUPS = ("data", "model", "adapters", "algorithm", "rollout", "optimisation", "layout", "output")
+GROUPS = (
+    "data",
+    "model",
+    "adapters",
+    "experts",
+    "algorithm",
+    "rollout",
+    "optimisation",
+    "layout",
+    "output",
+)
 MANY = 8  # more choices than this are listed below a flag, not beside it
 
 

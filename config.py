@@ -58,6 +58,11 @@ class RunConfig:
     # time, far less memory
     compile: bool = False  # torch.compile the layers: slow start, faster steps
 
+    # experts: losses of the router beside the algorithm's own, over the whole step
+    balance_loss: Amount = 0.0  # weight of the loss that evens the load of experts; 0 = none, 0.001
+    # to 0.02 as in pretraining
+    router_z_loss: Amount = 0.0  # weight of the loss that keeps the router's logits small; 0.001
+
     # adapters: LoRA, of which alone is trained where --lora or --adapter is given
     lora: Count = 0  # rank of an adapter beside every target, 8 to 64; 0: train all weights
     lora_alpha: Amount = 0.0  # an adapter counts alpha / rank; 0: twice the rank
@@ -135,8 +140,8 @@ class RolloutConfig(RunConfig):
     min_new_tokens: Count = 0  # tokens of a sample before it may end; 0 unless samples end at once
     stop: list[str] = field(default_factory=list)  # texts that end a sample, which keeps them
     rollout_batch: Number = 128  # samples drawn at a time on a rank; lower it when memory runs out
-    reward: str = ""  # reward-model folder, judge:DIR, file.py:function, exact:MARKER, boxed:,
-    # regex:PATTERN or length:WORDS (sampling/rewards.py)
+    reward: str = ""  # reward-model folder, judge:DIR or judge:URL, file.py:function, exact:MARKER,
+    # boxed:, regex:PATTERN or length:WORDS (sampling/rewards.py)
     reward_read: Literal["auto", "end", "last"] = "auto"  # token at which a reward model is read:
     # the end of turn, or the last of its template; auto: by the folder, which is said
     reward_weights: list[str] = field(default_factory=list)  # NAME:WEIGHT of each of several named

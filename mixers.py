@@ -23,6 +23,7 @@ from kernels.rope import rope
 from layers import ColumnLinear, HeadsNorm, Norm, RowLinear, columns
 from layout import TreeLayout
 from parallel import Group, Mesh, gather_rows, split
+from routing import Routing
 
 # ---- what a mixer sees ---------------------------------------------------------------------------
 
@@ -42,6 +43,7 @@ class TreeView:
     shares: list[Tensor]  # rows of every context rank
     cp: Group
     angles: Angles = field(default_factory=dict)  # set by the model
+    routing: Routing | None = None  # of models with experts
 
 
 @dataclass
@@ -96,6 +98,7 @@ class SamplingView:
     prompts: NewPrompts | None
     caches: dict[int, "KVCache"]  # of every layer, as its mixer made it
     angles: Angles = field(default_factory=dict)
+    routing: Routing | None = None
 
 
 View = TreeView | SamplingView

@@ -31,6 +31,7 @@ from mlp import MLP
 from moe import Experts
 from parallel import Mesh, assemble, enter, split
 from rotary import amplitude, frequencies
+from routing import Routing, Tally, copies
 
 ALONE = Mesh()
 
@@ -51,21 +52,26 @@ class Block(nn.Module):
             self.after1 = Norm(c.width, c.norm, c.norm_eps, mesh)
             self.after2 = Norm(c.width, c.norm, c.norm_eps, mesh)
         self.mixer = Attention(c, layer, mesh)
-        self.mlp = Experts(c, mesh) if c.sparse(layer) else MLP(c, c.ffn, mesh)
+        self.sparse = c.sparse(layer)
+        self.mlp = Experts(c, mesh) if self.sparse else MLP(c, c.ffn, mesh)
 
     def forward(self, x: Tensor, view: View) -> Tensor:
         """(T / tp, D) -> (T / tp, D)."""
-        tokens = len(view.positions)
         if self.parallel_residual:
-            return x + self.mixer(self.norm1(x), view) + self.mlp(self.norm2(x), tokens)
+            return x + self.mixer(self.norm1(x), view) + self.feed(self.norm2(x), view)
         if self.norms == "after":
             x = x + self.norm1(self.mixer(x, view))
-            return x + self.norm2(self.mlp(x, tokens))
+            return x + self.norm2(self.feed(x, view))
         if self.norms == "both":
             x, normed = self.norm2.add(x, self.after1(self.mixer(self.norm1(x), view)))
-            return x + self.after2(self.mlp(normed, tokens))
+            return x + self.after2(self.feed(normed, view))
         x, normed = self.norm2.add(x, self.scaled(self.mixer(self.norm1(x), view)))
-        return x + self.scaled(self.mlp(normed, tokens))
+        return x + self.scaled(self.feed(normed, view))
+
+    def feed(self, x: Tensor, view: View) -> Tensor:
+        """Return the MLP's output, (T / tp, D) -> (T / tp, D)."""
+        tokens = len(view.positions)
+        return self.mlp(x, tokens, view.routing) if self.sparse else self.mlp(x, tokens)
 
     def scaled(self, update: Tensor) -> Tensor:
         """Return what is added to the residual stream."""
@@ -105,6 +111,7 @@ class GPT(nn.Module):
         if c.outputs and mesh.last_stage:
             self.score_head = Linear(c.width, c.outputs, mesh)
         self.checkpoint_activations = False
+        self.balancing = False  # sparse layers add losses of their own (routing.py)
         self.pending: dict[str, list] = {}  # part of the model -> buckets whose weights may be late
         self.shards: Any = None  # --zero 3: sharding.Shards, which gathers a part for its use
         self._frequencies: dict[str, Tensor] = {}
@@ -121,6 +128,12 @@ class GPT(nn.Module):
     def output(self) -> Vocabulary:
         """The output head, which is the embedding itself where the two are tied."""
         return self.embed if self.head is None else self.head
+
+    @property
+    def tallies(self) -> dict[int, Tally]:
+        """Counts of this rank's sparse layers, by number of the layer."""
+        layers = {int(name): block.mlp for name, block in self.blocks.items()}
+        return {layer: mlp.tally for layer, mlp in layers.items() if isinstance(mlp, Experts)}
 
     def weights(self) -> dict[str, Weight]:
         """Return the declaration of every weight of this rank's stage, by name."""
@@ -193,13 +206,17 @@ class GPT(nn.Module):
         With pipeline stages those after this rank's blocks; x: the output of the stage before.
         """
         cp = self.mesh.group("cp")
+        times = copies(batch.spans, self.device) if self.c.experts else None
         if cp.n == 1:
             view = TreeView(batch.positions, batch.layout, [], cp)
+            view.routing = None if times is None else Routing(times)
             return self.run(batch.tokens, view, x)
         shares = batch.shares(cp.n)
         rows = shares[cp.place]
         layout = batch.share_layout(cp.n, cp.place)
-        return self.run(batch.tokens[rows], TreeView(batch.positions[rows], layout, shares, cp), x)
+        view = TreeView(batch.positions[rows], layout, shares, cp)
+        view.routing = None if times is None else Routing(times[rows])
+        return self.run(batch.tokens[rows], view, x)
 
     def hidden_shape(self, batch: TreeBatch) -> tuple[int, int]:
         """Shape of this rank's hidden states of a batch."""

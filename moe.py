@@ -23,6 +23,7 @@ from kernels.swiglu import swiglu
 from layers import Linear
 from mlp import MLP
 from parallel import Mesh, enter, exit
+from routing import Routing, Tally
 
 
 class Expert(MLP):
@@ -41,15 +42,18 @@ class Experts(nn.Module):
         super().__init__()
         self.active, self.normalised, self.tp = c.active, c.normalised, mesh.group("tp")
         self.router = Linear(c.width, c.experts, mesh)
+        self.tally = Tally(c.experts)
         self.experts = nn.ModuleList(Expert(c, c.expert_ffn, mesh) for _ in range(c.experts))
         self.shared = MLP(c, c.shared_ffn, mesh) if c.shared_ffn else None
         if c.shared_ffn:
             self.shared_gate = Linear(c.width, 1, mesh)
 
-    def forward(self, x: Tensor, tokens: int) -> Tensor:
+    def forward(self, x: Tensor, tokens: int, routing: Routing | None = None) -> Tensor:
         """(T / tp, D), T = tokens -> (T / tp, D)."""
         logits = enter(self.router(x), tokens, self.tp)  # (T, E)
         weights, chosen = route(logits, self.active, self.normalised)  # (T, K)
+        if routing:
+            weights = self.tally.observe(weights, logits, chosen, routing.copies, self.tp.n)
         y = self.mix(enter(x, tokens, self.tp), weights.to(x.dtype), chosen)
         y = y if self.tp.n == 1 else exit(y, self.tp)
         if self.shared is None:

@@ -27,6 +27,7 @@ from data.trees import TreeBatch
 from model import GPT
 from optimizer import AdamW
 from parallel import SENT
+from routing import end_count, start_count
 
 BEFORE, AFTER = -1, 1  # neighbour stages
 
@@ -49,6 +50,8 @@ def pipeline(model, batches, optimizer=None):
     their blocks in step with it.
     """
     device, stages = model.device, model.mesh.pp
+    if optimizer and model.balancing:
+        _count_tokens(model, batches)
     if stages > 1 and optimizer:
         yield from _one_forward_one_backward(model, batches, optimizer)
         return
@@ -64,6 +67,24 @@ def pipeline(model, batches, optimizer=None):
             _exchange(model, send=(AFTER, y))
         if optimizer:
             optimizer.collect()
+
+
+def _count_tokens(model: GPT, batches: list[TreeBatch]) -> None:
+    """Count the tokens of each expert over the whole step, before its first backward.
+
+    One micro-batch that is the whole step counts its own.
+    """
+    tallies = list(model.tallies.values())
+    group = model.mesh.group("dp cp")
+    if group.n == 1 and len(batches) == 1:
+        for tally in tallies:
+            tally.fractions = None
+        return
+    before = start_count(tallies)
+    with torch.no_grad():
+        for _ in pipeline(model, batches):
+            pass
+    end_count(tallies, before, group)
 
 
 def _one_forward_one_backward(

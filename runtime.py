@@ -350,11 +350,28 @@ def load_model(run: Run, folder: str = "", scores: tuple[str, ...] | None = None
     """
     config = run.config
     model = _load(run, folder or config.model, scores, config.base_dtype)
+    _set_router_losses(model, config, folder or config.model)
     if config.adapter and folder in ("", config.model):
         load_adapter(model, config.adapter)
     elif config.lora:
         attach(model, lora_of(config), config.seed)
     return model
+
+
+def _set_router_losses(model: GPT, config: RunConfig, folder: str) -> None:
+    """Let sparse layers add the losses of --balance-loss and --router-z-loss to a step.
+
+    ValueError: --model has no experts.
+    """
+    if not (config.balance_loss or config.router_z_loss):
+        return
+    sparse = sum(model.c.sparse(layer) for layer in range(model.c.layers))
+    if not sparse and folder == config.model:
+        flag = "--balance-loss" if config.balance_loss else "--router-z-loss"
+        raise ValueError(f"{flag}: {folder} has no experts, so leave it out")
+    model.balancing = sparse > 0
+    for tally in model.tallies.values():
+        tally.balance, tally.z = config.balance_loss / sparse, config.router_z_loss / sparse
 
 
 def load_reference(run: Run, policy: GPT, folder: str = "") -> GPT:

@@ -28,6 +28,7 @@ import numpy as np
 
 import checkpoint
 import lock
+import routing
 import runtime
 from checkpoint import State
 from config import RunConfig
@@ -165,7 +166,7 @@ def begin(
     for warning in run.warnings:  # last, where they are seen
         print(f"warning: {warning}")
     limit_waits(run.mesh, run.config.timeout_minutes)
-    first = optimizer[0] if isinstance(optimizer, tuple) else optimizer
+    first = first_optimizer(optimizer)
     log = Log(run.config, state.step, steps.total, run.mesh)
     meter = Meter(first.model.c, run.device, run.mesh)
     if first_row and not run.checkpoint:
@@ -189,6 +190,11 @@ def _check_unfinished(run: Run, total: int) -> None:
             f"{out} is already finished: {folder} is there after {done} steps{without}: "
             "--max-steps or --epochs to go on, or choose another --out"
         )
+
+
+def first_optimizer(optimizer: AdamW | tuple[AdamW, ...]) -> AdamW:
+    """Return the optimizer of the policy."""
+    return optimizer[0] if isinstance(optimizer, tuple) else optimizer
 
 
 # ---- in the loop -------------------------------------------------------------------------------
@@ -251,6 +257,10 @@ def report_step(
     state.step += 1
     state.tokens += tokens
     epoch = state.step / loop.steps.per_epoch
+    model = first_optimizer(loop.optimizer).model
+    if model.c.experts:
+        counts = model.tallies, model.c.layers, model.c.experts, model.mesh
+        row = {**row, **routing.metrics(*counts)}
     row = {"step": state.step, **row, "epoch": epoch, **loop.meter.read(tokens, batches)}
     if due(loop.run.config.log_every, state.step) or state.step == loop.steps.total:
         loop.log.row(row)

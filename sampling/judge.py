@@ -1,5 +1,7 @@
 """A language model as judge: --reward judge:DIR, or judge:DIR:TEMPLATE.json.
 
+judge:http://host:8000, also with :TEMPLATE.json, asks a server instead (sampling/judge_server.py).
+
 The template is a JSON object that a user edits (examples: sampling/judges/):
 
     question   text with {prompt}, {response}, {criterion}; with {other} too, it compares answers
@@ -19,7 +21,8 @@ Letters: n prompts, G answers each, L labels, C criteria.
 """
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -30,13 +33,17 @@ import torch
 from data.dataset import from_trees
 from data.templates import Template
 from data.tokenizer import load_tokenizer
-from model import GPT
 from parallel import Mesh
 from sampling.scoring import score_trees
 from weights.folder import load_model
 
 LEAST_MASS = 0.1  # of all labels together; below it the judge would seldom reply with one
 DEFAULT = Path(__file__).parent / "judges" / "pointwise.json"
+
+
+# questions -> the log-prob of every label as the reply, (questions, L) fp64; None on ranks without:
+# on other pipeline stages, and on all but one of the ranks that would ask a server the same.
+Asker = Callable[[list[str]], np.ndarray | None]
 
 
 class JudgeTemplate(NamedTuple):
@@ -74,34 +81,29 @@ class Verdicts(NamedTuple):
 class Judge:
     """A judging model with its template; counts what it was asked."""
 
-    model: GPT
-    chat: Template
     template: JudgeTemplate
-    max_tokens: int
-    labels: list[list[int]]  # token ids, as `template.labels`
+    ask: Asker
     counts: dict[str, int] = field(default_factory=lambda: {"asked": 0, "unparsable": 0})
 
     def values(self, questions: Sequence[tuple[str, str, str]]) -> Verdicts:
         """Return the value of each (prompt, response, other) and its mass. Collective.
 
-        Only the last pipeline stage has values.
+        Only the ranks that have log-probs have values. A label with log-prob -inf was not seen;
+        without any, a question's value is the mean of the labels'.
         """
         criteria = self.template.criteria
         worth = np.array(list(self.template.labels.values()), np.float64)  # (L,)
-        answers = [(label, [1] * len(label)) for label in self.labels]
-        trees = from_trees(
-            (self.chat.prompt(self.template.ask(criterion, *question)), answers)
-            for question in questions
-            for criterion in criteria
-        )
-        scores = score_trees(self.model, trees, self.max_tokens)
-        if not self.model.mesh.last_stage:
+        texts = [self.template.ask(c, *question) for question in questions for c in criteria]
+        logps = self.ask(texts)  # (questions C, L)
+        if logps is None:
             return Verdicts(np.zeros(len(questions)), np.ones(len(questions)))
-        logps = np.stack(scores).astype(np.float64)  # (questions C, L)
         top = logps.max(1, keepdims=True)
+        unseen = np.isneginf(top[:, 0])
+        logps = np.where(unseen[:, None], 0.0, logps)
+        top = np.where(unseen[:, None], 0.0, top)
         chances = np.exp(logps - top)
         value = chances @ worth / chances.sum(1)
-        mass = chances.sum(1) * np.exp(top[:, 0])
+        mass = np.where(unseen, 0.0, chances.sum(1) * np.exp(top[:, 0]))
         value, mass = (x.reshape(len(questions), len(criteria)) for x in (value, mass))
         verdicts = Verdicts(value.mean(1), mass.min(1))
         self.counts["asked"] += len(questions)
@@ -177,19 +179,29 @@ def load_judge(
                     "choose labels of which none begins another"
                 )
     model = load_model(folder, dtype, device, mesh=mesh).requires_grad_(False)
-    return Judge(model, Template(chat, tokenizer), read, max_tokens, labels)
+    written = Template(chat, tokenizer)
+    answers = [(label, [1] * len(label)) for label in labels]
+
+    def ask(questions: list[str]) -> np.ndarray | None:
+        trees = from_trees((written.prompt(question), answers) for question in questions)
+        scores = score_trees(model, trees, max_tokens)
+        return np.stack(scores).astype(np.float64) if mesh.last_stage else None
+
+    return Judge(read, ask)
 
 
 def split_name(argument: str) -> tuple[str, str | Path]:
-    """Return folder and template of judge:DIR or judge:DIR:TEMPLATE.json."""
+    """Return folder or address, and template, of what stands behind judge: in --reward."""
+    if address := re.fullmatch(r"(https?://.+?)(?::([^:]+\.json))?", argument):
+        return address[1], address[2] or DEFAULT
     if Path(argument).is_dir():
         return argument, DEFAULT
     folder, _, template = argument.rpartition(":")
     if folder and Path(folder).is_dir():
         return folder, template
     raise ValueError(
-        f"--reward judge:{argument} names no folder of a model: use judge:DIR or "
-        "judge:DIR:TEMPLATE.json"
+        f"--reward judge:{argument} names no folder of a model: use judge:DIR, "
+        "judge:DIR:TEMPLATE.json or judge:http://host:8000"
     )
 
 

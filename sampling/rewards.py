@@ -2,6 +2,7 @@ r"""Rewards of sampled responses: a reward model, a Python function, or a rule.
 
     --reward rm/final                a reward-model folder, as train_rm.py writes it
     --reward judge:DIR               a language model as judge: sampling/judge.py
+    --reward judge:http://host:8000  the same behind a server: sampling/judge_server.py
     --reward my_rewards.py:helpful   a function helpful(prompt, response, row) -> float, or
                                      helpful(prompts, responses, rows) -> list of floats: a group
     --reward "exact:####"            1 if what follows the last "####" is the row's answer, else 0
@@ -38,6 +39,7 @@ from data.tokenizer import Tokenizer, load_tokenizer
 from model import GPT
 from parallel import Mesh
 from sampling.judge import Judge, judge_rewards, load_judge, split_name
+from sampling.judge_server import ask_server
 from sampling.named import as_array, by_response, sees_groups
 from sampling.scoring import load_scorer, score_trees, tail_of, with_tail
 
@@ -84,15 +86,16 @@ def load_reward(
         return reward_model(name, template, template_name, dtype, device, max_tokens, mesh, read)
     if kind == "judge":
         folder, questions = split_name(argument)
-        judge = load_judge(folder, questions, dtype, device, max_tokens, mesh)
-        return model_judge(judge)
+        if folder.startswith(("http://", "https://")):
+            return model_judge(ask_server(folder, questions, leader(mesh)))
+        return model_judge(load_judge(folder, questions, dtype, device, max_tokens, mesh))
     file, colon, function = name.rpartition(":")
     if colon and file.endswith(".py"):
         return _per_response(name, load_function(file, function), mesh)
     rules = ", ".join(f"{kind}:..." for kind in RULES)
     raise ValueError(
         f"--reward {name or '(missing)'} is no folder of a reward model, no file.py:function, "
-        f"no judge:DIR, and none of {rules}"
+        f"no judge:DIR or judge:URL, and none of {rules}"
     )
 
 

@@ -36,7 +36,15 @@ if [ -n "$gpus" ]; then
     : "${rest:?with_vllm.sh: no GPU is left to train on: give fewer SERVER_GPUS}"
 fi
 
-server="" waiting=""
+server="" waiting="" training=""
+# A signal ends the wait for the server, or is passed on to the training, which saves.
+pass_on() {
+    if [ -z "$training" ]; then
+        exit "$2"
+    fi
+    kill "-$1" "$training" 2>/dev/null || true
+    signalled=yes
+}
 finish() {
     trap - EXIT
     if [ -n "$waiting" ]; then
@@ -52,8 +60,8 @@ finish() {
     fi
 }
 trap finish EXIT
-trap 'exit 130' INT
-trap 'exit 143' TERM
+trap 'pass_on INT 130' INT
+trap 'pass_on TERM 143' TERM
 set -m # a process group of its own: vLLM's workers end with it
 # Fine without quotes: SERVER_ARGS are words.
 # shellcheck disable=SC2086
@@ -78,15 +86,13 @@ wait "$waiting"
 if [ -n "$rest" ]; then
     export CUDA_VISIBLE_DEVICES=$rest
 fi
-# In the background, so that a signal reaches this shell at once and is passed on to the training.
+# In the background, so that a signal reaches this shell at once.
 "$here/one_node.sh" "$@" --rollout-url "$url" &
 training=$!
-trap 'kill -INT "$training" 2>/dev/null' INT
-trap 'kill -TERM "$training" 2>/dev/null' TERM
-status=0
-wait "$training" || status=$?
-while kill -0 "$training" 2>/dev/null; do # a signal ended the wait, not the training
-    status=0
+while true; do
+    signalled="" status=0
     wait "$training" || status=$?
+    if [ -z "$signalled" ]; then # else the signal ended the wait, and not the training
+        exit "$status"
+    fi
 done
-exit "$status"

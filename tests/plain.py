@@ -24,6 +24,7 @@ class PlainModel:
         self.neox = self.config["model_type"] == "gpt_neox"
         self.adapter: dict[str, Tensor] = {}  # LoRA: A and B under PEFT's names
         self.adapter_scale = 0.0  # 0 switches the adapter off
+        self.routed: dict[str, list[Tensor]] = {}  # sparse layer -> router's logits, (tokens, E)
 
     def adapt(self, folder: Path, scale: float) -> None:
         """Freeze all weights and train the adapter of a folder: y = W x + scale B (A x)."""
@@ -124,7 +125,9 @@ class PlainModel:
 
     def experts(self, x: Tensor, at: str) -> Tensor:
         """Mix the outputs of each token's likeliest experts, one token after another."""
-        share = self.linear(x, f"{at}.gate").softmax(-1)
+        logits = self.linear(x, f"{at}.gate")
+        self.routed.setdefault(at, []).append(logits)
+        share = logits.softmax(-1)
         outputs = []
         for token, p in zip(x, share):
             weights, chosen = p.topk(self.config["num_experts_per_tok"])
@@ -140,9 +143,29 @@ class PlainModel:
             y = y + gate * self.mlp(x, f"{at}.shared_expert")
         return y
 
+    def router_losses(self) -> tuple[Tensor, Tensor]:
+        """Return the balance loss and the z-loss of all rows since the last call.
+
+        One expert after another, the mean over layers: arXiv 2101.03961 Eq. 4, 2202.08906 Eq. 5.
+        """
+        balance, z = [], []
+        for rows in self.routed.values():
+            logits = torch.cat(rows)  # (tokens, E)
+            share = logits.softmax(-1)
+            chosen = [p.topk(self.config["num_experts_per_tok"]).indices.tolist() for p in share]
+            n = logits.shape[1]
+            f = [sum(e in some for some in chosen) / len(chosen) for e in range(n)]
+            balance.append(n * sum(f[e] * share[:, e].mean() for e in range(n)))
+            z.append(logits.exp().sum(-1).log().square().mean())
+        layers = len(self.routed)
+        self.routed = {}
+        return sum(balance) / layers, sum(z) / layers
+
     def logps(self, prompt: list[int], response: list[int]) -> Tensor:
         """Return the log-prob of each response token, (len(response),) fp64, from a padded row."""
         logp = self.logits(torch.tensor(prompt + response + [0] * 7)).log_softmax(-1)
+        for rows in self.routed.values():
+            rows[-1] = rows[-1][:-7]  # padding
         first = len(prompt) - 1  # predicts the first response token
         return torch.stack([logp[first + i, token] for i, token in enumerate(response)]).double()
 
@@ -201,10 +224,11 @@ def encode(
 
 
 def five_steps(
-    folder: Path, trees: list, batch: int, dpo: bool
+    folder: Path, trees: list, batch: int, dpo: bool, router: tuple[float, float] = (0.0, 0.0)
 ) -> tuple[list[tuple[float, float]], dict[str, Tensor]]:
     """Make five steps of DPO (β = 0.1) or SFT at rate 1e-2 on `batch` trees each, in float64.
 
+    router: weights of the balance loss and the z-loss, which are no part of the returned losses.
     Returns [(loss, norm), ...] and the weights.
     """
     plain = PlainModel(folder, torch.float64)
@@ -214,6 +238,7 @@ def five_steps(
             [plain.logps(prompt, r).sum() for r in responses]
             for prompt, responses in trees[: 5 * batch]
         ]
+    plain.routed = {}
     taken = []
     for step in range(5):
         total = 0.0
@@ -225,5 +250,10 @@ def five_steps(
                 total = total - torch.nn.functional.logsigmoid(0.1 * delta) / batch
             else:
                 total = total - logps[0].sum() / sum(len(trees[j][1][0]) for j in mine)
-        taken.append(trainer.step(total))
+        extra = 0.0
+        if any(router):
+            balance, z = plain.router_losses()
+            extra = router[0] * balance + router[1] * z
+        _, norm = trainer.step(total + extra)
+        taken.append((total.item(), norm))
     return taken, {name: w.detach() for name, w in plain.weights.items()}

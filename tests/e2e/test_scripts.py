@@ -200,7 +200,6 @@ def test_a_server_ends_with_the_training(way: str, tmp_path: Path):
         "SERVER_ARGS": "--max-model-len 9",
     }
     env |= {"SERVER_LOG": str(tmp_path / "vllm.log"), "SERVER_WAIT": "60"}
-    taken = socket.create_server(("127.0.0.1", 0))
     if way == "port is taken":
         other = subprocess.Popen([str(tmp_path / "server")])
         until = time.monotonic() + 20
@@ -227,7 +226,6 @@ def test_a_server_ends_with_the_training(way: str, tmp_path: Path):
     else:
         complaint = {"never starts": "vLLM ended before it answered", "port is taken": "already"}
         assert running.returncode == 1 and complaint[way] in output and not log.exists()
-    taken.close()
     assert answers(int(port)) == (way == "port is taken")
     if way == "port is taken":
         other.kill()

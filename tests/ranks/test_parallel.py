@@ -112,12 +112,13 @@ class Bench:
             self.tokenizer / "tokenizer.model", list(read_rows(self.data(script)))[:n], keys
         )
 
-    def plain(self, script, name: str, batch: int) -> tuple:
+    def plain(self, script, name: str, batch: int, router: tuple[float, float]) -> tuple:
         """Return [(loss, norm)] and weights after five steps of the independent loop."""
-        key = (script.__name__, name, batch)
+        key = (script.__name__, name, batch, router)
         if key not in self.known:
+            trees = self.trees(script, 5 * batch)
             self.known[key] = five_steps(
-                self.model(name), self.trees(script, 5 * batch), batch, script is train_dpo
+                self.model(name), trees, batch, script is train_dpo, router
             )
         return self.known[key]
 
@@ -161,7 +162,7 @@ def furthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 
 FIVE_STEPS = [
     # layout, model, variation: 1 or 3 examples a step, small micro-batches, unshared prompts,
-    # activation checkpointing (recompute), many buckets
+    # activation checkpointing (recompute), many buckets, both losses of the router (balance)
     ("dp2", "uneven", ""),
     ("dp2 zero2", "llama", "small buckets"),
     ("dp4", "qwen2", "three"),  # a step of three trees leaves one rank an empty micro-batch
@@ -187,10 +188,14 @@ FIVE_STEPS = [
     ("dp4 zero3", "qwen2", "three recompute"),
     ("tp2 dp2 zero3", "gpt_neox", "small"),
     ("cp2 zero3", "qwen3", "small recompute"),
-    ("dp2 zero2", "qwen3_moe", "small buckets"),
-    ("tp2", "qwen2_moe", "small recompute"),
+    ("dp2 zero2", "qwen3_moe", "one buckets"),
     ("tp2 dp2 zero3", "qwen3_moe", "one"),
-    ("pp2 cp2", "qwen3_moe", "small"),
+    ("dp1", "qwen3_moe", "one unshared balance"),  # the micro-batch is the step
+    ("dp2 zero2", "qwen3_moe", "small buckets balance"),
+    ("tp2", "qwen2_moe", "small recompute balance"),
+    ("pp2", "qwen2_moe", "small balance"),
+    ("pp2 cp2", "qwen3_moe", "small balance"),
+    ("dp2 zero3", "qwen3_moe", "small balance"),
 ]
 
 
@@ -214,10 +219,13 @@ def test_five_steps_equal_a_plain_loop(
             len(micro_batches(lengths, np.arange(batch), budget, 0, sizes_of(layout).get("dp", 1)))
             > 1
         )
-    losses, weights = bench.plain(script, model, batch)
+    router = (0.5, 0.1) if "balance" in how else (0.0, 0.0)
+    losses, weights = bench.plain(script, model, batch, router)
     words = f"--model {bench.model(model)} --data {bench.data(script)} --batch-size {batch}".split()
     words += f"--max-tokens {budget} --max-steps 5 --lr 1e-2 --warmup 0.25".split()
     words += "--weight-decay 0.1 --no-shuffle --dtype fp64 --template plain --device cpu".split()
+    if "balance" in how:
+        words += ["--balance-loss", str(router[0]), "--router-z-loss", str(router[1])]
     if "unshared" in how:
         words.append("--no-share-prompts")
     if "recompute" in how:
@@ -234,6 +242,7 @@ def test_five_steps_equal_a_plain_loop(
 PAIRS = ("preferences", "preferences_test")
 SCRIPTS = {  # script, model, training rows, held-out rows, flags
     "sft": (train_sft, "uneven", "sft", "sft", ""),
+    "sft experts": (train_sft, "qwen3_moe", "sft", "sft", "--balance-loss 0.1"),
     "sft samples": (train_sft, "uneven", "sft", "sft", "--samples 2"),
     "dpo aot": (train_dpo, "uneven", *PAIRS, "--loss aot --sft-weight 0.1"),
     "dpo aot_unpaired": (train_dpo, "gpt_neox", *PAIRS, "--loss aot_unpaired"),
@@ -254,6 +263,7 @@ SCRIPTS = {  # script, model, training rows, held-out rows, flags
 }
 TOGETHER = [
     ("sft", "dp2 pp2"),
+    ("sft experts", "dp2 pp2", "tp2 cp2"),
     ("sft samples", "tp2 cp2", "dp2 zero3"),
     ("dpo aot", "dp2", "tp2", "pp2", "cp2"),
     ("dpo aot_unpaired", "dp2 pp2"),

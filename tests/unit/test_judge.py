@@ -3,7 +3,10 @@
 import json
 import math
 import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -15,7 +18,15 @@ import score
 import train_online_dpo
 from data.templates import Template
 from data.tokenizer import load_tokenizer
-from sampling.judge import agreement, judge_rewards, load_judge, ranked_right, read_template
+from sampling.judge import (
+    agreement,
+    judge_rewards,
+    load_judge,
+    ranked_right,
+    read_template,
+    split_name,
+)
+from sampling.judge_server import ask_server
 from sampling.rewards import load_reward
 from weights.folder import load_model, save_model
 
@@ -192,3 +203,98 @@ def test_a_judge_rewards_training_and_scores_files(
         first = json.loads(out.read_text().splitlines()[0])
         keys = ("ahead", "behind") if data == "preferences" else ("score",)
         assert all(0 < first[key] < 1 for key in keys)
+
+
+# ---- behind a server -----------------------------------------------------------------------------
+
+
+class JudgeStandIn(BaseHTTPRequestHandler):
+    """A server whose next-token distribution is `table`; asked keeps what it was asked."""
+
+    table: ClassVar[dict[str, float]] = {}
+    asked: ClassVar[list[tuple[str, dict]]] = []
+    forms: ClassVar[dict[str, dict]] = {}  # path -> a reply in place of the usual one
+
+    def reply(self, body: dict) -> None:
+        content = json.dumps(body).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def do_GET(self):
+        self.reply({"data": [{"id": "big"}]})
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.asked.append((self.path, body))
+        logps = {token: math.log(p) for token, p in self.table.items()}
+        if self.path == "/v1/completions":
+            choice: dict = {"logprobs": {"top_logprobs": [logps]}}
+        else:
+            top = [{"token": token, "logprob": logp} for token, logp in logps.items()]
+            choice = {"logprobs": {"content": [{"token": "x", "top_logprobs": top}]}}
+        self.reply(self.forms.get(self.path, {"choices": [choice]}))
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def judge_url():
+    """Start a server of JudgeStandIn; return its address."""
+    JudgeStandIn.asked.clear()
+    JudgeStandIn.forms.clear()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), JudgeStandIn)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("path", ["", "/v1/completions"])
+def test_a_server_judges_by_the_log_probs_of_labels(judge_url: str, path: str, tmp_path: Path):
+    """Σ p v / Σ p by hand, "2" and " 2" are one reply; a rubric is a mean; both of the two APIs."""
+    file = write(tmp_path / "t.json", QUESTION, {"1": 1, "2": 2, "9": 9})
+    JudgeStandIn.table = {"2": 0.3, " 2": 0.1, "1": 0.2, "well": 0.1}
+    judge = ask_server(judge_url + path, file)
+    result = judge.values([("who", "bob", ""), ("where", "the mill", "")])
+    assert result.values == pytest.approx([(0.4 * 2 + 0.2 * 1) / 0.6] * 2, rel=1e-12)
+    assert result.mass == pytest.approx([0.6] * 2, rel=1e-12)
+    paths, bodies = zip(*JudgeStandIn.asked)
+    assert set(paths) == {path or "/v1/chat/completions"}
+    shown = [body["prompt"] if path else body["messages"][0]["content"] for body in bodies]
+    assert sorted(shown) == sorted(
+        f"rate {response} to {prompt}: {criterion}"
+        for prompt, response in (("who", "bob"), ("where", "the mill"))
+        for criterion in ("good", "kind")
+    )
+    assert all(body["max_tokens"] == 1 for body in bodies)
+
+
+def test_a_server_that_replies_otherwise_is_counted(judge_url: str, tmp_path: Path, capsys):
+    """No label among the likeliest: the mean of the labels, counted; few: the expectation."""
+    file = write(tmp_path / "t.json", QUESTION, {"1": 1, "5": 5})
+    JudgeStandIn.table = {"Sure": 0.9}
+    reward = load_reward(f"judge:{judge_url}:{file}", None)
+    assert reward(["who"] * 2, ["bob", "ann"], [{}] * 2, [None]).tolist() == [3.0, 3.0]
+    assert "2 of 2 replies unparsable" in capsys.readouterr().out
+    JudgeStandIn.table = {"Sure": 0.9, "5": 0.05}
+    assert reward(["who"], ["bob"], [{}], [None]).tolist() == [5.0]
+    assert "3 of 3 replies unparsable" in capsys.readouterr().out
+
+
+def test_servers_that_cannot_judge_are_refused(judge_url: str, tmp_path: Path):
+    """No log-probs, nobody there, labels that begin one another: each is named with the flag."""
+    file = write(tmp_path / "t.json", QUESTION, {"1": 1, "10": 10})
+    with pytest.raises(ValueError, match="'10' begins with '1'"):
+        ask_server(judge_url, file)
+    write(file, QUESTION, {"1": 1, "2": 2})
+    for reply in ({"choices": [{"logprobs": None}]}, {"choices": []}, {"choices": [{"text": "1"}]}):
+        JudgeStandIn.forms["/v1/chat/completions"] = reply
+        with pytest.raises(OSError, match="--reward judge:http.*no log-probs"):
+            ask_server(judge_url, file).values([("who", "bob", "")])
+    assert split_name("http://host:80:mine.json") == ("http://host:80", "mine.json")
+    assert split_name("https://host:80/v1/completions")[0] == "https://host:80/v1/completions"
+    silent = ask_server(judge_url, file, asks=False)  # another rank asks
+    assert silent.values([("who", "bob", "")]).values.tolist() == [0.0]

@@ -3,8 +3,11 @@
 Faults that were put in one by one and made a test here fail:
   experts   the next expert's weights used; weights normalised twice, or normalised where the family
             does not; rows returned by the order in place of its inverse
+  balance   the loss of each micro-batch by itself, counted for every tensor rank, a shared prompt
+            counted once (tests/ranks/test_parallel.py); first choices alone; entropy in bits
 """
 
+import math
 from pathlib import Path
 
 import pytest
@@ -12,12 +15,14 @@ import torch
 from conftest import dataset_of
 from published import published_config
 
+import train_sft
 from architecture import GPTConfig
 from data.trees import make_batch
 from hf import New, new_model
 from kernels.quantized import FORMATS
 from model import ALONE, active_count, parameter_count
 from moe import Experts
+from routing import Tally, metrics
 from weights.adapters import TARGETS, Lora, adapters_of, attach
 from weights.config_json import model_config
 from weights.folder import load_model, save_model
@@ -139,3 +144,55 @@ def test_sparse_models_that_are_not_computed_are_refused(name: str, change: dict
     raw = {**published_config(name), **change}
     with pytest.raises(ValueError, match=named):
         model_config(raw, raw["model_type"])
+
+
+def test_router_losses_are_those_of_transformers():
+    """With one sparse layer, whose tokens all are real, at 3 of 7 experts a token."""
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+    from transformers.models.switch_transformers import modeling_switch_transformers as switch
+
+    logits = 2 * torch.randn(50, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    ours = logits.clone().requires_grad_()
+    tally = Tally(7)
+    tally.balance, tally.z = 0.3, 0.2
+    weights, chosen = torch.softmax(ours, -1).topk(3, -1)
+    attached = tally.observe(weights, ours, chosen, torch.ones(50, dtype=torch.float64), 1)
+    (0 * attached).sum().backward()
+    theirs = logits.clone().requires_grad_()
+    balance = load_balancing_loss_func((theirs,), 7, 3)
+    z = switch.router_z_loss_func(theirs[None])
+    (0.3 * balance + 0.2 * z).backward()
+    row = metrics({0: tally}, 1, 7, ALONE)
+    assert row["router/balance_loss"] == pytest.approx(balance.item(), rel=1e-6)
+    assert row["router/z_loss"] == pytest.approx(z.item(), rel=1e-12)
+    assert torch.allclose(ours.grad, theirs.grad, rtol=0, atol=1e-8)  # theirs counts in fp32
+
+
+def test_metrics_of_balance_are_counted_by_hand():
+    """Two layers of three experts, one a token; the last token of four counts twice."""
+    times = torch.tensor([1.0, 1.0, 1.0, 2.0], dtype=torch.float64)
+    even = torch.zeros(4, 3, dtype=torch.float64)
+    first, second = Tally(3), Tally(3)
+    weights = torch.ones(4, 1, requires_grad=True)
+    first.observe(weights, even, torch.tensor([[0], [1], [2], [2]]), times, 1)
+    second.observe(weights, even, torch.tensor([[0], [0], [0], [0]]), times, 1)
+    with torch.no_grad():  # evaluation: not counted
+        first.observe(weights, even, torch.tensor([[0], [0], [0], [0]]), times, 1)
+    assert metrics({0: first, 2: second}, 3, 3, ALONE) == pytest.approx(
+        {
+            "router/max_load": 3.0,  # all 5 tokens, 5 / 3 on average
+            "router/dead_experts": 2,
+            "router/entropy": math.log(3),
+            "router/balance_loss": 1.0,
+            "router/z_loss": math.log(3) ** 2,
+        },
+        rel=1e-12,
+    )
+    assert metrics({0: first, 2: second}, 3, 3, ALONE) == {}
+
+
+def test_router_losses_are_refused_without_experts(toy: Path, tmp_path: Path):
+    """The flag is named."""
+    words = f"--model {toy / 'model'} --data {toy / 'world' / 'sft.jsonl'} --out {tmp_path}".split()
+    with pytest.raises(ValueError, match="--balance-loss: .* has no experts"):
+        train_sft.main([*words, "--balance-loss", "0.01", "--device", "cpu"])
