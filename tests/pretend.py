@@ -19,6 +19,7 @@ of torch will do and nothing has to be compiled. Backward passes run in the thre
 """
 
 import contextlib
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -405,3 +406,17 @@ def install() -> None:
             return engine(*args, **kwargs)
 
     autograd._engine_run_backward = backward
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        _let_kernels_read()
+
+
+def _let_kernels_read() -> None:
+    """Let Triton's interpreter read and write the numbers of tensors on the device."""
+    from triton.runtime.interpreter import GridExecutor
+
+    launch = GridExecutor.__call__
+
+    def held_launch(self, *args, **kwargs):
+        return launch(self, *tree_map(_held, args), **tree_map(_held, kwargs))
+
+    GridExecutor.__call__ = held_launch
