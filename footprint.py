@@ -166,7 +166,8 @@ def sent(
 
     rows, scored: for every micro-batch the tokens, and the scored tokens, on each context rank; the
     scored tokens of a reward model are the last ones of its responses.
-    "ep", the rows of experts on other ranks, is exact where all experts are taken equally often.
+    "ep", the rows of experts on other ranks, is exact in the sum over ranks where all experts are
+    taken equally often, and on each rank where all have as many rows.
     Among n ranks an all-gather of O bytes of output sends (n-1)/n O, a reduce-scatter of I bytes of
     input (n-1)/n I, an all-reduce of B bytes 2 (n-1)/n B, whatever the backend's algorithm.
     """

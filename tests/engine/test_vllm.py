@@ -1,7 +1,7 @@
 """plumb with vLLM itself, on the CPU: `make test-engine`.
 
 PLUMB_VLLM is the interpreter of an environment that has vLLM; without it all tests are skipped.
-PLUMB_ENGINE_FAMILIES=all tries every family that `hf.py new` makes, a server each; else three.
+PLUMB_ENGINE_FAMILIES=all tries every family that `hf.py new` makes, a server each; else two.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ from weights.folder import load_model
 
 ROOT = Path(__file__).parents[2]
 VLLM = os.environ.get("PLUMB_VLLM", "")
-FAMILIES = ["llama", "qwen3", "mixtral"]
+FAMILIES = ["llama", "qwen3"]
 if os.environ.get("PLUMB_ENGINE_FAMILIES") == "all":
     FAMILIES = list(get_args(get_type_hints(hf.Flags)["family"]))
 CLOSE = 1e-4  # nats: two fp32 programs
@@ -153,13 +153,13 @@ def distance(server: Vllm, folder: Path, template: Template) -> float:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_tokens_and_log_probs_are_plumbs_own(family: str, world: Path):
+def test_greedy_tokens_and_log_probs_are_plumbs_own(family: str, world: Path, llama: Vllm):
     """Tokens equal those of generate.py; log-probs of a text and of sampled tokens are close."""
     folder = make_model(world, family)
     template = Template("auto", load_tokenizer(folder))
     prompts = [template.prompt(text) for text in ("Where does a duck sleep?", "What is a hen?")]
     model = load_model(folder, torch.float32)
-    server = Vllm(folder, world / f"{family}.log")
+    server = llama if family == "llama" else Vllm(folder, world / f"{family}.log")
     try:
         engine = Engine(
             template, RolloutConfig(rollout_url=[server.url], max_new_tokens=24), learns=False
@@ -174,14 +174,16 @@ def test_greedy_tokens_and_log_probs_are_plumbs_own(family: str, world: Path):
         print(f"{family}: {max(gaps):.1e} nats in sampled tokens, {far:.1e} in a text")
         assert max(gaps) < CLOSE and far < CLOSE
     finally:
-        server.kill()
+        if server is not llama:
+            server.kill()
 
 
 # ---- training ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("script", [train_reinforce, train_ppo])
-@pytest.mark.parametrize("lora", [0, 4])
+@pytest.mark.parametrize(
+    ("script", "lora"), [(train_reinforce, 0), (train_ppo, 0), (train_reinforce, 4)]
+)
 def test_the_server_has_the_trainers_weights_after_every_update(
     script, lora: int, world: Path, llama: Vllm, tmp_path: Path, train, monkeypatch
 ):

@@ -261,7 +261,10 @@ def one_step(
 def test_bytes_sent_equal_the_planned_bytes(
     c: GPTConfig, layout: Layout, checkpointing: bool, tmp_path, small_buckets
 ):
-    """Every collective of a step on real processes, by purpose and rank: exactly equal."""
+    """Every collective of a step on real processes, by purpose and rank: exactly equal.
+
+    A rank returns the rows of the others, who have more or fewer: "ep" is equal in sum.
+    """
     warm = torch.nn.Parameter(torch.ones(2))
     warm.grad = torch.ones(2)
     # The first step initialises torch's optimizer: once here, not in every forked process.
@@ -279,8 +282,10 @@ def test_bytes_sent_equal_the_planned_bytes(
     results = [answers.get(timeout=60) for _ in processes]
     for process in processes:
         process.join(60)
+    assert all(expected is not None for _, _, expected in results), results
+    routed = [(seen.pop("ep", 0), expected.pop("ep")) for _, seen, expected in results]
+    assert sum(sent for sent, _ in routed) == sum(planned for _, planned in routed)
     for rank, seen, expected in results:
-        assert expected is not None, seen
         assert {kind: n for kind, n in seen.items() if n} == {
             kind: n for kind, n in expected.items() if n
         }, rank
