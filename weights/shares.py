@@ -1,4 +1,4 @@
-"""Which rank writes which weights of a model into which file of a folder."""
+"""Plan of the files of a folder: the weights in each, and the ranks that write it."""
 
 import math
 

@@ -53,9 +53,19 @@ OLMO = GPTConfig(
     "olmo2", vocab=50, layers=2, kv_heads=2, head_size=4, ffn=30, qk_norm="whole", **SMALL
 )
 EXPERTS = GPTConfig(  # every token takes all of them, so that their bytes are known beforehand
-    "qwen2_moe", vocab=50, layers=3, kv_heads=2, head_size=4, ffn=30, experts=4, active=4, **SMALL,
-    expert_ffn=5, shared_ffn=6, dense_layers=(1,),
-)  # fmt: skip
+    "qwen2_moe",
+    vocab=50,
+    layers=3,
+    kv_heads=2,
+    head_size=4,
+    ffn=30,
+    experts=4,
+    active=4,
+    **SMALL,
+    expert_ffn=5,
+    shared_ffn=6,
+    dense_layers=(1,),
+)
 SEVEN = GPTConfig(
     "llama", vocab=32000, width=4096, layers=32, heads=32, kv_heads=32, head_size=128, ffn=11008
 )  # Llama 2 7B
