@@ -30,6 +30,9 @@ PEAK_TFLOPS = {
     "A800": 312,
     "L40S": 362,
     "B200": 2250,
+    "MI300X": 1307,
+    "MI325X": 1307,
+    "MI355X": 2517,
     "4090": 165,
 }
 # Metrics of an algorithm that the bar shows beside the loss.

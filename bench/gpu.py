@@ -1,59 +1,102 @@
-"""Check and time the kernels on this machine's GPU: first correct, then fast, then whole steps.
+"""Check and time plumb on this machine's GPU, in stages that stand alone, most valuable first.
 
-    python bench/gpu.py                           all parts, 8 minutes; bench/results/GPU.json
-    python bench/gpu.py --parts check attention   some parts
-    python bench/gpu.py --device cpu --tiny       test of this command, in Triton's interpreter
+    python bench/gpu.py                                        all stages, into bench/results/
+    python bench/gpu.py --stages 1 2 --out bench/results/      some of them
+    python bench/gpu.py --device cpu --tiny                    test of this command
 
-    ceilings   rates of a plain matmul and a plain copy, of which all shares are   gpu_kernels.py
-    check      every kernel against its plain twin in float64                      gpu_check.py
-    attention, logprob, small   kernels against alternatives                       gpu_kernels.py
-    steps, trl   whole training steps of plumb and of TRL, real tokens only        gpu_steps.py
+    1  every kernel against its plain twin in float64                      gpu_check.py
+    2  attention and log-prob against torch's best, memory-bound kernels   gpu_kernels.py
+    3  DPO steps of a 1B and a 7B, whole and LoRA: MFU, memory, waits      gpu_steps.py
+    4  the same steps by TRL, where it is installed                        gpu_trl.py
+    5  tokens a second of the sampler, eager and as CUDA graphs            gpu_sampling.py
+    6  a trace of one DPO step                                             gpu_steps.py
 
-Needs torch and triton. Liger and TRL are compared with where they are installed. Every part runs in
-a process of its own, so that a crash or a hang costs that part alone; results are written as they
-come. Times are medians of CUDA events around single calls with a cold L2 cache (TRL's steps: a
-clock read after synchronising).
+A stage takes at most four minutes. Each result is written at once, one JSON object a line, to a
+file of the stage's own; trace.json and trace.txt lie beside. A stage runs in a process of its own:
+one that crashes or hangs costs the part that it was at, and whatever was written stays.
+
+Needs torch (2.11 or 2.13), its Triton, numpy and requirements.txt; no network, no model, no data.
+Times are medians of CUDA events around single calls with a cold L2 cache; the sampler's and TRL's
+are read from the clock after synchronising.
 """
 
 import argparse
 import importlib
-import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
-from harness import UNITS, Bench, ceiling_variable, describe, read_rows, write_row
+from harness import Bench, describe, read_rows, write_row
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = {  # module with a function of the part's name, seconds at most
-    "ceilings": ("gpu_kernels", 40),
-    "check": ("gpu_check", 100),
-    "attention": ("gpu_kernels", 120),
-    "logprob": ("gpu_kernels", 70),
-    "small": ("gpu_kernels", 50),
-    "steps": ("gpu_steps", 150),
-    "trl": ("gpu_steps", 150),
+
+
+class Stage(NamedTuple):
+    """A stage: its name, and the parts that it runs."""
+
+    name: str
+    parts: dict[str, tuple[str, int]]  # part -> module with a function of its name, seconds at most
+
+
+STAGES = {
+    1: Stage("kernels", {"check": ("gpu_check", 200)}),
+    2: Stage(
+        "speed",
+        {
+            "ceilings": ("gpu_kernels", 20),
+            "attention": ("gpu_kernels", 100),
+            "logprob": ("gpu_kernels", 60),
+            "small": ("gpu_kernels", 30),
+        },
+    ),
+    3: Stage("steps", {"steps": ("gpu_steps", 200)}),
+    4: Stage("trl", {"trl": ("gpu_trl", 200)}),
+    5: Stage("sampling", {"sampling": ("gpu_sampling", 90), "graphs": ("gpu_sampling", 110)}),
+    6: Stage("trace", {"trace": ("gpu_steps", 150)}),
 }
+LIMIT = 230  # seconds of a stage; then its process is ended
+DONE = "the whole part"
 
 
-def run_part(args: argparse.Namespace) -> None:
-    """Run one part in this process."""
-    module, _ = PARTS[args.part]
-    bench = Bench(args.part, args.rows, args.device, args.tiny, args.seconds)
-    getattr(importlib.import_module(module), args.part)(bench)
+def run_parts(args: argparse.Namespace) -> None:
+    """Run some parts of one stage in this process."""
+    if args.device == "pretend":
+        import pretend
+
+        pretend.install()
+    if not Path(args.rows).exists():
+        write_row(Path(args.rows), "machine", args.device, **machine())
+    for part in args.parts:
+        name, seconds = STAGES[args.stages[0]].parts[part]
+        start = time.monotonic()
+        module = importlib.import_module(name)
+        left = args.seconds if args.tiny else min(seconds, args.seconds)
+        bench = Bench(part, args.rows, args.device, args.tiny, left)
+        getattr(module, part)(bench)
+        args.seconds -= time.monotonic() - start
+        write_row(bench.rows, part, DONE, seconds=time.monotonic() - start)
 
 
-def start_part(
-    part: str, rows: Path, args: argparse.Namespace, environment: dict, left: float
+def start_parts(
+    number: int, parts: list[str], rows: Path, args: argparse.Namespace, left: float
 ) -> str:
-    """Run one part in a process of its own; return what went wrong, else an empty string."""
-    if left < 5:
-        return "no time left"
-    words = [sys.executable, __file__, "--part", part, "--rows", rows, "--device", args.device]
-    words += ["--seconds", f"{0.8 * left:.0f}"] + ["--tiny"] * args.tiny
+    """Run parts of a stage in a process of their own; return what went wrong, if anything did."""
+    folders = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    environment = {
+        "CUDA_VISIBLE_DEVICES": "0",  # TRL accepts one visible GPU only
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, folders)),
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+        "PYTHONUNBUFFERED": "1",
+    }
+    if args.device != "cuda":
+        kernels = {"TRITON_INTERPRET": "1", "PLUMB_KERNELS": "on"}
+        environment |= kernels if number <= 2 else {"PLUMB_KERNELS": "off"}
+    words = [sys.executable, __file__, "--parts", *parts, "--stages", number, "--rows", rows]
+    words += ["--device", args.device, "--seconds", f"{0.9 * left:.0f}"] + ["--tiny"] * args.tiny
     try:
         run = subprocess.run([str(word) for word in words], env=environment, timeout=left)
     except subprocess.TimeoutExpired:
@@ -61,49 +104,37 @@ def start_part(
     return f"ended with status {run.returncode}" if run.returncode else ""
 
 
-def run_parts(args: argparse.Namespace) -> list[dict]:
-    """Run the parts one after the other; return all rows."""
-    environment = {
-        "CUDA_VISIBLE_DEVICES": "0",  # TRL accepts one visible GPU only
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
-        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-        "PYTHONUNBUFFERED": "1",
-    }
-    if args.device == "cpu":
-        environment |= {"TRITON_INTERPRET": "1", "PLUMB_KERNELS": "on"}
-    end = time.monotonic() + 60 * args.minutes
-    with tempfile.TemporaryDirectory() as folder:
-        rows = Path(folder, "rows.jsonl")
-        for part in args.parts:
-            _, limit = PARTS[part]
-            error = start_part(part, rows, args, environment, min(limit, end - time.monotonic()))
-            if error:
-                write_row(rows, part, "the whole part", error=error)
-            for row in read_rows(rows):
-                if row["part"] == "ceilings":
-                    for unit in set(UNITS) & set(row):
-                        environment[ceiling_variable(unit)] = str(row[unit])
-        return read_rows(rows)
+def run_stage(number: int, folder: Path, args: argparse.Namespace) -> list[dict]:
+    """Run one stage; return its rows. After a part that ends its process the others still run."""
+    stage = STAGES[number]
+    rows = folder / f"{number}_{stage.name}.jsonl"
+    rows.unlink(missing_ok=True)
+    end = time.monotonic() + LIMIT * (5 if args.tiny else 1)  # a test's machine may be busy
+    parts = list(stage.parts)
+    while parts:
+        left = end - time.monotonic()
+        error = start_parts(number, parts, rows, args, left) if left > 5 else "no time left"
+        finished = {row["part"] for row in read_rows(rows) if row["name"] == DONE}
+        parts = [part for part in parts if part not in finished]
+        if parts:
+            write_row(rows, parts.pop(0), DONE, error=error or "did not finish")
+    return read_rows(rows)
 
 
-def report(rows: list[dict], args: argparse.Namespace) -> int:
-    """Print all rows and what failed, write them to a file; return the exit status."""
+def machine() -> dict:
+    """Return GPU, versions and time, of which all numbers are."""
     import torch
     import triton
 
-    gpu = "cpu"
-    if args.device == "cuda" and torch.cuda.is_available():
-        gpu = torch.cuda.get_device_name()
-    versions = {"device": gpu, "torch": torch.__version__, "triton": triton.__version__}
-    path = args.json
-    if path is None and not args.tiny:
-        path = ROOT / "bench" / "results" / f"{gpu.replace(' ', '_')}.json"
-    if path:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(json.dumps({**versions, "rows": rows}, indent=1) + "\n")
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime())
+    versions = {"torch": torch.__version__, "triton": triton.__version__}
+    return {"gpu": gpu, **versions, "cuda": torch.version.cuda or torch.version.hip, "utc": when}
 
-    print(f"\n{gpu}, torch {torch.__version__}, triton {triton.__version__}")
+
+def report(rows: list[dict], strict: bool) -> int:
+    """Print all rows and what failed; return the exit status. strict: a failure is an error."""
+    print()
     for row in rows:
         print(describe({key: value for key, value in row.items() if key != "errors"}))
     wrong = [row["name"] for row in rows if row.get("ok") is False]
@@ -116,30 +147,34 @@ def report(rows: list[dict], args: argparse.Namespace) -> int:
     print(f"failed: {'; '.join(broken)}" if broken else "every part ran")
     if peers:
         print(f"not compared with: {'; '.join(peers)}")
-    return int(bool(wrong or (broken and args.tiny)))
+    return int(bool(wrong or (broken and strict)))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--stages", nargs="+", type=int, choices=STAGES, default=list(STAGES))
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder")
+    parser.add_argument(
+        "--device",
+        choices=("cuda", "cpu", "pretend"),
+        default="cuda",
+        help="pretend: tests/pretend.py, with --tiny",
+    )
     parser.add_argument(
         "--tiny", action="store_true", help="smallest sizes: only test that it runs"
     )
-    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
-    parser.add_argument(
-        "--minutes", type=float, default=8.0, help="for all parts; then they are ended"
-    )
-    parser.add_argument("--json", help="results; default bench/results/GPU.json, none with --tiny")
-    parser.add_argument("--part", help=argparse.SUPPRESS)  # these three: run one part here
+    parser.add_argument("--parts", nargs="+", help=argparse.SUPPRESS)  # these three: run them here
     parser.add_argument("--rows", help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.part:
-        run_part(args)
+    if args.parts:
+        run_parts(args)
         return 0
-    return report(run_parts(args), args)
+    args.out.mkdir(parents=True, exist_ok=True)
+    rows = [row for number in args.stages for row in run_stage(number, args.out, args)]
+    return report(rows, args.tiny)
 
 
 if __name__ == "__main__":

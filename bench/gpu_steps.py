@@ -1,25 +1,22 @@
-"""Parts steps and trl of bench/gpu.py: whole optimizer steps of plumb, and of TRL on the same work.
+"""Parts steps and trace of bench/gpu.py: whole optimizer steps of random Llamas.
 
-Models are random Llamas. Examples are as long as UltraFeedback's.
+Examples are as long as UltraFeedback's.
 """
 
 import gc
-import os
-import statistics
-import tempfile
 import time
-from collections.abc import Iterator
-from importlib.util import find_spec
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
-from harness import Bench, read_rows
+from harness import Bench
 
 import losses
 from data.dataset import Dataset
 from data.trees import TreeBatch, make_batch, micro_batches
 from model import GPT, GPTConfig, parameter_count
 from optimizer import AdamW
+from weights.adapters import Lora, attach
 
 SHAPES = {
     "1B": dict(
@@ -28,7 +25,12 @@ SHAPES = {
     "7B": dict(vocab=32000, width=4096, layers=32, heads=32, kv_heads=8, head_size=128, ffn=14336),
     "tiny": dict(vocab=300, width=64, layers=2, heads=4, kv_heads=2, head_size=16, ffn=96),
 }
-NEEDED = ("trl", "transformers", "datasets")
+BYTES = {"whole": 18, "LoRA": 3}  # of memory a parameter before activations
+TASKS = {  # what is trained -> tasks and packings, most valuable first
+    "whole": [("DPO", "prompts shared"), ("DPO", "prompts repeated"), ("SFT", "packed")],
+    "LoRA": [("DPO", "prompts shared")],
+}
+ROOM_GB = 14  # left for activations
 
 
 def examples(bench: Bench, responses: int) -> tuple[np.ndarray, np.ndarray]:
@@ -48,50 +50,65 @@ def llama(sizes: dict) -> GPTConfig:
     return GPTConfig(family="llama", **sizes)
 
 
-def shapes(bench: Bench) -> Iterator[tuple[str, GPTConfig, bool]]:
-    """Yield the models to train: label, config, whether activations are recomputed.
+def shapes(
+    bench: Bench, trained: tuple[str, ...] = tuple(TASKS)
+) -> Iterator[tuple[str, GPTConfig, bool, str]]:
+    """Yield the models to train: label, config, whether activations are recomputed, what trains.
 
     A model that does not fit gets fewer layers.
     """
     for label in ["tiny"] if bench.tiny else ["1B", "7B"]:
-        sizes = dict(SHAPES[label])
-        whole = sizes["layers"]
-        if bench.cuda:
-            room = torch.cuda.mem_get_info()[1] - 14e9  # left for activations
-            while sizes["layers"] > 1 and 18 * parameter_count(llama(sizes)) > room:
-                sizes["layers"] -= 1
-        name = label
-        if sizes["layers"] < whole:
-            name += f" shape with {sizes['layers']} of {whole} layers"
-        yield name, llama(sizes), label == "7B"
-
-
-# ---- plumb ---------------------------------------------------------------------------------------
+        for kind in trained:
+            sizes = dict(SHAPES[label])
+            whole = sizes["layers"]
+            if bench.cuda:
+                room = torch.cuda.mem_get_info()[1] - ROOM_GB * 1e9
+                while sizes["layers"] > 1 and BYTES[kind] * parameter_count(llama(sizes)) > room:
+                    sizes["layers"] -= 1
+            name = label if kind == "whole" else f"{label} {kind}"
+            if sizes["layers"] < whole:
+                name += f" shape with {sizes['layers']} of {whole} layers"
+            yield name, llama(sizes), label == "7B", kind
 
 
 def steps(bench: Bench) -> None:
-    """Time DPO with prompts shared and repeated, and SFT."""
-    for label, c, recomputed in shapes(bench):
-        bench.attempt(label, build_and_train, bench, label, c, recomputed)
+    """Time DPO with prompts shared and repeated, and SFT; DPO with LoRA too."""
+    for label, c, recomputed, kind in shapes(bench):
+        bench.attempt(label, build_and_train, bench, label, c, recomputed, kind)
         gc.collect()
         bench.free()
 
 
-def build_and_train(bench: Bench, label: str, c: GPTConfig, recomputed: bool) -> dict:
-    """Build a model, record the steps of every task, and return its parameter count."""
+def random_model(bench: Bench, c: GPTConfig) -> GPT:
+    """Build a model on the device: matrices are drawn there, which is fast, and norms are 1."""
     with torch.device(bench.device):
         model = GPT(c).to(bench.dtype)
     for p in model.parameters():
         if p.dim() > 1:
             torch.nn.init.normal_(p, std=0.02)
+        else:
+            torch.nn.init.ones_(p)
+    return model
+
+
+def build(bench: Bench, c: GPTConfig, recomputed: bool, kind: str) -> tuple[GPT, AdamW]:
+    """Build a model with random weights, and its optimizer."""
+    model = random_model(bench, c)
+    if kind == "LoRA":
+        attach(model, Lora(16, 32.0))
     model.checkpoint_activations = recomputed
-    optimizer = AdamW(model, (0.9, 0.95), 1e-8, 0.0)
-    tasks = [("DPO", "prompts shared"), ("DPO", "prompts repeated"), ("SFT", "packed")]
-    for task, packing in tasks[: 1 if bench.tiny else 3]:
+    return model, AdamW(model, (0.9, 0.95), 1e-8, 0.0)
+
+
+def build_and_train(bench: Bench, label: str, c: GPTConfig, recomputed: bool, kind: str) -> dict:
+    """Build a model, record the steps of every task, and return its parameter count."""
+    model, optimizer = build(bench, c, recomputed, kind)
+    for task, packing in TASKS[kind][: 1 if bench.tiny else 3]:
         batches = make_batches(bench, c, task, packing != "prompts repeated")
         name = f"{label} {task}, {packing}"
         bench.attempt(name, time_step, bench, model, optimizer, task, batches)
-    return {"parameters": parameter_count(c)}
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return {"parameters": parameter_count(c), "trained": trained}
 
 
 def make_batches(bench: Bench, c: GPTConfig, task: str, shared: bool) -> list[TreeBatch]:
@@ -114,10 +131,10 @@ def make_batches(bench: Bench, c: GPTConfig, task: str, shared: bool) -> list[Tr
     return [make_batch(data, items, shared) for items in bins]
 
 
-def time_step(
+def make_step(
     bench: Bench, model: GPT, optimizer: AdamW, task: str, batches: list[TreeBatch]
-) -> dict:
-    """Time an optimizer step, and count what it computes."""
+) -> Callable[[], None]:
+    """Return a function that takes an optimizer step."""
     count = sum(len(batch.examples) for batch in batches)
 
     def step() -> None:
@@ -133,166 +150,78 @@ def time_step(
             loss.backward()
         optimizer.step(1e-7, 1.0)
 
+    return step
+
+
+def time_step(
+    bench: Bench, model: GPT, optimizer: AdamW, task: str, batches: list[TreeBatch]
+) -> dict:
+    """Time an optimizer step, and count what it computes and how often the host waits in it."""
+    count = sum(len(batch.examples) for batch in batches)
+    step = make_step(bench, model, optimizer, task, batches)
     bench.reset_peak()
     seconds = bench.seconds(step, least=3, budget=6)
     tokens = sum(len(b.tokens) for b in batches)
-    scored = sum(len(b.target) for b in batches)
-    seen = sum(b.context * len(b.tokens) for b in batches)
-    # Only scored tokens reach the head; recomputed activations do not count as work.
-    flop = sum(len(b.tokens) * model.c.flops_per_token(b.context) for b in batches)
-    flop -= 6 * (tokens - scored) * model.c.vocab * model.c.width
     values = {
         "seconds": seconds,
         "examples_per_s": count / seconds,
         "tokens_per_s": tokens / seconds,
         "tokens": tokens,
-        "context": seen / tokens,
-        "tflops": flop / seconds / 1e12,
+        "context": sum(b.context * len(b.tokens) for b in batches) / tokens,
+        "tflops": step_flop(model, batches) / seconds / 1e12,
+        "host_waits": bench.host_waits(step),
     }
+    if peak := bench.data_sheet_tflops():
+        values["mfu"] = values["tflops"] / peak
     return values | ({"peak_gb": bench.peak_gb()} if bench.cuda else {})
 
 
-# ---- TRL -----------------------------------------------------------------------------------------
+def step_flop(model: GPT, batches: list[TreeBatch]) -> float:
+    """Count the FLOPs of a step: those of frozen weights have no gradient, so 4 of 6 are left.
 
-
-def trl(bench: Bench) -> None:
-    """Time TRL's trainers on the same examples and shapes, and say how much faster plumb is.
-
-    Settings favour TRL: rows are sorted by length, micro-batches hold as many tokens as plumb's,
-    collating is not timed, the reference is computed before. Its weights are bf16 without the fp32
-    master weights that plumb keeps.
+    Only scored tokens reach the head; recomputed activations do not count as work.
     """
-    if missing := [name for name in NEEDED if not find_spec(name)]:
-        bench.record("TRL", skipped=f"not importable: {', '.join(missing)}")
-        return
-    for label, c, recomputed in shapes(bench):
-        for task in ("DPO", "SFT"):
-            bench.attempt(f"{label} {task}, TRL", trl_steps, bench, task, label, c, recomputed)
-            gc.collect()  # a trainer and its model hold each other
-            bench.free()
+    c, total = model.c, 0.0
+    whole = next(model.blocks["0"].parameters()).requires_grad
+    for batch in batches:
+        scored, tokens = len(batch.target), len(batch.tokens)
+        weights = tokens * c.flops_per_token(0) - 6 * (tokens - scored) * c.vocab * c.width
+        scores = tokens * (c.flops_per_token(batch.context) - c.flops_per_token(0))
+        total += (weights if whole else weights * 4 / 6) + scores
+    return total
 
 
-def trl_steps(bench: Bench, task: str, label: str, c: GPTConfig, recomputed: bool) -> dict:
-    """Time an optimizer step of TRL's DPOTrainer or SFTTrainer on token ids."""
-    os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    import datasets
-    import transformers
-    from transformers.utils import is_flash_attn_2_available
-
-    datasets.disable_progress_bars()
-    attention = "flash_attention_2" if bench.cuda and is_flash_attn_2_available() else "sdpa"
-    prompts, answers = examples(bench, 2 if task == "DPO" else 1)
-    rows = datasets.Dataset.from_list(trl_rows(task, c.vocab, prompts, answers))
-    micro = 1 if bench.tiny else 16 // answers.shape[1]  # 16 sequences of at most 1024 tokens
-    times = []
-    clock = trl_clock(bench, times)
-    with tempfile.TemporaryDirectory() as folder:
-        settings = dict(output_dir=folder, max_steps=100, max_length=None, learning_rate=1e-7)
-        settings |= dict(train_sampling_strategy="sequential", gradient_checkpointing=recomputed)
-        settings |= dict(per_device_train_batch_size=micro)
-        settings |= dict(gradient_accumulation_steps=len(rows) // micro)
-        settings |= dict(bf16=bench.cuda, use_cpu=not bench.cuda, dataloader_pin_memory=bench.cuda)
-        settings |= dict(logging_strategy="no", save_strategy="no", report_to="none")
-        settings |= dict(disable_tqdm=True)
-        trainer = trl_trainer(bench, task, c, attention, settings, rows, clock)
-        trainer.remove_callback(transformers.PrinterCallback)
-        trainer.train()
-
-    seconds = statistics.median(times[clock.warm :])
-    tokens = int(prompts.sum()) * answers.shape[1] + int(answers.sum())
-    how = [attention, f"{micro} rows x {len(rows) // micro}"]
-    how.append("checkpointing" if recomputed else "no checkpointing")
-    if task == "DPO":
-        how.append("reference precomputed")
-    values = {
-        "seconds": seconds,
-        "examples_per_s": len(rows) / seconds,
-        "tokens_per_s": tokens / seconds,
-        "tokens": tokens,
-    }
-    if bench.cuda:
-        values["peak_gb"] = bench.peak_gb()
-    ours = f"{label} {task}, {'prompts shared' if task == 'DPO' else 'packed'}"
-    for row in read_rows(bench.rows):
-        if row["name"] == ours and "seconds" in row:
-            values["plumb_faster"] = seconds / row["seconds"]
-            if bench.cuda:
-                values["plumb_memory_share"] = row["peak_gb"] / values["peak_gb"]
-    return values | {"how": ", ".join(how)}
+def trace(bench: Bench) -> None:
+    """Record what runs when in a DPO step: trace.json for a viewer, and the longest kernels."""
+    label, c, recomputed, kind = next(shapes(bench))
+    bench.attempt(f"{label} DPO, one step", trace_step, bench, c, recomputed, kind)
 
 
-def trl_rows(task: str, vocab: int, prompts: np.ndarray, answers: np.ndarray) -> list[dict]:
-    """Draw the step's examples as TRL's token id columns, longest first."""
-    longest_first = np.argsort(-prompts - answers.max(1))
-    rows = []
-    for sizes in np.column_stack([prompts, answers])[longest_first].tolist():
-        ids = [torch.randint(2, vocab, (n,)).tolist() for n in sizes]
-        if task == "DPO":
-            row = dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), ids, strict=True))
-        else:
-            mask = [0] * sizes[0] + [1] * sizes[1]
-            row = {"input_ids": sum(ids, []), "completion_mask": mask}
-        rows.append(row)
-    return rows
+def trace_step(bench: Bench, c: GPTConfig, recomputed: bool, kind: str) -> dict:
+    """Write trace.json and trace.txt beside the rows; return how busy the GPU was."""
+    from torch.profiler import ProfilerActivity, profile
 
-
-def trl_clock(bench: Bench, times: list[float]):
-    """Return a TrainerCallback that appends the seconds of every step to `times`, and ends the run
-    when there are enough."""
-    from transformers import TrainerCallback
-
-    class Clock(TrainerCallback):
-        warm, least, budget = (1, 1, 0) if bench.tiny else (2, 3, 6)
-
-        def now(self) -> float:
-            if bench.cuda:
-                torch.cuda.synchronize()
-            return time.perf_counter()
-
-        def on_step_begin(self, args, state, control, **_):
-            if len(times) == self.warm:
-                bench.reset_peak()
-            self.start = self.now()
-
-        def on_step_end(self, args, state, control, **_):
-            times.append(self.now() - self.start)
-            measured = times[self.warm :]
-            enough = len(measured) >= self.least and sum(measured) > self.budget
-            late = bool(measured) and time.monotonic() > bench.deadline
-            control.should_training_stop = enough or late
-
-    return Clock()
-
-
-def trl_trainer(bench: Bench, task: str, c: GPTConfig, attention: str, settings, rows, clock):
-    """Build TRL's trainer with a Llama of the same shape."""
-    from tokenizers import Tokenizer, models
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
-
-    class OnTokenIds(DPOTrainer):
-        def _prepare_dataset(self, dataset, *_):
-            return dataset  # SFTTrainer sees by itself that rows hold token ids
-
-    shape = dict(vocab_size=c.vocab, tie_word_embeddings=c.tied, attn_implementation=attention)
-    shape |= dict(hidden_size=c.width, num_hidden_layers=c.layers, intermediate_size=c.ffn)
-    shape |= dict(num_attention_heads=c.heads, num_key_value_heads=c.kv_heads)
-    shape |= dict(head_dim=c.head_size)
-    # TRL hashes all weights of the reference on the CPU. It scores outside the step, so a small
-    # reference will do.
-    small = {"num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
-    small |= {"hidden_size": 64, "head_dim": 64, "intermediate_size": 64}
-    with torch.device(bench.device):
-        model = LlamaForCausalLM(LlamaConfig(**shape)).to(bench.dtype)
-        reference = LlamaForCausalLM(LlamaConfig(**shape | small)).to(bench.dtype)
-    theirs, ours = model.num_parameters(), parameter_count(c)
-    if theirs != ours:
-        raise ValueError(f"transformers' model has {theirs} weights, plumb's has {ours}")
-    words = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1}, unk_token="</s>"))
-    words = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>")
-    more = {"train_dataset": rows, "processing_class": words, "callbacks": [clock]}
-    if task == "DPO":
-        config = DPOConfig(precompute_ref_log_probs=True, **settings)
-        return OnTokenIds(model, reference, args=config, **more)
-    config = SFTConfig(padding_free=attention != "sdpa", completion_only_loss=True, **settings)
-    return SFTTrainer(model, args=config, **more)
+    model, optimizer = build(bench, c, recomputed, kind)
+    step = make_step(bench, model, optimizer, "DPO", make_batches(bench, c, "DPO", True))
+    for _ in range(1 if bench.tiny else 3):
+        step()
+    bench.synchronize()
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * bench.cuda
+    with profile(activities=activities) as profiler:
+        start = time.perf_counter()
+        step()
+        bench.synchronize()
+        seconds = time.perf_counter() - start
+    profiler.export_chrome_trace(str(bench.rows.parent / "trace.json"))
+    events = profiler.key_averages()
+    where = "device" if bench.cuda else "cpu"
+    # On a GPU the kernels alone: an operator is given the time of its kernels once more.
+    counted = [
+        e for e in events if not bench.cuda or e.device_type == torch.autograd.DeviceType.CUDA
+    ]
+    times = {e.key: getattr(e, f"self_{where}_time_total") / 1e6 for e in counted}
+    table = events.table(sort_by=f"self_{where}_time_total", row_limit=30, max_name_column_width=80)
+    (bench.rows.parent / "trace.txt").write_text(table)
+    longest = sorted(times, key=lambda key: -times[key])[:5]
+    values = {"seconds": seconds, "longest": {key[:60]: times[key] for key in longest}}
+    return values | ({"gpu_busy": sum(times.values()) / seconds} if bench.cuda else {})

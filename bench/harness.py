@@ -1,9 +1,9 @@
 """Clock, result rows and inputs, shared by the parts of bench/gpu.py."""
 
 import json
-import os
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +14,7 @@ UNITS = ("tflops", "gbs")  # measured as ceilings first; other parts report thei
 
 def read_rows(path: Path) -> list[dict]:
     """Return the objects of a JSONL file, none if there is no file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [json.loads(line) for line in path.open()] if path.exists() else []
 
 
 def write_row(path: Path, part: str, name: str, **values) -> None:
@@ -32,9 +32,9 @@ def describe(row: dict) -> str:
     return "  ".join(words)
 
 
-def ceiling_variable(unit: str) -> str:
-    """Name the environment variable that carries a measured ceiling to the later parts."""
-    return f"BENCH_{unit.upper()}"
+def ceilings_in(rows: list[dict]) -> dict[str, float]:
+    """Return unit -> rate of the measured ceilings among some rows."""
+    return {u: row[u] for row in rows if row["part"] == "ceilings" for u in UNITS if u in row}
 
 
 class Bench:
@@ -44,8 +44,9 @@ class Bench:
         self.part = part
         self.rows = Path(rows)
         self.tiny = tiny  # smallest sizes, one call each
-        self.device = torch.device(device)
         self.cuda = device == "cuda"
+        self.pretended = device == "pretend"  # tests/pretend.py: host memory under CUDA's rules
+        self.device = torch.device("cpu" if device == "cpu" else "cuda")
         self.dtype = torch.bfloat16 if self.cuda else torch.float32
         self.deadline = time.monotonic() + seconds
         if self.cuda:  # zeroing this much memory empties the L2 cache
@@ -54,11 +55,11 @@ class Bench:
 
     def record(self, name: str, **values) -> None:
         """Write a result at once, with its share of the ceiling measured before."""
+        ceilings = ceilings_in(self.earlier_rows()) if self.part != "ceilings" else {}
         for key in list(values):
             unit = next((unit for unit in UNITS if key.endswith(unit)), None)
-            ceiling = os.environ.get(ceiling_variable(unit)) if unit else None
-            if ceiling and self.part != "ceilings":
-                values[key.replace(unit, "share")] = values[key] / float(ceiling)
+            if unit in ceilings:
+                values[key.replace(unit, "share")] = values[key] / ceilings[unit]
         write_row(self.rows, self.part, name, **values)
         print(describe({"part": self.part, "name": name, **values}), flush=True)
 
@@ -72,6 +73,41 @@ class Bench:
         except Exception as error:  # noqa: BLE001
             self.record(name, error=f"{type(error).__name__}: {str(error)[:300]}")
             self.free()
+
+    def earlier_rows(self) -> list[dict]:
+        """Return the rows of all stages in this one's folder that ran on the same GPU."""
+        stages = [read_rows(path) for path in sorted(self.rows.parent.glob("*.jsonl"))]
+        gpu = read_rows(self.rows)[0].get("gpu")
+        return [row for rows in stages if rows and rows[0].get("gpu") == gpu for row in rows]
+
+    def synchronize(self) -> None:
+        """Wait until the GPU has done all that it was given."""
+        if self.cuda:
+            torch.cuda.synchronize()
+
+    def host_waits(self, work: Callable[[], object]) -> int:
+        """Count how often work() makes the host wait for the GPU; 0 on a CPU."""
+        if self.pretended:
+            import pretend
+
+            pretend.WAITS.clear()
+            work()
+            return sum(pretend.WAITS.values())
+        if not self.cuda:
+            return 0
+        with warnings.catch_warnings(record=True) as waits:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")  # of every wait that torch knows of
+            work()
+            torch.cuda.set_sync_debug_mode("default")
+        return sum("synchroniz" in str(wait.message) for wait in waits)
+
+    def data_sheet_tflops(self) -> float | None:
+        """Return the GPU's dense bf16 peak in TFLOP/s, None if it is not known."""
+        from reporting import PEAK_TFLOPS
+
+        name = torch.cuda.get_device_name() if self.device.type == "cuda" else ""
+        return next((peak for key, peak in PEAK_TFLOPS.items() if key in name), None)
 
     def free(self) -> None:
         """Return cached memory to the GPU."""

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import tiles
-from kernels.device import architecture, fused, operator, tl, triton, untraced
+from kernels.device import architecture, fused, is_amd, operator, tl, triton, untraced
 from layout import TreeLayout
 
 LOG2E = 1.4426950408889634
@@ -71,7 +71,8 @@ def tree_attention_fused(
 def varlen_serves(q: Tensor, k: Tensor, layout: TreeLayout, window: int) -> bool:
     """Tell whether torch's varlen_attn can compute this: plain sequences on a GPU, all rows here.
 
-    Not under deterministic algorithms: its backward adds with atomics.
+    Not under deterministic algorithms: its backward adds with atomics. Not on AMD's GPUs, where
+    nobody has tried it here.
     """
     needed = {"window_size"} | ({"enable_gqa"} if q.shape[1] != k.shape[1] else set())
     return (
@@ -80,6 +81,7 @@ def varlen_serves(q: Tensor, k: Tensor, layout: TreeLayout, window: int) -> bool
         and q.is_cuda
         and q.dtype != torch.float32
         and architecture(q.device) >= 80
+        and not is_amd(architecture(q.device))
         and needed <= _varlen_parameters()
         and not torch.are_deterministic_algorithms_enabled()
         and segments(layout) is not None

@@ -76,11 +76,23 @@ def fused(x: Tensor) -> bool:
 
 
 def architecture(device: torch.device) -> int:
-    """Return the compute capability as one number: 80, 86, 90, 100; 90 in the interpreter."""
+    """Return the compute capability as one number: 80, 86, 90, 100; 90 in the interpreter.
+
+    AMD's GPUs, which torch calls cuda too, have three digits: 942 is gfx942, 910 is gfx90a.
+    """
     if device.type != "cuda":
         return 90
+    if torch.version.hip:
+        name = torch.cuda.get_device_properties(device).gcnArchName  # gfx942:sramecc+:xnack-
+        digits = name.split(":")[0].removeprefix("gfx")
+        return 100 * int(digits[:-2]) + 10 * int(digits[-2]) + int(digits[-1], 16)
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+def is_amd(arch: int) -> bool:
+    """Tell whether a number of `architecture` is one of AMD's."""
+    return arch >= 900
 
 
 def processors(device: torch.device) -> int:

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.device import architecture, fused, tl, triton, untraced
+from kernels.device import architecture, fused, is_amd, tl, triton, untraced
 
 Format = Literal["bf16", "fp8", "int8", "nf4"]
 FORMATS: tuple[Format, ...] = ("bf16", "fp8", "int8", "nf4")
@@ -398,7 +398,8 @@ def tile_sizes(
     if tokens <= 64:
         return (64, 64, 4, 3)
     if backward:
-        return (128, 128 if arch >= 100 and arch != 120 else 64, 8, 2)
+        wide = arch >= 100 and arch != 120 and not is_amd(arch)
+        return (128, 128 if wide else 64, 8, 2)
     return (128, 64 if arch in (86, 120) else 128, 8, 2)
 
 

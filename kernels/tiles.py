@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.device import architecture, processors, untraced
+from kernels.device import architecture, is_amd, processors, untraced
 from layout import Spans, TreeLayout, host_layout
 
 SPLIT = 16  # a dK/dV list of fewer steps is never split: balance would gain less than merging costs
@@ -42,6 +42,12 @@ TILES = {
         128: ((128, 64, 8, 3), (128, 64, 8, 2), (64, 128, 8, 2)),
         256: ((128, 32, 8, 2), (128, 32, 8, 2), (32, 64, 8, 2)),
     },
+    942: {  # and all others of AMD's: 64 KB of shared memory; 4 warps have 512 registers a thread
+        32: ((128, 64, 4, 2), (128, 64, 4, 2), (32, 128, 4, 1)),
+        64: ((128, 64, 8, 2), (128, 64, 8, 2), (32, 128, 4, 1)),
+        128: ((128, 64, 8, 2), (64, 64, 4, 1), (32, 128, 4, 1)),
+        256: ((64, 32, 4, 1), (64, 32, 4, 1), (32, 32, 4, 1)),
+    },
 }
 SAME_TILES = {87: 80, 103: 100}  # architectures that use another one's table
 
@@ -50,7 +56,7 @@ def tile_sizes(arch: int, head_size: int, dtype: torch.dtype) -> tuple[tuple[int
     """Return (M, N, warps, stages) of forward, dQ and dK/dV."""
     if dtype == torch.float32:  # twice the bytes, and exact products that no tensor core computes
         return ((32, 32, 8, 1),) * 3
-    table = TILES.get(SAME_TILES.get(arch, arch), TILES[86])
+    table = TILES.get(SAME_TILES.get(arch, arch), TILES[942 if is_amd(arch) else 86])
     return table[max(32, 1 << (head_size - 1).bit_length())]
 
 

@@ -117,7 +117,12 @@ def target_of(arch: int):
     """Return Triton's name of an architecture: 80 to 120 are NVIDIA's, 942 is AMD's gfx942."""
     from triton.backends.compiler import GPUTarget
 
-    return GPUTarget("hip", f"gfx{arch}", 64) if arch > 200 else GPUTarget("cuda", arch, 32)
+    return GPUTarget("hip", f"gfx{arch}", 64) if is_amd(arch) else GPUTarget("cuda", arch, 32)
+
+
+def is_amd(arch: int) -> bool:
+    """Tell AMD's architectures from NVIDIA's."""
+    return arch >= 900
 
 
 def compile_for(variant: Variant, arch: int):

@@ -14,6 +14,7 @@ tensor says that it is on the device, but torch's C++ believes that it is on the
 of torch will do and nothing has to be compiled. Backward passes run in the thread that calls them.
 """
 
+import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -324,3 +325,17 @@ def install() -> None:
             return engine(*args, **kwargs)
 
     autograd._engine_run_backward = backward
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        _let_kernels_read()
+
+
+def _let_kernels_read() -> None:
+    """Let Triton's interpreter read and write the numbers of tensors on the device."""
+    from triton.runtime.interpreter import GridExecutor
+
+    launch = GridExecutor.__call__
+
+    def held_launch(self, *args, **kwargs):
+        return launch(self, *tree_map(_held, args), **tree_map(_held, kwargs))
+
+    GridExecutor.__call__ = held_launch

@@ -229,6 +229,18 @@ def test_a_server_says_the_same(words, toy: Path, tmp_path: Path, engine):
         assert np.allclose(speaker.choose(asked, rules.choices), pair["logps"], atol=1e-4)
 
 
+def test_every_text_has_a_seed_of_its_own():
+    """No two of draft, critique, revision, answers and draws share one, nor do two --seed."""
+    seeds = [
+        constitution.seed_of(constitution.Flags(seed=seed), row, use, number)
+        for seed in (0, 1)
+        for row in range(5)
+        for use in range(6)
+        for number in range(4)
+    ]
+    assert len(set(seeds)) == len(seeds) == 2 * 5 * 6 * 4
+
+
 @pytest.mark.parametrize(
     ("old", "new", "complaint"),
     [
