@@ -100,6 +100,8 @@ class RunConfig:
     cp: Number = 1  # ranks that split a row of tokens: for very long prompts
     pp: Number = 1  # pipeline stages: for models that --tp within a node cannot hold; needs many
     # micro-batches a step
+    ep: Number = 1  # ranks, of those that --tp and --pp leave, that share the experts of a layer:
+    # for mixtures of experts; it divides their number
     zero: Literal[1, 2, 3] = (
         1  # 1 shards the optimizer; 2 gradients too, reduced every micro-batch;
     )
@@ -168,3 +170,21 @@ class RolloutConfig(RunConfig):
     engine_by: Literal["token", "sequence"] = "token"  # sequence: the product over a response
     engine_cap: Annotated[float, Range(1, 1e6)] = 2.0  # largest weight; 2 to 5
     rollout_timeout: Wait = 600.0  # seconds that a request or a reload may take
+
+
+def check_layout(config: RunConfig) -> None:
+    """Check that the flags of the layout go together. ValueError names the flag and the fix."""
+    if config.zero == 3 and config.pp > 1:
+        raise ValueError(f"--zero 3 is not supported with --pp {config.pp}: use --tp, or --zero 2")
+    if config.zero == 3 and config.base_dtype != "none":
+        raise ValueError(
+            f"--zero 3 does not shard a base of --base-dtype {config.base_dtype}: drop one of them"
+        )
+    if config.ep > 1 and (config.samples or isinstance(config, RolloutConfig)):
+        what = "--samples" if config.samples else "sampling"
+        raise ValueError(
+            f"{what} is not supported with --ep {config.ep}, as ranks sample one by one: use "
+            "--zero 3 instead" + (", or drop --samples" if config.samples else "")
+        )
+    if config.samples and config.pp > 1:
+        raise ValueError("--samples is not supported with --pp > 1: drop one of them")

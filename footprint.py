@@ -42,6 +42,7 @@ class Layout:
     pp: int = 1
     dp: int = 1
     zero: int = 1
+    ep: int = 1
 
     @property
     def world(self) -> int:
@@ -49,7 +50,7 @@ class Layout:
 
     def mesh(self, rank: int) -> Mesh:
         """Return the mesh of a rank, without process groups."""
-        return Mesh(rank, self.pp, self.dp, self.cp, self.tp)
+        return Mesh(rank, self.pp, self.dp, self.cp, self.tp, ep=self.ep)
 
     def rank(self, stage: int = 0, tp_rank: int = 0) -> int:
         """Return the first rank with these coordinates."""
@@ -57,7 +58,7 @@ class Layout:
 
     def flags(self) -> str:
         """Return the flags of a training script, without those that are 1."""
-        sizes = {"tp": self.tp, "cp": self.cp, "pp": self.pp, "zero": self.zero}
+        sizes = {"tp": self.tp, "cp": self.cp, "pp": self.pp, "ep": self.ep, "zero": self.zero}
         return " ".join(f"--{name} {n}" for name, n in sizes.items() if n > 1)
 
 
@@ -73,9 +74,10 @@ def bucket_elements(
     stage: int,
     lora: Lora | None = None,
     dtype: torch.dtype = torch.bfloat16,
+    ep: int = 1,
 ) -> tuple[list[tuple[Kind, int]], int]:
     """Return kind and elements of every bucket of a rank, without padding; and frozen bytes."""
-    mesh = Mesh(stage * tp + tp_rank, pp=pp, tp=tp)
+    mesh = Mesh(stage * ep * tp + tp_rank, pp=pp, dp=ep, tp=tp, ep=ep)
     model = _without_memory(c, mesh, lora)
     parameters = dict(model.named_parameters())
     sizes = [
@@ -142,7 +144,8 @@ def buckets(
         flats = sharded_flats(c, layout, mesh.tp_rank, lora)
         return [(elements, ranks) for _, trains, elements, ranks in flats if trains]
     sizes = []
-    elements, _ = bucket_elements(c, mesh.tp, mesh.tp_rank, mesh.pp, mesh.pp_rank, lora)
+    place = (mesh.tp, mesh.tp_rank, mesh.pp, mesh.pp_rank)
+    elements, _ = bucket_elements(c, *place, lora, ep=mesh.ep)
     for kind, used in elements:
         ranks = mesh.size(kind.replicas)
         sizes.append((-(-used // ranks) * ranks, ranks))
@@ -163,6 +166,8 @@ def sent(
 
     rows, scored: for every micro-batch the tokens, and the scored tokens, on each context rank; the
     scored tokens of a reward model are the last ones of its responses.
+    "ep", the rows of experts on other ranks, is exact in the sum over ranks where all experts are
+    taken equally often, and on each rank where all have as many rows.
     Among n ranks an all-gather of O bytes of output sends (n-1)/n O, a reduce-scatter of I bytes of
     input (n-1)/n I, an all-reduce of B bytes 2 (n-1)/n B, whatever the backend's algorithm.
     """
@@ -177,10 +182,20 @@ def sent(
     crossings = (8 + repeated) * layers + 2 * (mesh.pp_rank == 0) + 2 * has_head
     gathers = (3 if checkpointing else 2) * layers * 2  # of k and v: forward, (repeated,) backward
     key_size = _share(c.kv_heads, mesh) * c.head_size * size
-    total = dict.fromkeys(("tp", "cp", "pp", "dp", "logps", "control"), 0)
+    sparse = sum(map(c.sparse, range(*split(c.layers, mesh.pp, mesh.pp_rank))))
+    if c.shared_ffn:  # an MLP beside the experts has an enter and an exit of its own
+        crossings += sparse * (4 + checkpointing * (2 + (c.norms == "before")))
+    total = dict.fromkeys(("tp", "cp", "pp", "dp", "ep", "logps", "control"), 0)
     for tokens, marked in zip(rows, scored, strict=True):
         stream = -(-tokens[mesh.cp_rank] // tp) * c.width * size  # this rank's residual stream
         total["tp"] += (tp - 1) * crossings * stream
+        gathered = -(-tokens[mesh.cp_rank] // tp) * c.experts * size  # logits of the router
+        total["tp"] += (tp - 1) * sparse * (3 if checkpointing else 2) * gathered
+        if layout.ep > 1:
+            routed = tokens[mesh.cp_rank] * c.active * c.width * size // layout.ep
+            passes = 6 if checkpointing else 4  # there and back: forward, (repeated,) backward
+            counted = (2 if checkpointing else 1) * c.experts * 8
+            total["ep"] += sparse * (layout.ep - 1) * (passes * routed + counted)
         if c.qk_norm == "whole":  # a number a token of q and of k
             squares = _all_reduced(tokens[mesh.cp_rank] * exact, tp)
             total["tp"] += layers * (6 if checkpointing else 4) * squares
@@ -248,7 +263,8 @@ def memory(
         flats = sharded_flats(c, layout, mesh.tp_rank, lora)
         frozen = sum(m // ranks for _, trains, m, ranks in flats if not trains) * dtype.itemsize
     else:
-        _, frozen = bucket_elements(c, mesh.tp, mesh.tp_rank, mesh.pp, mesh.pp_rank, lora, dtype)
+        place = (mesh.tp, mesh.tp_rank, mesh.pp, mesh.pp_rank)
+        _, frozen = bucket_elements(c, *place, lora, dtype, mesh.ep)
     total = optimizer.memory(flat, frozen, layout.zero, dtype)._asdict()
     rows = -(-tokens // layout.cp)
     total["activations"] = _activations(c, mesh, tokens, micro_batches, dtype, checkpointing)

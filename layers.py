@@ -63,6 +63,7 @@ class Weight:
     # residual: normal, but smaller by √(2 layers), as in GPT-2; uniform: within 1 / √inputs
     start: Start = "normal"
     both_ends: bool = False  # held by the first and by the last pipeline stage (a tied embedding)
+    expert: bool = False  # held by one of the ranks that share the experts of a layer (--ep)
 
     def slice(self, mesh: Mesh) -> tuple[int, int, int] | None:
         """Return (dimension, first, last + 1) of this tensor rank's slice; None: it holds all."""
@@ -89,6 +90,8 @@ class Weight:
         """
         if self.both_ends and mesh.pp > 1:
             return "ends dp cp"
+        if self.expert and mesh.ep > 1:
+            return "edp" if mesh.tp == 1 or self.cut else "edp tp"
         return "dp cp" if mesh.tp == 1 or self.cut else "dp cp tp"
 
 
@@ -280,8 +283,9 @@ class Adapter(Layer):
         cut = linear.declared["weight"].cut
         a_cut = cut if cut and cut.dim == 1 else None
         b_cut = cut if cut and cut.dim == 0 else None
-        self.declare("a", Weight((rank, inputs), a_cut, start="uniform"))
-        self.declare("b", Weight((outputs, rank), b_cut, start="zeros"))
+        expert = linear.declared["weight"].expert
+        self.declare("a", Weight((rank, inputs), a_cut, start="uniform", expert=expert))
+        self.declare("b", Weight((outputs, rank), b_cut, start="zeros", expert=expert))
 
     def forward(self, x: Tensor) -> Tensor:
         """(T, inputs) -> (T, outputs). Dropout acts in training passes only."""

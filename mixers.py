@@ -18,11 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from architecture import GPTConfig
+from exchange import gather_rows
 from kernels.attention import tree_attention
 from kernels.rope import rope
 from layers import ColumnLinear, HeadsNorm, Norm, RowLinear, columns
 from layout import TreeLayout
-from parallel import Group, Mesh, gather_rows, split
+from parallel import Group, Mesh, split
 from routing import Routing
 
 # ---- what a mixer sees ---------------------------------------------------------------------------

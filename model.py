@@ -81,7 +81,8 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """Embedding, blocks, final norm, and output head or score head; its weights are uninitialised.
 
-    ValueError: more tensor ranks than key/value heads, or more stages than layers.
+    ValueError: more tensor ranks than key/value heads, more stages than layers, or experts that
+    the ranks of --ep cannot share evenly.
     """
 
     hf_config: dict[str, Any]  # the raw config.json, set by whoever fills in the weights
@@ -97,6 +98,12 @@ class GPT(nn.Module):
         if c.layers < mesh.pp:
             raise ValueError(
                 f"--pp {mesh.pp}: the model has {c.layers} layers, use at most that many stages"
+            )
+        if c.experts % mesh.ep:
+            fitting = [n for n in range(1, c.experts + 1) if c.experts % n == 0]
+            raise ValueError(
+                f"--ep {mesh.ep}: the model has {c.experts} experts a layer, use one of "
+                f"{', '.join(map(str, fitting))}"
             )
         self.c, self.mesh, self.tp = c, mesh, mesh.group("tp")
         first, last = split(c.layers, mesh.pp, mesh.pp_rank)

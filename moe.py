@@ -12,22 +12,42 @@ With tensor parallelism every rank holds a share of each expert's hidden width. 
 the rank's own rows, and its logits are gathered as the rows are, so that their gradients are summed
 over the ranks, each of which has seen a part of the experts' outputs only.
 
-Letters: T tokens, D width, E experts, K experts of a token.
+With expert parallelism (--ep n) rank i of n, neighbours among dp x cp, holds experts i E/n to
+(i+1) E/n whole, or its tensor share of them. The rows of all n ranks go to where their experts are
+and come back; weights and the sum over a token's experts stay where the token is:
+
+    forward    all-gather of E counts, all-to-all of the rows, experts, all-to-all of their outputs
+    backward   all-to-all of the outputs' gradients, experts, all-to-all of the rows' gradients
+
+An expert's gradient is whole on its rank, as it saw all of the n ranks' rows: it is summed over the
+dp x cp / n ranks that hold the same experts. Every rank runs every layer, rows or none.
+
+Letters: T tokens, N rows, D width, E experts, K experts of a token, n ranks that share experts.
 """
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from architecture import GPTConfig
+from exchange import exchange
 from kernels.swiglu import swiglu
-from layers import Linear
+from layers import Layer, Linear
 from mlp import MLP
-from parallel import Mesh, enter, exit
+from parallel import Mesh, enter, exit, split
 from routing import Routing, Tally
 
 
 class Expert(MLP):
     """An MLP with a gate that multiplies the rows it is given, without a collective of its own."""
+
+    def __init__(self, c: GPTConfig, mesh: Mesh):
+        super().__init__(c, c.expert_ffn, mesh)
+        for layer in self.modules():
+            if isinstance(layer, Layer):
+                declared = layer.declared.items()
+                layer.declared = {name: replace(w, expert=True) for name, w in declared}
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """(N, D) -> (N, D): this tensor rank's part of the sum over the hidden width."""
@@ -43,7 +63,9 @@ class Experts(nn.Module):
         self.active, self.normalised, self.tp = c.active, c.normalised, mesh.group("tp")
         self.router = Linear(c.width, c.experts, mesh)
         self.tally = Tally(c.experts)
-        self.experts = nn.ModuleList(Expert(c, c.expert_ffn, mesh) for _ in range(c.experts))
+        self.total, self.ep = c.experts, mesh.group("ep")
+        first, last = split(c.experts, mesh.ep, mesh.ep_rank)  # this rank's experts
+        self.experts = nn.ModuleDict({str(e): Expert(c, mesh) for e in range(first, last)})
         self.shared = MLP(c, c.shared_ffn, mesh) if c.shared_ffn else None
         if c.shared_ffn:
             self.shared_gate = Linear(c.width, 1, mesh)
@@ -68,12 +90,39 @@ class Experts(nn.Module):
         """
         width, k = x.shape[1], self.active
         order = chosen.flatten().argsort(stable=True)  # (T K,)
-        counts = torch.bincount(chosen.flatten(), minlength=len(self.experts)).tolist()
+        counts = torch.bincount(chosen.flatten(), minlength=self.total)  # (E,)
         rows = x[:, None].expand(-1, k, -1).reshape(-1, width)[order]  # (T K, D)
-        parts = [expert(part) for expert, part in zip(self.experts, rows.split(counts))]
-        back = torch.empty_like(order)
-        back[order] = torch.arange(len(order), device=order.device)
-        return (torch.cat(parts)[back].view(-1, k, width) * weights[..., None]).sum(1)
+        y = self.multiply(rows, counts) if self.ep.n == 1 else self.elsewhere(rows, counts)
+        return (y[inverse(order)].view(-1, k, width) * weights[..., None]).sum(1)
+
+    def multiply(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """Return what this rank's experts make of rows sorted by expert, (N, D) -> (N, D)."""
+        parts = rows.split(counts.tolist())
+        return torch.cat([expert(part) for expert, part in zip(self.experts.values(), parts)])
+
+    def elsewhere(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """Return what all ranks' experts make of rows sorted by expert, (N, D) -> (N, D).
+
+        counts: rows of each expert, (E,). What arrives is sorted by rank and then by expert, and is
+        sorted by expert alone for `multiply`.
+        """
+        n, i = self.ep.n, self.ep.place
+        by_rank = self.ep.all_gather(counts[None], "ep").view(n, n, -1)  # from, to, expert of `to`
+        here = by_rank[:, i]  # (n, E / n)
+        sizes = by_rank.sum(2).tolist()
+        send, receive = sizes[i], [row[i] for row in sizes]
+        expert = torch.arange(here.shape[1], device=rows.device).expand_as(here).flatten()
+        order = expert.repeat_interleave(here.flatten()).argsort(stable=True)
+        arrived = exchange(rows, send, receive, self.ep)
+        y = self.multiply(arrived[order], here.sum(0))[inverse(order)]
+        return exchange(y, receive, send, self.ep)
+
+
+def inverse(order: Tensor) -> Tensor:
+    """Return the permutation that undoes another one, (N,)."""
+    back = torch.empty_like(order)
+    back[order] = torch.arange(len(order), device=order.device)
+    return back
 
 
 def route(logits: Tensor, active: int, normalised: bool) -> tuple[Tensor, Tensor]:

@@ -208,8 +208,8 @@ class AdamW:
         # which may wait for a message from this one: that comes first.
         self.n_early = sum(not kind.crosses_stages for kind, _ in planned)
         self.collected = False
-        for b in self.buckets:
-            if b.group.n > 1:
+        if any(b.group.n > 1 for b in self.buckets):  # one that is not summed holds up no other
+            for b in self.buckets:
                 for _, p in b.named:
                     p.register_post_accumulate_grad_hook(lambda p, b=b: self._gradient_ready(b))
 

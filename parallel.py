@@ -7,9 +7,10 @@
     rank = ((pp * DP + dp) * CP + cp) * TP + tp         tensor ranks are neighbours: they talk most
 
 The matrix equations that need these collectives stand where the linears are, in layers.py; the
-messages between pipeline stages are in pipeline.py, those of the optimizer in optimizer.py. One
-process is a mesh of one: every group has one rank, and nothing is ever sent. Runs on gloo (CPU) and
-NCCL (GPUs); all of it is tested on gloo in float64, and it has never run on more than one GPU.
+messages between pipeline stages are in pipeline.py, those of the optimizer in optimizer.py, rows
+of context and expert parallelism in exchange.py. One process is a mesh of one: every group has one
+rank, and nothing is ever sent. Runs on gloo (CPU) and NCCL (GPUs); all of it is tested on gloo in
+float64, and it has never run on more than one GPU.
 
 Letters: T tokens of a flat row, D width, n ranks of a group, k rows of one rank.
 """
@@ -108,6 +109,7 @@ class Mesh:
     tp: int = 1
     groups: dict[str, Group] = field(default_factory=dict)
     store: Any = None  # c10d's key-value store: outlives a broken group
+    ep: int = 1  # ranks, neighbours among dp x cp, that share the experts of a layer
 
     @property
     def world(self) -> int:
@@ -132,6 +134,15 @@ class Mesh:
         return self.rank // (self.tp * self.cp) % self.dp
 
     @property
+    def replica(self) -> int:
+        """Index of this rank among those of dp x cp."""
+        return self.rank // self.tp % (self.cp * self.dp)
+
+    @property
+    def ep_rank(self) -> int:
+        return self.replica % self.ep
+
+    @property
     def pp_rank(self) -> int:
         return self.rank // (self.tp * self.cp * self.dp)
 
@@ -141,12 +152,16 @@ class Mesh:
         return self.pp_rank == self.pp - 1
 
     def group(self, axes: str) -> Group:
-        """Return the ranks that differ from this one only along `axes`: "tp", "dp cp", "world"."""
+        """Return the ranks that differ from this one only along `axes`: "tp", "dp cp", "world".
+
+        "ep" are the ranks that share the experts of a layer, "edp" those that hold the same ones.
+        """
         return self.groups.get(axes, ALONE)
 
     def size(self, axes: str) -> int:
         """Return the number of ranks of `group(axes)`. It needs no process group."""
         sizes = {"pp": self.pp, "dp": self.dp, "cp": self.cp, "tp": self.tp, "ends": 2}
+        sizes |= {"ep": self.ep, "edp": self.dp * self.cp // self.ep}
         return math.prod(sizes[axis] for axis in axes.split())
 
     def sum(self, values: Tensor) -> Tensor:
@@ -242,17 +257,16 @@ def join(device: str = "auto", timeout: float = 30.0) -> Mesh:
 
 
 def init_mesh(
-    tp: int = 1, cp: int = 1, pp: int = 1, device: str = "auto", timeout: float = 30.0
+    tp: int = 1, cp: int = 1, pp: int = 1, device: str = "auto", timeout=30.0, ep: int = 1
 ) -> Mesh:
     """Lay the processes out, and join them first where `join` has not.
 
-    ValueError: --tp, --cp and --pp do not divide the number of processes; it says which number
-    fits.
+    ValueError: --tp, --cp, --pp and --ep do not divide the processes; it says what fits.
     """
     global _here
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    if min(tp, cp, pp) < 1:
-        raise ValueError(f"--tp {tp}, --cp {cp} and --pp {pp} must be at least 1")
+    if min(tp, cp, pp, ep) < 1:
+        raise ValueError(f"--tp {tp}, --cp {cp}, --pp {pp} and --ep {ep} must be at least 1")
     unit = tp * cp * pp
     if world % unit:
         start = -(-world // unit) * unit
@@ -261,11 +275,18 @@ def init_mesh(
             f"--tp {tp} x --cp {cp} x --pp {pp} takes a multiple of {unit} processes, torchrun "
             f"started {world}: start {start}{fix}"
         )
+    shared = world // (tp * pp)  # ranks of dp x cp
+    if shared % ep:
+        fitting = [n for n in range(1, shared + 1) if shared % n == 0]
+        raise ValueError(
+            f"--ep {ep} must divide the {shared} ranks of data and context parallelism: use one of "
+            f"{', '.join(map(str, fitting))}, or start {tp * pp * math.lcm(cp, ep)} processes"
+        )
     if not dist.is_initialized():
         join(device, timeout)
     if world > 1:
         limit = timedelta(minutes=max(timeout, START_MINUTES))
-        _here = grid(_here.rank, pp, world // unit, cp, tp, _here.store, limit)
+        _here = grid(_here.rank, pp, world // unit, cp, tp, _here.store, limit, ep)
     return _here
 
 
@@ -290,12 +311,16 @@ def here() -> Mesh:
 
 
 def grid(
-    rank: int, pp: int, dp: int, cp: int, tp: int, store: Any = None, limit: timedelta | None = None
+    rank: int,
+    pp: int,
+    dp: int,
+    cp: int,
+    tp: int,
+    store: Any = None,
+    limit: timedelta | None = None,
+    ep: int = 1,
 ) -> Mesh:
-    """Make the groups of a mesh; the default process group exists already.
-
-    limit: how long a rank waits for others, None = torch's default.
-    """
+    """Make the groups of a mesh in the default group; limit: of waits, None = torch's default."""
     ranks = torch.arange(pp * dp * cp * tp).view(pp, dp, cp, tp)
     groups = {"world": Group(tuple(range(ranks.numel())), rank, dist.group.WORLD)}
     axes = ["pp", "dp", "cp", "tp"]
@@ -304,10 +329,16 @@ def grid(
         rest = [i for i in range(4) if i not in keep]
         rows = ranks.permute(*rest, *keep).reshape(-1, math.prod(ranks.shape[i] for i in keep))
         groups[name] = _join(rows.tolist(), rank, limit)
+    if ep > 1:  # neighbours of dp x cp share experts, every ep-th of them holds the same
+        spread = ranks.view(pp, dp * cp // ep, ep, tp)
+        shared = {"ep": spread.movedim(2, 3), "edp": spread.movedim(1, 3)}
+        shared["edp tp"] = spread.movedim(1, 2).flatten(2)
+        for name, some in shared.items():
+            groups[name] = _join(some.flatten(0, -2).tolist(), rank, limit)
     if pp > 1:  # a tied embedding is on the first and on the last stage
         ends = ranks[[0, -1]].permute(3, 0, 1, 2).reshape(tp, -1)
         groups["ends dp cp"] = _join(ends.tolist(), rank, limit)
-    return Mesh(rank, pp, dp, cp, tp, groups, store)
+    return Mesh(rank, pp, dp, cp, tp, groups, store, ep)
 
 
 def _join(rows: list[list[int]], rank: int, limit: timedelta | None) -> Group:
@@ -415,36 +446,3 @@ def assemble(values: Tensor, places: Tensor, total: int, group: Group) -> Tensor
     backward: nothing is sent, as all ranks compute the same from the result
     """
     return values if group.n == 1 else _Assemble.apply(values, places, total, group)
-
-
-# ---- context parallel ----------------------------------------------------------------------------
-
-
-class _GatherRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, shares, group):
-        ctx.shares, ctx.group, ctx.held = shares, group, x.shape[0]
-        most = max(len(share) for share in shares)
-        padded = F.pad(x, (0, 0) * (x.dim() - 1) + (0, most - x.shape[0]))
-        parts = group.all_gather(padded, "cp").split(most)
-        whole = x.new_empty(sum(map(len, shares)), *x.shape[1:])  # (T, ...)
-        for share, part in zip(shares, parts):
-            whole[share] = part[: len(share)]
-        return whole
-
-    @staticmethod
-    def backward(ctx, grad):
-        most = max(len(share) for share in ctx.shares)
-        parts = grad.new_zeros(len(ctx.shares), most, *grad.shape[1:])
-        for part, share in zip(parts, ctx.shares):
-            part[: len(share)] = grad[share]
-        return ctx.group.reduce_scatter(parts.flatten(0, 1), "cp")[: ctx.held], None, None
-
-
-def gather_rows(x: Tensor, shares: list[Tensor], group: Group) -> Tensor:
-    """Gather the rows of the flat row from all context ranks: (k, ...) -> (T, ...), for k and v.
-
-    shares: indices of every rank's rows. Shorter shares are sent padded to the longest.
-    forward: all-gather of x             backward: reduce-scatter of the gradient, grouped by rank
-    """
-    return x if group.n == 1 else _GatherRows.apply(x, shares, group)

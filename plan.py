@@ -12,6 +12,7 @@ overlap: they rank layouts, they promise nothing.
 """
 
 import dataclasses
+import math
 import sys
 from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple
@@ -22,7 +23,7 @@ import hub
 from commandline import Range, check_ranges, parse
 from config import Amount, Count, Number, RunConfig
 from footprint import Layout, layers_of, memory, sent
-from model import GPTConfig, parameter_count
+from model import GPTConfig, active_count, parameter_count
 from weights.adapters import Lora
 from weights.config_json import read_config
 
@@ -127,7 +128,8 @@ def candidates(c: GPTConfig, gpus: int) -> list[Layout]:
                 stages = [1]
                 if dp * cp > 1:
                     stages = [1, 2] if pp > 1 else [1, 2, 3]
-                layouts += [Layout(tp, cp, pp, dp, zero) for zero in stages]
+                for ep in _divisors(math.gcd(dp * cp, c.experts), c.experts or 1):
+                    layouts += [Layout(tp, cp, pp, dp, zero, ep) for zero in stages]
     return layouts
 
 
@@ -169,7 +171,9 @@ def estimate(
         fullest = max(fullest, kinds, key=lambda kinds: sum(kinds.values()))
         busy = _flops(c, flags, layout, stage, tokens, checkpointing) * trained / peak
         moved = sent(c, layout, rank, rows, scored, checkpointing=checkpointing, lora=lora)
-        micro_batch = busy + sum(moved[kind] * links[kind] for kind in ("tp", "cp", "logps", "pp"))
+        micro_batch = busy + sum(
+            moved[kind] * links[kind] for kind in ("tp", "cp", "ep", "logps", "pp")
+        )
         if micro_batch > slowest:
             slowest, arithmetic = micro_batch, busy
         dp = max(dp, sent(c, layout, rank, rows * count, scored * count)["dp"] * links["dp"])
@@ -188,6 +192,7 @@ def _link_rates(c: GPTConfig, flags: Plan, layout: Layout) -> dict[str, float]:
     spans = {  # neighbouring ranks that the traffic crosses
         "tp": layout.tp,
         "cp": layout.tp * layout.cp,
+        "ep": layout.tp * layout.ep,
         "logps": layout.tp * layout.cp,
         "pp": layout.world,
         "dp": layout.world // (1 if c.tied else layout.pp),
@@ -234,6 +239,8 @@ def plans(c: GPTConfig, flags: Plan) -> tuple[list[Row], list[Row]]:
     for layout in candidates(c, flags.gpus):
         if flags.base_dtype != "none" and layout.zero == 3:
             continue
+        if flags.algorithm in SAMPLED and layout.ep > 1:
+            continue
         rows = [estimate(c, flags, layout, n, again) for n in budgets for again in recompute]
         fits = [row for row in rows if row.total <= room]
         if fits:
@@ -260,13 +267,14 @@ def table(c: GPTConfig, flags: Plan) -> str:
             f"{others[0].total / GIB:.1f} GiB and {RESERVE} for CUDA, a GPU has {gib:g}: take more "
             f"GPUs, or lower --max-tokens and --max-length"
         )
+    active = f", {active_count(c) / 1e9:.2f}B active," if c.experts else ""
     rollouts = "; rollouts not counted" if flags.algorithm in SAMPLED else ""
     start = f"torchrun --nproc_per_node {flags.gpus}"
     if flags.nodes > 1:
         start = f"NODES={flags.nodes} HEAD=HOST:29500 RUN=NAME scripts/nodes.sh"
     lines = [
         f"MODELLED, NOT MEASURED: {flags.algorithm} of {parameter_count(c) / 1e9:.2f}B "
-        f"parameters in bf16 on {flags.gpus} {flags.gpu} in {flags.nodes} node(s)",
+        f"parameters{active} in bf16 on {flags.gpus} {flags.gpu} in {flags.nodes} node(s)",
         f"assumed: {gib:g} GiB a GPU, {RESERVE} of them for CUDA and NCCL; examples of "
         f"{mean_tokens(flags)} tokens, half of them scored;",
         f"{flags.efficiency:.0%} of {gpu.flops / 1e12:.0f} TFLOP/s; {gpu.node / 1e9:.0f} GB/s "
@@ -413,7 +421,7 @@ def suggest(config: RunConfig, world: int, gib: float) -> str:
     try:
         c = read_config(config.model)[0]
         dp = world // (config.tp * config.cp * config.pp)
-        layout = Layout(config.tp, config.cp, config.pp, dp, config.zero)
+        layout = Layout(config.tp, config.cp, config.pp, dp, config.zero, config.ep)
         own = {name: getattr(config, name) for name in shared}
         flags = Plan(gpus=world, memory=gib, base_dtype=config.base_dtype, **own)
         now = estimate(c, flags, layout, config.max_tokens, config.checkpoint_activations)

@@ -32,7 +32,7 @@ import plan
 import sources
 import weights.folder
 from commandline import check_ranges, to_json
-from config import RunConfig
+from config import RunConfig, check_layout
 from data.dataset import Dataset, load_dataset
 from data.jinja import read_kwargs
 from data.templates import Template
@@ -175,7 +175,8 @@ def start(config: RunConfig) -> Run:
     compare_ranks(mesh.everyone(mine))
     validate(config)
     config.out = config.out or mesh.ask(lambda: new_out(config))
-    mesh = init_mesh(config.tp, config.cp, config.pp, config.device, config.timeout_minutes)
+    sizes = (config.tp, config.cp, config.pp)
+    mesh = init_mesh(*sizes, config.device, config.timeout_minutes, config.ep)
     on_gpu = pick_device(config.device) == "cuda"
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     best_dtype = "bf16" if on_gpu else "fp32"
@@ -189,7 +190,8 @@ def start(config: RunConfig) -> Run:
     name = torch.cuda.get_device_name() if on_gpu else "CPU"
     layout = ""
     if mesh.world > 1:
-        layout = f"{mesh.world} ranks: dp {mesh.dp}, tp {mesh.tp}, cp {mesh.cp}, pp {mesh.pp}; "
+        layout = f"{mesh.world} ranks: dp {mesh.dp}, tp {mesh.tp}, cp {mesh.cp}, pp {mesh.pp}"
+        layout += f", ep {mesh.ep}; " if mesh.ep > 1 else "; "
     print(f"{name}, {layout}{str(dtype).removeprefix('torch.')}, output in {config.out}/")
     stop = Stop(config.max_minutes)
     resume_from = checkpoint.find(config.out, config.resume, mesh=mesh)
@@ -245,14 +247,7 @@ def validate(config: RunConfig) -> None:
             if getattr(config, name):
                 raise ValueError(f"{flags[name]} is for --lora or --adapter: add one, or drop it")
     target_names(config.lora_targets)
-    if config.zero == 3 and config.pp > 1:
-        raise ValueError(f"--zero 3 is not supported with --pp {config.pp}: use --tp, or --zero 2")
-    if config.zero == 3 and config.base_dtype != "none":
-        raise ValueError(
-            f"--zero 3 does not shard a base of --base-dtype {config.base_dtype}: drop one of them"
-        )
-    if config.samples and config.pp > 1:
-        raise ValueError("--samples is not supported with --pp > 1: drop one of them")
+    check_layout(config)
 
 
 def _make_out(config: RunConfig, mesh: Mesh) -> list[str]:
@@ -352,6 +347,11 @@ def load_model(run: Run, folder: str = "", scores: tuple[str, ...] | None = None
     """
     config = run.config
     model = _load(run, folder or config.model, scores, config.base_dtype)
+    if config.ep > 1 and not model.c.experts:
+        raise ValueError(
+            f"--ep {config.ep} shares experts, and {folder or config.model} has none: drop --ep, "
+            "whose ranks are data parallel then"
+        )
     _set_router_losses(model, config, folder or config.model)
     if config.adapter and folder in ("", config.model):
         load_adapter(model, config.adapter)

@@ -43,7 +43,13 @@ class Recorder:
         self.busy = 0  # inside another collective: object collectives are made of tensor ones
         parallel._gather_into = self._tensors("all_gather", parallel._gather_into)
         parallel._scatter_from = self._tensors("reduce_scatter", parallel._scatter_from)
-        for name in ("all_reduce", "barrier", "all_gather_object", "broadcast_object_list"):
+        for name in (
+            "all_reduce",
+            "all_to_all_single",
+            "barrier",
+            "all_gather_object",
+            "broadcast_object_list",
+        ):
             setattr(dist, name, self._plain(name, getattr(dist, name)))
         dist.batch_isend_irecv = self._batch(dist.batch_isend_irecv)
 

@@ -25,11 +25,12 @@ from data.tokenizer import NO_DUMMY_PREFIX, TOKENIZER_FILES, Tokenizer, load_tok
 from disk import replace_folder
 from layers import Linear, gather_slices, is_finite
 from model import ALONE, GPT
-from parallel import Mesh, split
+from parallel import Mesh
 from sharding import part_of, shard
 from weights.adapters import BaseDtype, frozen_linears
 from weights.config_json import model_config, read_config, score_names, with_scores
 from weights.files import DTYPES, fingerprint, open_weights, weight_files
+from weights.shares import plan_files
 from weights.table import HEADS, Stored, fuse, weight_table
 
 __all__ = ["DTYPES", "fingerprint", "load_model", "save_model", "weight_files"]
@@ -357,53 +358,20 @@ def _update_json(path: Path, **values: Any) -> None:
     path.write_text(json.dumps({**before, **values}, indent=2, ensure_ascii=False) + "\n")
 
 
-def _weight_plan(model: GPT) -> list[tuple[int, list[str], str]]:
-    """Return (stage, names, file) of every weight file, the same on every rank.
-
-    A file holds whole weights of one stage, at most SHARD_BYTES of them.
-    """
-    files: list[tuple[int, list[str]]] = []
-    size = 0
-    for name, stored in weight_table(model.c).items():
-        if files and stored.name in files[-1][1]:
-            continue  # another part of a fused tensor
-        stage = _stage_of(name, model)
-        nbytes = math.prod(stored.shape) * model.dtype.itemsize
-        if not files or files[-1][0] != stage or size + nbytes > SHARD_BYTES:
-            files.append((stage, []))
-            size = 0
-        files[-1][1].append(stored.name)
-        size += nbytes
-    if len(files) == 1:
-        return [(0, files[0][1], "model.safetensors")]
-    total = len(files)
-    return [
-        (stage, names, f"model-{i + 1:05d}-of-{total:05d}.safetensors")
-        for i, (stage, names) in enumerate(files)
-    ]
-
-
-def _stage_of(name: str, model: GPT) -> int:
-    """Return the pipeline stage that writes a weight."""
-    words, stages = name.split("."), model.mesh.pp
-    if words[0] == "embed":
-        return 0
-    if words[0] != "blocks":
-        return stages - 1
-    layer = int(words[1])
-    return next(i for i in range(stages) if layer < split(model.c.layers, stages, i)[1])
-
-
 def _write_weights(model: GPT, folder: Path) -> str:
     """Write this rank's share of the weight files. Return an error message, "" if all went well."""
     mesh, problem = model.mesh, ""
-    for i, (stage, names, file) in enumerate(_weight_plan(model)):
+    for i, ((stage, owner), names, file) in enumerate(plan_files(model, SHARD_BYTES)):
         # A file is gathered by the tensor ranks of one replica, and written by one of them.
-        replica = i % (mesh.dp * mesh.cp)
-        writer = i // (mesh.dp * mesh.cp) % mesh.tp
-        mine = replica == mesh.dp_rank * mesh.cp + mesh.cp_rank
+        replicas = range(mesh.dp * mesh.cp)
+        if owner >= 0:
+            replicas = replicas[owner :: mesh.ep]
+        mine = mesh.replica == replicas[i % len(replicas)]
+        writer = i // len(replicas) % mesh.tp
         # Of a sharded model all replicas gather together.
-        if stage != mesh.pp_rank or not mine and model.shards is None:
+        if stage != mesh.pp_rank or mesh.replica not in replicas:
+            continue
+        if not mine and model.shards is None:
             continue
         keep = mine and writer == mesh.tp_rank
         tensors = to_theirs(model, names, keep)
@@ -423,7 +391,7 @@ def _write_weights(model: GPT, folder: Path) -> str:
 
 def _write_index(model: GPT, folder: Path) -> None:
     """Write which weight is in which file, where there are several."""
-    plan = _weight_plan(model)
+    plan = plan_files(model, SHARD_BYTES)
     if len(plan) == 1:
         return
     stored = {stored.name: stored for stored in weight_table(model.c).values()}

@@ -74,7 +74,7 @@ def save_adapter(model: GPT, folder: str | Path, base: str, lora: Lora) -> None:
     if "score_head.weight" in dict(model.named_parameters()):
         with model.whole("head"):
             here["score_head"] = model.score_head.weight.detach().cpu().clone()
-    if mesh.dp_rank or mesh.cp_rank or mesh.tp_rank:
+    if mesh.replica >= mesh.ep or mesh.tp_rank:  # --ep's ranks have different experts
         here = {}
     parts = mesh.everyone({name: tensor.numpy() for name, tensor in _exact(here).items()})
     scales = {path: scale for part in mesh.everyone(scales) for path, scale in part.items()}
@@ -328,8 +328,8 @@ def _misfit(name: str, a: Tensor, b: Tensor, inputs: int, outputs: int) -> str:
 
 
 def _elsewhere(tensors: dict[str, Tensor], model: GPT) -> set[str]:
-    """Return the names of tensors that belong to other pipeline stages."""
-    if model.mesh.pp == 1:
+    """Return the names of tensors that belong to other pipeline stages or experts."""
+    if model.mesh.pp == 1 and model.mesh.ep == 1:
         return set()
     modules = {stored.name.removesuffix(".weight") for stored in weight_table(model.c).values()}
     prefix = len("base_model.model.")

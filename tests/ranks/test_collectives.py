@@ -79,6 +79,20 @@ def train_alone(toy: Path, model: Path, out: Path) -> None:
     train(toy, model, out, "")
 
 
+def test_expert_ranks_call_in_one_order(toy: Path, tmp_path: Path):
+    """Pipeline stages whose experts are shared: messages, sums and all-to-alls in one order."""
+    sizes = {"family": "mixtral", "width": 16, "layers": 2, "heads": 4, "kv_heads": 2, "ffn": 9}
+    flags = hf.New(
+        **sizes, experts=4, std=0.3, dtype="fp64", tokenizer=str(toy / "world/tokenizer")
+    )
+    save_model(hf.new_model(flags), tmp_path / "model", flags.tokenizer)
+    words = "--pp 2 --ep 2 --zero 2"
+    results: Results = launch(4, train, toy, tmp_path / "model", tmp_path / "out", words)
+    assert any(event.kind == "all_to_all_single" for events, _ in results for event in events)
+    assert find_faults([events for events, _ in results]) == ""
+    assert [faults for _, faults in results] == [[]] * 4
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_ranks_call_in_one_order_and_read_nothing_early(
     layout: str, toy: Path, tied: Path, alone: list[dict], tmp_path: Path

@@ -64,6 +64,7 @@ MODELS = {
     "qwen3": {"family": "qwen3", **SMALL, "head_size": 6},
     "qwen3_moe": {"family": "qwen3_moe", **SMALL, "head_size": 6, "experts": 5, "expert_ffn": 9},
     "qwen2_moe": {"family": "qwen2_moe", **SMALL, "experts": 4, "active": 3, "expert_ffn": 7},
+    "experts": {"family": "qwen3_moe", **SMALL, "head_size": 6, "experts": 6, "expert_ffn": 9},
     "gpt_neox": {"family": "gpt_neox", "width": 32, "layers": 2, "heads": 4, "ffn": 33},
 }
 
@@ -146,7 +147,7 @@ def run(
 ) -> tuple[list[dict], dict[str, torch.Tensor]]:
     """Run a script under a layout; return its metrics and final weights."""
     sizes = sizes_of(layout)
-    world = math.prod(n for axis, n in sizes.items() if axis != "zero")
+    world = math.prod(n for axis, n in sizes.items() if axis not in ("zero", "ep"))
     flags = [word for axis, n in sizes.items() if axis != "dp" for word in (f"--{axis}", str(n))]
     launch(world, script.main, [*words, *flags, "--out", str(out)])
     return read_metrics(out), weights_in(out / "final")
@@ -196,6 +197,12 @@ FIVE_STEPS = [
     ("pp2", "qwen2_moe", "small balance"),
     ("pp2 cp2", "qwen3_moe", "small balance"),
     ("dp2 zero3", "qwen3_moe", "small balance"),
+    ("dp2 ep2", "qwen2_moe", "small buckets balance"),
+    ("dp2 tp2 ep2", "experts", "one"),
+    ("pp2 dp2 ep2", "qwen2_moe", "small recompute balance"),
+    ("cp2 ep2", "experts", "small"),
+    ("cp2 dp2 ep2 zero2", "qwen2_moe", "buckets"),
+    ("dp4 ep2 zero3", "experts", "three"),
 ]
 
 
@@ -237,6 +244,20 @@ def test_five_steps_equal_a_plain_loop(
     assert furthest(mine, weights) < NEAR
 
 
+def test_a_run_moves_between_expert_ranks_and_one_process(bench: Bench, tmp_path: Path):
+    """ep2 to step 2, one process to step 4, ep2 tp2 to step 5: the weights of the plain loop."""
+    words = (
+        f"--model {bench.model('experts')} --data {bench.data(train_sft)} --batch-size 4".split()
+    )
+    words += "--max-steps 5 --lr 1e-2 --warmup 0.25 --weight-decay 0.1 --no-shuffle".split()
+    words += "--dtype fp64 --template plain --device cpu --save-every 2".split()
+    out = tmp_path / "out"
+    run(train_sft, words, "dp2 ep2", out)
+    for step, layout in ((2, "dp1"), (4, "dp2 tp2 ep2")):
+        _, mine = run(train_sft, [*words, "--resume", str(out / f"step_{step}")], layout, out)
+        assert furthest(mine, bench.plain(train_sft, "experts", 4, (0.0, 0.0))[1]) < NEAR
+
+
 # ---- the other scripts ---------------------------------------------------------------------------
 
 PAIRS = ("preferences", "preferences_test")
@@ -259,6 +280,7 @@ SCRIPTS = {  # script, model, training rows, held-out rows, flags
     "rm regression": (train_rm, "uneven", "attributes", "attributes_test", "--loss regression"),
     "kto": (train_kto, "uneven", "labels", "preferences_test", ""),
     "kto bco": (train_kto, "qwen2", "labels", "preferences_test", "--loss bco --zero 2"),
+    "sft adapters of experts": (train_sft, "experts", "sft", "sft", "--lora 3"),
     "sft attributes": (train_sft, "uneven", "attributes", "attributes_test", "--attributes"),
 }
 TOGETHER = [
@@ -275,6 +297,7 @@ TOGETHER = [
     ("rm regression", "dp2 pp2", "tp2 cp2"),
     ("kto", "dp2", "tp2", "pp2", "cp2", "dp2 zero3"),
     ("kto bco", "dp2 pp2"),
+    ("sft adapters of experts", "dp2 ep2"),
     ("sft attributes", "dp2 pp2", "tp2"),
 ]
 
@@ -480,6 +503,9 @@ def test_torch_agrees(kind: str, bench: Bench, tmp_path: Path):
         (4, "--pp 4", "--pp 4: the model has 3 layers, use at most that many stages"),
         (2, "--pp 2 --zero 3", "--zero 3 is not supported with --pp 2"),
         (1, "--zero 3 --lora 4 --base-dtype int8", "--zero 3 does not shard a base of"),
+        (3, "--ep 2", "--ep 2 must divide the 3 ranks of data and context parallelism: use one"),
+        (2, "--ep 2", "--ep 2 shares experts, and"),
+        (2, "--ep 2 --samples 1", "--samples is not supported with --ep 2"),
         (2, "--pp 2 --samples 1", "--samples is not supported with --pp > 1"),
     ],
 )

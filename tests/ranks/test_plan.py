@@ -52,6 +52,20 @@ REWARD = GPTConfig(
 OLMO = GPTConfig(
     "olmo2", vocab=50, layers=2, kv_heads=2, head_size=4, ffn=30, qk_norm="whole", **SMALL
 )
+EXPERTS = GPTConfig(  # every token takes all of them, so that their bytes are known beforehand
+    "qwen2_moe",
+    vocab=50,
+    layers=3,
+    kv_heads=2,
+    head_size=4,
+    ffn=30,
+    experts=4,
+    active=4,
+    **SMALL,
+    expert_ffn=5,
+    shared_ffn=6,
+    dense_layers=(1,),
+)
 SEVEN = GPTConfig(
     "llama", vocab=32000, width=4096, layers=32, heads=32, kv_heads=32, head_size=128, ffn=11008
 )  # Llama 2 7B
@@ -69,7 +83,7 @@ def small_buckets(monkeypatch):
 def pretend(layout: Layout, rank: int):
     """Return the mesh of one rank in a single process; a fake backend stands in for the others."""
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world)
-    return parallel.grid(rank, layout.pp, layout.dp, layout.cp, layout.tp)
+    return parallel.grid(rank, layout.pp, layout.dp, layout.cp, layout.tp, ep=layout.ep)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -90,6 +104,9 @@ def pretend(layout: Layout, rank: int):
         (ODD, Layout(dp=5, zero=3)),
         (TIED, Layout(tp=2, dp=2, zero=3)),
         (REWARD, Layout(cp=2, zero=3)),
+        (EXPERTS, Layout(tp=2, dp=2, cp=2, ep=2)),
+        (EXPERTS, Layout(dp=4, ep=2, zero=3)),
+        (EXPERTS, Layout(dp=2, ep=2, pp=2, zero=2)),
     ],
 )
 def test_planned_memory_equals_the_optimizer_buffers(
@@ -188,7 +205,7 @@ def one_step(
         dist.init_process_group(
             "gloo", store=dist.FileStore(store, layout.world), rank=rank, world_size=layout.world
         )
-        mesh = parallel.grid(rank, layout.pp, layout.dp, layout.cp, layout.tp)
+        mesh = parallel.grid(rank, layout.pp, layout.dp, layout.cp, layout.tp, ep=layout.ep)
         model = GPT(c, mesh)
         model.init_weights(0)
         model.checkpoint_activations = checkpointing
@@ -245,12 +262,19 @@ def one_step(
         (TIED, Layout(dp=2, zero=3), True),
         (NEOX, Layout(tp=2, dp=2, zero=3), True),
         (REWARD, Layout(cp=2, dp=2, zero=3), False),
+        (EXPERTS, Layout(tp=2), True),
+        (EXPERTS, Layout(tp=2, dp=2, ep=2), True),
+        (EXPERTS, Layout(cp=2, dp=2, ep=2, zero=2), False),
+        (EXPERTS, Layout(dp=2, ep=2, zero=3), True),
     ],
 )
 def test_bytes_sent_equal_the_planned_bytes(
     c: GPTConfig, layout: Layout, checkpointing: bool, tmp_path, small_buckets
 ):
-    """Every collective of a step on real processes, by purpose and rank: exactly equal."""
+    """Every collective of a step on real processes, by purpose and rank: exactly equal.
+
+    A rank returns the rows of the others, who have more or fewer: "ep" is equal in sum.
+    """
     warm = torch.nn.Parameter(torch.ones(2))
     warm.grad = torch.ones(2)
     # The first step initialises torch's optimizer: once here, not in every forked process.
@@ -268,8 +292,10 @@ def test_bytes_sent_equal_the_planned_bytes(
     results = [answers.get(timeout=60) for _ in processes]
     for process in processes:
         process.join(60)
+    assert all(expected is not None for _, _, expected in results), results
+    routed = [(seen.pop("ep", 0), expected.pop("ep")) for _, seen, expected in results]
+    assert sum(sent for sent, _ in routed) == sum(planned for _, planned in routed)
     for rank, seen, expected in results:
-        assert expected is not None, seen
         assert {kind: n for kind, n in seen.items() if n} == {
             kind: n for kind, n in expected.items() if n
         }, rank

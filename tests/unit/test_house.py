@@ -23,7 +23,7 @@ LIBRARIES = [
     ["commandline"],
     ["config", "losses", "architecture", "rotary", "layout", "disk", "hub", "lock", "kernels.*"],
     ["parallel", "faults", "data.*"],
-    ["routing"],
+    ["exchange", "routing"],
     ["layers", "mixers", "mlp", "moe", "model", "sharding"],
     ["optimizer", "pipeline"],
     ["weights.*"],

@@ -20,8 +20,9 @@ from architecture import GPTConfig
 from data.trees import make_batch
 from hf import New, new_model
 from kernels.quantized import FORMATS
-from model import ALONE, active_count, parameter_count
+from model import ALONE, GPT, active_count, parameter_count
 from moe import Experts
+from parallel import Mesh
 from routing import Tally, metrics
 from weights.adapters import TARGETS, Lora, adapters_of, attach
 from weights.config_json import model_config
@@ -57,7 +58,7 @@ def token_by_token(layer: Experts, x: torch.Tensor, normalised: bool) -> torch.T
         total = sum(p[e] for e in chosen) if normalised else 1.0
         y = torch.zeros_like(token)
         for e in chosen:
-            expert = layer.experts[e]
+            expert = layer.experts[str(e)]
             z = expert.gate.weight @ token
             hidden = z / (1 + torch.exp(-z)) * (expert.up.weight @ token)
             y = y + p[e] / total * (expert.down.weight @ hidden)
@@ -125,7 +126,7 @@ def test_a_quantised_base_computes_with_experts_without_tokens(format: str, tmp_
     with torch.no_grad():
         difference = (held(batch) - model(batch)).norm() / model(batch).norm()
     assert difference < 0.2
-    assert all(e.gate.base is not None for e in held.blocks["0"].mlp.experts)
+    assert all(e.gate.base is not None for e in held.blocks["0"].mlp.experts.values())
 
 
 @pytest.mark.parametrize(
@@ -196,3 +197,9 @@ def test_router_losses_are_refused_without_experts(toy: Path, tmp_path: Path):
     words = f"--model {toy / 'model'} --data {toy / 'world' / 'sft.jsonl'} --out {tmp_path}".split()
     with pytest.raises(ValueError, match="--balance-loss: .* has no experts"):
         train_sft.main([*words, "--balance-loss", "0.01", "--device", "cpu"])
+
+
+def test_experts_that_ranks_cannot_share_evenly_are_refused():
+    c = GPTConfig("mixtral", **SIZES, experts=6, active=2, expert_ffn=4)
+    with pytest.raises(ValueError, match="--ep 4: the model has 6 experts a layer, use one of 1, "):
+        GPT(c, Mesh(dp=4, ep=4))
