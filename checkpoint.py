@@ -63,7 +63,7 @@ class Snapshot(NamedTuple):
 
 
 class Written(NamedTuple):
-    """What a rank has written, or why it could not."""
+    """Seals of what a rank has written, or why it could not."""
 
     seals: dict[str, dict]  # size and SHA-256 by file name
     updates: list[int]
