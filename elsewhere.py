@@ -76,9 +76,9 @@ FLAGS = {
     "flash_attn": NO_NEED + "attention is fused in its own kernels",
     "flash_attention": NO_NEED + "attention is fused in its own kernels",
     "use_liger_kernel": NO_NEED + "logits are never held whole",
-    "deepspeed": "--zero 1 or 2",
+    "deepspeed": "--zero 1, 2 or 3",
     "zero_stage": "--zero",
-    "fsdp": "--zero 2, or --tp within a node",
+    "fsdp": "--zero 3, or --tp",
     "ds_tensor_parallel_size": "--tp",
     "ring_attn_size": "--cp",
     "load_in_4bit": "--base-dtype nf4 with --lora 16",
@@ -109,7 +109,7 @@ FLAGS = {
     "load_checkpoint": "--resume auto",
     "overwrite_output_dir": "another --out: nothing that was saved is overwritten",
     # preferences
-    "loss_type": "--loss",
+    "loss_type": "--loss; GRPO's loss_type is --aggregate",
     "ref_model": "--ref",
     "ref_pretrain": "--ref",
     "rpo_alpha": "--sft-weight",
@@ -153,6 +153,11 @@ FLAGS = {
     "scale_rewards": "--advantage",
     "advantage_estimator": "--advantage",
     "use_kl_loss": "--kl-in loss",
+    "delta": "--dual-clip",
+    "mask_truncated_completions": "--mask-cut",
+    "importance_sampling_level": "--loss gspo for sequence",
+    "vllm_mode": "--rollout-url",
+    "lmbda": "--on-policy",
 }
 # (flag, value) of another system -> what to write here
 VALUES = {
@@ -161,6 +166,8 @@ VALUES = {
     ("loss", "cpo"): "with --reference-free sigmoid is CPO's, --sft-weight adds its second part",
     ("loss", "kto_pair"): "KTO is train_kto.py",
     ("loss", "kto"): "KTO is train_kto.py",
+    ("loss", "bnpo"): "GRPO's loss_type is --aggregate here: token",
+    ("loss", "dr_grpo"): "--aggregate constant --advantage dr_grpo",
     ("loss", "grpo"): "GRPO is --loss grpo --advantage grpo in train_reinforce.py",
     ("schedule", "constant_with_warmup"): "constant, after --warmup",
     ("schedule", "cosine_with_min_lr"): "cosine goes to 0",
