@@ -113,7 +113,7 @@ def test_scripts_and_losses_that_the_readme_names_exist():
     """Every file of the table of commands is there, and its list of losses is that of --loss."""
     for name in re.findall(r"^\| `([\w/]+\.py)", TEXT, re.M):
         assert (ROOT / name).exists()
-    named = re.search(r"Losses of `train_dpo.py`: (.*?); with", TEXT, re.S)[1]
+    named = re.search(r"Losses of `train_dpo.py`: (.*?)\.\s+All", TEXT, re.S)[1]
     named = re.sub(r"\(.*?\)", "", named.replace("\n", " "))
     choices = train_dpo.Config.__dataclass_fields__["loss"].type.__args__
     assert {name.strip() for name in named.split(",")} == set(choices)
