@@ -377,7 +377,7 @@ def test_the_table_says_that_it_is_modelled_and_its_command_parses(capsys):
     seconds = [
         float(line.split()[-1])
         for line in lines
-        if len(line.split()) == 17 and line.split()[0].isdigit()
+        if len(line.split()) == 18 and line.split()[0].isdigit()
     ]
     assert len(seconds) >= 8 and seconds == sorted(seconds)
     words = shlex.split(lines[-1])
