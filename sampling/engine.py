@@ -101,7 +101,8 @@ class Engine:
 
         def complete(i: int) -> None:
             alive = self._alive()
-            for k in alive[i % len(alive) :] + alive[: i % len(alive)]:
+            first = i % max(1, len(alive))  # two servers may die at the same moment: none is left
+            for k in alive[first:] + alive[:first]:
                 if k in self.dead:  # since this loop began
                     continue
                 try:

@@ -118,6 +118,9 @@ def test_samples_do_not_depend_on_the_number_of_servers(toy: Path, engine, capsy
         stand_in.die()
     with pytest.raises(OSError, match="no answer in 4 tries"):
         several.sample(ids, seeds, 2, 1.0)
+    several.dead = {0, 1, 2}  # where the last two die at the same moment
+    with pytest.raises(OSError, match="none of 3 servers answers"):
+        several.sample(ids, seeds, 2, 1.0)
 
 
 def test_a_restarted_server_gets_its_weights_and_samples_again(
