@@ -13,7 +13,7 @@ DEMO ?=
 REAL ?=
 BIN := $(VENV)/bin
 
-.PHONY: demo real quick test test-engine lint clean
+.PHONY: demo real quick test test-unit test-runs test-engine lint clean
 
 demo: $(VENV)/.plot
 	$(BIN)/python demo.py $(if $(filter quick,$(DEMO)),--quick)
@@ -24,8 +24,16 @@ real: $(VENV)/.real
 quick: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -m "not slow"
 
+# Two halves side by side, a core each; what the unit tests print comes at the end.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(MAKE) --no-print-directory -j 2 test-unit test-runs
+
+test-unit: $(VENV)/.dev
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit >$(VENV)/unit.txt 2>&1; \
+	status=$$?; cat $(VENV)/unit.txt; exit $$status
+
+test-runs: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/e2e tests/ranks
 
 test-engine: $(VENV)/.dev $(VENV)-engine/.done
 	PLUMB_VLLM=$(abspath $(VENV)-engine/bin/python) $(BIN)/python -m pytest -rs tests/engine

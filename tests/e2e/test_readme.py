@@ -97,8 +97,8 @@ def test_recipes_parse():
 
 def test_published_settings_parse():
     """The flags in the table of published settings exist, and their values fit."""
-    scripts = {"SFT": "sft", "DPO": "dpo", "SimPO": "dpo", "KTO": "kto", "reward": "rm"}
-    scripts |= {"PPO": "ppo", "DAPO": "reinforce"}
+    scripts = {"SFT": "sft", "DPO": "dpo", "Length": "dpo", "SimPO": "dpo", "KTO": "kto"}
+    scripts |= {"reward": "rm", "PPO": "ppo", "DAPO": "reinforce"}
     rows = [line.split("|")[1:-1] for line in RECIPES.splitlines() if line.startswith("| ")][1:]
     assert len(rows) >= 12
     for recipe, _, rate, *_, flags, _ in rows:
@@ -107,6 +107,15 @@ def test_published_settings_parse():
         for lr in re.findall(r"[0-9]e-[0-9]", rate):
             words = shlex.split(" ".join(re.findall(r"`(--[^`]*)`", flags)))
             check_ranges(parse(module.Config, "", [*words, "--lr", lr]))
+
+
+def test_the_translated_grpo_script_parses():
+    """The command that stands for TRL's GRPO script in docs/from_trl.md is one that runs."""
+    page = (ROOT / "docs" / "from_trl.md").read_text()
+    (command,) = re.findall(r"```sh\n(torchrun .*?)```", page, re.S)
+    words = shlex.split(command.replace("\\\n", " "))
+    module = importlib.import_module(words[3].removesuffix(".py"))
+    check_ranges(parse(module.Config, "", words[4:]))
 
 
 def test_scripts_and_losses_that_the_readme_names_exist():
