@@ -9,22 +9,24 @@ p = softmax(z_t / τ) of the teacher and q = softmax(z_s / τ) of the student:
     skew_forward   KL(p ‖ α p + (1 - α) q)                      DistiLLM, arXiv 2402.03898
     skew_reverse   KL(q ‖ (1 - α) p + α q)                      the same
 
-No (M, V) matrix is ever held: the vocabulary is taken in chunks, as in kernels/logprob.py. Pass 1
-finds log Σ exp of both; pass 2 sums the divergence and the mean slope; the backward, pass 3, turns
-slopes into gradients. On a GPU each pass over a chunk is one Triton kernel, after two matmuls.
+The vocabulary is taken in chunks, as in kernels/logprob.py. Pass 1 finds log Σ exp of both; pass 2
+sums the divergence and the mean slope; the backward, pass 3, turns slopes into gradients. On a GPU
+each pass over a chunk is one Triton kernel, after two matmuls. A CPU keeps what one pass computed
+for the next, up to KEEP_BYTES. Beyond that, and on a GPU, each pass computes it again, so that no
+large (M, V) matrix is ever held.
 
 Letters: M scored tokens, D width, V vocabulary (or a rank's shard of it), C columns of a chunk.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from kernels.device import fused, operator, tl, triton
-from kernels.logprob import CHUNK, GPU_CHUNK, add_matmul, matmul
+from kernels.logprob import CHUNK, GPU_CHUNK, KEEP_BYTES, add_matmul, matmul
 
 Divergence = Literal["forward", "reverse", "jsd", "skew_forward", "skew_reverse"]
 DIVERGENCES: tuple[Divergence, ...] = ("forward", "reverse", "jsd", "skew_forward", "skew_reverse")
@@ -107,41 +109,50 @@ class _LinearKL(torch.autograd.Function):
         on_gpu = fused(hidden)
         settings = divergence, mix, temperature
         sides = hidden, weight, teacher_hidden, teacher_weight
-        lse = (_log_sums_fused if on_gpu else _log_sums)(sides, temperature)
+        exact = torch.promote_types(hidden.dtype, torch.float32)
+        logit_bytes = 2 * len(hidden) * len(weight) * exact.itemsize
+        keep = not on_gpu and any(ctx.needs_input_grad) and logit_bytes <= KEEP_BYTES
+        chunks = list(_chunks(*sides)) if keep else None
+        if on_gpu:
+            lse = _log_sums_fused(sides, temperature)
+        else:
+            lse = _log_sums(chunks or _chunks(*sides), temperature)
         if gather is not None:
             lse = gather(lse).logsumexp(0)
         sums = torch.zeros_like(lse)  # of terms and of slopes
-        for _, z, teacher_z in _chunks(*sides):
+        kept = []
+        for _, z, teacher_z in chunks or _chunks(*sides):
             if on_gpu:
                 torch.ops.plumb.kl_sums(z, teacher_z, lse, sums, *settings)
-            else:
-                q, p = _logps(z, teacher_z, lse, temperature)
-                sums += torch.stack([x.sum(1) for x in pieces(divergence, mix, p, q)], 1)
+                continue
+            term, slope, chance = _pieces_of(z, teacher_z, lse, settings)
+            sums += torch.stack([term.sum(1), slope.sum(1)], 1)
+            if keep:
+                kept += [slope, chance]
         if gather is not None:
             sums = gather(sums).sum(0)
         ctx.settings = settings
-        ctx.save_for_backward(*sides, lse, sums)
+        ctx.save_for_backward(*sides, lse, sums, *kept)
         return sums[:, 0].clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        *sides, lse, sums = ctx.saved_tensors
+        *sides, lse, sums = ctx.saved_tensors[:6]
+        kept = ctx.saved_tensors[6:]
         hidden, weight = sides[:2]
-        divergence, mix, temperature = ctx.settings
+        temperature = ctx.settings[2]
         need_hidden, need_weight, *_ = ctx.needs_input_grad
         grad = grads[0].contiguous()
         d_hidden = torch.zeros(hidden.shape, dtype=lse.dtype, device=hidden.device)
         d_weight = torch.empty_like(weight) if need_weight else None
-        for first, z, teacher_z in _chunks(*sides):
+        chunks = zip(range(0, len(weight), CHUNK), kept[::2], kept[1::2])
+        for first, *parts in chunks if kept else _chunks(*sides):
             if fused(hidden):
-                dz = torch.ops.plumb.kl_slopes(
-                    z, teacher_z, lse, sums, grad, *ctx.settings, weight.dtype
-                )
+                dz = torch.ops.plumb.kl_slopes(*parts, lse, sums, grad, *ctx.settings, weight.dtype)
             else:
-                q, p = _logps(z, teacher_z, lse, temperature)
-                _, slope = pieces(divergence, mix, p, q)
-                slope -= q.exp() * sums[:, 1:]
-                dz = slope.mul_(grad[:, None] / temperature).to(weight.dtype)
+                slope, chance = parts if kept else _pieces_of(*parts, lse, ctx.settings)[1:]
+                dz = slope.addcmul(chance, sums[:, 1:], value=-1)
+                dz = dz.mul_(grad[:, None] / temperature).to(weight.dtype)
             last = first + dz.shape[1]
             if need_hidden:
                 add_matmul(d_hidden, dz, weight[first:last])
@@ -162,19 +173,25 @@ def _chunks(
         yield first, z, matmul(teacher_hidden, teacher_weight[part].t(), exact)
 
 
-def _log_sums(sides: tuple[Tensor, ...], temperature: float) -> Tensor:
+def _log_sums(chunks: Iterable[tuple[int, Tensor, Tensor]], temperature: float) -> Tensor:
     """Return log Σ exp(logits / τ) over this shard, (M, 2): the student's, the teacher's."""
     lse = None
-    for _, *logits in _chunks(*sides):
-        chunk = torch.stack([z.div_(temperature).logsumexp(1) for z in logits], 1)
+    for _, *logits in chunks:
+        chunk = torch.stack([(z / temperature).logsumexp(1) for z in logits], 1)
         lse = chunk if lse is None else torch.logaddexp(lse, chunk)
     assert lse is not None
     return lse
 
 
-def _logps(z: Tensor, teacher_z: Tensor, lse: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Turn a chunk's logits into log-probs of student and teacher, in place."""
-    return z.div_(temperature).sub_(lse[:, :1]), teacher_z.div_(temperature).sub_(lse[:, 1:])
+def _pieces_of(
+    z: Tensor, teacher_z: Tensor, lse: Tensor, settings: tuple[Divergence, float, float]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Turn a chunk's logits, in place, into terms, slopes and the student's probabilities."""
+    divergence, mix, temperature = settings
+    q = z.div_(temperature).sub_(lse[:, :1])
+    p = teacher_z.div_(temperature).sub_(lse[:, 1:])
+    term, slope = pieces(divergence, mix, p, q)
+    return term, slope, q.exp_()
 
 
 # ---- kernels -------------------------------------------------------------------------------------
