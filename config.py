@@ -106,6 +106,10 @@ class RunConfig:
         1  # 1 shards the optimizer; 2 gradients too, reduced every micro-batch;
     )
     # 3 weights too, gathered layer by layer: for models that no other layout fits
+    offload: Literal["none", "optimizer"] = "none"  # optimizer: AdamW in host memory, on the CPU;
+    # 12 bytes less a parameter that a GPU owns, and a slower step
+    grad_dtype: Literal["fp32", "bf16"] = "fp32"  # in which gradients add up over micro-batches and
+    # ranks; bf16 halves them, and rounds: with few of both
     timeout_minutes: Wait = 30.0  # longest wait for another rank before the run ends and names it
 
     # output

@@ -161,9 +161,11 @@ def sent(
     dtype: torch.dtype = torch.bfloat16,
     checkpointing: bool = False,
     lora: Lora | None = None,
+    half_grads: bool = False,
 ) -> dict[str, int]:
     """Return the bytes that a rank sends in one optimizer step, by purpose (the keys of SENT).
 
+    half_grads: gradients are summed in bf16.
     rows, scored: for every micro-batch the tokens, and the scored tokens, on each context rank; the
     scored tokens of a reward model are the last ones of its responses.
     "ep", the rows of experts on other ranks, is exact in the sum over ranks where all experts are
@@ -207,9 +209,10 @@ def sent(
         elif mesh.last_stage:
             total["logps"] += _all_reduced(sum(marked) * c.outputs * exact, cp * tp)
     count = len(rows)
+    grad = optimizer.grad_dtype(dtype, half_grads).itemsize
     for elements, ranks in buckets(c, layout, rank, lora):
         sums = count if layout.zero > 1 else 1
-        total["dp"] += elements // ranks * (ranks - 1) * exact * sums
+        total["dp"] += elements // ranks * (ranks - 1) * grad * sums
         if layout.zero < 3:
             total["dp"] += elements // ranks * (ranks - 1) * size
     for part, _, elements, ranks in (
@@ -251,12 +254,14 @@ def memory(
     dtype: torch.dtype = torch.bfloat16,
     checkpointing: bool = False,
     lora: Lora | None = None,
+    offload: bool = False,
+    half_grads: bool = False,
 ) -> dict[str, int]:
     """Return the bytes of a rank whose micro-batches have `tokens` tokens, `scored` of them scored.
 
-    weights, gradients and optimizer are exact. activations (kept for the backward of all
-    micro-batches in flight, and the buffers of one backward) and logits are estimates for the GPU
-    kernels.
+    weights, gradients, optimizer and host (memory of the host, with offload) are exact. activations
+    (kept for the backward of all micro-batches in flight, and the buffers of one backward) and
+    logits are estimates for the GPU kernels.
     """
     mesh, flat = layout.mesh(rank), buckets(c, layout, rank, lora)
     if layout.zero == 3:
@@ -265,18 +270,31 @@ def memory(
     else:
         place = (mesh.tp, mesh.tp_rank, mesh.pp, mesh.pp_rank)
         _, frozen = bucket_elements(c, *place, lora, dtype, mesh.ep)
-    total = optimizer.memory(flat, frozen, layout.zero, dtype)._asdict()
+    held = optimizer.memory(flat, frozen, layout.zero, dtype, offload, half_grads)
+    total = held._asdict()
     rows = -(-tokens // layout.cp)
     total["activations"] = _activations(c, mesh, tokens, micro_batches, dtype, checkpointing)
     if layout.zero == 3:
         total["activations"] += gathered_peak(c, layout, mesh.tp_rank, dtype, lora)
     if layout.zero > 1:  # one bucket that fills, and at most two that are being reduced
         moving = sorted((n for n, ranks in flat if ranks > 1), reverse=True) or [0]
-        total["activations"] += max(4, dtype.itemsize) * (moving[0] + sum(moving[:2]))
+        grad = optimizer.grad_dtype(dtype, half_grads).itemsize
+        total["activations"] += grad * (moving[0] + sum(moving[:2]))
     total["logits"] = 0
     if mesh.last_stage and not c.outputs:
         total["logits"] = _logits(c, mesh, rows, -(-scored // layout.cp), dtype, lora is None)
     return total
+
+
+def saved_copy(
+    c: GPTConfig,
+    layout: Layout,
+    rank: int,
+    lora: Lora | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> int:
+    """Return the bytes of host memory in which --async-save keeps a copy of a rank's state."""
+    return optimizer.saved_bytes(buckets(c, layout, rank, lora), dtype)
 
 
 def _activations(

@@ -10,6 +10,7 @@ the next forward runs. Frozen parameters are unknown here: they have no buffer a
 Letters: m elements of a bucket, n ranks that hold it.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from kernels.device import copy_to_host
 from layers import frozen_bytes
+from master import Master
 from model import GPT
 from parallel import Group, Mesh
 from sharding import Flat, part_of, plan_flats, shard
@@ -65,31 +67,34 @@ class Bucket(Flat):
     """Parameters of one kind with their gradients and master weights, all in flat buffers.
 
     weights  (m,) in the model's dtype; under ZeRO-3 only while a part of the model is gathered
-    master   (m / n,) fp32 at least, updated by AdamW; `piece` itself where that is exact enough
-    grad     (m,) fp32 at least, summed over ranks into
+    master   (m / n,) this rank's piece in fp32 at least, updated by AdamW (master.py)
+    grad     (m,) fp32 at least, or bf16 (--grad-dtype), summed over ranks into
     shard    (m / n,) this rank's piece (ZeRO-1); under ZeRO-2 only `shard` lasts, and the gradients
              of a micro-batch live no longer than its reduce-scatter
     """
 
     def __init__(
-        self, named: list[tuple[str, nn.Parameter]], decays: bool, group: Group, zero: int
+        self,
+        named: list[tuple[str, nn.Parameter]],
+        group: Group,
+        zero: int,
+        half_grads: bool,
+        master: Callable[[Tensor], Master],
     ):
         super().__init__(named, group, sharded=zero == 3)
-        self.decays = decays
         self.keeps_grad = zero < 2 or group.n == 1
-        self.exact = torch.promote_types(self.piece.dtype, torch.float32)
+        self.grad_dtype = grad_dtype(self.piece.dtype, half_grads)
         kept = len(self.weights) if self.keeps_grad else 0
-        self.grad = self.piece.new_zeros(kept, dtype=self.exact)
+        self.grad = self.piece.new_zeros(kept, dtype=self.grad_dtype)
         for _, p in named:
-            p.grad_dtype = self.exact  # so that bf16 gradients of many micro-batches add up in fp32
+            p.grad_dtype = self.grad_dtype  # fp32: gradients of many micro-batches add up in fp32
         if self.keeps_grad:
             for (_, p), grad in zip(named, self.views(self.grad)):
                 p.grad = grad
             self.shard = self.grad[self.own]
         else:
-            self.shard = torch.zeros_like(self.piece, dtype=self.exact)
-        self.master = nn.Parameter(self.piece.to(self.exact))  # no copy where the dtype is the same
-        self.master.grad = self.shard
+            self.shard = torch.zeros_like(self.piece, dtype=self.grad_dtype)
+        self.master = master(self.piece)
         self.missing = len(named)  # parameters whose gradient this micro-batch still owes
         self.work: Any = None  # the reduce-scatter or all-gather that is running
         self.incoming: tuple[Tensor, ...] = ()  # ZeRO-2: input and output of the reduce-scatter
@@ -112,7 +117,7 @@ class Bucket(Flat):
             return
         grads = []
         for _, p in self.named:
-            grads.append(torch.zeros_like(p, dtype=self.exact) if p.grad is None else p.grad)
+            grads.append(torch.zeros_like(p, dtype=self.grad_dtype) if p.grad is None else p.grad)
             p.grad = None
         padding = len(self.weights) - sum(grad.numel() for grad in grads)
         flat = torch.cat([*(grad.flatten() for grad in grads), self.shard.new_zeros(padding)])
@@ -129,8 +134,7 @@ class Bucket(Flat):
 
     def publish(self) -> None:
         """Take over the new weights, and begin to send them unless whoever needs them gathers."""
-        if self.master.data_ptr() != self.piece.data_ptr():
-            self.piece.copy_(self.master)
+        self.master.write_back()
         if self.sharded:
             self.free()
         else:
@@ -143,11 +147,21 @@ class Bucket(Flat):
             self.work = None
 
 
+def grad_dtype(weights: torch.dtype, half: bool) -> torch.dtype:
+    """Return the dtype in which gradients add up: fp32 at least, or with `half` bf16 for bf16."""
+    exact = torch.promote_types(weights, torch.float32)
+    return weights if half and weights == torch.bfloat16 else exact
+
+
 def square_sum(flat: Tensor) -> Tensor:
     """Return Σ x² in fp64 without an fp64 copy: rows are summed as they are, their sums widened."""
     body = flat[: flat.numel() // NORM_ROW * NORM_ROW].view(-1, NORM_ROW)
     tail = flat[body.numel() :]
-    norms = [torch.linalg.vector_norm(body, dim=1), torch.linalg.vector_norm(tail)[None]]
+    exact = torch.promote_types(flat.dtype, torch.float32)
+    norms = [
+        torch.linalg.vector_norm(body, dim=1, dtype=exact),
+        torch.linalg.vector_norm(tail, dtype=exact)[None],
+    ]
     return torch.cat(norms).double().square().sum()
 
 
@@ -158,9 +172,11 @@ class AdamW:
     the master weights and of both moments. zero=1 keeps whole gradients and sums them once a step,
     while the last backward still runs; zero=2 sums them after every micro-batch and keeps a piece;
     zero=3 shards the weights as well, frozen ones included (sharding.py).
+    offload: master weights and moments lie in host memory, and the CPU updates them (master.py).
+    half_grads: gradients of bf16 weights add up, over micro-batches and ranks, in bf16.
     New weights are sent while the next forward runs: call `model.wait()` before reading them
     elsewhere, or under zero=3 hold `model.shards.whole()`. ValueError: no parameter of any rank's
-    model trains, or zero=3 with pipeline stages.
+    model trains, zero=3 with pipeline stages, or half_grads of weights that are not bf16.
     """
 
     def __init__(
@@ -170,11 +186,17 @@ class AdamW:
         eps: float,
         weight_decay: float,
         zero: int = 1,
+        offload: bool = False,
+        half_grads: bool = False,
     ):
         self.model, self.zero, mesh = model, zero, model.mesh
         self.world = mesh.group("world")
         if zero == 3 and mesh.pp > 1:
             raise ValueError(f"--zero 3 is not supported with --pp {mesh.pp}: use --tp or --zero 2")
+        if half_grads and model.dtype != torch.bfloat16:
+            raise ValueError(
+                f"--grad-dtype bf16 is for weights in bf16, not {model.dtype}: drop it"
+            )
         self.shards = shard(model) if zero == 3 else None
         parameters = dict(model.named_parameters())
         self.buckets = []
@@ -183,19 +205,19 @@ class AdamW:
             if self.shards:
                 self.shards.remove(set(names))
             named = [(name, parameters[name]) for name in names]
-            bucket = Bucket(named, kind.decays, mesh.group(kind.replicas), zero)
+            master = functools.partial(
+                Master,
+                betas=betas,
+                eps=eps,
+                weight_decay=weight_decay if kind.decays else 0.0,
+                offload=offload,
+            )
+            bucket = Bucket(named, mesh.group(kind.replicas), zero, half_grads, master)
             if self.shards:
                 self.shards.own[part_of(names[0])].append(bucket)
             self.buckets.append(bucket)
         if not any(mesh.everyone(bool(self.buckets))):
             raise ValueError("nothing to train: every weight of the model is frozen")
-        # A stage with nothing to train still takes part in every step: one parameter of no size.
-        nothing = nn.Parameter(torch.zeros(0, device=model.device))
-        groups = [
-            {"params": [b.master], "weight_decay": weight_decay if b.decays else 0.0}
-            for b in self.buckets
-        ]
-        self.adam = torch.optim.AdamW(groups or [nothing], lr=0.0, betas=betas, eps=eps, fused=True)
         self.parts: dict[str, list[Bucket]] = {}  # part of the model -> buckets that it waits for
         for b in self.buckets:
             for name, _ in b.named:
@@ -261,14 +283,11 @@ class AdamW:
         squares, stopping = self.world.all_reduce(control, "control")
         norm = math.sqrt(squares.item())
         if math.isfinite(norm):
-            for group in self.adam.param_groups:
-                group["lr"] = lr
             shrink = clip / (norm + 1e-6) if clip else 1.0  # as torch.nn.utils.clip_grad_norm_
-            if shrink < 1:
-                for b in self.buckets:
-                    b.shard.mul_(shrink)
-            self.adam.step()
             for b in reversed(self.buckets):  # in the order of the next forward
+                b.master.fetch(b.shard)
+            for b in reversed(self.buckets):
+                b.master.update(lr, shrink)
                 b.publish()
             if not self.shards:
                 self.model.pending = {part: list(buckets) for part, buckets in self.parts.items()}
@@ -289,10 +308,7 @@ class AdamW:
         pieces: dict[str, tuple[int, Tensor]] = {}
         updates = 0
         for number, b in enumerate(self.buckets):
-            adam = self.adam.state.get(b.master, {})
-            updates = int(adam.get("step", 0))
-            buffers = {"master": b.master.data}
-            buffers |= {kind: adam[kind] for kind in ("exp_avg", "exp_avg_sq") if kind in adam}
+            buffers, updates = b.master.state()
             for kind, buffer in buffers.items():
                 if host is not None:
                     buffer = copy_to_host(host, f"{prefix}{number}/{kind}", buffer)
@@ -307,13 +323,7 @@ class AdamW:
         read(kind, parameter, first, last + 1) returns that flat piece.
         """
         for b in self.buckets:
-            buffers = {"master": b.master.data}
-            if updates:
-                moments = {kind: torch.zeros_like(b.shard) for kind in ("exp_avg", "exp_avg_sq")}
-                step = torch.tensor(float(updates), device=b.shard.device)
-                self.adam.state[b.master] = {"step": step, **moments}
-                buffers |= moments
-            for kind, buffer in buffers.items():
+            for kind, buffer in b.master.buffers(updates).items():
                 for name, at, piece in b.pieces(buffer):
                     piece.copy_(read(kind, name, at, at + len(piece)))
             b.publish()
@@ -329,6 +339,7 @@ class Memory(NamedTuple):
     weights: int
     gradients: int
     optimizer: int  # both moments, and master weights where they are no view of the weights
+    host: int  # the same in host memory, with buffers for gradients and weights on their way
 
 
 def bucket_sizes(model: GPT, mesh: Mesh, zero: int = 1) -> list[tuple[int, int]]:
@@ -359,17 +370,37 @@ def flat_sizes(model: GPT, mesh: Mesh, zero: int) -> list[tuple[str, bool, int, 
     return sizes
 
 
-def memory(sizes: list[tuple[int, int]], frozen: int, zero: int, dtype: torch.dtype) -> Memory:
-    """Count the bytes of `bucket_sizes` under a ZeRO stage, and of the frozen weights it keeps."""
+def memory(
+    sizes: list[tuple[int, int]],
+    frozen: int,
+    zero: int,
+    dtype: torch.dtype,
+    offload: bool = False,
+    half_grads: bool = False,
+) -> Memory:
+    """Count the bytes of `bucket_sizes` under a ZeRO stage, and of the frozen weights it keeps.
+
+    offload, half_grads: as of AdamW.
+    """
     exact = max(4, dtype.itemsize)
+    grad = grad_dtype(dtype, half_grads).itemsize
     padded = sum(n for n, _ in sizes)
     owned = sum(n // ranks for n, ranks in sizes)
-    buffers = 2 if dtype.itemsize == exact else 3  # exact weights are their own master copy
+    moments = 2 * exact
+    master, passing = exact, grad + dtype.itemsize
+    if dtype.itemsize == exact:  # exact weights are their own master copy
+        master, passing = 0, grad + exact
     return Memory(
         weights=(owned if zero == 3 else padded) * dtype.itemsize + frozen,
-        gradients=(padded if zero == 1 else owned) * exact,
-        optimizer=owned * exact * buffers,
+        gradients=(padded if zero == 1 else owned) * grad,
+        optimizer=0 if offload else owned * (moments + master),
+        host=owned * (moments + master + passing) if offload else 0,
     )
+
+
+def saved_bytes(sizes: list[tuple[int, int]], dtype: torch.dtype) -> int:
+    """Return the bytes of the copy in host memory that --async-save writes a checkpoint from."""
+    return sum(n // ranks for n, ranks in sizes) * max(4, dtype.itemsize) * 3  # and both moments
 
 
 def frozen_memory(model: GPT, mesh: Mesh, zero: int, dtype: torch.dtype) -> int:

@@ -20,9 +20,10 @@ from typing import Annotated, Literal, NamedTuple
 import torch
 
 import hub
+from cards import GPUS, MODELS
 from commandline import Range, check_ranges, parse
 from config import Amount, Count, Number, RunConfig
-from footprint import Layout, layers_of, memory, sent
+from footprint import Layout, layers_of, memory, saved_copy, sent
 from model import GPTConfig, active_count, parameter_count
 from weights.adapters import Lora
 from weights.config_json import read_config
@@ -30,38 +31,6 @@ from weights.config_json import read_config
 GIB = 2**30
 
 
-class Gpu(NamedTuple):
-    """Assumed GPU specs: vendor data sheets; links at 80 % of the stated one-way rate."""
-
-    gib: float  # memory that torch sees
-    flops: float  # dense bf16 FLOPs a second, summed in fp32
-    node: float  # bytes a second to a GPU of the same node: NVLink, Infinity Fabric, else PCIe x16
-    network: float  # bytes a second to another node; one adapter a GPU of 100, 200 or 400 Gb/s
-
-
-GPUS = {
-    "4090": Gpu(23.6, 165e12, 25e9, 10e9),
-    "5090": Gpu(31.4, 209e12, 50e9, 10e9),
-    "l40s": Gpu(44.4, 362e12, 25e9, 20e9),
-    "a6000": Gpu(47.5, 155e12, 25e9, 10e9),
-    "a100": Gpu(79, 312e12, 240e9, 20e9),
-    "a100-40": Gpu(39.4, 312e12, 240e9, 20e9),
-    "h100": Gpu(79, 989e12, 360e9, 40e9),
-    "h200": Gpu(139, 989e12, 360e9, 40e9),
-    "b200": Gpu(178, 2250e12, 720e9, 40e9),
-    "mi300x": Gpu(191, 1307e12, 358e9, 40e9),
-    "mi355x": Gpu(287, 2500e12, 430e9, 40e9),
-}
-# Sizes that many models have. Name -> width, layers, heads, key/value heads, MLP width, vocabulary.
-MODELS = {
-    "1.1B": (2048, 22, 32, 4, 5632, 32000),  # TinyLlama
-    "3B": (3200, 26, 32, 32, 8640, 32000),  # OpenLLaMA
-    "7B": (4096, 32, 32, 32, 11008, 32000),  # Llama 2
-    "13B": (5120, 40, 40, 40, 13824, 32000),  # Llama 2
-    "34B": (8192, 48, 64, 8, 22016, 32000),  # Code Llama
-    "70B": (8192, 80, 64, 8, 28672, 32000),  # Llama 2
-    "405B": (16384, 126, 128, 8, 53248, 128256),  # Llama 3.1
-}
 SAMPLED = ("ppo", "reinforce", "online_dpo")  # algorithms that sample, and hold a reference
 RESERVE = 3.5  # GiB for CUDA, NCCL's buffers and fragmentation: a guess
 
@@ -93,6 +62,10 @@ class Plan:
     lora: Count = 0  # rank of adapters on all linears (training scripts' --lora); 0 = all weights
     base_dtype: Literal["none", "bf16", "fp8", "int8", "nf4"] = "none"  # of the frozen linears,
     # with --lora; none: bf16
+    offload: Literal["none", "optimizer"] = "none"  # to host memory; the time of the CPU's update
+    # is not counted
+    grad_dtype: Literal["fp32", "bf16"] = "fp32"  # in which gradients add up
+    async_save: bool = False  # count the copy in host memory that checkpoints are written from
     batch_size: Number = 64  # examples an optimizer step
     max_length: Number = 2048  # tokens of a prompt with one response
     example_tokens: Count = 0  # mean of an example with all its responses; 0 = half of --max-length
@@ -108,6 +81,7 @@ class Row(NamedTuple):
     checkpointing: bool
     memory: dict[str, int]  # bytes of the fullest rank, by kind
     total: int  # their sum
+    host: int  # bytes of host memory for it
     times: dict[str, float]  # seconds of a step, by kind
     seconds: float  # their sum
 
@@ -152,15 +126,18 @@ def estimate(
         lora = Lora(flags.lora, 2.0 * flags.lora, base_dtype=flags.base_dtype)
     links = {kind: trained / rate for kind, rate in _link_rates(c, flags, layout).items()}
     peak = layout.tp * layout.cp * GPUS[flags.gpu].flops * flags.efficiency
+    offload, half_grads = flags.offload == "optimizer", flags.grad_dtype == "bf16"
     fullest: dict[str, int] = {}
+    host = 0
     slowest = arithmetic = 0.0  # seconds of a micro-batch in the slowest stage, and its arithmetic
     dp = 0.0  # seconds of a step
     for stage in range(layout.pp):
         rank = layout.rank(stage, layout.tp - 1)  # the last tensor rank has the largest shares
         scored_most = max_tokens // 2
-        kinds = memory(
-            c, layout, rank, max_tokens, scored_most, count, torch.bfloat16, checkpointing, lora
-        )
+        sizes = (c, layout, rank, max_tokens, scored_most, count, torch.bfloat16)
+        kinds = memory(*sizes, checkpointing, lora, offload, half_grads)
+        copied = saved_copy(c, layout, rank, lora) if flags.async_save else 0
+        host = max(host, (kinds.pop("host") + copied) * trained)
         for kind in ("weights", "gradients", "optimizer"):
             kinds[kind] *= trained
         if flags.algorithm in SAMPLED and not lora:
@@ -170,20 +147,21 @@ def estimate(
             kinds["activations"] = max(kinds["activations"], whole)
         fullest = max(fullest, kinds, key=lambda kinds: sum(kinds.values()))
         busy = _flops(c, flags, layout, stage, tokens, checkpointing) * trained / peak
-        moved = sent(c, layout, rank, rows, scored, checkpointing=checkpointing, lora=lora)
+        moved = sent(c, layout, rank, rows, scored, torch.bfloat16, checkpointing, lora)
         micro_batch = busy + sum(
             moved[kind] * links[kind] for kind in ("tp", "cp", "ep", "logps", "pp")
         )
         if micro_batch > slowest:
             slowest, arithmetic = micro_batch, busy
-        dp = max(dp, sent(c, layout, rank, rows * count, scored * count)["dp"] * links["dp"])
+        summed = sent(c, layout, rank, rows * count, scored * count, half_grads=half_grads)["dp"]
+        dp = max(dp, summed * links["dp"])
     times = {
         "arithmetic": count * arithmetic,
         "sending": count * (slowest - arithmetic) + dp,
         "bubble": (layout.pp - 1) * slowest,
     }
     total, seconds = sum(fullest.values()), sum(times.values())
-    return Row(layout, max_tokens, checkpointing, fullest, total, times, seconds)
+    return Row(layout, max_tokens, checkpointing, fullest, total, host, times, seconds)
 
 
 def _link_rates(c: GPTConfig, flags: Plan, layout: Layout) -> dict[str, float]:
@@ -286,7 +264,7 @@ def table(c: GPTConfig, flags: Plan) -> str:
         "",
         f"{start} train_{flags.algorithm}.py --model {flags.model or 'DIR'} --data FILE "
         f"--out DIR --batch-size {flags.batch_size} --max-length {flags.max_length} "
-        f"{adapter_flags(flags)}{fitting[0].flags()}",
+        f"{other_flags(flags)}{fitting[0].flags()}",
     ]
     return "\n".join(lines)
 
@@ -354,22 +332,26 @@ def memory_table(flags: Plan) -> str:
     return "\n".join(lines)
 
 
-def adapter_flags(flags: Plan) -> str:
-    """Return the flags of adapters for a training script, with a space after them."""
-    if not flags.lora:
-        return ""
-    bits = "" if flags.base_dtype == "none" else f"--base-dtype {flags.base_dtype} "
-    return f"--lora {flags.lora} {bits}"
+def other_flags(flags: Plan) -> str:
+    """Return the flags of a training script that no layout has, with a space after each."""
+    words = [f"--lora {flags.lora}"] if flags.lora else []
+    words += [] if flags.base_dtype == "none" else [f"--base-dtype {flags.base_dtype}"]
+    words += [] if flags.offload == "none" else [f"--offload {flags.offload}"]
+    words += [] if flags.grad_dtype == "fp32" else [f"--grad-dtype {flags.grad_dtype}"]
+    words += ["--async-save"] if flags.async_save else []
+    return "".join(f"{word} " for word in words)
 
 
 def _aligned(rows: list[Row]) -> list[str]:
     """Return a title line and one line a row, in aligned columns."""
     axes = [field.name for field in dataclasses.fields(Layout)]
     first = rows[0]
-    cells = [[*axes, "max-tokens", "recompute", *first.memory, "all", *first.times, "seconds"]]
+    kinds = [*first.memory, "all", *(["host"] if first.host else [])]
+    cells = [[*axes, "max-tokens", "recompute", *kinds, *first.times, "seconds"]]
     for row in rows:
         settings = [row.max_tokens, "yes" if row.checkpointing else "no"]
-        gib = [f"{n / GIB:.2f}" for n in (*row.memory.values(), row.total)]
+        held = [*row.memory.values(), row.total, *([row.host] if first.host else [])]
+        gib = [f"{n / GIB:.2f}" for n in held]
         seconds = [f"{n:.3g}" for n in (*row.times.values(), row.seconds)]
         line = [*dataclasses.astuple(row.layout), *settings, *gib, *seconds]
         cells.append([str(cell) for cell in line])
@@ -417,7 +399,8 @@ def suggest(config: RunConfig, world: int, gib: float) -> str:
     Never raises: it is called while an error is being reported.
     """
     plain = "lower --max-tokens or add --checkpoint-activations"
-    shared = ("batch_size", "max_length", "max_tokens", "checkpoint_activations", "lora")
+    shared = ["batch_size", "max_length", "max_tokens", "checkpoint_activations", "lora"]
+    shared += ["offload", "grad_dtype", "async_save"]
     try:
         c = read_config(config.model)[0]
         dp = world // (config.tp * config.cp * config.pp)

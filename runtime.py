@@ -428,8 +428,8 @@ def _load(
 
 def make_optimizer(model: GPT, config: RunConfig) -> AdamW:
     """Return the optimizer of a model with the settings of the flags."""
-    betas = (config.beta1, config.beta2)
-    return AdamW(model, betas, config.eps, config.weight_decay, config.zero)
+    settings = ((config.beta1, config.beta2), config.eps, config.weight_decay, config.zero)
+    return AdamW(model, *settings, config.offload == "optimizer", config.grad_dtype == "bf16")
 
 
 def save_model(run: Run, model: GPT, name: str) -> Path:

@@ -38,7 +38,7 @@ from data.dataset import Dataset
 from data.trees import TreeBatch, step_examples, steps_per_epoch, visited
 from disk import write_text
 from model import GPT, parameter_count
-from optimizer import AdamW, bucket_sizes, frozen_memory, memory
+from optimizer import AdamW, bucket_sizes, frozen_memory, memory, saved_bytes
 from parallel import limit_waits
 from reporting import Log, Meter, due, in_bytes, in_units
 from runtime import Run
@@ -120,14 +120,17 @@ def describe(model: GPT, lengths: np.ndarray, steps: Steps, config: RunConfig) -
     """
     held = frozen_memory(model, model.mesh, config.zero, model.dtype)
     sizes = bucket_sizes(model, model.mesh, config.zero)
-    used = memory(sizes, held, config.zero, model.dtype)
+    offload, half_grads = config.offload == "optimizer", config.grad_dtype == "bf16"
+    used = memory(sizes, held, config.zero, model.dtype, offload, half_grads)
+    host = used.host + (saved_bytes(sizes, model.dtype) if config.async_save else 0)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     tokens = lengths.mean() * min(config.batch_size, len(lengths))
     lines = [
         f"{in_units(parameter_count(model.c))} parameters"
         + (f", {in_units(trained)} trained and {in_units(frozen)} frozen" if frozen else "")
-        + f"; weights, gradients and AdamW take {in_bytes(sum(used))}"
+        + f"; weights, gradients and AdamW take {in_bytes(sum(used) - used.host)}"
+        + (f", in host memory {in_bytes(host)}" if host else "")
         + (" on this rank" if model.mesh.world > 1 else ""),
         f"{steps.total} steps of {config.batch_size} examples, about {tokens:,.0f} tokens each, "
         f"in micro-batches of at most {config.max_tokens:,}",

@@ -222,7 +222,7 @@ def report(results: dict[str, list[dict]]) -> None:
         fullest = max(ranks, key=lambda result: result["peak"])
         share = f"{seconds / results['one'][0]['seconds']:.2f}" if "one" in results else ""
         modelled = [n / MIB for n in fullest["modelled"].values()]
-        weights, grads, optimizer, activations, logits = modelled
+        weights, grads, optimizer, _, activations, logits = modelled
         print(
             f"{name:10}{seconds:9.3f}{tokens / seconds:10.0f}{share:>8}"
             f"{fullest['sent'] / MIB:10.1f}{fullest['peak'] / MIB:10.0f}{sum(modelled):8.0f}"

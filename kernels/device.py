@@ -118,11 +118,15 @@ def copy_to_host(buffers: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
 
     From a GPU the buffer is pinned, and neither host nor GPU waits: see `copies_done`.
     """
-    on_gpu = x.device.type == "cuda"
     if name not in buffers:
-        buffer = torch.empty(x.shape, dtype=x.dtype)
-        buffers[name] = buffer.pin_memory() if on_gpu else buffer
-    return buffers[name].copy_(x, non_blocking=on_gpu)
+        buffers[name] = host_buffer(x, x.dtype)
+    return buffers[name].copy_(x, non_blocking=x.is_cuda)
+
+
+def host_buffer(like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return memory of the host in the shape of a tensor, pinned if that one lies on a GPU."""
+    buffer = torch.empty(like.shape, dtype=dtype)
+    return buffer.pin_memory() if like.is_cuda else buffer
 
 
 def copies_done(device: torch.device) -> Callable[[], None]:

@@ -26,9 +26,11 @@ import training
 TOKENS = 6  # of a sample, at most
 SAMPLING = ["--max-new-tokens", str(TOKENS)]
 REWARD = ["--reward", "length:3", *SAMPLING]
+OFFLOAD = ["--offload", "optimizer", "--grad-dtype", "bf16", "--async-save"]
 # script -> module, its training rows, its evaluation rows, flags of its own
 SCRIPTS = {
     "sft": (train_sft, "sft", "sft", ["--samples", "2"]),
+    "sft offloaded": (train_sft, "sft", "sft", OFFLOAD),
     "dpo": (train_dpo, "preferences", "preferences_test", ["--samples", "2"]),
     "kto": (train_kto, "labels", "labels", []),
     "rm": (train_rm, "preferences", "preferences_test", []),
@@ -43,6 +45,7 @@ ROLLOUT = {"sampling/sampler.py:generate": TOKENS}  # one a token
 # script -> the waits of a step, by place, besides the meter's two: the host runs ahead otherwise.
 BUDGET = {
     "sft": STEP,
+    "sft offloaded": {**STEP, "master.py:update": 2},  # the gradient of each of its two buckets
     "dpo": STEP,
     "kto": {**STEP, "train_kto.py:main": 1},  # the reference point, for the log
     "rm": STEP,

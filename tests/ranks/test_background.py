@@ -95,7 +95,7 @@ def save_both_ways(out: Path, zero: int, dtype: torch.dtype, device: str = "cpu"
     pretend.WAITS.clear()
     writer.save(out / "later", state, optimizer, 2, {"run": {}})
     # The host waits for the counters of AdamW alone, and in the thread for the copies.
-    assert {place for _, place, _ in pretend.WAITS} <= {"optimizer.py:state", "background.py:work"}
+    assert {place for _, place, _ in pretend.WAITS} <= {"master.py:state", "background.py:work"}
     take_step(optimizer)
     state.extra["sum"], state.tokens = 0.0, 7
     torch.manual_seed(mesh.rank + 5)

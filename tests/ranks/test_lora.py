@@ -89,7 +89,7 @@ def real_bytes(model: GPT, optimizer: AdamW) -> tuple[int, int, int]:
     weights = sum(x.untyped_storage().nbytes() for x in held)
     weights += sum((b.piece if b.sharded else b.weights).nbytes for b in optimizer.buckets)
     gradients = sum(b.grad.nbytes if b.keeps_grad else b.shard.nbytes for b in optimizer.buckets)
-    moments = [optimizer.adam.state[b.master] for b in optimizer.buckets]
+    moments = [b.master.state()[0] for b in optimizer.buckets]
     return weights, gradients, sum(m["exp_avg"].nbytes + m["exp_avg_sq"].nbytes for m in moments)
 
 

@@ -109,20 +109,25 @@ def pretend(layout: Layout, rank: int):
         (EXPERTS, Layout(dp=2, ep=2, pp=2, zero=2)),
     ],
 )
+@pytest.mark.parametrize("offload", [False, True])
 def test_planned_memory_equals_the_optimizer_buffers(
-    c: GPTConfig, layout: Layout, dtype: torch.dtype, small_buckets
+    c: GPTConfig, layout: Layout, dtype: torch.dtype, offload: bool, small_buckets
 ):
-    """Weights, gradients and optimizer of every rank equal the bytes of AdamW's buffers."""
+    """Weights, gradients and optimizer of every rank equal the bytes of AdamW's buffers.
+
+    With them, those in host memory: every offloaded buffer, and the copy of an asynchronous save.
+    """
+    how = {"offload": offload, "half_grads": offload and dtype == torch.bfloat16}
     for rank in range(layout.world):
         mesh = pretend(layout, rank)
         try:
             model = GPT(c, mesh).to(dtype)
-            optimizer = AdamW(model, (0.9, 0.95), 1e-8, 0.1, layout.zero)
+            optimizer = AdamW(model, (0.9, 0.95), 1e-8, 0.1, layout.zero, **how)
             for b in optimizer.buckets:
                 b.shard.fill_(1e-3)
             optimizer.collected = True
             optimizer.step(1e-3, 1.0)
-            seen = {"weights": 0, "gradients": 0, "optimizer": 0}
+            seen = {"weights": 0, "gradients": 0, "optimizer": 0, "host": 0}
             for b in optimizer.buckets:
                 if b.sharded:
                     seen["weights"] += b.weights.untyped_storage().nbytes()
@@ -133,18 +138,23 @@ def test_planned_memory_equals_the_optimizer_buffers(
                     for g in (b.grad, b.shard)
                     if g.numel()
                 }
-                means = optimizer.adam.state[b.master]
-                kept = (weights, b.grad, b.shard, b.master, means["exp_avg"], means["exp_avg_sq"])
+                kept = [weights, b.grad, b.shard, *b.master.state()[0].values()]
+                if offload:
+                    kept += [b.master.incoming, b.master.outgoing]
                 stored = {
                     x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
                     for x in kept
                     if x.numel()
                 }
                 for pointer, size in stored.items():  # storage that two views share counts once
-                    seen[storage.get(pointer, "optimizer")] += size
+                    seen[storage.get(pointer, "host" if offload else "optimizer")] += size
+            copies: dict[str, torch.Tensor] = {}
+            optimizer.state(host=copies)
         finally:
             dist.destroy_process_group()
-        expected = footprint.memory(c, layout, rank, 64, 32, dtype=dtype)
+        copied = sum(copy.nbytes for copy in copies.values())
+        assert copied == footprint.saved_copy(c, layout, rank, dtype=dtype), f"rank {rank}"
+        expected = footprint.memory(c, layout, rank, 64, 32, dtype=dtype, **how)
         assert seen == {kind: expected[kind] for kind in seen}, f"rank {rank}"
 
 

@@ -116,7 +116,12 @@ def train(
             zero,
             torch.float64,
         ),
-        "decayed": [name for b in optimizer.buckets if b.decays for name, _ in b.named],
+        "decayed": [
+            name
+            for b in optimizer.buckets
+            if b.master.adam.defaults["weight_decay"]
+            for name, _ in b.named
+        ],
     }
 
 

@@ -19,13 +19,13 @@ ROOT = Path(__file__).parents[2]
 
 # A module imports from its own row and from the rows above it, and imports make no circle.
 LIBRARIES = [
-    ["elsewhere", "flagfile", "sources"],
+    ["elsewhere", "flagfile", "sources", "cards"],
     ["commandline"],
     ["config", "losses", "architecture", "rotary", "layout", "disk", "hub", "lock", "kernels.*"],
     ["parallel", "faults", "data.*"],
     ["exchange", "routing"],
     ["layers", "mixers", "mlp", "moe", "model", "sharding"],
-    ["optimizer", "pipeline"],
+    ["optimizer", "master", "pipeline"],
     ["weights.*"],
     ["checkpoint", "background", "passes", "sampling.*"],
     ["footprint", "reporting", "identity"],
