@@ -29,6 +29,7 @@ class Event(NamedTuple):
     kind: str
     size: int  # bytes that are sent or summed; 0 where it may differ, as for objects
     step: int  # optimizer steps before it
+    stream: str = "main"  # "side": it may go on, on NCCL's stream, after the call returns
     messages: tuple[Message, ...] = ()
 
 
@@ -53,10 +54,18 @@ class Recorder:
             setattr(dist, name, self._plain(name, getattr(dist, name)))
         dist.batch_isend_irecv = self._batch(dist.batch_isend_irecv)
 
-    def _add(self, handle: Any, kind: str, size: int, messages: tuple[Message, ...] = ()) -> None:
+    def _add(
+        self,
+        handle: Any,
+        kind: str,
+        size: int,
+        stream: str = "main",
+        messages: tuple[Message, ...] = (),
+    ) -> None:
         group = dist.group.WORLD if handle is None else handle
         ranks = tuple(dist.get_process_group_ranks(group))
-        self.events.append(Event(ranks, int(group.group_name), kind, size, self.step, messages))
+        event = Event(ranks, int(group.group_name), kind, size, self.step, stream, messages)
+        self.events.append(event)
 
     def _plain(self, kind: str, call: Callable) -> Callable:
         """Record a collective that ends before it returns."""
@@ -77,7 +86,8 @@ class Recorder:
         """Record a collective of tensors, which may go on after it returns."""
 
         def recorded(out: Tensor, x: Tensor, group: Any, async_op: bool) -> Any:
-            self._add(group, kind, max(out.nbytes, x.nbytes))
+            stream = "side" if async_op else "main"
+            self._add(group, kind, max(out.nbytes, x.nbytes), stream)
             if not async_op:
                 return call(out, x, group=group, async_op=False)
             return _Running(self, kind, call, out, x, group)
@@ -93,7 +103,7 @@ class Recorder:
                 ends = (here, operation.peer)
                 ends = ends if operation.op is dist.isend else ends[::-1]
                 messages.append((*ends, operation.tensor.nbytes))
-            self._add(operations[0].group, "messages", 0, tuple(messages))
+            self._add(operations[0].group, "messages", 0, messages=tuple(messages))
             return call(operations)
 
         return recorded
@@ -140,7 +150,7 @@ def find_faults(ranks: list[list[Event]]) -> str:
     """Return what NCCL would not forgive in the events of all ranks, "" if there is nothing.
 
     Every two ranks call the collectives of all groups that they share in one order, with the same
-    kinds and sizes. And every rank could run its calls one at a time, each ending before the next
+    kinds, sizes and streams. And every rank could run its calls one at a time, each ending before the next
     begins, without waiting forever: then no overlap of them can deadlock.
     """
     for a in range(len(ranks)):

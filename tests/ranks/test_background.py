@@ -187,6 +187,21 @@ def test_a_full_disk_is_heard_of(toy: Path, tmp_path: Path):
     assert {path.name for path in out.iterdir() if path.is_dir()} == {"cache", "step_2"}
 
 
+def test_a_failed_write_asks_the_run_to_stop(tmp_path: Path, monkeypatch):
+    """At once, not at the next checkpoint, which may be hours away and finds the same error."""
+
+    def full(*_) -> Written:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_rank", full)
+    writer = Writer(Stop())
+    writer.save(tmp_path, State(step=2), make_optimizer(1, torch.float32), 2, {"run": {}})
+    writer.job.thread.join()
+    assert writer.stop.reason == "a checkpoint that could not be written"
+    with pytest.raises(OSError, match="could not write"):
+        writer.wait()
+
+
 def test_a_signal_waits_for_the_checkpoint_on_its_way(toy: Path, tmp_path: Path):
     """SIGTERM while step 2 is written slowly: that of step 3 follows, and both are whole."""
     out = tmp_path / "out"

@@ -176,6 +176,7 @@ def test_the_rules():
     assert "share 1 and 0 calls" in find_faults([right[0], right[1], right[2][:1]])
     assert "share" in find_faults([[event(ROW)], [event(ROW, size=16)], []])
     assert "share" in find_faults([[event(ROW)], [event(ROW, kind="all_gather")], []])
+    assert "share" in find_faults([[event(ROW)], [event(ROW)._replace(stream="side")], []])
     # Two ranks never share two groups, and yet all three wait: 0 for 1, 1 for 2, 2 for 0.
     ring = [((0, 1), 1), ((1, 2), 2), ((0, 2), 3)]
     circle = [
@@ -186,7 +187,7 @@ def test_the_rules():
     assert "wait for each other" in find_faults(circle)
 
     def sends(*messages: tuple[int, int, int]) -> Event:
-        return Event((0, 1), 1, "messages", 0, 0, messages)
+        return Event((0, 1), 1, "messages", 0, 0, "main", messages)
 
     both = (0, 1, 8), (1, 0, 8)
     assert find_faults([[sends(*both)], [sends(*both)]]) == ""  # at once: neither waits
