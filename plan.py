@@ -55,8 +55,10 @@ class Plan:
     memory: Amount = 0.0  # GiB a GPU; 0 = that of --gpu
     efficiency: Annotated[float, Range(0, 1, above=True)] = 0.5  # share of the GPU's peak FLOPs
     # that is reached
-    algorithm: Literal["sft", "rm", "dpo", "kto", "ppo", "reinforce", "online_dpo"] = "dpo"  # ppo
-    # adds a critic, the last three a reference (not with --lora); rollouts' caches are not counted
+    algorithm: Literal[
+        "sft", "rm", "dpo", "kto", "steerlm", "distill", "ppo", "reinforce", "online_dpo"
+    ] = "dpo"  # ppo adds a critic; it and those after it a reference (not with --lora); distill a
+    # teacher of the student's size. Rollouts' caches and the time of sampling are not counted
     show: Literal["layouts", "models", "memory"] = "layouts"  # or tables of well-known models: on
     # 1 to 512 GPUs of --gpu; the largest that --gpus of 24, 48 and 80 GB hold
     lora: Count = 0  # rank of adapters on all linears (training scripts' --lora); 0 = all weights
@@ -140,8 +142,8 @@ def estimate(
         host = max(host, (kinds.pop("host") + copied) * trained)
         for kind in ("weights", "gradients", "optimizer"):
             kinds[kind] *= trained
-        if flags.algorithm in SAMPLED and not lora:
-            kinds["weights"] += kinds["weights"] // trained  # the reference; with LoRA the base
+        if flags.algorithm == "distill" or (flags.algorithm in SAMPLED and not lora):
+            kinds["weights"] += kinds["weights"] // trained  # the teacher; the reference
         if flags.algorithm in SAMPLED and layout.zero == 3:  # rollouts hold whole weights
             whole = 2 * parameter_count(c) // layout.tp
             kinds["activations"] = max(kinds["activations"], whole)

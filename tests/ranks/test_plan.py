@@ -26,6 +26,7 @@ from optimizer import AdamW, Bucket
 from plan import Plan
 
 GIB = 2**30
+ROOT = Path(__file__).parents[2]
 # Nothing divides: 101 tokens, 3 key/value heads, 50 columns of MLP, 5 layers.
 ODD = GPTConfig("llama", vocab=101, width=24, layers=5, heads=6, kv_heads=3, head_size=4, ffn=50)
 SMALL = {"width": 16, "heads": 4}
@@ -433,12 +434,18 @@ def test_rollouts_need_the_whole_model_for_a_while():
     layout = Layout(dp=64, zero=3)
     held = {
         name: plan.estimate(SEVENTY, Plan(gpus=64, algorithm=name), layout, 4096, True).memory
-        for name in ("dpo", "reinforce", "ppo")
+        for name in ("dpo", "reinforce", "ppo", "distill", "steerlm")
     }
     assert held["dpo"]["activations"] < 2 * parameter_count(SEVENTY)
     assert held["reinforce"]["activations"] == 2 * parameter_count(SEVENTY)
-    weights = [held[name]["weights"] for name in ("dpo", "reinforce", "ppo")]
-    assert weights == [weights[0], 2 * weights[0], 3 * weights[0]]
+    weights = {name: kinds["weights"] / held["dpo"]["weights"] for name, kinds in held.items()}
+    assert weights == {"dpo": 1, "reinforce": 2, "ppo": 3, "distill": 2, "steerlm": 1}
+
+
+def test_every_script_can_be_planned():
+    """--algorithm takes the name of every train_*.py."""
+    names = Plan.__dataclass_fields__["algorithm"].type.__args__
+    assert {f"train_{name}.py" for name in names} == {p.name for p in ROOT.glob("train_*.py")}
 
 
 @pytest.mark.parametrize(
