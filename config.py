@@ -173,6 +173,8 @@ class RolloutConfig(RunConfig):
     # truncate with --rollout-ahead, else none
     engine_by: Literal["token", "sequence"] = "token"  # sequence: the product over a response
     engine_cap: Annotated[float, Range(1, 1e6)] = 2.0  # largest weight; 2 to 5
+    replay_routing: bool = False  # of a mixture of experts: train with the experts that sampling
+    # chose, which rounding can change
     rollout_timeout: Wait = 600.0  # seconds that a request or a reload may take
 
 

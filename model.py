@@ -53,7 +53,7 @@ class Block(nn.Module):
             self.after2 = Norm(c.width, c.norm, c.norm_eps, mesh)
         self.mixer = Attention(c, layer, mesh)
         self.sparse = c.sparse(layer)
-        self.mlp = Experts(c, mesh) if self.sparse else MLP(c, c.ffn, mesh)
+        self.mlp = Experts(c, layer, mesh) if self.sparse else MLP(c, c.ffn, mesh)
 
     def forward(self, x: Tensor, view: View) -> Tensor:
         """(T / tp, D) -> (T / tp, D)."""
@@ -118,6 +118,7 @@ class GPT(nn.Module):
         if c.outputs and mesh.last_stage:
             self.score_head = Linear(c.width, c.outputs, mesh)
         self.checkpoint_activations = False
+        self.replays = False  # tokens go to the experts that their batch names
         self.balancing = False  # sparse layers add losses of their own (routing.py)
         self.pending: dict[str, list] = {}  # part of the model -> buckets whose weights may be late
         self.shards: Any = None  # --zero 3: sharding.Shards, which gathers a part for its use
@@ -216,14 +217,20 @@ class GPT(nn.Module):
         times = copies(batch.spans, self.device) if self.c.experts else None
         if cp.n == 1:
             view = TreeView(batch.positions, batch.layout, [], cp)
-            view.routing = None if times is None else Routing(times)
+            view.routing = None if times is None else Routing(times, self.fixed_experts(batch))
             return self.run(batch.tokens, view, x)
         shares = batch.shares(cp.n)
         rows = shares[cp.place]
         layout = batch.share_layout(cp.n, cp.place)
         view = TreeView(batch.positions[rows], layout, shares, cp)
-        view.routing = None if times is None else Routing(times[rows])
+        if times is not None:
+            fixed = self.fixed_experts(batch)
+            view.routing = Routing(times[rows], None if fixed is None else fixed[rows])
         return self.run(batch.tokens[rows], view, x)
+
+    def fixed_experts(self, batch: TreeBatch) -> Tensor | None:
+        """Return the experts that each token of a batch has to go to, (T, L, K), if any are set."""
+        return batch.experts if self.replays else None
 
     def hidden_shape(self, batch: TreeBatch) -> tuple[int, int]:
         """Shape of this rank's hidden states of a batch."""

@@ -58,8 +58,9 @@ class Expert(MLP):
 class Experts(nn.Module):
     """The MLPs of a sparse layer and their router."""
 
-    def __init__(self, c: GPTConfig, mesh: Mesh):
+    def __init__(self, c: GPTConfig, layer: int, mesh: Mesh):
         super().__init__()
+        self.place = sum(map(c.sparse, range(layer)))  # among the sparse layers
         self.active, self.normalised, self.tp = c.active, c.normalised, mesh.group("tp")
         self.router = Linear(c.width, c.experts, mesh)
         self.tally = Tally(c.experts)
@@ -73,8 +74,13 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, tokens: int, routing: Routing | None = None) -> Tensor:
         """(T / tp, D), T = tokens -> (T / tp, D)."""
         logits = enter(self.router(x), tokens, self.tp)  # (T, E)
-        weights, chosen = route(logits, self.active, self.normalised)  # (T, K)
-        if routing:
+        fixed = None
+        if routing and routing.fixed is not None:
+            fixed = routing.fixed[:, self.place]
+        weights, chosen = route(logits, self.active, self.normalised, fixed)  # (T, K)
+        if routing and routing.chosen is not None:
+            routing.chosen.append(chosen)
+        if routing and routing.copies is not None:
             weights = self.tally.observe(weights, logits, chosen, routing.copies, self.tp.n)
         y = self.mix(enter(x, tokens, self.tp), weights.to(x.dtype), chosen)
         y = y if self.tp.n == 1 else exit(y, self.tp)
@@ -125,13 +131,21 @@ def inverse(order: Tensor) -> Tensor:
     return back
 
 
-def route(logits: Tensor, active: int, normalised: bool) -> tuple[Tensor, Tensor]:
+def route(
+    logits: Tensor, active: int, normalised: bool, fixed: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Return the weights of each token's experts, (T, K), fp32 at least, and which they are.
 
-    logits: (T, E). normalised: the weights of a token sum to 1.
+    logits: (T, E). normalised: the weights of a token sum to 1. fixed: experts to take whatever
+    their probabilities are, (T, K); -1 where the likeliest are taken. Their weights are those of
+    these logits, so the router learns all the same (routing replay, arXiv 2510.11370).
     """
     exact = torch.promote_types(logits.dtype, torch.float32)
-    weights, chosen = torch.softmax(logits, -1, dtype=exact).topk(active, -1)
+    p = torch.softmax(logits, -1, dtype=exact)
+    weights, chosen = p.topk(active, -1)
+    if fixed is not None:
+        chosen = torch.where(fixed < 0, chosen, fixed.long())
+        weights = p.gather(-1, chosen)
     if normalised:
         weights = weights / weights.sum(-1, keepdim=True)
     return weights, chosen

@@ -32,7 +32,10 @@ from parallel import Group, Mesh
 class Routing:
     """Facts about the T tokens of a view that sparse layers need."""
 
-    copies: Tensor  # (T,) fp64: responses that each token belongs to
+    copies: Tensor | None  # (T,) fp64: responses that each token belongs to; None: do not count
+    # (T, L, K): experts to use again, of every token and sparse layer; -1: the router's own choice
+    fixed: Tensor | None = None
+    chosen: list[Tensor] | None = None  # layers append the experts that they use, (T, K) each
 
 
 def copies(spans: Spans, device: torch.device) -> Tensor:

@@ -55,6 +55,7 @@ class Dataset:
     key: str = ""  # hash of everything that decides the arrays
     # name -> (N,), meaningful where `scored` is 1
     token_columns: dict[str, np.ndarray] = field(default_factory=dict)
+    experts: np.ndarray | None = None  # (N, L, K) int16: of samples, see sampling/chosen.py
     # (files + 1,): number of the first tree of every file; (1,) if the trees are of no file
     file_start: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))
 

@@ -43,6 +43,7 @@ class TreeBatch:
     spans: Spans  # of every tree: prompt length, response lengths
     layout: TreeLayout  # the same for the attention kernel
     examples: list[int]  # numbers of the trees in the data set
+    experts: Tensor | None = None  # (T, L, K) int16: experts that sampling chose in sparse layers
     _shares: dict[int, list[Tensor]] = field(default_factory=dict)
     _layouts: dict[tuple[int, int], TreeLayout] = field(default_factory=dict)
 
@@ -151,6 +152,7 @@ def make_batch(
         spans=spans,
         layout=TreeLayout(spans, flat_kv_end, flat_positions),
         examples=[int(example) for example in examples],
+        experts=None if dataset.experts is None else torch.from_numpy(dataset.experts[index]),
     )
 
 

@@ -21,6 +21,7 @@ from kernels.device import upload
 from layout import TreeLayout
 from mixers import Extension, Mixer, NewPrompts, SamplingView, SharedPrompts
 from model import GPT
+from routing import Routing
 
 BUCKET = 128  # static shapes: lengths are rounded up to a multiple of this
 NewPrompt = tuple[list[int], list[int]]  # token ids, and the rows or the [place] to keep them in
@@ -30,14 +31,28 @@ class Cache:
     """Memory of the answers in progress, a row each, and of their prompts.
 
     longest, new: tokens of the longest prompt and answer. places: prompts that are kept once, 0
-    where rows hold their own; together: rows of one prompt at most.
+    where rows hold their own; together: rows of one prompt at most. keep_experts: leave those of
+    every token in `experts`.
     """
 
-    def __init__(self, model: GPT, rows: int, longest: int, new: int, places: int, together: int):
+    def __init__(
+        self,
+        model: GPT,
+        rows: int,
+        longest: int,
+        new: int,
+        places: int,
+        together: int,
+        keep_experts: bool = False,
+    ):
+        self.keep_experts = keep_experts
+        self.experts: Tensor | None = None  # of the last forward's tokens, (T, L, K)
         self.model, self.device = model, model.device
         self.mode = os.environ.get("PLUMB_DECODE", "")
         if self.mode not in ("", "static", "graphs"):
             raise ValueError(f"PLUMB_DECODE={self.mode} is not known: use static or graphs")
+        if self.mode and keep_experts:
+            raise ValueError(f"--replay-routing does not go with PLUMB_DECODE={self.mode}")
         self.rows, self.shared = rows, places > 0
         length = new if self.shared else longest + new
         if self.mode:
@@ -105,7 +120,12 @@ class Cache:
             ids = [token for ids, _ in prompts for token in ids]
             counted = np.concatenate([np.arange(n) for n in sizes])
             inputs = torch.cat((inputs, upload(np.stack((ids, counted)), self.device)), 1)
-        hidden = self.model.run(inputs[0], SamplingView(inputs[1], extension, new, self.layers))
+        view = SamplingView(inputs[1], extension, new, self.layers)
+        if self.keep_experts:
+            view.routing = Routing(None, chosen=[])
+        hidden = self.model.run(inputs[0], view)
+        if view.routing:
+            self.experts = torch.stack(view.routing.chosen, 1)
         last = rows + np.cumsum(sizes, dtype=np.int64) - 1  # of each prompt in the flat row
         index = upload(np.concatenate((np.arange(rows), last)), self.device)
         return self.model.logits(hidden, index).split((rows, len(prompts)))

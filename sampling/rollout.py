@@ -136,7 +136,9 @@ class Rollout:
 
 
 def refuse_correction(config: RolloutConfig, why: str) -> None:
-    """Raise ValueError where --engine-correction or --rollout-ahead is asked for in vain."""
+    """Raise ValueError for flags of the ratio to the sampler, where they are asked for in vain."""
+    if config.replay_routing:
+        raise ValueError(f"--replay-routing is for train_reinforce.py and train_ppo.py: {why}")
     if config.rollout_ahead:
         raise ValueError(f"--rollout-ahead is for train_reinforce.py and train_ppo.py: {why}")
     if correction(config) != "none":
@@ -151,6 +153,11 @@ def validate(config: RolloutConfig) -> None:
         raise ValueError("--rollout-reload is for --rollout-url: give the server's address as well")
     if config.rollout_ahead and not config.rollout_url:
         raise ValueError("--rollout-ahead is for --rollout-url: this process cannot draw and train")
+    if config.replay_routing and config.rollout_url:
+        raise ValueError(
+            "--replay-routing: the servers of --rollout-url do not say which experts they chose: "
+            "drop one of the two"
+        )
     if config.rollout_ahead and getattr(config, "refill", 0):
         raise ValueError(
             "--refill chooses prompts by the rewards of the first draw, and --rollout-ahead draws "
@@ -349,10 +356,14 @@ def scored_marks(sample: Sample) -> list[int]:
 def trees(prompts: list[list[int]], samples: list[Sample]) -> Dataset:
     """Return prompts and their samples, side by side, as a data set in memory."""
     group = len(samples) // len(prompts)
-    return from_trees(
+    data = from_trees(
         (ids, [(s.tokens, scored_marks(s)) for s in samples[i * group : (i + 1) * group]])
         for i, ids in enumerate(prompts)
     )
+    parts = [x for s in samples for x in (s.prompt_experts, s.experts) if x is not None]
+    if parts:
+        data.experts = np.concatenate(parts)
+    return data
 
 
 # ---- OUT/samples.jsonl -----------------------------------------------------------------------

@@ -20,6 +20,7 @@ from torch import Tensor
 from kernels.device import upload
 from model import GPT
 from sampling.cache import Cache
+from sampling.chosen import ExpertLog
 from sampling.draw import ends_too_early, sample
 
 # Mean prompt length from which prompts are stored once for their n samples and attended to
@@ -36,6 +37,8 @@ class Sample(NamedTuple):
     tokens        the end token included
     logps         log-prob of each token under the sampling distribution: temperature, top-k, top-p
     policy_logps  log-prob of each token under the policy itself: temperature 1, no filters
+    experts, prompt_experts  those that sparse layers chose for each token (sampling/chosen.py), and
+                  for the prompt's, with the first of its samples; None: not kept
     ended         True if an end token or a stop text ended it, False if it was cut: by
                   max_new_tokens or for repeating itself
     scored        1 for each token that the policy chose, 0 for others (tool output); None: all 1
@@ -46,6 +49,8 @@ class Sample(NamedTuple):
     policy_logps: list[float]
     ended: bool
     scored: list[int] | None = None
+    experts: np.ndarray | None = None
+    prompt_experts: np.ndarray | None = None
 
 
 # ---- rows and the samples in them ----------------------------------------------------------------
@@ -85,6 +90,7 @@ class _Batch:
         rows: int,
         max_new_tokens: int,
         seeds: Sequence,
+        keep_experts: bool,
     ):
         self.prompts, self.n, self.seeds = prompts, n, seeds
         self.lengths = [len(prompt) for prompt in prompts]
@@ -97,7 +103,8 @@ class _Batch:
         # fill the rows. Rows stay empty where that is not enough.
         places = min(len(prompts), rows, 2 * -(-rows // n)) if self.shared else 0
         longest, together = max(self.lengths), min(n, rows)
-        self.cache = Cache(model, rows, longest, max_new_tokens, places, together)
+        self.cache = Cache(model, rows, longest, max_new_tokens, places, together, keep_experts)
+        self.log = ExpertLog(self.lengths) if keep_experts else None
         self.fixed_shapes = bool(self.cache.mode)
         self.rows = rows  # at most: without fixed shapes only len(row_sample) rows are computed
 
@@ -202,6 +209,11 @@ class _Batch:
         logits = first = None  # (R, V), and (P, V) of the prompts of `prefills`
         if fed or prompts:
             logits, first = self.cache.forward(self.next_token[:fed], self.position[:fed], prompts)
+            if self.log:
+                tokens = (self.drawn[:fed] - 1).tolist()
+                self.log.note(
+                    self.cache.experts, list(zip(self.row_sample, tokens)), list(self.prefills)
+                )
         if not fed:
             some = first if prompts else self.prefilled.logits
             logits = some.new_zeros(rows, some.shape[-1])
@@ -262,6 +274,7 @@ def generate(
     no_repeat: int = 0,
     on_token: Callable[[int, int], None] | None = None,
     min_new_tokens: int = 0,
+    keep_experts: bool = False,
 ) -> list[Sample]:
     """Sample n responses to each prompt of token ids; those of prompt i are [i * n : (i + 1) * n].
 
@@ -276,6 +289,7 @@ def generate(
     on_token     called with (index of the sample, token) for every token as it is drawn
     min_new_tokens  tokens before an end token may be drawn: until then the other tokens share its
                  probability; nor does a stop text end a response before
+    keep_experts  return the experts of every token, of a mixture of experts
 
     ValueError: an empty prompt, or a setting out of range.
     """
@@ -294,7 +308,9 @@ def generate(
     samples = [Sample([], [], [], False) for _ in range(len(prompts) * n)]
     if seeds is None:
         seeds = [[seed, i] for i in range(len(samples))]
-    batch = _Batch(model, prompts, n, min(batch_size, len(samples)), max_new_tokens, seeds)
+    batch = _Batch(
+        model, prompts, n, min(batch_size, len(samples)), max_new_tokens, seeds, keep_experts
+    )
     stop_ids = set(stop_ids)
     # Last tokens in which a stop text is looked for: a character has 4 tokens at most.
     window = 8 + 4 * max(map(len, stop_texts), default=0)
@@ -327,6 +343,11 @@ def generate(
             full = len(response.tokens) == max_new_tokens
             if ended or full or (no_repeat and repeats(response.tokens, no_repeat)):
                 batch.finish(row)
+    if batch.log:
+        prompt_experts, experts = batch.log.arrays([len(s.tokens) for s in samples])
+        samples = [s._replace(experts=own) for s, own in zip(samples, experts)]
+        for i, own in enumerate(prompt_experts):
+            samples[i * n] = samples[i * n]._replace(prompt_experts=own)
     return samples
 
 

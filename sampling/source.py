@@ -38,6 +38,7 @@ def local_sampler(model: GPT, template: Template, config: RolloutConfig) -> Samp
                 stop_texts=config.stop,
                 decode=template.tokenizer.decode,
                 min_new_tokens=config.min_new_tokens,
+                keep_experts=config.replay_routing,
             )
 
     return sample
@@ -58,6 +59,9 @@ def make_sampler(
     for as long as they sample. If that does not fit, use a server.
     """
     mesh = model.mesh
+    if config.replay_routing and not model.c.experts:
+        raise ValueError("--replay-routing is for mixtures of experts, and this model is none")
+    model.replays = config.replay_routing  # on the batches of its samples
     if server is None and mesh.pp == 1:
         return local_sampler(model, template, config)
     folder = Path(config.out).resolve() / "rollout"

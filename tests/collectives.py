@@ -150,8 +150,8 @@ def find_faults(ranks: list[list[Event]]) -> str:
     """Return what NCCL would not forgive in the events of all ranks, "" if there is nothing.
 
     Every two ranks call the collectives of all groups that they share in one order, with the same
-    kinds, sizes and streams. And every rank could run its calls one at a time, each ending before the next
-    begins, without waiting forever: then no overlap of them can deadlock.
+    kinds, sizes and streams. And every rank could run its calls one at a time, each ending before
+    the next begins, without waiting forever: then no overlap of them can deadlock.
     """
     for a in range(len(ranks)):
         for b in range(a + 1, len(ranks)):

@@ -21,9 +21,9 @@ from data.trees import make_batch
 from hf import New, new_model
 from kernels.quantized import FORMATS
 from model import ALONE, GPT, active_count, parameter_count
-from moe import Experts
+from moe import Experts, route
 from parallel import Mesh
-from routing import Tally, metrics
+from routing import Routing, Tally, metrics
 from weights.adapters import TARGETS, Lora, adapters_of, attach
 from weights.config_json import model_config
 from weights.folder import load_model, save_model
@@ -41,7 +41,7 @@ def layer_of(normalised: bool, dtype: torch.dtype = torch.float64) -> Experts:
         expert_ffn=6,
         normalised=normalised,
     )
-    layer = Experts(c, ALONE).to(dtype)
+    layer = Experts(c, 0, ALONE).to(dtype)
     generator = torch.Generator().manual_seed(0)
     for p in layer.parameters():
         p.data.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64))
@@ -203,3 +203,23 @@ def test_experts_that_ranks_cannot_share_evenly_are_refused():
     c = GPTConfig("mixtral", **SIZES, experts=6, active=2, expert_ffn=4)
     with pytest.raises(ValueError, match="--ep 4: the model has 6 experts a layer, use one of 1, "):
         GPT(c, Mesh(dp=4, ep=4))
+
+
+def test_fixed_experts_have_the_weights_of_the_router():
+    """The formula with other experts than the likeliest: each keeps its own probability."""
+    layer = layer_of(True)
+    x = torch.randn(6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    fixed = torch.tensor([[0, 4], [2, 1], [-1, -1], [3, 0], [1, 4], [4, 3]], dtype=torch.int16)
+    y = layer(x, 6, Routing(None, fixed[:, None]))
+    free = layer(x, 6)
+    for token, chosen, ours, own in zip(x, fixed.tolist(), y, free):
+        if chosen[0] < 0:
+            assert torch.equal(ours, own)
+            continue
+        p = torch.softmax(layer.router.weight @ token, 0)
+        wanted = sum(p[e] / p[chosen].sum() * layer.experts[str(e)](token[None])[0] for e in chosen)
+        assert (ours - wanted).abs().max() < 1e-12
+    logits = torch.randn(6, 5, dtype=torch.float64)
+    for normalised in (True, False):  # the likeliest, said again, change nothing
+        weights, chosen = route(logits, 2, normalised)
+        assert torch.equal(route(logits, 2, normalised, chosen.short())[0], weights)

@@ -1,0 +1,54 @@
+"""The experts that sampling chose, token by token, for --replay-routing.
+
+    log = ExpertLog(lengths)           prompts' numbers of tokens
+    log.note(chosen, fed, prompts)     after every forward of the sampler
+    prompts, responses = log.arrays([len(sample.tokens) for sample in samples])
+
+They stay on the device until the end, so that sampling never waits for them.
+
+Letters: T tokens of a forward, L sparse layers, K experts of a token.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+UNKNOWN = -1  # of a token that sampling never fed to the model: the last of a response
+
+
+class ExpertLog:
+    """Experts of all tokens that a sampler has computed."""
+
+    def __init__(self, prompt_lengths: list[int]):
+        self.prompt_lengths = prompt_lengths
+        self.chosen: list[Tensor] = []  # (T, L, K) of each forward
+        self.places: list[tuple[int, int, int]] = []  # row of all, sample, token: of the responses
+        self.starts: dict[int, int] = {}  # prompt -> its first row of all
+        self.rows = 0
+
+    def note(self, chosen: Tensor, fed: list[tuple[int, int]], prompts: list[int]) -> None:
+        """Add a forward of some rows' last tokens, then of whole prompts.
+
+        chosen: (T, L, K). fed: (sample, which of its tokens) of each row; token -1: none of them.
+        """
+        self.chosen.append(chosen.short())
+        self.places += [(self.rows + r, i, token) for r, (i, token) in enumerate(fed) if token >= 0]
+        start = self.rows + len(fed)
+        for prompt in prompts:
+            self.starts[prompt] = start
+            start += self.prompt_lengths[prompt]
+        self.rows += len(chosen)
+
+    def arrays(self, lengths: list[int]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Return the experts of every prompt, (P, L, K) int16, and response, (N, L, K).
+
+        lengths: tokens of the responses.
+        """
+        table = torch.cat(self.chosen).cpu().numpy()
+        shape = table.shape[1:]
+        responses = [np.full((n, *shape), UNKNOWN, np.int16) for n in lengths]
+        for row, sample, token in self.places:
+            responses[sample][token] = table[row]
+        starts = [self.starts[i] for i in range(len(self.prompt_lengths))]
+        prompts = [table[a : a + n] for a, n in zip(starts, self.prompt_lengths)]
+        return prompts, responses

@@ -1,0 +1,158 @@
+"""--replay-routing: training takes the experts that sampling chose.
+
+Faults that these tests are for: experts of another token, layer or sample; those of a prompt left
+out; weights of the chosen experts that are not the router's; a critic or a reference that replays.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import dataset_of
+from forked import Ranks, kill_all
+from launch import launch
+
+import hf
+import train_ppo
+import train_reinforce
+from data.trees import make_batch
+from model import GPT
+from parallel import init_mesh
+from routing import Routing
+from sampling.rollout import trees
+from sampling.sampler import generate
+from weights.folder import load_model, save_model
+
+PROMPTS = [[1, 5, 9, 12], [1, 30], [1, 7, 8, 2, 40, 41]]
+
+
+@pytest.fixture(autouse=True)
+def nobody_stays():
+    """Kill ranks that a failed test has left behind."""
+    yield
+    kill_all()
+
+
+@pytest.fixture(scope="module")
+def sparse(toy: Path, tmp_path_factory) -> Path:
+    """Return a folder with models of three sparse layers, in two dtypes."""
+    home = tmp_path_factory.mktemp("sparse")
+    (home / "world").symlink_to(toy / "world")
+    files = {"tokenizer": str(toy / "world/tokenizer")}
+    sizes = {"heads": 4, "kv_heads": 2, "ffn": 9, "expert_ffn": 7}
+    small = {"width": 16, "layers": 3, "experts": 6, "active": 2, "std": 0.4}
+    close = {"width": 64, "layers": 6, "experts": 16, "active": 4, "std": 0.05}  # rounding decides
+    for dtype, flags in (("fp64", small), ("bf16", close)):
+        new = hf.New(family="qwen3_moe", dtype=dtype, out="", **files, **sizes, **flags)
+        save_model(hf.new_model(new), home / dtype, new.tokenizer)
+    return home
+
+
+@pytest.mark.parametrize(("n", "rows"), [(1, 8), (3, 2), (2, 4)])
+def test_sampling_keeps_what_every_layer_chose(sparse: Path, n: int, rows: int):
+    """In float64 a forward of the samples' trees chooses the same, token by token and layer."""
+    model = load_model(sparse / "fp64", torch.float64)
+    many = [[*prompt, *range(3, 90)] for prompt in PROMPTS] if n == 2 else PROMPTS  # stored once
+    samples = generate(model, many, 7, seed=1, n=n, batch_size=rows, keep_experts=True)
+    data = trees(many, samples)
+    batch = make_batch(data, list(range(len(many))))
+    seen: list[torch.Tensor] = []
+    forward = GPT.fixed_experts
+
+    def watch(self, batch):
+        return None
+
+    GPT.fixed_experts = watch
+    try:
+        run = GPT.run
+
+        def recorded(self, tokens, view, x=None):
+            view.routing = Routing(None, chosen=seen)
+            return run(self, tokens, view, x)
+
+        GPT.run = recorded
+        model(batch)
+    finally:
+        GPT.fixed_experts, GPT.run = forward, run
+    wanted = torch.stack(seen, 1)  # (T, L, K)
+    known = (batch.experts >= 0).all(-1).all(-1)
+    assert torch.equal(batch.experts[known].long(), wanted[known])
+    lasts = set(batch.last.tolist())  # of each response: sampled, and never fed
+    assert set((~known).nonzero()[:, 0].tolist()) == lasts
+
+
+def logps(folder: Path, sizes: dict) -> list[float]:
+    """Return the log-probs of some trees with experts drawn at random, under a layout."""
+    model = load_model(folder / "fp64", torch.float64, mesh=init_mesh(**sizes))
+    data = dataset_of([(prompt, [[40, 41, 42], [50, 2]]) for prompt in PROMPTS])
+    draws = np.random.default_rng(0).permuted(
+        np.tile(np.arange(6), (len(data.tokens), 3, 1)), axis=-1
+    )
+    data.experts = draws[..., :2].astype(np.int16)
+    batch = make_batch(data, [0, 1, 2])
+    plain = model.logps(model(batch), batch)
+    model.replays = True
+    replayed = model.logps(model(batch), batch)
+    assert (replayed - plain).abs().max() > 0.1
+    return replayed.tolist()
+
+
+def test_replayed_log_probs_do_not_depend_on_the_layout(sparse: Path):
+    """One process, tensor, context and expert parallel: within 1e-10 in float64."""
+    (wanted,) = launch(1, logps, sparse, {})
+    for sizes in ({"tp": 2}, {"cp": 2}, {"ep": 2}):
+        for ours in launch(2, logps, sparse, sizes):
+            assert np.abs(np.subtract(ours, wanted)).max() < 1e-10
+
+
+def train(
+    script, sparse: Path, out: Path, *words: str, ranks: int = 1, dtype: str = "fp64"
+) -> list:
+    """Run two steps of a script; return the rows of its metrics."""
+    flags = f"--model {sparse}/{dtype} --data {sparse}/world/sft.jsonl --out {out} --dtype {dtype}"
+    flags += " --reward length:5 --max-steps 2 --batch-size 4 --group-size 4 --max-new-tokens 12"
+    flags += " --lr 1e-2 --log-samples 0"
+    argv = [*flags.split(), *words]
+    run = Ranks(ranks, lambda rank: script.main(argv), out.parent / f"{out.name}_logs")
+    assert run.wait() == [0] * ranks, run.text(0)
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def steps(rows: list[dict], key: str) -> list[float]:
+    return [row[key] for row in rows if key in row]
+
+
+@pytest.mark.slow
+def test_replay_changes_nothing_but_rounding(sparse: Path, tmp_path: Path):
+    """In float64 REINFORCE and PPO take the same steps with it; in bf16 the sampler's gap falls."""
+    flag = "--replay-routing"
+    words = ("--kl", "0.1", flag)
+    taken: list[float] = []
+    for script, key in ((train_ppo, "policy/grad_norm"), (train_reinforce, "grad_norm")):
+        name = script.__name__
+        plain = steps(train(script, sparse, tmp_path / name, "--kl", "0.1"), key)
+        taken = steps(train(script, sparse, tmp_path / f"{name}_replay", *words), key)
+        assert np.allclose(plain, taken, rtol=1e-10)
+    stages = train(train_reinforce, sparse, tmp_path / "pp", *words, "--pp", "2", ranks=2)
+    assert np.allclose(steps(stages, "grad_norm"), taken, rtol=1e-10)
+    half = {}
+    for words in ((), (flag,)):
+        more = ("--max-steps", "1", "--max-new-tokens", "40", *words)
+        rows = train(train_reinforce, sparse, tmp_path / f"half{len(words)}", *more, dtype="bf16")
+        half[words] = steps(rows, "sampler_gap")[0]
+    assert half[(flag,)] < 0.99 * half[()]
+
+
+def test_what_has_no_experts_to_replay_is_refused(sparse: Path, toy: Path, tmp_path: Path):
+    """A dense model, a server, a script without a ratio."""
+    base = f"--model {toy}/model --data {sparse}/world/sft.jsonl --reward length:5"
+    for more, words in (
+        ("--max-steps 1 --max-new-tokens 8", "is for mixtures of experts"),
+        ("--rollout-url http://localhost:1", "do not say which experts"),
+    ):
+        argv = f"{base} --out {tmp_path / 'o'} --replay-routing {more}".split()
+        run = Ranks(1, lambda rank, argv=argv: train_reinforce.main(argv), tmp_path / "logs")
+        assert run.wait() != [0]
+        assert words in run.text(0)
