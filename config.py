@@ -186,11 +186,5 @@ def check_layout(config: RunConfig) -> None:
         raise ValueError(
             f"--zero 3 does not shard a base of --base-dtype {config.base_dtype}: drop one of them"
         )
-    if config.ep > 1 and (config.samples or isinstance(config, RolloutConfig)):
-        what = "--samples" if config.samples else "sampling"
-        raise ValueError(
-            f"{what} is not supported with --ep {config.ep}, as ranks sample one by one: use "
-            "--zero 3 instead" + (", or drop --samples" if config.samples else "")
-        )
     if config.samples and config.pp > 1:
         raise ValueError("--samples is not supported with --pp > 1: drop one of them")

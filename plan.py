@@ -219,8 +219,6 @@ def plans(c: GPTConfig, flags: Plan) -> tuple[list[Row], list[Row]]:
     for layout in candidates(c, flags.gpus):
         if flags.base_dtype != "none" and layout.zero == 3:
             continue
-        if flags.algorithm in SAMPLED and layout.ep > 1:
-            continue
         rows = [estimate(c, flags, layout, n, again) for n in budgets for again in recompute]
         fits = [row for row in rows if row.total <= room]
         if fits:

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from kernels.device import upload
 from layout import TreeLayout
-from mixers import Extension, Mixer, NewPrompts, SamplingView, SharedPrompts
+from mixers import Extension, Mixer, NewPrompts, SamplingView, SharedPrompts, TreeView
 from model import GPT
+from parallel import ALONE
 from routing import Routing
 
 BUCKET = 128  # static shapes: lengths are rounded up to a multiple of this
@@ -201,6 +202,13 @@ class Cache:
         graph, logits = self.graphs[length]
         graph.replay()
         return logits
+
+
+def idle(model: GPT) -> None:
+    """Run all layers without a token, where other ranks of --ep run theirs with some."""
+    nothing = torch.zeros(0, dtype=torch.int64, device=model.device)
+    layout = TreeLayout([], nothing.int(), nothing)
+    model.run(nothing, TreeView(nothing, layout, [], ALONE))
 
 
 def _round_up(length: int) -> int:

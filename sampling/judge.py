@@ -178,7 +178,8 @@ def load_judge(
                     f"{template}: label {names[k]!r} begins with {names[i]!r} for this tokenizer: "
                     "choose labels of which none begins another"
                 )
-    model = load_model(folder, dtype, device, mesh=mesh).requires_grad_(False)
+    alone = mesh.with_whole_experts()  # ranks ask one by one
+    model = load_model(folder, dtype, device, mesh=alone).requires_grad_(False)
     written = Template(chat, tokenizer)
     answers = [(label, [1] * len(label)) for label in labels]
 

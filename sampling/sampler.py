@@ -19,7 +19,8 @@ from torch import Tensor
 
 from kernels.device import upload
 from model import GPT
-from sampling.cache import Cache
+from parallel import Group
+from sampling.cache import Cache, idle
 from sampling.chosen import ExpertLog
 from sampling.draw import ends_too_early, sample
 
@@ -105,6 +106,7 @@ class _Batch:
         longest, together = max(self.lengths), min(n, rows)
         self.cache = Cache(model, rows, longest, max_new_tokens, places, together, keep_experts)
         self.log = ExpertLog(self.lengths) if keep_experts else None
+        self.shares_experts = model.mesh.ep > 1
         self.fixed_shapes = bool(self.cache.mode)
         self.rows = rows  # at most: without fixed shapes only len(row_sample) rows are computed
 
@@ -136,11 +138,12 @@ class _Batch:
                 break
         if not self.fixed_shapes:
             self._compact()
-        if self.shared and self.row_sample != before and self._any_sample():
+        if self.shared and self.row_sample != before and self.any_sample():
             self._seat_rows()
-        return self._any_sample()
+        return self.any_sample()
 
-    def _any_sample(self) -> bool:
+    def any_sample(self) -> bool:
+        """Return whether any row holds a sample."""
         return any(sample != EMPTY for sample in self.row_sample)
 
     def _admit(self, row: int) -> bool:
@@ -214,6 +217,8 @@ class _Batch:
                 self.log.note(
                     self.cache.experts, list(zip(self.row_sample, tokens)), list(self.prefills)
                 )
+        elif self.shares_experts:
+            idle(self.cache.model)
         if not fed:
             some = first if prompts else self.prefilled.logits
             logits = some.new_zeros(rows, some.shape[-1])
@@ -303,18 +308,22 @@ def generate(
         raise ValueError(
             "stop_texts are looked for in decode(tokens): give a decode, and no empty text"
         )
-    if not prompts:
+    ep = model.mesh.group("ep")
+    if not prompts and ep.n == 1:
         return []
     samples = [Sample([], [], [], False) for _ in range(len(prompts) * n)]
     if seeds is None:
         seeds = [[seed, i] for i in range(len(samples))]
-    batch = _Batch(
-        model, prompts, n, min(batch_size, len(samples)), max_new_tokens, seeds, keep_experts
-    )
+    rows, batch = min(batch_size, len(samples)), None
+    if prompts:
+        batch = _Batch(model, prompts, n, rows, max_new_tokens, seeds, keep_experts)
     stop_ids = set(stop_ids)
     # Last tokens in which a stop text is looked for: a character has 4 tokens at most.
     window = 8 + 4 * max(map(len, stop_texts), default=0)
-    while batch.refill():
+    while _anyone(bool(batch and batch.refill()), ep):
+        if not (batch and batch.any_sample()):
+            idle(model)
+            continue
         logits = batch.logits()
         uniform = upload(batch.uniforms(), logits.device)
         forbidden = None
@@ -343,12 +352,17 @@ def generate(
             full = len(response.tokens) == max_new_tokens
             if ended or full or (no_repeat and repeats(response.tokens, no_repeat)):
                 batch.finish(row)
-    if batch.log:
+    if batch and batch.log:
         prompt_experts, experts = batch.log.arrays([len(s.tokens) for s in samples])
         samples = [s._replace(experts=own) for s, own in zip(samples, experts)]
         for i, own in enumerate(prompt_experts):
             samples[i * n] = samples[i * n]._replace(prompt_experts=own)
     return samples
+
+
+def _anyone(busy: bool, ranks: Group) -> bool:
+    """Return whether any rank has something to do: with --ep none runs a layer alone."""
+    return ranks.all_reduce(torch.tensor(float(busy)), "control").item() > 0
 
 
 def _validate(

@@ -120,6 +120,7 @@ def load_scorer(
 
     Warns where transformers would read its scores at another token.
     """
+    mesh = mesh.with_whole_experts()  # ranks score one by one
     model = load_model(folder, dtype, device, scores=(), mesh=mesh)
     config = model.hf_config
     pad = config.get("pad_token_id")
