@@ -186,5 +186,6 @@ def check_layout(config: RunConfig) -> None:
         raise ValueError(
             f"--zero 3 does not shard a base of --base-dtype {config.base_dtype}: drop one of them"
         )
-    if config.samples and config.pp > 1:
-        raise ValueError("--samples is not supported with --pp > 1: drop one of them")
+    for axis in ("pp", "ep"):
+        if config.samples and getattr(config, axis) > 1:
+            raise ValueError(f"--samples is not supported with --{axis} > 1: drop one of them")

@@ -20,7 +20,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -163,11 +163,6 @@ class Mesh:
         sizes = {"pp": self.pp, "dp": self.dp, "cp": self.cp, "tp": self.tp, "ends": 2}
         sizes |= {"ep": self.ep, "edp": self.dp * self.cp // self.ep}
         return math.prod(sizes[axis] for axis in axes.split())
-
-    def with_whole_experts(self) -> "Mesh":
-        """Return this grid for a model whose experts no ranks share, whatever --ep is."""
-        kept = {k: g for k, g in self.groups.items() if not {"ep", "edp"} & set(k.split())}
-        return replace(self, ep=1, groups=kept)
 
     def sum(self, values: Tensor) -> Tensor:
         """Return the sum over ranks with different examples. Stages without results pass zeros."""

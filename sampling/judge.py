@@ -34,7 +34,7 @@ from data.dataset import from_trees
 from data.templates import Template
 from data.tokenizer import load_tokenizer
 from parallel import Mesh
-from sampling.scoring import score_trees
+from sampling.scoring import score_trees, with_whole_experts
 from weights.folder import load_model
 
 LEAST_MASS = 0.1  # of all labels together; below it the judge would seldom reply with one
@@ -178,7 +178,7 @@ def load_judge(
                     f"{template}: label {names[k]!r} begins with {names[i]!r} for this tokenizer: "
                     "choose labels of which none begins another"
                 )
-    alone = mesh.with_whole_experts()  # ranks ask one by one
+    alone = with_whole_experts(mesh)  # ranks ask one by one
     model = load_model(folder, dtype, device, mesh=alone).requires_grad_(False)
     written = Template(chat, tokenizer)
     answers = [(label, [1] * len(label)) for label in labels]

@@ -8,6 +8,7 @@ Letters: A outputs of the model.
 
 from collections import Counter
 from collections.abc import Collection
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from data.templates import Template
 from data.tokenizer import load_tokenizer
 from data.trees import make_batch, pack
 from model import GPT
-from parallel import Mesh
+from parallel import ALONE, Mesh
 from pipeline import pipeline
 from weights.config_json import score_names
 from weights.folder import load_model
@@ -110,6 +111,11 @@ def score_trees(model: GPT, data: Dataset, max_tokens: int = 8192) -> list[np.nd
     return scores
 
 
+def with_whole_experts(mesh: Mesh) -> Mesh:
+    """Return a grid for a model whose experts no ranks share, whatever --ep is."""
+    return replace(mesh, ep=1, groups=mesh.groups | {"ep": ALONE})
+
+
 def load_scorer(
     folder: str,
     dtype: torch.dtype,
@@ -120,7 +126,7 @@ def load_scorer(
 
     Warns where transformers would read its scores at another token.
     """
-    mesh = mesh.with_whole_experts()  # ranks score one by one
+    mesh = with_whole_experts(mesh)  # ranks score one by one
     model = load_model(folder, dtype, device, scores=(), mesh=mesh)
     config = model.hf_config
     pad = config.get("pad_token_id")

@@ -506,6 +506,7 @@ def test_torch_agrees(kind: str, bench: Bench, tmp_path: Path):
         (3, "--ep 2", "--ep 2 must divide the 3 ranks of data and context parallelism: use one"),
         (2, "--ep 2", "--ep 2 shares experts, and"),
         (2, "--pp 2 --samples 1", "--samples is not supported with --pp > 1"),
+        (2, "--ep 2 --samples 1", "--samples is not supported with --ep > 1"),
     ],
 )
 def test_impossible_layouts_are_refused(
