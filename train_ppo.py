@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
 
 import losses
@@ -62,6 +63,7 @@ class Config(RolloutConfig):
     critic_lr: Amount = 1e-5  # peak learning rate of the critic; about 10 times --lr
     shared_base: bool = False  # with --lora: policy, critic and reward model are adapters and
     # heads on one base; --reward and --critic then are adapters trained on --model
+    mask_cut: bool = False  # no loss, of policy and critic, on samples that did not end
     critic_warmup: Count = 0  # steps that train only the critic; 4 to 20 for a new head
     ref: str = ""  # another Hugging Face folder as reference; default: --model as it was at step 0
     lr: Amount = 1e-6  # peak learning rate; 1e-6 for 7B models
@@ -106,8 +108,11 @@ def add_advantages(
     kl = losses.kl_estimate(old_logps, ref_logps, config.kl_estimator)  # (M,)
     rewards = losses.token_rewards(torch.from_numpy(samples.rewards), kl, lengths, beta)  # (M,)
     advantages, returns = losses.gae(rewards, old_values, lengths, config.gamma, config.lam)
+    counted = advantages
+    if config.mask_cut and samples.ended.any():
+        counted = advantages[torch.from_numpy(np.repeat(samples.ended, samples.scored_lengths))]
     # Every rank holds the whole step, so this whitens over all ranks.
-    advantages = losses.whiten(advantages, losses.moments(advantages))
+    advantages = losses.whiten(advantages, losses.moments(counted))
     samples.data.add_tokens("advantage", advantages.numpy())
     samples.data.add_tokens("return", returns.numpy())
     samples.data.add_tokens("old_value", old_values.numpy())
@@ -130,7 +135,13 @@ def policy_losses(
     metrics = {"ratio": ratio, "clip_fraction": clipped, "entropy": entropy}
     if "engine_weight" in batch.token_columns:
         surrogate = surrogate * batch.token_columns["engine_weight"]
-    return surrogate - config.entropy_weight * entropy, metrics
+    return masked(surrogate - config.entropy_weight * entropy, batch), metrics
+
+
+def masked(per_token: torch.Tensor, batch: TreeBatch) -> torch.Tensor:
+    """Return losses without those of samples that did not end, where --mask-cut marks them."""
+    kept = batch.token_columns.get("kept")
+    return per_token if kept is None else per_token * kept
 
 
 def value_losses(
@@ -141,6 +152,7 @@ def value_losses(
     old_values, returns = batch.token_columns["old_value"], batch.token_columns["return"]
     clip = config.clip_value or float("inf")
     per_token, clipped = losses.clipped_value(values, old_values, returns, clip)
+    per_token = masked(per_token, batch)
     return per_token, {"value/loss": per_token, "value/clip_fraction": clipped}
 
 
@@ -222,6 +234,9 @@ def main(argv: list[str] | None = None) -> None:
     for step in training.remaining(loop):
         prompts = train.take(steps.examples(step))
         samples = rollout.draw(prompts, step + 1, model, reward, template, config, server)
+        if config.mask_cut:
+            kept = np.repeat(samples.ended, samples.scored_lengths)
+            samples.data.add_tokens("kept", kept.astype(float))
         plan = updates.plan(samples, config.ppo_epochs, config.minibatches, step, config, mesh)
         beta = loop.state.extra.get("beta", config.kl)
         old_logps, ref_logps, row = updates.add_logps(samples, plan, model, ref, config)
@@ -237,6 +252,9 @@ def main(argv: list[str] | None = None) -> None:
         for update in plan:
             # Counted over the whole update: the loss does not depend on its micro-batches.
             n_tokens = int(update.lengths.sum())
+            if config.mask_cut:
+                ended = samples.ended[samples.data.responses_of(update.prompts)]
+                n_tokens = max(1, int(update.lengths[ended].sum()))
             batches = [
                 make_batch(samples.data, items, config.share_prompts) for items in update.bins
             ]

@@ -52,8 +52,9 @@ class Cache:
         self.mode = os.environ.get("PLUMB_DECODE", "")
         if self.mode not in ("", "static", "graphs"):
             raise ValueError(f"PLUMB_DECODE={self.mode} is not known: use static or graphs")
-        if self.mode and keep_experts:
-            raise ValueError(f"--replay-routing does not go with PLUMB_DECODE={self.mode}")
+        if self.mode and (keep_experts or model.mesh.ep > 1):
+            flag = "--replay-routing" if keep_experts else f"--ep {model.mesh.ep}"
+            raise ValueError(f"{flag} does not go with PLUMB_DECODE={self.mode}")
         self.rows, self.shared = rows, places > 0
         length = new if self.shared else longest + new
         if self.mode:

@@ -91,17 +91,18 @@ def plain_gae(rewards: list[float], values: list[float], gamma: float, lam: floa
     ]
 
 
-CASES = [  # γ, λ, estimator, entropy weight, clip of values, minibatches, epochs, unscored tokens
-    (1.0, 0.95, "k1", 0.0, 0.05, 1, 3, False),
-    (0.9, 0.5, "k3", 0.02, 0.0, 2, 2, False),
-    (1.0, 0.0, "abs", 0.1, 0.02, 3, 1, False),
-    (0.95, 1.0, "k2", 0.0, 0.1, 1, 2, False),
-    (0.95, 0.9, "k1", 0.05, 0.05, 2, 2, True),
+# γ, λ, estimator, entropy weight, clip of values, minibatches, epochs, unscored tokens, --mask-cut
+CASES = [
+    (1.0, 0.95, "k1", 0.0, 0.05, 1, 3, False, False),
+    (0.9, 0.5, "k3", 0.02, 0.0, 2, 2, False, True),
+    (1.0, 0.0, "abs", 0.1, 0.02, 3, 1, False, False),
+    (0.95, 1.0, "k2", 0.0, 0.1, 1, 2, False, False),
+    (0.95, 0.9, "k1", 0.05, 0.05, 2, 2, True, True),
 ]
 
 
 @pytest.mark.parametrize(
-    "gamma, lam, kind, entropy_weight, clip_value, minibatches, epochs, unscored", CASES
+    "gamma, lam, kind, entropy_weight, clip_value, minibatches, epochs, unscored, mask_cut", CASES
 )
 def test_a_step_equals_a_plain_loop_in_float64(
     gamma: float,
@@ -112,6 +113,7 @@ def test_a_step_equals_a_plain_loop_in_float64(
     minibatches: int,
     epochs: int,
     unscored: bool,
+    mask_cut: bool,
     toy: Path,
     double: Path,
     tmp_path: Path,
@@ -125,6 +127,7 @@ def test_a_step_equals_a_plain_loop_in_float64(
     """
     if unscored:
         sample_with_marks(monkeypatch)
+    more = {"stop": ["u"]} if mask_cut else {}  # so that some samples end, and some do not
     flags = flags_of(
         toy,
         model=double / "model",
@@ -145,16 +148,22 @@ def test_a_step_equals_a_plain_loop_in_float64(
         clip_ratio=0.02,
         warmup=0.0,
         schedule="constant",
+        mask_cut=mask_cut,
+        **more,
     )
     (row,) = train(train_ppo, tmp_path / "out", **flags)
 
-    config = train_ppo.Config(group_size=2, max_new_tokens=8, reward=WORDS, no_eos_penalty=0.2)
+    config = train_ppo.Config(
+        group_size=2, max_new_tokens=8, reward=WORDS, no_eos_penalty=0.2, **more
+    )
     samples = drawn(toy, double / "model", config)
     rewards = samples.rewards.tolist()
     assert row["reward"] == pytest.approx(np.mean(rewards))
     assert len(set(rewards)) > 1
     pairs = [(samples.prompts.ids[i // 2], s.tokens) for i, s in enumerate(samples.samples)]
     scored = scored_places(samples, unscored)
+    counted = samples.ended if mask_cut else np.ones(len(pairs), bool)
+    assert not mask_cut or 0 < samples.ended.sum() < len(pairs)
 
     actor = PlainModel(double / "model", torch.float64)
     ref = PlainModel(double / "ref", torch.float64)
@@ -173,7 +182,7 @@ def test_a_step_equals_a_plain_loop_in_float64(
         token_rewards[-1] += reward
         advantages.append(plain_gae(token_rewards, values.tolist(), gamma, lam))
         returns.append(torch.tensor(advantages[-1], dtype=torch.float64) + values)
-    flat = sum(advantages, [])
+    flat = sum((a for a, counts in zip(advantages, counted) if counts), [])
     mean = statistics.fmean(flat)
     deviation = (statistics.variance(flat) + 1e-8) ** 0.5
     whitened = [(torch.tensor(a, dtype=torch.float64) - mean) / deviation for a in advantages]
@@ -193,8 +202,9 @@ def test_a_step_equals_a_plain_loop_in_float64(
             logp = logits.log_softmax(-1)[own]  # (scored tokens, vocabulary)
             new_logps = logp[range(len(own)), [response[t] for t in own]]
             rho, a = (new_logps - old_logps[i]).exp(), whitened[i]
-            loss = loss + torch.maximum(-a * rho, -a * rho.clamp(0.98, 1.02)).sum()
-            loss = loss + entropy_weight * (logp.exp() * logp).sum()
+            surrogate = torch.maximum(-a * rho, -a * rho.clamp(0.98, 1.02)).sum()
+            loss = loss + counted[i] * surrogate
+            loss = loss + counted[i] * entropy_weight * (logp.exp() * logp).sum()
             n_clipped += ((rho > 1.02) & (a > 0) | (rho < 0.98) & (a < 0)).sum().item()
             values = critic.values(prompt, response)[own]
             error = (values - returns[i]) ** 2
@@ -205,8 +215,9 @@ def test_a_step_equals_a_plain_loop_in_float64(
                 moved = (near - values).abs() > 1e-12
                 n_value_clipped += (moved & (near_error > error)).sum().item()
                 error = torch.maximum(error, near_error)
-            value_loss = value_loss + 0.5 * error.sum()
-            tokens += len(own)
+            value_loss = value_loss + counted[i] * 0.5 * error.sum()
+            tokens += counted[i] * len(own)
+            n_tokens += len(own)
         actor_trainer.done = critic_trainer.done = 0
         mean_loss, norm = actor_trainer.step(loss / tokens)
         mean_value_loss, value_norm = critic_trainer.step(value_loss / tokens)
@@ -214,7 +225,6 @@ def test_a_step_equals_a_plain_loop_in_float64(
         value_loss_sum += mean_value_loss * tokens
         norms.append(norm)
         value_norms.append(value_norm)
-        n_tokens += tokens
     assert len(norms) == minibatches * epochs
     unexplained = (torch.cat(returns) - torch.cat(old_values)).numpy().var()
     wanted = {
