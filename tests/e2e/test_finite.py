@@ -40,7 +40,7 @@ def breaks_after(step: int, monkeypatch, value: float = math.nan) -> None:
     def patched(self: AdamW, *values):
         result = update(self, *values)
         if next(calls) == step:
-            self.buckets[-1].master.data[-1] = value
+            self.buckets[-1].master.value.data[-1] = value
         return result
 
     monkeypatch.setattr(AdamW, "step", patched)
