@@ -181,9 +181,8 @@ def validate(config: Config) -> None:
     rollout.validate(config)
     if config.shared_base and not (config.lora or config.adapter):
         raise ValueError("--shared-base trains adapters on one frozen base: add --lora 16")
-    # Ranks score in micro-batches of their own.
-    if config.shared_base and (config.zero == 3 or config.ep > 1):
-        raise ValueError("--shared-base cannot score with shared weights: use --zero 2, or --tp")
+    if config.shared_base and (config.zero == 3 or config.ep > 1):  # ranks score one by one
+        raise ValueError("--shared-base cannot score with sharded weights: use --zero 2, or --tp")
     if config.kl_target and not config.kl:
         raise ValueError("--kl-target adapts β, which --kl 0 keeps at 0: give an initial --kl")
 
