@@ -4,6 +4,8 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")  # before torch is imported
 os.environ["HF_HUB_OFFLINE"] = "1"
+# A torch store looks up every client's host name, 5 s each where no name server answers.
+os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
 
 import json
 import signal

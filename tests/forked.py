@@ -9,7 +9,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -29,7 +28,7 @@ class Ranks:
     LOGS/rank_N.txt.
 
     A body may patch whatever it likes before it starts: the fork keeps the change from this
-    process. This process holds the store, as torchrun's agent does.
+    process. Another process holds the store, as torchrun's agent does.
     """
 
     def __init__(self, world: int, body: Callable[[int], None], logs: Path):
@@ -37,17 +36,14 @@ class Ranks:
         self.logs = logs
         logs.mkdir(parents=True, exist_ok=True)
         fork = multiprocessing.get_context("fork")
-        pipes = [fork.Pipe() for _ in range(world)]
+        self.store, port = serve_store() if world > 1 else (None, 0)
         self.processes = [
-            fork.Process(target=_run_rank, args=(rank, world, theirs, body, logs))
-            for rank, (_, theirs) in enumerate(pipes)
+            fork.Process(target=_run_rank, args=(rank, world, port, body, logs))
+            for rank in range(world)
         ]
         STARTED.append(self)
         for process in self.processes:
             process.start()
-        self.store = serve_store() if world > 1 else None
-        for ours, _ in pipes:
-            ours.send(self.store.port if self.store else 0)
 
     def wait(self, seconds: float = 240.0, ranks: list[int] | None = None) -> list[int | None]:
         """Return the exit codes of some ranks or of all, then kill the rest.
@@ -70,20 +66,18 @@ class Ranks:
         return codes
 
     def kill(self) -> None:
-        """Kill the ranks that are still running and free the store."""
-        for process in self.processes:
-            process.kill()
-            process.join()
-        self.store = None
+        """Kill the ranks that are still running, and the store."""
+        for process in (*self.processes, self.store):
+            if process:
+                process.kill()
+                process.join()
 
     def text(self, rank: int) -> str:
         """Return everything that a rank has printed, errors included."""
         return (self.logs / f"rank_{rank}.txt").read_text()
 
 
-def _run_rank(
-    rank: int, world: int, port: Connection, body: Callable[[int], None], logs: Path
-) -> None:
+def _run_rank(rank: int, world: int, port: int, body: Callable[[int], None], logs: Path) -> None:
     """Call body(rank) with output sent to the log, default signal handlers and torchrun's
     variables.
     """
@@ -94,7 +88,7 @@ def _run_rank(
     sys.stderr = os.fdopen(2, "w", buffering=1)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_DFL)
-    set_torchrun_environment(rank, world, port.recv())
+    set_torchrun_environment(rank, world, port)
     torch.set_num_threads(1)
     faulthandler.register(signal.SIGUSR2)
     body(rank)

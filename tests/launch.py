@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -36,37 +37,31 @@ class RankFailed(AssertionError):
 def launch(world: int, work: Callable[..., Any], *args: Any, limit: float = 120.0) -> list[Any]:
     """Run work(*args) in `world` forked processes and return a list of their results, by rank.
 
-    Like torchrun's agent, this process holds the store, on a port that the system chooses. Raises
+    As under torchrun, another process holds the store, on a port that the system chooses. Raises
     RankFailed when a rank raises, dies, or has not finished after `limit` seconds; in every case no
     process is left.
     """
     warm_up()
     fork = multiprocessing.get_context("fork")
     pipes = [fork.Pipe() for _ in range(world)]
+    store, port = serve_store()
     ranks = [
-        fork.Process(target=_run_rank, args=(rank, world, pipes, work, args))
+        fork.Process(target=_run_rank, args=(rank, world, port, pipes, work, args))
         for rank in range(world)
     ]
-    store = None
     try:
         for process in ranks:
             process.start()
         for _, theirs in pipes:
             theirs.close()  # the rank holds the only other end: its death closes the pipe
-        store = serve_store()
-        for ours, _ in pipes:
-            ours.send(store.port)
         answers = _collect([ours for ours, _ in pipes], limit)
     finally:
-        for process in ranks:
+        for process in (*ranks, store):
             if process.pid:
                 process.kill()
                 process.join()
         for ours, _ in pipes:
             ours.close()
-        store = (
-            None  # freed here: a store freed in a later fork, where its thread is gone, hangs there
-        )
     failed = {rank: text for rank, (succeeded, text) in answers.items() if not succeeded}
     if failed:
         raise RankFailed(failed)
@@ -80,11 +75,26 @@ def warm_up() -> None:
     torch.optim.AdamW([weight], fused=True).step()
 
 
-def serve_store() -> dist.TCPStore:
-    """Open the store at which the ranks meet. Call it after the forks: its thread does not survive
-    one.
+def serve_store() -> tuple[BaseProcess, int]:
+    """Open the store at which the ranks meet; return the process that holds it, and its port.
+
+    It has a process of its own because it has a thread: a rank that this process forked while the
+    thread was looking up a host name would inherit the lock of that look-up, and never connect.
     """
-    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    fork = multiprocessing.get_context("fork")
+    ours, theirs = fork.Pipe()
+    process = fork.Process(target=_hold_store, args=(theirs, os.getpid()))
+    process.start()
+    return process, ours.recv()
+
+
+def _hold_store(pipe: Connection, parent: int) -> None:
+    """Send the port of a new store, and hold it for as long as the parent lives."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    pipe.send(store.port)
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(0)
 
 
 def set_torchrun_environment(rank: int, world: int, port: int) -> None:
@@ -103,6 +113,7 @@ def set_torchrun_environment(rank: int, world: int, port: int) -> None:
 def _run_rank(
     rank: int,
     world: int,
+    port: int,
     pipes: list[tuple[Connection, Connection]],
     work: Callable[..., Any],
     args: tuple[Any, ...],
@@ -113,7 +124,7 @@ def _run_rank(
         if theirs is not pipes[rank][1]:
             theirs.close()
     pipe = pipes[rank][1]
-    set_torchrun_environment(rank, world, pipe.recv())
+    set_torchrun_environment(rank, world, port)
     torch.set_num_threads(1)  # the parent's thread pool does not survive a fork
     try:
         answer = (True, work(*args))
