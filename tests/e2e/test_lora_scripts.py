@@ -103,6 +103,21 @@ def test_an_adapter_goes_on_and_is_the_reference(toy: Path, tmp_path: Path, caps
     assert "frozen" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("dtype", ["fp64", "bf16"])
+def test_offloaded_adapters_keep_their_bits(dtype: str, toy: Path, tmp_path: Path):
+    """With --offload optimizer --async-save the same checkpoint, adapter and merged model."""
+    flags = ["--dtype", dtype, "--save-every", "2"]
+    plain = train("sft", toy, tmp_path / "plain", *flags)
+    more = ["--offload", "optimizer", "--async-save"]
+    offloaded = train("sft", toy, tmp_path / "offloaded", *flags, *more)
+    for name in ("step_2", "adapter", "final"):
+        files = [
+            {path.name: path.read_bytes() for path in (out / name).glob("*.safetensors")}
+            for out in (plain, offloaded)
+        ]
+        assert files[0] and files[0] == files[1], name
+
+
 def test_a_folder_with_only_an_adapter_says_what_to_do(toy: Path, tmp_path: Path):
     out = train("sft", toy, tmp_path / "out", "--no-merge")
     with pytest.raises(FileNotFoundError, match="--adapter, or merge the two: hf.py merge"):

@@ -19,6 +19,7 @@ from sampling import engine as engines
 from sampling.engine import Engine, connect
 from weights.folder import fingerprint, load_model, save_model
 
+pytestmark = pytest.mark.slow  # together about twenty seconds: runs against servers
 RELOAD = [
     "/pause",
     "/collective_rpc",

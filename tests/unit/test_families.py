@@ -13,6 +13,7 @@ Faults that were put in one by one and made a test here fail:
             Gemma's of the embedding; queries that do not grow, or by their place in the row
 """
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -162,9 +163,10 @@ def test_adapters_of_a_published_model_are_those_of_peft(name: str, tmp_path: Pa
     merged = theirs_of(transformers_model(tmp_path / "merged"), ids)
     assert (merged - wanted).abs().max() < NEAR
     save_adapter(model, tmp_path / "adapter", str(folder), lora)
-    again = load_model(folder, torch.float32)
+    again = load_model(folder, torch.float64)  # a fused tensor's adapter has three times the rank
     load_adapter(again, tmp_path / "adapter")
-    assert (logits_of(again, ids) - wanted).abs().max() < NEAR
+    exact = logits_of(copy.deepcopy(model).double(), ids)
+    assert (logits_of(again, ids) - exact).abs().max() < 1e-12
     if model.c.experts:
         for path, linear in adapters_of(model).items():
             if ".mlp." in path:

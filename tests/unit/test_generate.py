@@ -11,6 +11,7 @@ from conftest import dataset_of, tiny_transformers
 import generate
 from data.tokenizer import load_tokenizer
 from data.trees import make_batch
+from parallel import Mesh
 from sampling import cache, sampler
 from sampling.cache import Cache
 from weights.folder import load_model
@@ -337,6 +338,12 @@ def test_bad_arguments_are_refused(tmp_path: Path, monkeypatch):
             sampler.generate(model, [[1]], **{"max_new_tokens": 3, **settings})
     monkeypatch.setenv("PLUMB_DECODE", "fast")
     with pytest.raises(ValueError, match="use static or graphs"):
+        sampler.generate(model, [[1]], 3)
+    monkeypatch.setenv("PLUMB_DECODE", "static")
+    with pytest.raises(ValueError, match="--replay-routing does not go with PLUMB_DECODE=static"):
+        sampler.generate(model, [[1]], 3, keep_experts=True)
+    model.mesh = Mesh(dp=2, ep=2)  # whose ranks run one forward a step, where static runs two
+    with pytest.raises(ValueError, match="--ep 2 does not go with PLUMB_DECODE=static"):
         sampler.generate(model, [[1]], 3)
 
 

@@ -221,6 +221,7 @@ def test_what_may_be_better_is_asked_again(case: str, client: Server, liar: Liar
     assert [sample.tokens for sample in ask(client)] == [[40, 41, 42]] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", SLOW)
 def test_a_request_has_one_deadline(case: str, client: Server, liar: Liar, monkeypatch):
     """Whatever the server sends in the meantime."""
