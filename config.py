@@ -166,6 +166,8 @@ class RolloutConfig(RunConfig):
     # from, http://host:8000; several share the prompts; vLLM needs no more (docs/engine.md)
     rollout_reload: str = ""  # for other engines: command that makes the servers load new weights
     # from {folder}, which is also in the environment as PLUMB_FOLDER
+    rollout_transfer: Literal["folder", "nccl"] = "folder"  # how new weights reach vLLM: it reads
+    # OUT/rollout, or a GPU here sends them (docs/engine.md)
     rollout_ahead: Annotated[int, Range(0, 64)] = 0  # steps by which the servers draw ahead, while
     # this process trains; samples are as many steps old. 0: on policy; 1 uses both all the time
     engine_correction: Literal["auto", "none", "truncate", "mask"] = "auto"  # weigh tokens by

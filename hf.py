@@ -103,7 +103,7 @@ def new_model(flags: New) -> GPT:
         "head_dim": flags.head_size or flags.width // flags.heads,
         "layer_norm_eps": 1e-5,
         "norm_eps": 1e-5,
-        "rms_norm_eps": 1e-6,
+        "rms_norm_eps": families.EPS.get(flags.family, 1e-6),  # vLLM knows some by heart
         **families.NEW.get(flags.family, {}),
     }
     if flags.family in families.SPARSE:

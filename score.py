@@ -39,6 +39,7 @@ from data.tokenizer import load_tokenizer
 from kernels.device import pick_device
 from parallel import Mesh
 from sampling.judge import agreement, load_judge, ranked_right, text_of
+from sampling.judge_server import ask_server
 from sampling.scoring import Answers, all_answers, annotate, load_scorer, score, tail_of
 from weights.folder import DTYPES, load_model
 
@@ -49,7 +50,8 @@ class Flags:
 
     model: str = ""  # Hugging Face folder of a reward model; with --ref, of a language model
     ref: str = ""  # another language model, to compare log-probs with
-    judge: str = ""  # template of a judge: --model is a language model that judges by it
+    judge: str = ""  # template of a judge: --model is a language model that judges by it, a folder
+    # or a server's address, http://host:8000
     data: str = ""  # JSONL file of prompts and responses
     out: str = ""  # JSONL file for the scored rows
     attributes: bool = False  # write SteerLM's attributes, whole numbers from 0 to 4
@@ -77,10 +79,12 @@ def main(argv: list[str] | None = None) -> None:
     device = pick_device(flags.device)
     best_dtype = "bf16" if device == "cuda" else "fp32"
     dtype = DTYPES[best_dtype if flags.dtype == "auto" else flags.dtype]
-    kwargs = read_kwargs(flags.template_kwargs)
-    template = Template(flags.template, load_tokenizer(flags.model), kwargs)
+    template = None
+    if not served(flags):
+        kwargs = read_kwargs(flags.template_kwargs)
+        template = Template(flags.template, load_tokenizer(flags.model), kwargs)
     rows, answers = all_answers(list(read_rows(flags.data)), template, flags.data)
-    if flags.judge:
+    if template is None or flags.judge:
         write_verdicts(rows, answers, dtype, device, flags)
     elif flags.ref:
         write_logps(rows, answers, template, dtype, device, flags)
@@ -89,6 +93,14 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{len(rows)} rows in {write_rows(flags.out, rows)}")
     else:
         write_scores(rows, answers, template, dtype, device, flags)
+
+
+def served(flags: Flags) -> bool:
+    """Return whether --model is the address of a server. ValueError: it does more than judge."""
+    address = flags.model.startswith(("http://", "https://"))
+    if address and not flags.judge:
+        raise ValueError(f"--model {flags.model} is a server, which can only judge: give --judge")
+    return address
 
 
 def write_scores(
@@ -138,9 +150,12 @@ def write_verdicts(
     rows: list[dict], answers: list[Answers], dtype: torch.dtype, device: str, flags: Flags
 ) -> None:
     """Write the rows with a judge's values; print its agreement with labels and its bias."""
-    judge = load_judge(
-        flags.model, flags.judge, dtype, device, flags.max_tokens, Mesh(), flags.template
-    )
+    if served(flags):
+        judge = ask_server(flags.model, flags.judge)
+    else:
+        judge = load_judge(
+            flags.model, flags.judge, dtype, device, flags.max_tokens, Mesh(), flags.template
+        )
     number = 2 if judge.template.compares else 1
     if any(len(responses) != number for _, responses in answers):
         raise ValueError(

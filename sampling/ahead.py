@@ -11,7 +11,8 @@ the process began: a resumed run goes on with samples of age 0, and no prompt is
 
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -20,6 +21,7 @@ from data.dataset import Prompts
 from parallel import Mesh
 from sampling.rewards import leader
 from sampling.sampler import Sample
+from sampling.together import start
 
 # (prompts as token ids, a seed per sample, samples per prompt, temperature) -> samples by prompt.
 Sampler = Callable[[list[list[int]], list[int], int, float], list[Sample]]
@@ -59,7 +61,6 @@ class Ahead:
         self.first = 0  # step at which this process began, from 1
         self.drawing: dict[int, Future] = {}  # by step
         self.waited = 0.0  # seconds of the last `finish`
-        self.pool = ThreadPoolExecutor(ahead)
 
     def age(self, step: int) -> int:
         """Return by how many steps the weights that drew a step's samples are old."""
@@ -93,7 +94,8 @@ class Ahead:
                 table = np.array(seeds(seed, later, n, group)).reshape(n, group)
                 mine = range(mesh.dp_rank, n, mesh.dp)
                 ids, own = [chosen.ids[i] for i in mine], table[list(mine)].ravel().tolist()
-                self.drawing[later] = self.pool.submit(self.sample, ids, own, group, temperature)
+                draw = partial(self.sample, ids, own, group, temperature)
+                self.drawing[later] = start(draw)  # a process that ends does not wait for it
 
         if ready is not None:
             begin()

@@ -19,7 +19,6 @@ Letters: Q questions.
 
 import re
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,10 +28,11 @@ from config import RolloutConfig
 from data.dataset import from_trees
 from data.templates import Template
 from model import GPT
-from sampling.engine import AT_ONCE, Engine
+from sampling.engine import Engine
 from sampling.sampler import Sample
 from sampling.scoring import score_trees
 from sampling.source import Sampler, local_sampler
+from sampling.together import together
 
 # (questions, replies), ids each -> the log-prob of every reply to every question, (Q, replies).
 ReplyLogps = Callable[[list[list[int]], list[list[int]]], np.ndarray]
@@ -178,20 +178,20 @@ def local_speaker(
 def remote_speaker(engine: Engine, template: Template, config: RolloutConfig) -> Speaker:
     """Return the servers of --rollout-url as speaker."""
 
-    def logp(place: int, question: list[int], reply: list[int]) -> float:
-        server = engine.servers[place % len(engine.servers)]
-        value = sum(server.logps(question + reply)[-len(reply) :])
+    def logp(asked: tuple[int, list[int], list[int]]) -> float:
+        place, question, reply = asked
+        k, logps = engine.ask(place, lambda server: server.logps(question + reply))
+        value = sum(logps[-len(reply) :])
         if np.isnan(value):
             raise OSError(
-                f"--rollout-url {server.url} reports no log-probs of a prompt's tokens, which "
-                "comparisons need: use --pairs 0, or another server"
+                f"--rollout-url {engine.servers[k].url} reports no log-probs of a prompt's tokens, "
+                "which comparisons need: use --pairs 0, or another server"
             )
         return value
 
     def reply_logps(questions: list[list[int]], replies: list[list[int]]) -> np.ndarray:
-        asked = [(question, reply) for question in questions for reply in replies]
-        with ThreadPoolExecutor(max(1, min(AT_ONCE, len(asked)))) as pool:
-            values = list(pool.map(lambda i: logp(i, *asked[i]), range(len(asked))))
+        pairs = [(question, reply) for question in questions for reply in replies]
+        values = together(logp, [(i, *pair) for i, pair in enumerate(pairs)])
         return np.array(values, np.float64).reshape(len(questions), len(replies))
 
     return Speaker(template, engine.sample, reply_logps, config.temperature)

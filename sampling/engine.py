@@ -9,6 +9,7 @@ How new weights get there, from OUT/rollout, a folder on a disk that the servers
   - else vLLM's own calls: pause, collective_rpc reload_weights, reset_prefix_cache, resume. It has
     them where it was started with VLLM_SERVER_DEV_MODE=1. With --lora and a server started with
     --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True the adapter alone travels.
+  - or over NCCL, without a disk in common: --rollout-transfer nccl (sampling/transfer.py)
 vLLM is also told a name for the weights, and asked for it after every rollout. A server that has
 another one was restarted in the meantime: it gets the weights again, and its samples are drawn
 again.
@@ -18,21 +19,21 @@ Several servers share the prompts. One that dies is named, and the others take i
 """
 
 import uuid
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from config import RolloutConfig
 from data.dataset import Prompts
 from data.templates import Template
+from sampling import transfer
 from sampling.ahead import Ahead, Steps
 from sampling.reload import run_command
 from sampling.sampler import Sample
 from sampling.server import NoAnswer, Refused, Server
+from sampling.servers import Servers
+from sampling.together import together
 
-AT_ONCE = 64  # requests in flight
 
-
-class Engine:
+class Engine(Servers[Server]):
     """The servers of --rollout-url as one sampler.
 
     learns: they get new weights while a run trains; else they keep those they were started with.
@@ -43,16 +44,20 @@ class Engine:
     def __init__(self, template: Template, config: RolloutConfig, learns: bool = True):
         self.config = config
         self.learns = learns
-        self.servers = [Server(template, config, url) for url in config.rollout_url]
-        self.dead: set[int] = set()  # numbers of servers that no longer answer
+        super().__init__([Server(template, config, url) for url in config.rollout_url])
         self.folder: Path | None = None  # of the weights that they were sent last
         self.version = ""  # the name of these weights
         self.adapters = False  # they take an adapter alone
+        if learns and config.rollout_transfer == "nccl":
+            transfer.check()
         if learns and not config.rollout_reload:
             for server in self.servers:
                 server.check_reloads()
             adapted = bool(config.lora or config.adapter)
-            self.adapters = adapted and all(server.takes_adapters() for server in self.servers)
+            by_folder = config.rollout_transfer == "folder"
+            self.adapters = (
+                by_folder and adapted and all(server.takes_adapters() for server in self.servers)
+            )
 
     def load(self, folder: Path) -> tuple[set[int], str]:
         """Send a folder's weights to every server; return those that are dead, and a name.
@@ -66,6 +71,8 @@ class Engine:
 
         def send(i: int) -> OSError | None:
             server, once = self.servers[i], i in self.dead
+            if once:
+                server.link = None  # of the process that died
             try:
                 if self.adapters and not self.version:  # an earlier run may have left other weights
                     server.load(Path(self.config.model).resolve(), version, False, once)
@@ -74,13 +81,12 @@ class Engine:
                 return error
             return None
 
-        with ThreadPoolExecutor(len(self.servers)) as pool:
-            errors = dict(enumerate(pool.map(send, range(len(self.servers)))))
+        errors = dict(enumerate(together(send, range(len(self.servers)))))
         failed = {i: error for i, error in errors.items() if error}
         if len(failed) == len(self.servers):
             raise next(iter(failed.values()))
         for i in failed:
-            self._mourn(i, failed[i])
+            self.mourn(i, failed[i])
         for i in self.dead - set(failed):
             print(f"{self.servers[i].url} answers again, and gets prompts again")
         return set(failed), version
@@ -100,42 +106,25 @@ class Engine:
         by_server: dict[int, int] = {}  # prompt -> the server that answered
 
         def complete(i: int) -> None:
-            alive = self._alive()
-            first = i % max(1, len(alive))  # two servers may die at the same moment: none is left
-            for k in alive[first:] + alive[:first]:
-                if k in self.dead:  # since this loop began
-                    continue
+            def request(server: Server) -> list[Sample]:
+                return server.complete(ids[i], seeds[i * n], n, temperature)
+
+            def ask(server: Server) -> list[Sample]:
                 try:
-                    drawn[i] = self.servers[k].complete(ids[i], seeds[i * n], n, temperature)
-                except NoAnswer as error:
-                    if len(self._alive()) == 1:
-                        raise
-                    self._mourn(k, error)
-                    continue
+                    return request(server)
                 except Refused:  # as a restarted server does that has no adapter yet
-                    if not self._restarted(k):
+                    if not self._restarted(self.servers.index(server)):
                         raise
-                    drawn[i] = self.servers[k].complete(ids[i], seeds[i * n], n, temperature)
-                by_server[i] = k
-                return
-            raise NoAnswer(f"--rollout-url: none of {len(self.servers)} servers answers")
+                    return request(server)
+
+            by_server[i], drawn[i] = self.ask(i, ask)
 
         missing = list(range(len(ids)))
         while missing:
-            with ThreadPoolExecutor(max(1, min(AT_ONCE, len(missing)))) as pool:
-                list(pool.map(complete, missing))
+            together(complete, missing)
             restarted = {k for k in set(by_server.values()) if self._restarted(k)}
             missing = [i for i in missing if by_server[i] in restarted]
         return [sample for i in range(len(ids)) for sample in drawn[i]]
-
-    def _alive(self) -> list[int]:
-        return [k for k in range(len(self.servers)) if k not in self.dead]
-
-    def _mourn(self, k: int, error: OSError) -> None:
-        """Count a server as dead and say so once."""
-        if k not in self.dead:
-            self.dead.add(k)
-            print(f"warning: {error}; the other servers get its prompts")
 
     def _restarted(self, k: int) -> bool:
         """Return True if a server has other weights than it was sent, after sending them again."""
@@ -143,6 +132,7 @@ class Engine:
             return False
         print(f"{self.servers[k].url} was restarted: it gets the weights again, and samples again")
         assert self.folder is not None
+        self.servers[k].link = None
         self.servers[k].load(self.folder, self.version, self.adapters)
         return True
 

@@ -2,6 +2,7 @@
 
     judge:http://host:8000                  /v1/chat/completions: the server's own chat template
     judge:http://host:8000/v1/completions   the question as plain text, for a base model
+    judge:http://a:8000,http://b:8000       several servers share the questions
 
 One request a question, for one token and the log-probs of the TOP likeliest ones. A label is a
 reply of one token, with or without a space before it; both count. One that is not among these TOP
@@ -10,7 +11,6 @@ count as unparsable.
 """
 
 import math
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,17 @@ import numpy as np
 from config import RolloutConfig
 from sampling.judge import Judge, read_template
 from sampling.server import BadReply, Server
+from sampling.servers import Servers
+from sampling.together import together
 
-AT_ONCE = 64  # requests in flight
 TOP = 20  # log-probs a reply: the most that chat APIs give
 CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"
 
 
 class JudgeServer(Server):
     """A server that says how likely each label is as the reply to a question."""
+
+    FLAG = "judge:"
 
     def __init__(self, url: str):
         plain = url.rstrip("/").endswith(PLAIN)
@@ -49,7 +52,7 @@ class JudgeServer(Server):
             pairs = _likeliest(reply["choices"][0]["logprobs"], self.path)
         except (LookupError, TypeError, AttributeError, ValueError):
             raise BadReply(
-                f"{self.url}{self.path} returned no log-probs of the likeliest tokens: "
+                f"{self.name}{self.path} returned no log-probs of the likeliest tokens: "
                 f"{str(reply)[:200]}"
             ) from None
         table = dict.fromkeys(labels, 0.0)
@@ -71,8 +74,10 @@ def _likeliest(logprobs: Any, path: str) -> list[tuple[str, float]]:
     return [(token, float(logp)) for token, logp in pairs if not math.isnan(logp)]
 
 
-def ask_server(url: str, template: str | Path, asks: bool = True) -> Judge:
-    """Return a server as judge. asks: False on ranks that leave the asking to another one.
+def ask_server(urls: str, template: str | Path, asks: bool = True) -> Judge:
+    """Return servers as judge. asks: False on ranks that leave the asking to another one.
+
+    urls: their addresses, with commas between.
 
     ValueError: two labels, of which one begins the other. OSError: the server does not answer.
     """
@@ -85,24 +90,17 @@ def ask_server(url: str, template: str | Path, asks: bool = True) -> Judge:
                     f"{template}: label {other!r} begins with {one!r}: choose labels of which none "
                     "begins another"
                 )
-    try:
-        server = JudgeServer(url) if asks else None
-    except OSError as error:
-        raise OSError(_named(error)) from None
+    servers = Servers([JudgeServer(url) for url in urls.split(",")]) if asks else None
 
     def ask(questions: list[str]) -> np.ndarray | None:
-        if server is None:
+        if servers is None:
             return None
-        try:
-            with ThreadPoolExecutor(max(1, min(AT_ONCE, len(questions)))) as pool:
-                rows = list(pool.map(lambda one: server.label_logps(one, labels), questions))
-        except OSError as error:
-            raise OSError(_named(error)) from None
+
+        def logps(numbered: tuple[int, str]) -> list[float]:
+            place, question = numbered
+            return servers.ask(place, lambda server: server.label_logps(question, labels))[1]
+
+        rows = together(logps, enumerate(questions))
         return np.array(rows, np.float64).reshape(len(questions), len(labels))
 
     return Judge(read, ask)
-
-
-def _named(error: OSError) -> str:
-    """Return the message of a server's error under the flag that names this server."""
-    return "--reward judge:" + str(error).removeprefix("--rollout-url ")

@@ -151,6 +151,10 @@ def validate(config: RolloutConfig) -> None:
         raise ValueError("--engine-by and --engine-cap are for --engine-correction: set it as well")
     if config.rollout_reload and not config.rollout_url:
         raise ValueError("--rollout-reload is for --rollout-url: give the server's address as well")
+    if config.rollout_transfer == "nccl" and not config.rollout_url:
+        raise ValueError("--rollout-transfer nccl needs --rollout-url: it names the servers")
+    if config.rollout_transfer == "nccl" and config.rollout_reload:
+        raise ValueError("--rollout-reload and --rollout-transfer nccl are two ways: drop one")
     if config.rollout_ahead and not config.rollout_url:
         raise ValueError("--rollout-ahead is for --rollout-url: this process cannot draw and train")
     if config.replay_routing and config.rollout_url:

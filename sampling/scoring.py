@@ -139,24 +139,26 @@ def load_scorer(
 
 
 def all_answers(
-    rows: list[dict], template: Template, file: str
+    rows: list[dict], template: Template | None, file: str
 ) -> tuple[list[dict], list[Answers]]:
     """Return the rows that can be scored, and their prompts and responses.
 
-    Rows that the template refuses (an empty response, for example) are counted and left out.
-    ValueError names a row without prompt or response, or the file if no row is left.
+    template: of the model that scores them; None behind a server. Rows that the template refuses
+    (an empty response, for example) are counted and left out. ValueError names a row without prompt
+    or response, or the file if no row is left.
     """
     kept, answers = [], []
     reasons: Counter[str] = Counter()
     for number, row in enumerate(rows, 1):
         try:
             content, _, options = canonical(row)
-            prompt, responses = answers_of(content, template.plain)
+            prompt, responses = answers_of(content, template is not None and template.plain)
             answer = as_chat(prompt, options), responses
         except ValueError as error:
             raise ValueError(f"row {number} of {file}: {error}") from None
         try:
-            template.pair(*answer)
+            if template:
+                template.pair(*answer)
         except ValueError as error:
             reasons[str(error)] += 1
             continue

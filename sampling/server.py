@@ -4,13 +4,12 @@ import http.client
 import json
 import math
 import os
-import queue
 import re
-import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,8 @@ from config import RolloutConfig
 from data.templates import Template
 from sampling.draw import truncated
 from sampling.sampler import Sample
+from sampling.together import start
+from sampling.transfer import Link
 
 TRIES = 4  # per request, with pauses of 1, 2 and 4 seconds
 LARGEST_REPLY = 256 << 20  # bytes; 64 samples of 4,096 tokens with log-probs take about 30 MB
@@ -57,22 +58,10 @@ def _within(seconds: float, work: Callable[[], Any]) -> Any:
 
     A socket's own time-out starts again with every byte, so a server that drips would hold it.
     """
-    results: queue.SimpleQueue = queue.SimpleQueue()
-
-    def run() -> None:
-        try:
-            results.put((work(), None))
-        except BaseException as error:  # noqa: BLE001 - raised again below
-            results.put((None, error))
-
-    threading.Thread(target=run, daemon=True).start()
     try:
-        value, error = results.get(timeout=seconds)
-    except queue.Empty:
+        return start(work).result(seconds)
+    except TimeoutError:
         raise TimeoutError(f"no whole reply within {seconds:g} s") from None
-    if error is not None:
-        raise error
-    return value
 
 
 def _named_ids(names: list) -> list[int]:
@@ -95,16 +84,19 @@ class Server:
     finite) count as unknown, as training computes them again, and are reported.
     """
 
+    FLAG = "--rollout-url "  # that names it in messages
     bad_logps = 0  # log-probs so far that cannot be
+    link: Link | None = None  # with --rollout-transfer nccl, once this server has joined
 
     def __init__(self, template: Template, config: RolloutConfig, url: str):
         self.config = config
         self.template = template
         self.url = url.rstrip("/").removesuffix("/v1")
+        self.name = self.FLAG + self.url
         self.warned = False
         self.opener = urllib.request.build_opener(_NoRedirects)
         if not self.url.startswith(("http://", "https://")):
-            raise ValueError(f"--rollout-url {url} must begin with http:// or https://")
+            raise ValueError(f"{self.FLAG}{url} must begin with http:// or https://")
         models = self._request("/v1/models")
         try:
             served = models["data"][0]
@@ -112,22 +104,20 @@ class Server:
             self.engine = str(served.get("owned_by"))  # "vllm", "sglang", ...
             context = served.get("max_model_len")
         except (LookupError, TypeError, AttributeError):
-            raise OSError(
-                f"--rollout-url {self.url} serves no model: {str(models)[:200]}"
-            ) from None
+            raise OSError(f"{self.name} serves no model: {str(models)[:200]}") from None
         self.context = context if type(context) is int and context > 0 else 0  # 0: unknown
 
     def check_reloads(self) -> None:
         """Raise ValueError if this server has no calls of its own that load new weights."""
         if self.engine != "vllm":
             raise ValueError(
-                f"--rollout-url {self.url} without --rollout-reload would sample from the initial "
+                f"{self.name} without --rollout-reload would sample from the initial "
                 "weights forever: give the command that loads new weights (only vLLM has calls of "
                 "its own for that)"
             )
         if self._call("/reset_prefix_cache", {}) is None:
             raise ValueError(
-                f"--rollout-url {self.url} is vLLM without its calls for new weights: start it "
+                f"{self.name} is vLLM without its calls for new weights: start it "
                 "with VLLM_SERVER_DEV_MODE=1 in its environment, or give --rollout-reload"
             )
 
@@ -150,11 +140,19 @@ class Server:
         if adapter:
             path = "/v1/load_lora_adapter"
             body = {"lora_name": ADAPTER, "lora_path": str(folder), "load_inplace": True}
+        over_nccl = self.config.rollout_transfer == "nccl"
         try:
-            self._request(path, body, plain=True)
+            if over_nccl:
+                self.link = self.link or Link(self.url, partial(self._request, tries=1, plain=True))
+                self.link.send(folder)
+            else:
+                self._request(path, body, plain=True)
         except (Broken, Refused) as error:
             self._call("/resume", {})
-            raise OSError(f"{error}; does it see {folder}? --out must be on its disk") from None
+            fix = f"does it see {folder}? --out must be on its disk"
+            if over_nccl:
+                fix = """was it started with --weight-transfer-config '{"backend": "nccl"}'?"""
+            raise OSError(f"{error}; {fix}") from None
         if adapter:
             self.model = ADAPTER
         self._call("/reset_prefix_cache", {})
@@ -214,7 +212,7 @@ class Server:
 
     def _bad(self, what: str) -> BadReply:
         """Return the error of a reply that does not hold what was asked for."""
-        return BadReply(f"--rollout-url {self.url} returned {what}")
+        return BadReply(f"{self.name} returned {what}")
 
     def _read(self, choice: dict, temperature: float) -> Sample:
         """Convert one choice of an answer to a sample; its log-probs are NaN if unknown."""
@@ -240,7 +238,7 @@ class Server:
                 logps.append(unknown)
             tokens.append(self._end_id(choice))
         if not tokens:
-            raise OSError(f"--rollout-url {self.url} returned an empty sample that did not end")
+            raise OSError(f"{self.name} returned an empty sample that did not end")
         if len(logps) != len(tokens):
             logps = [unknown] * len(tokens)
         plain = temperature == 1 and not truncated(self.config)
@@ -363,7 +361,7 @@ class Server:
             try:
                 code, reply = _within(limit, lambda: self._exchange(request, plain))
             except BadReply as error:
-                raise OSError(f"--rollout-url {self.url}{path}: {error}") from None
+                raise OSError(f"{self.name}{path}: {error}") from None
             # No connection, a time-out, half a reply, no JSON.
             except (OSError, ValueError, http.client.HTTPException, RecursionError) as error:
                 reason = str(error) or type(error).__name__
@@ -372,12 +370,9 @@ class Server:
                 return reply
             reason = f"{code}: {reply}"
             if code < 500 and code not in (408, 429):
-                raise Refused(f"--rollout-url {self.url}{path} refused: {reason}", code)
+                raise Refused(f"{self.name}{path} refused: {reason}", code)
         kind = Broken if code >= 500 else NoAnswer
-        raise kind(
-            f"--rollout-url {self.url}{path}: no answer in {tries} tries ({reason}): "
-            "is the server up?"
-        )
+        raise kind(f"{self.name}{path}: no answer in {tries} tries ({reason}): is the server up?")
 
     def _exchange(self, request: urllib.request.Request, plain: bool) -> tuple[int, Any]:
         """Send a request; return status and JSON object, or the begin of the text of an error."""

@@ -1,11 +1,15 @@
 """A stand-in for vLLM and SGLang: an HTTP server that samples from a tiny model in this process."""
 
 import json
+import queue
+import shutil
+import tempfile
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from data.dataset import from_trees
 from data.tokenizer import load_tokenizer
@@ -29,6 +33,9 @@ class StandIn(ThreadingHTTPServer):
         self.absent: set[str] = set()  # paths that this server does not have
         self.context, self.version, self.paused, self.stale = 4096, "default", False, False
         self.folder = self.base = folder
+        self.joined: dict = {}  # where it met a trainer, for weights over NCCL
+        self.sent: queue.Queue = queue.Queue()  # what the trainer has broadcast to it
+        self.scratch: Path | None = None  # folder for them
         self.lock = threading.RLock()
         self.load(folder)
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -77,6 +84,14 @@ class StandIn(ThreadingHTTPServer):
                 load_adapter(self.model, Path(body["lora_path"]))
             self.loaded.append(body["lora_path"])
             self.stale = True
+        elif name == "/init_weight_transfer_engine":
+            self.joined = body["init_info"]
+        elif name == "/update_weights":
+            assert self.paused
+            self.load(self.receive(body["update_info"]))
+            self.stale = True
+        elif name in ("/start_weight_update", "/finish_weight_update"):
+            assert self.paused
         elif name == "/reset_prefix_cache":
             self.stale = False
         elif name == "/update_weight_version":
@@ -84,6 +99,18 @@ class StandIn(ThreadingHTTPServer):
         else:
             return None
         return {}
+
+    def receive(self, info: dict) -> Path:
+        """Take the weights that a trainer broadcasts; return a folder with them."""
+        weights = {}
+        for name, kind, shape in zip(info["names"], info["dtype_names"], info["shapes"]):
+            weight = self.sent.get(timeout=5)
+            assert weight.dtype == getattr(torch, kind) and list(weight.shape) == shape
+            weights[name] = weight
+        folder = Path(tempfile.mkdtemp(dir=self.scratch))
+        shutil.copytree(self.base, folder, dirs_exist_ok=True)
+        save_file(weights, folder / "model.safetensors")
+        return folder
 
     def complete(self, body: dict) -> dict:
         assert not self.paused and not self.stale
@@ -140,6 +167,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         server = self.server
+        if self.path == "/get_world_size":
+            self.reply(200, {"world_size": 1})
+            return
         if self.path == "/weight_info":
             known = server.form == "vllm" and self.path not in server.absent
             self.reply(200 if known else 404, {"weight_version": server.version})

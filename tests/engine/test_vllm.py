@@ -15,11 +15,13 @@ import urllib.request
 from pathlib import Path
 from typing import get_args, get_type_hints
 
+import numpy as np
 import pytest
 import torch
 
 import best_of_n
 import hf
+import score
 import train_ppo
 import train_reinforce
 from config import RolloutConfig
@@ -27,16 +29,19 @@ from data import toyworld
 from data.dataset import from_trees
 from data.templates import Template
 from data.tokenizer import load_tokenizer
+from sampling import transfer
 from sampling.engine import Engine
+from sampling.rewards import load_reward
 from sampling.sampler import generate
 from sampling.scoring import score_trees
+from weights import families
 from weights.folder import load_model
 
 ROOT = Path(__file__).parents[2]
 VLLM = os.environ.get("PLUMB_VLLM", "")
 FAMILIES = ["llama", "qwen3"]
 if os.environ.get("PLUMB_ENGINE_FAMILIES") == "all":
-    FAMILIES = list(get_args(get_type_hints(hf.Flags)["family"]))
+    FAMILIES = list(get_args(get_type_hints(hf.New)["family"]))
 CLOSE = 1e-4  # nats: two fp32 programs
 pytestmark = pytest.mark.skipif(not VLLM, reason="PLUMB_VLLM names no interpreter that has vLLM")
 
@@ -104,8 +109,14 @@ def make_model(world: Path, family: str, seed: int = 0) -> Path:
     """Make a random model that vLLM's kernels for CPUs take: heads of at least 32 numbers."""
     folder = world / f"{family}_{seed}"
     if not folder.exists():
-        sizes = "--width 64 --layers 2 --heads 2 --kv-heads 2 --head-size 32 --std 0.2"
+        sizes = "--width 64 --layers 2 --heads 2 --std 0.2"
         words = f"new --out {folder} --family {family} --seed {seed} {sizes}".split()
+        for flag, key, size in (
+            ("--kv-heads", "num_key_value_heads", 2),
+            ("--head-size", "head_dim", 32),
+        ):
+            if families.reads(family, key):
+                words += [flag, str(size)]
         hf.main([*words, "--tokenizer", str(world / "world" / "tokenizer")])
     return folder
 
@@ -176,6 +187,80 @@ def test_greedy_tokens_and_log_probs_are_plumbs_own(family: str, world: Path, ll
     finally:
         if server is not llama:
             server.kill()
+
+
+# ---- judging -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["", "/v1/completions"])
+def test_a_server_judges_as_its_weights_do(path: str, world: Path, llama: Vllm, tmp_path: Path):
+    """The value of an answer, by hand from the next token's log-probs as plumb computes them."""
+    folder = world / "llama_0"
+    Engine(ready(world), config_of(world, llama)).load(folder)
+    tokenizer = load_tokenizer(folder)
+    question = "How good is this answer to {prompt}? {response}"
+    asked = question.format(prompt="Where does a duck sleep?", response="In a barn.")
+    template = Template("auto", tokenizer)
+    ids = list(tokenizer.encode(asked)) if path else template.prompt(asked)
+    vocabulary = range(tokenizer.size)
+    trees = from_trees([(ids, [([token], [1]) for token in vocabulary])])
+    logps = score_trees(load_model(folder, torch.float32), trees, 8192)[0]
+    likeliest = sorted(vocabulary, key=lambda token: -logps[token])[:20]
+    chances: dict[str, float] = {}
+    for token in likeliest:
+        text = tokenizer.decode([token]).strip()
+        chances[text] = chances.get(text, 0.0) + float(np.exp(logps[token]))
+    labels = [text for text in chances if text.isalpha()]
+    pair = next((a, b) for a in labels for b in labels if a[0] != b[0])
+    worth = dict(zip(pair, (1.0, 5.0)))
+    file = tmp_path / "judge.json"
+    file.write_text(json.dumps({"question": question, "labels": worth}))
+    rows = tmp_path / "rows.jsonl"
+    row = {"prompt": "Where does a duck sleep?", "response": "In a barn."}
+    rows.write_text(json.dumps(row))
+    words = f"--judge {file} --data {rows} --out {tmp_path}/out.jsonl"
+    score.main(["--model", llama.url + path, *words.split()])
+    value = json.loads((tmp_path / "out.jsonl").read_text())["score"]
+    mass = sum(chances[text] for text in pair)
+    assert value == pytest.approx(sum(chances[x] * worth[x] for x in pair) / mass, abs=CLOSE)
+    reward = load_reward(f"judge:{llama.url}{path}:{file}", None)
+    (again,) = reward([row["prompt"]], [row["response"]], [{}], [None])
+    assert again == pytest.approx(value, abs=1e-6)
+
+
+def test_messages_over_nccl_have_vllms_fields(world: Path, monkeypatch):
+    """vLLM's own classes take what sampling/transfer.py sends; its functions are as called."""
+    sent: dict[str, dict] = {}
+
+    def request(path: str, body: dict | None) -> dict:
+        sent[path] = body or {}
+        return {"world_size": 1}
+
+    class Group:
+        device = torch.device("cpu")
+
+        def broadcast(self, tensor: torch.Tensor, src: int) -> None:
+            pass
+
+    monkeypatch.setattr(transfer, "_communicator", lambda: lambda place: Group())
+    transfer.Link("http://127.0.0.1:1", request).send(make_model(world, "llama"))
+    code = f"""
+import inspect, json
+from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
+from vllm.distributed.weight_transfer import nccl_common, nccl_engine
+from vllm.entrypoints.rl.online import api_router
+sent = json.loads({json.dumps(sent)!r})
+info = sent["/init_weight_transfer_engine"]["init_info"]
+joined = nccl_common.NCCLWeightTransferInitInfo(**info)
+assert (joined.rank_offset, joined.world_size, joined.packed) == (1, 2, False)
+nccl_engine.NCCLWeightTransferUpdateInfo(**sent["/update_weights"]["update_info"])
+inspect.signature(nccl_common.trainer_init).bind({{}})
+inspect.signature(PyNcclCommunicator.broadcast).bind(None, None, src=0)
+assert {{"master_address", "master_port", "world_size"}} <= info.keys()
+paths = {{route.path for route in api_router.router.routes}}
+assert set(sent) <= paths, set(sent) - paths
+"""
+    subprocess.run([VLLM, "-c", code], check=True, timeout=300)
 
 
 # ---- training ----------------------------------------------------------------------------------

@@ -112,7 +112,7 @@ def test_samples_do_not_depend_on_the_number_of_servers(toy: Path, engine, capsy
     assert several.sample(ids, seeds, 2, 1.0) == wanted
     assert several.dead == {1}
     said = capsys.readouterr().out
-    assert said.count("warning") == 1 and three[1].url in said and "get its prompts" in said
+    assert said.count("warning") == 1 and three[1].url in said and "get its requests" in said
     assert several.sample(ids, seeds, 2, 1.0) == wanted
     assert not capsys.readouterr().out  # known by now
     for stand_in in three[::2]:

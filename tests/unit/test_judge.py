@@ -7,6 +7,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -213,6 +214,7 @@ class JudgeStandIn(BaseHTTPRequestHandler):
 
     table: ClassVar[dict[str, float]] = {}
     asked: ClassVar[list[tuple[str, dict]]] = []
+    ports: ClassVar[list[int]] = []  # of the servers that were asked
     forms: ClassVar[dict[str, dict]] = {}  # path -> a reply in place of the usual one
 
     def reply(self, body: dict) -> None:
@@ -228,6 +230,7 @@ class JudgeStandIn(BaseHTTPRequestHandler):
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.asked.append((self.path, body))
+        self.ports.append(self.server.server_address[1])
         logps = {token: math.log(p) for token, p in self.table.items()}
         if self.path == "/v1/completions":
             choice: dict = {"logprobs": {"top_logprobs": [logps]}}
@@ -244,6 +247,7 @@ class JudgeStandIn(BaseHTTPRequestHandler):
 def judge_url():
     """Start a server of JudgeStandIn; return its address."""
     JudgeStandIn.asked.clear()
+    JudgeStandIn.ports.clear()
     JudgeStandIn.forms.clear()
     server = ThreadingHTTPServer(("127.0.0.1", 0), JudgeStandIn)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -292,9 +296,48 @@ def test_servers_that_cannot_judge_are_refused(judge_url: str, tmp_path: Path):
     write(file, QUESTION, {"1": 1, "2": 2})
     for reply in ({"choices": [{"logprobs": None}]}, {"choices": []}, {"choices": [{"text": "1"}]}):
         JudgeStandIn.forms["/v1/chat/completions"] = reply
-        with pytest.raises(OSError, match="--reward judge:http.*no log-probs"):
+        with pytest.raises(OSError, match="judge:http.*no log-probs"):
             ask_server(judge_url, file).values([("who", "bob", "")])
     assert split_name("http://host:80:mine.json") == ("http://host:80", "mine.json")
     assert split_name("https://host:80/v1/completions")[0] == "https://host:80/v1/completions"
     silent = ask_server(judge_url, file, asks=False)  # another rank asks
     assert silent.values([("who", "bob", "")]).values.tolist() == [0.0]
+
+
+def test_several_servers_share_the_questions(judge_url: str, tmp_path: Path, capsys, monkeypatch):
+    """Each gets some; one that dies is named, and the values are those of one server."""
+    monkeypatch.setattr("sampling.server.time.sleep", lambda seconds: None)
+    other = ThreadingHTTPServer(("127.0.0.1", 0), JudgeStandIn)
+    threading.Thread(target=other.serve_forever, daemon=True).start()
+    second = f"http://127.0.0.1:{other.server_port}"
+    file = write(tmp_path / "t.json", QUESTION, {"1": 1, "2": 2})
+    JudgeStandIn.table = {"2": 0.3, "1": 0.1}
+    reward = load_reward(f"judge:{judge_url},{second}:{file}", None)
+    asked = (["who"] * 4, ["bob", "ann", "eve", "kim"], [{}] * 4, [None])
+    assert reward(*asked).tolist() == [1.75] * 4
+    assert set(JudgeStandIn.ports) == {urlsplit(judge_url).port, other.server_port}
+    other.shutdown()
+    other.server_close()
+    assert reward(*asked).tolist() == [1.75] * 4
+    said = capsys.readouterr().out
+    assert said.count("warning") == 1 and f"judge:{second}" in said
+    assert split_name("http://a:80,https://b:90/v1:x.json") == (
+        "http://a:80,https://b:90/v1",
+        "x.json",
+    )
+
+
+def test_a_served_judge_scores_a_file(judge_url: str, tmp_path: Path, capsys):
+    """score.py --model URL needs no folder; a server does nothing but judge."""
+    file = write(tmp_path / "t.json", QUESTION, {"1": 1, "2": 2})
+    JudgeStandIn.table = {"2": 0.3, "1": 0.1}
+    rows = [{"prompt": "who", "response": "bob", "label": True}, {"prompt": "who", "response": ""}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = f"--model {judge_url} --data {tmp_path}/rows.jsonl --out {tmp_path}/out.jsonl".split()
+    score.main([*words, "--judge", str(file)])
+    judged = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["score"] for row in judged] == [
+        1.75
+    ] * 2 and "2 rows judged" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="is a server, which can only judge: give --judge"):
+        score.main(words)
