@@ -35,7 +35,7 @@ def test_results_come_in_order_and_no_more_run_at_once(monkeypatch):
 
 
 def test_an_error_is_raised_and_ends_the_rest(monkeypatch):
-    """What is under way ends first; what waits never begins."""
+    """Requests under way end first; those that wait never begin."""
     monkeypatch.setattr(together, "AT_ONCE", 2)
     begun = []
 
