@@ -446,6 +446,18 @@ def dpo(
     return losses, metrics
 
 
+def nash_md(logps: Tensor, ref_logps: Tensor, preference: Tensor, beta: float) -> Tensor:
+    """Compute Nash-MD's policy gradient as a loss, (B,); arXiv 2312.00886 Sec. 7.
+
+    -(P - 1/2 - β (log π(y) - log ref(y))) log π(y), whose factor has no gradient. logps, ref_logps:
+    summed log-probs of the policy's samples y, (B,). preference: P(y ≻ y') over the mixture's
+    samples y', (B,). The KL is that of whole responses, as in the paper; TRL multiplies token by
+    token, which leaves out what a token does to the log-ratios of later ones.
+    """
+    factor = preference - 0.5 - beta * (logps - ref_logps).detach()
+    return -factor * logps
+
+
 class _WithGradient(torch.autograd.Function):
     """Losses (n,) computed elsewhere, with their derivatives by k inputs: slopes (n, k)."""
 

@@ -31,7 +31,7 @@ from weights.config_json import read_config
 GIB = 2**30
 
 
-SAMPLED = ("ppo", "reinforce", "online_dpo")  # algorithms that sample, and hold a reference
+SAMPLED = ("ppo", "reinforce", "online_dpo", "nash")  # algorithms that sample, and hold a reference
 RESERVE = 3.5  # GiB for CUDA, NCCL's buffers and fragmentation: a guess
 
 
@@ -56,7 +56,7 @@ class Plan:
     efficiency: Annotated[float, Range(0, 1, above=True)] = 0.5  # share of the GPU's peak FLOPs
     # that is reached
     algorithm: Literal[
-        "sft", "rm", "dpo", "kto", "steerlm", "distill", "ppo", "reinforce", "online_dpo"
+        "sft", "rm", "dpo", "kto", "steerlm", "distill", "ppo", "reinforce", "online_dpo", "nash"
     ] = "dpo"  # ppo adds a critic; it and those after it a reference (not with --lora); distill a
     # teacher of the student's size. Rollouts' caches and the time of sampling are not counted
     show: Literal["layouts", "models", "memory"] = "layouts"  # or tables of well-known models: on

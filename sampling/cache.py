@@ -205,6 +205,45 @@ class Cache:
         return logits
 
 
+class Mixture:
+    """Caches of two models that see the same texts; logits of their geometric mixture.
+
+    The softmax of (1-a) log p + a log q is p^(1-a) q^a, normalised, token by token.
+    """
+
+    experts = None  # not kept
+
+    def __init__(self, first: Cache, second: Cache, share: float):
+        self.both, self.share = (first, second), share
+        self.model, self.mode = first.model, first.mode
+
+    def copy(self, source: int, row: int, size: int) -> None:
+        """Copy the first `size` positions of a text from one row to another."""
+        for cache in self.both:
+            cache.copy(source, row, size)
+
+    def seat_rows(self, places: list[int], sizes: list[int]) -> None:
+        """Set the place of every row's prompt, as Cache.seat_rows."""
+        for cache in self.both:
+            cache.seat_rows(places, sizes)
+
+    def forward(
+        self, tokens: np.ndarray, positions: np.ndarray, prompts: list[NewPrompt]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return mixed logits, in the shapes of Cache.forward."""
+        (rows, first), (other_rows, other_first) = (
+            cache.forward(tokens, positions, prompts) for cache in self.both
+        )
+        mixed = None
+        if first is not None and other_first is not None:
+            mixed = self._mix(first, other_first)
+        return self._mix(rows, other_rows), mixed
+
+    def _mix(self, one: Tensor, other: Tensor) -> Tensor:
+        wide = torch.promote_types(one.dtype, torch.float32)
+        return torch.lerp(one.to(wide), other.to(wide), self.share)
+
+
 def idle(model: GPT) -> None:
     """Run all layers without a token, where other ranks of --ep run theirs with some."""
     nothing = torch.zeros(0, dtype=torch.int64, device=model.device)

@@ -38,7 +38,7 @@ from data.templates import Template
 from data.tokenizer import Tokenizer, load_tokenizer
 from model import GPT
 from parallel import Mesh
-from sampling.judge import Judge, judge_rewards, load_judge, split_name
+from sampling.judge import Judge, judge_rewards, load_judge, read_template, split_name
 from sampling.judge_server import ask_server
 from sampling.named import as_array, by_response, sees_groups
 from sampling.scoring import load_scorer, score_trees, tail_of, with_tail
@@ -97,6 +97,12 @@ def load_reward(
         f"--reward {name or '(missing)'} is no folder of a reward model, no file.py:function, "
         f"no judge:DIR or judge:URL, and none of {rules}"
     )
+
+
+def compares(name: str) -> bool:
+    """Return whether --reward names a judge that compares two answers."""
+    kind, _, argument = name.partition(":")
+    return kind == "judge" and read_template(split_name(argument)[1]).compares
 
 
 def model_judge(judge: Judge) -> Reward:

@@ -20,7 +20,7 @@ from torch import Tensor
 from kernels.device import upload
 from model import GPT
 from parallel import Group
-from sampling.cache import Cache, idle
+from sampling.cache import Cache, Mixture, idle
 from sampling.chosen import ExpertLog
 from sampling.draw import ends_too_early, sample
 
@@ -92,19 +92,25 @@ class _Batch:
         max_new_tokens: int,
         seeds: Sequence,
         keep_experts: bool,
+        mixed: tuple[GPT, float] | None,
     ):
         self.prompts, self.n, self.seeds = prompts, n, seeds
         self.lengths = [len(prompt) for prompt in prompts]
+        models = [model, mixed[0]] if mixed else [model]
         # Rows of one length leave few masked positions, and samples of one prompt are neighbours.
         order = sorted(range(len(prompts)), key=self.lengths.__getitem__)
         self.queue = deque(prompt * n + j for prompt in order for j in range(n))
         long = sum(self.lengths) >= SHARE_FROM * len(prompts)
-        self.shared = n > 1 and not any(model.c.windows) and long
+        windows = any(size for one in models for size in one.c.windows)
+        self.shared = n > 1 and not windows and long
         # A slow sample keeps its prompt's place, so there are twice as many places as prompts that
         # fill the rows. Rows stay empty where that is not enough.
         places = min(len(prompts), rows, 2 * -(-rows // n)) if self.shared else 0
         longest, together = max(self.lengths), min(n, rows)
-        self.cache = Cache(model, rows, longest, max_new_tokens, places, together, keep_experts)
+        sizes = (rows, longest, max_new_tokens, places, together)
+        self.cache: Cache | Mixture = Cache(model, *sizes, keep_experts)
+        if mixed:
+            self.cache = Mixture(self.cache, Cache(mixed[0], *sizes), mixed[1])
         self.log = ExpertLog(self.lengths) if keep_experts else None
         self.shares_experts = model.mesh.ep > 1
         self.fixed_shapes = bool(self.cache.mode)
@@ -280,6 +286,7 @@ def generate(
     on_token: Callable[[int, int], None] | None = None,
     min_new_tokens: int = 0,
     keep_experts: bool = False,
+    mixed: tuple[GPT, float] | None = None,
 ) -> list[Sample]:
     """Sample n responses to each prompt of token ids; those of prompt i are [i * n : (i + 1) * n].
 
@@ -295,6 +302,7 @@ def generate(
     min_new_tokens  tokens before an end token may be drawn: until then the other tokens share its
                  probability; nor does a stop text end a response before
     keep_experts  return the experts of every token, of a mixture of experts
+    mixed        (q, a): draw from the geometric mixture p^(1-a) q^a of this model p and another
 
     ValueError: an empty prompt, or a setting out of range.
     """
@@ -316,7 +324,7 @@ def generate(
         seeds = [[seed, i] for i in range(len(samples))]
     rows, batch = min(batch_size, len(samples)), None
     if prompts:
-        batch = _Batch(model, prompts, n, rows, max_new_tokens, seeds, keep_experts)
+        batch = _Batch(model, prompts, n, rows, max_new_tokens, seeds, keep_experts, mixed)
     stop_ids = set(stop_ids)
     # Last tokens in which a stop text is looked for: a character has 4 tokens at most.
     window = 8 + 4 * max(map(len, stop_texts), default=0)

@@ -4,6 +4,7 @@ Each sample has its own random numbers, seeded by step and position, so neither 
 it nor the rest of the batch matters.
 """
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +20,19 @@ from weights.folder import load_model, save_model
 from weights.peft import lora_of, save_adapter
 
 
-def local_sampler(model: GPT, template: Template, config: RolloutConfig) -> Sampler:
-    """Return a sampler that draws from a model in this process, with its current weights."""
+def local_sampler(
+    model: GPT,
+    template: Template,
+    config: RolloutConfig,
+    mixed: tuple[GPT, float] | None = None,
+) -> Sampler:
+    """Return a sampler that draws from a model in this process, with its current weights.
+
+    mixed: another model and its share a of the geometric mixture p^(1-a) q^a, token by token.
+    """
 
     def sample(ids: list[list[int]], seeds: list[int], n: int, temperature: float) -> list[Sample]:
-        with model.whole():
+        with model.whole(), mixed[0].whole() if mixed else nullcontext():
             return generate(
                 model,
                 ids,
@@ -39,6 +48,7 @@ def local_sampler(model: GPT, template: Template, config: RolloutConfig) -> Samp
                 decode=template.tokenizer.decode,
                 min_new_tokens=config.min_new_tokens,
                 keep_experts=config.replay_routing,
+                mixed=mixed,
             )
 
     return sample

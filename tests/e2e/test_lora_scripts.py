@@ -13,6 +13,7 @@ from plain import encode
 import hf
 import train_dpo
 import train_kto
+import train_nash
 import train_online_dpo
 import train_ppo
 import train_reinforce
@@ -33,6 +34,7 @@ SCRIPTS = {
     "ppo": (train_ppo, "sft.jsonl", [*REWARD, "--ppo-epochs", "1"]),
     "reinforce": (train_reinforce, "sft.jsonl", REWARD),
     "online_dpo": (train_online_dpo, "sft.jsonl", [*REWARD, "--ref-every", "2"]),
+    "nash": (train_nash, "sft.jsonl", REWARD),
 }
 
 

@@ -15,6 +15,7 @@ import reporting
 import train_distill
 import train_dpo
 import train_kto
+import train_nash
 import train_online_dpo
 import train_ppo
 import train_reinforce
@@ -38,6 +39,7 @@ SCRIPTS = {
     "ppo": (train_ppo, "sft", "prompts_test", [*REWARD, "--ppo-epochs", "1"]),
     "reinforce": (train_reinforce, "sft", "prompts_test", [*REWARD, "--kl", "0.1"]),
     "online_dpo": (train_online_dpo, "sft", "prompts_test", REWARD),
+    "nash": (train_nash, "sft", "prompts_test", REWARD),
     "steerlm": (train_steerlm, "groups", "groups", ["--loss", "steerlm2", "--answers", "0"]),
 }
 STEP = {"optimizer.py:step": 1, "reporting.py:means": 1}  # norm of the gradient, metrics
@@ -60,6 +62,7 @@ BUDGET = {
     },
     "reinforce": {**STEP, **ROLLOUT, "sampling/updates.py:logps_at": 2},
     "online_dpo": {**STEP, **ROLLOUT},
+    "nash": {**STEP, "sampling/sampler.py:generate": 2 * TOKENS},  # of the policy and the mixture
     "steerlm": STEP,
 }
 

@@ -13,6 +13,7 @@ import sources
 import train_distill
 import train_dpo
 import train_kto
+import train_nash
 import train_online_dpo
 import train_ppo
 import train_reinforce
@@ -161,6 +162,7 @@ SCRIPTS = {  # script -> module, rows, flags of its own
     "ppo": (train_ppo, "sft", SAMPLING),
     "reinforce": (train_reinforce, "sft", SAMPLING),
     "online_dpo": (train_online_dpo, "sft", SAMPLING),
+    "nash": (train_nash, "sft", SAMPLING),
 }
 
 
