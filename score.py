@@ -12,6 +12,10 @@ model of attributes. {prompt, responses: [...]}: a list of them. {prompt, chosen
 With --attributes the file holds rows {prompt, response, attributes: {helpfulness: 3, ...}} instead,
 rounded to whole numbers from 0 to 4: the data of train_sft.py --attributes (SteerLM).
 
+--standardize keeps the mean and the deviation of these scores in the reward model's config.json:
+from then on its scores, here and as --reward, are less that mean, over that deviation. Do it on
+answers of the policy that will be trained: then KL penalties and clips mean the same for any model.
+
 With --judge a language model judges by a template (sampling/judge.py). A single answer gains its
 "score"; a row {prompt, chosen, rejected} the chosen answer's value against the other, from 0 to 1,
 "ahead" of it and "behind" it. Agreement with gold labels ({label: true}, or chosen) and the bias
@@ -22,8 +26,10 @@ Their mean difference estimates the KL to --ref if --model sampled the responses
 on the same micro-batches, from the sampled ids where the rows carry them (best_of_n.py).
 """
 
+import json
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -32,15 +38,26 @@ import torch
 import hub
 from commandline import parse
 from config import Number
+from data.formats import ATTRIBUTES
 from data.jinja import read_kwargs
 from data.rows import read_rows, write_rows
 from data.templates import Template
 from data.tokenizer import load_tokenizer
+from disk import write_text
 from kernels.device import pick_device
 from parallel import Mesh
 from sampling.judge import agreement, load_judge, ranked_right, text_of
 from sampling.judge_server import ask_server
-from sampling.scoring import Answers, all_answers, annotate, load_scorer, score, tail_of
+from sampling.scoring import (
+    Answers,
+    all_answers,
+    annotate,
+    load_scorer,
+    score,
+    standardised,
+    tail_of,
+)
+from weights.config_json import read_json
 from weights.folder import DTYPES, load_model
 
 
@@ -54,6 +71,8 @@ class Flags:
     # or a server's address, http://host:8000
     data: str = ""  # JSONL file of prompts and responses
     out: str = ""  # JSONL file for the scored rows
+    standardize: bool = False  # keep mean and deviation of these scores in --model's config.json:
+    # from then on its scores have mean 0 and deviation 1 on such answers, also as --reward
     attributes: bool = False  # write SteerLM's attributes, whole numbers from 0 to 4
     template: Literal["auto", "plain", "chatml", "zephyr", "llama2", "llama3"] = (
         "auto"  # chat format, as in training
@@ -73,7 +92,11 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("score.py needs --model, --data and --out")
     if flags.ref and flags.attributes:
         raise ValueError("--ref compares language models, --attributes needs a reward model")
+    if flags.standardize and not Path(flags.model).is_dir():
+        raise ValueError(f"--standardize writes into --model, and {flags.model} is no folder here")
     hub.resolve(flags, ("model", "ref"))
+    if flags.standardize and (flags.ref or flags.attributes or flags.judge):
+        raise ValueError("--standardize is for a reward model's scores: drop the other flags")
     if flags.judge and (flags.ref or flags.attributes):
         raise ValueError("--judge goes with neither --ref nor --attributes: drop one of them")
     device = pick_device(flags.device)
@@ -114,13 +137,36 @@ def write_scores(
     """Write the rows with their scores under --model; print the mean of each output."""
     model, names = load_scorer(flags.model, dtype, device)
     tail = tail_of(flags.model, names, template, flags.reward_read)
+    if flags.standardize:
+        model.hf_config.pop("reward_standard", None)
     scores = score(model, template, answers, flags.max_tokens, rows, tail)
+    if flags.standardize:
+        standardize(np.concatenate(scores), names, flags.model)
+        model.hf_config |= read_json(Path(flags.model) / "config.json")
+        scores = [standardised(model, one) for one in scores]
     scored = [{**row, **as_keys(row, values.tolist(), names)} for row, values in zip(rows, scores)]
     write_rows(flags.out, scored)
     table = np.concatenate(scores)  # (responses, outputs)
     columns = zip(names, table.mean(0), table.std(0))
     summary = ", ".join(f"{name} {mean:.3f} ± {std:.3f}" for name, mean, std in columns)
     print(f"{len(table)} responses scored in {flags.out}; {summary}")
+
+
+def standardize(scores: np.ndarray, names: tuple[str, ...], folder: str) -> None:
+    """Write mean and deviation of scores (responses, A) into a folder's config.json.
+
+    ValueError: attributes, whose scale is that of their labels, or equal scores.
+    """
+    if set(names) & set(ATTRIBUTES):
+        raise ValueError(f"--standardize is for rewards, and {folder} gives attributes")
+    mean, std = scores.mean(0, np.float64), scores.std(0, dtype=np.float64)
+    if not (std > 0).all():
+        raise ValueError("--standardize needs answers of different scores: their deviation is 0")
+    path = Path(folder) / "config.json"
+    standard = {"mean": mean.tolist(), "std": std.tolist()}
+    raw = {**read_json(path), "reward_standard": standard}
+    write_text(path, json.dumps(raw, indent=2) + "\n")
+    print(f"mean {mean.round(3).tolist()} and deviation {std.round(3).tolist()} are in {path}")
 
 
 def write_logps(

@@ -41,7 +41,7 @@ from parallel import Mesh
 from sampling.judge import Judge, judge_rewards, load_judge, read_template, split_name
 from sampling.judge_server import ask_server
 from sampling.named import as_array, by_response, sees_groups
-from sampling.scoring import load_scorer, score_trees, tail_of, with_tail
+from sampling.scoring import load_scorer, score_trees, standardised, tail_of, with_tail
 
 # (prompts, responses, rows, trees) -> (R,) rewards: R prompts as in the rows, R texts, R rows, and
 # the same as n trees of G responses in token ids. Several named rewards are a structured array: a
@@ -364,7 +364,8 @@ def model_reward(
         scores = score_trees(model, with_tail(trees, tail, end), max_tokens)
         if not mesh.last_stage:
             return np.zeros(len(responses))
-        rewards = np.concatenate(scores)[:, : max(1, len(names))].astype(np.float64)  # (R, names)
+        rewards = standardised(model, np.concatenate(scores).astype(np.float64))
+        rewards = rewards[:, : max(1, len(names))]  # (R, names)
         bad = np.flatnonzero(~np.isfinite(rewards).all(1))
         if len(bad):
             response = responses[bad[0]]

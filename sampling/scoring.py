@@ -26,7 +26,7 @@ from data.trees import make_batch, pack
 from model import GPT
 from parallel import ALONE, Mesh
 from pipeline import pipeline
-from weights.config_json import score_names
+from weights.config_json import reward_standard, score_names
 from weights.folder import load_model
 
 Answers = tuple[str | list, list]  # a prompt and its responses, text or messages
@@ -52,7 +52,17 @@ def score(
         encode_pair(template, *answer, sampled_ids(row))[:2]
         for answer, row in zip(answers, rows or [{}] * len(answers))
     )
-    return score_trees(model, with_tail(trees, tail, template.end), max_tokens)
+    scores = score_trees(model, with_tail(trees, tail, template.end), max_tokens)
+    return [standardised(model, one) for one in scores] if model.c.outputs else scores
+
+
+def standardised(model: GPT, scores: np.ndarray) -> np.ndarray:
+    """Return a reward model's scores (R, A) less the mean, over the deviation, of its folder.
+
+    score.py --standardize measures both; without them the scores are what the model gives.
+    """
+    mean, std = reward_standard(model.hf_config)
+    return ((scores - np.array(mean)) / np.array(std)).astype(scores.dtype)
 
 
 def tail_of(folder: str, names: tuple[str, ...], template: Template, read: str) -> list[int]:

@@ -11,6 +11,7 @@ are ignored. Optional keys have transformers' defaults.
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,8 @@ IDLE_KEYS = set(
     # of published folders: SmolLM2, unsloth, Vicuna, Dolly, Falcon3, and DeepSeek's dense models
     "is_llama_config transformers.js_config unsloth_fixed unsloth_version max_sequence_length "
     "custom_pipelines activation gradient_checkpointing aux_loss_alpha seq_aux moe_layer_freq "
-    "first_k_dense_replace norm_topk_prob scoring_func ep_size".split()
+    "first_k_dense_replace norm_topk_prob scoring_func ep_size "
+    "reward_standard".split()  # of score.py --standardize
 )
 # Keys that change the arithmetic unless they have one of these values.
 SUPPORTED_VALUES = {
@@ -386,6 +388,29 @@ def score_names(raw: dict) -> tuple[str, ...]:
             "different things: remove the wrong one"
         )
     return tuple(name for _, name in sorted((int(i), name) for i, name in labels.items()))
+
+
+def reward_standard(raw: dict) -> tuple[list[float], list[float]]:
+    """Return mean and standard deviation by which a reward model's outputs are standardised.
+
+    raw: its config.json, where score.py --standardize leaves them; 0 and 1 otherwise. ValueError:
+    they do not fit its outputs.
+    """
+    n = len(score_names(raw))
+    stored = raw.get("reward_standard") or {"mean": [0.0] * n, "std": [1.0] * n}
+    columns = [stored.get(key) if isinstance(stored, dict) else None for key in ("mean", "std")]
+    good = all(
+        isinstance(column, list)
+        and len(column) == n
+        and all(type(x) in (int, float) and math.isfinite(x) for x in column)
+        for column in columns
+    )
+    if not good or min(columns[1], default=1) <= 0:
+        raise ValueError(
+            f"config.json: reward_standard must have a mean and a std above 0 for each of {n} "
+            "outputs: run score.py --standardize again, or remove it"
+        )
+    return columns[0], columns[1]
 
 
 def with_scores(raw: dict, names: tuple[str, ...]) -> dict:

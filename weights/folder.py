@@ -63,6 +63,8 @@ def load_model(
     c, raw = read_config(folder)
     _check_kind(folder, score_names(raw), scores)
     files = weight_files(folder)
+    if scores:  # to be trained: the scores will be others than were measured
+        raw.pop("reward_standard", None)
     fresh = bool(scores) and not score_names(raw)
     if fresh:
         raw = with_scores(raw, scores)
