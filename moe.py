@@ -26,12 +26,14 @@ Letters: T tokens, N rows, D width, E experts, K experts of a token, n ranks tha
 """
 
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from architecture import GPTConfig
 from exchange import exchange
+from kernels.grouped import grouped_mlp
 from kernels.swiglu import swiglu
 from layers import Layer, Linear
 from mlp import MLP
@@ -48,6 +50,12 @@ class Expert(MLP):
             if isinstance(layer, Layer):
                 declared = layer.declared.items()
                 layer.declared = {name: replace(w, expert=True) for name, w in declared}
+
+    @property
+    def plain(self) -> bool:
+        """Return whether its linears are their weights: no adapter, no bias, nothing quantised."""
+        linears = (self.gate, self.up, self.down)
+        return all(x.adapter is None and x.base is None and x.bias is None for x in linears)
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """(N, D) -> (N, D): this tensor rank's part of the sum over the hidden width."""
@@ -103,8 +111,13 @@ class Experts(nn.Module):
 
     def multiply(self, rows: Tensor, counts: Tensor) -> Tensor:
         """Return what this rank's experts make of rows sorted by expert, (N, D) -> (N, D)."""
-        parts = rows.split(counts.tolist())
-        return torch.cat([expert(part) for expert, part in zip(self.experts.values(), parts)])
+        experts = cast(list[Expert], list(self.experts.values()))
+        sizes = counts.tolist()
+        if all(expert.plain for expert in experts):
+            weights = zip(*((e.gate.weight, e.up.weight, e.down.weight) for e in experts))
+            return grouped_mlp(rows, sizes, *weights)
+        parts = rows.split(sizes)
+        return torch.cat([expert(part) for expert, part in zip(experts, parts)])
 
     def elsewhere(self, rows: Tensor, counts: Tensor) -> Tensor:
         """Return what all ranks' experts make of rows sorted by expert, (N, D) -> (N, D).

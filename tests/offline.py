@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 # What a kernel's argument is, by its name. Strides and widths are multiples of 16 in real models.
-ALIGNED = set("q_t q_h k_t k_h v_t v_h x_t x_h D C rows columns code_stride".split())
+ALIGNED = set("q_t q_h k_t k_h v_t v_h x_t x_h D C rows columns outputs code_stride".split())
 SIZES = set("T H G N D C".split())
 FLOATS = set("scale root eps inverse sign mix log_mix log_rest".split())
 POINTERS = {
     "*i32": set("KV_END ITEMS LISTS SLOTS".split()),
-    "*i64": set("POSITION TARGET".split()),
+    "*i64": set("POSITION TARGET GATE_AT UP_AT W_AT W2_AT TILES_AT STARTS".split()),
     "*fp32": set("LSE DELTA PARTIAL SCALE COS SIN Z TOP SUM MIXED PICKED GRAD".split())
     | set("ENTROPIES D_ENTROPY D_W UNITS TEACHER SUMS".split()),
 }
@@ -33,7 +33,7 @@ def variants(arch: int, window: bool) -> Iterator[Variant]:
     """Yield every kernel that runs on an architecture, for bf16 models."""
     import torch
 
-    from kernels import attention, kl, logprob, quantized, rmsnorm, rope, swiglu, tiles
+    from kernels import attention, grouped, kl, logprob, quantized, rmsnorm, rope, swiglu, tiles
 
     for size in (64, 128):
         constants = {"GROUP": 4, "E": size, "EP": size, "PRECISION": "ieee"}
@@ -73,6 +73,20 @@ def variants(arch: int, window: bool) -> Iterator[Variant]:
     constants = {"BLOCK": swiglu.BLOCK}
     yield Variant("swiglu_forward", swiglu.forward_kernel, constants, 8, 3)
     yield Variant("swiglu_backward", swiglu.backward_kernel, constants, 8, 3)
+    for few in (1, 1000):
+        table = grouped.tile_sizes(arch, torch.bfloat16, few)
+        uses = {
+            "swiglu": (grouped.swiglu_kernel, {"ALIGN": 8}),
+            "down": (grouped.product_kernel, {"ALIGN": 8, "TRANSPOSED": True, "DUAL": False}),
+            "d_x": (grouped.product_kernel, {"ALIGN": 8, "TRANSPOSED": False, "DUAL": True}),
+            "d_w": (grouped.gradient_kernel, {}),
+        }
+        for (name, (kernel, constants)), sizes in zip(uses.items(), (*table[:2], *table[1:])):
+            m, n, k, warps, stages = sizes
+            constants = {**constants, "M": m, "N": n, "K": k, "PRECISION": "ieee"}
+            name = f"grouped_{name} {m}x{n}x{k} {warps} warps {stages} stages"
+            if few > 1 or kernel is not grouped.gradient_kernel:
+                yield Variant(name, kernel, constants, warps, stages)
     for format, tokens in itertools.product(quantized.FORMATS, (16, 8192)):
         constants = {"FORMAT": format, "PRECISION": "ieee", "LEVELS": quantized.NF4}
         constants |= {"WIDTH": quantized.BLOCK, "GROUP": quantized.GROUP}

@@ -236,7 +236,14 @@ def loss_of(gpt, batch) -> torch.Tensor:
 @law
 @pytest.mark.parametrize(
     ("family", "responses"),
-    [("llama", 1), ("llama", 2), ("gpt_neox", 2), ("qwen3", 4), ("gemma3_text", 2)],
+    [
+        ("llama", 1),
+        ("llama", 2),
+        ("gpt_neox", 2),
+        ("qwen3", 4),
+        ("gemma3_text", 2),
+        ("qwen2_moe", 2),
+    ],
 )
 def test_a_model_computes_the_same_with_kernels(family: str, responses: int):
     """Loss and every gradient of a model are those of the plain twins in float64."""
@@ -292,7 +299,7 @@ def test_the_laws_hold_in_the_interpreter():
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PLUMB_KERNELS": "on"}
     here = Path(__file__).parent
-    others = "attention_kernels", "kl_kernels", "quantized"
+    others = "attention_kernels", "kl_kernels", "quantized", "grouped_kernels"
     files = [__file__, *(here / f"test_{name}.py" for name in others)]
     command = [sys.executable, "-m", "pytest", *files, "-x", "--tb=short", "-p", "no:cacheprovider"]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)

@@ -33,6 +33,7 @@ MATRIX = {80: "HMMA", 86: "HMMA", 90: "HGMMA", 100: r"UTC\w*MMA", 120: "HMMA"}
 MATRIX |= dict.fromkeys((942, 950), "v_mfma")
 # For the test of AMD's, whose compiler is slow: one variant of each kernel; the largest ones again.
 FEW = r"attention_\w+ E128|logprob.*True|kl.*jsd|rmsnorm.*4096|rope R128|swiglu|quantized.*nf4 128"
+FEW += r"|grouped.* 128x"
 
 
 def tool(name: str) -> Path | None:
@@ -132,7 +133,10 @@ def faults(name: str, row: dict, arch: int) -> list[str]:
         wrong.append("wgmma serialised (C7515)")
     if row["shared KB"] > SHARED_KB[arch]:
         wrong.append(f"{row['shared KB']:.0f} KB of shared memory, above {SHARED_KB[arch]}")
-    if re.match(r"attention_(forward|d_q|d_kv)|quantized.* 128x", name) and not row["products"]:
+    if (
+        re.match(r"attention_(forward|d_q|d_kv)|quantized.* 128x|grouped.* 128x", name)
+        and not row["products"]
+    ):
         wrong.append(f"no {MATRIX[arch]}")
     if row.get("scratch"):
         wrong.append(f"{row['scratch']} bytes of scratch a thread")
