@@ -50,6 +50,7 @@ STAGES = {
             "attention": ("gpu_kernels", 100),
             "logprob": ("gpu_kernels", 60),
             "small": ("gpu_kernels", 30),
+            "experts": ("gpu_kernels", 20),
         },
     ),
     3: Stage("steps", {"steps": ("gpu_steps", 200)}),

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kernels.attention import tree_attention, tree_attention_fused
 from kernels.device import fused
+from kernels.grouped import grouped_mlp
 from kernels.kl import DIVERGENCES, linear_kl
 from kernels.logprob import linear_logprob
 from kernels.quantized import FORMATS, quantize, quantized_linear
@@ -38,6 +39,7 @@ def check(bench: Bench) -> None:
     check_small(bench)
     check_quantized(bench)
     check_kl(bench)
+    check_experts(bench)
 
 
 def compare(bench: Bench, name: str, kernel: Callable, *inputs: Tensor, twin=None) -> None:
@@ -146,6 +148,21 @@ def check_small(bench: Bench) -> None:
     compare(bench, "add_rms_norm", lambda *x: add_rms_norm(*x, 1e-5), x, x.flip(0), weight)
     compare(bench, "rope", lambda x: rope(x, cos, sin), heads, twin=exact_rope)
     compare(bench, "swiglu", swiglu, x, x.flip(0))
+
+
+def check_experts(bench: Bench) -> None:
+    """Check the MLPs of experts, for few rows of each and for many; one has none."""
+    width, hidden = (32, 48) if bench.tiny else (1024, 1408)
+    for counts in ((3, 0, 5), (9, 1, 0, 12)) if bench.tiny else ((9, 0, 1, 16), (700, 0, 133, 1)):
+        n = len(counts)
+        x = bench.randn(sum(counts), width, dtype=torch.float32)
+        shapes = [(hidden, width)] * 2 * n + [(width, hidden)] * n
+        weights = [bench.randn(*shape, dtype=torch.float32) / shape[1] ** 0.5 for shape in shapes]
+
+        def mlp(x, *w, counts=counts, n=n):
+            return grouped_mlp(x, counts, w[:n], w[n : 2 * n], w[2 * n :])
+
+        compare(bench, f"experts {counts}", mlp, x, *weights)
 
 
 def check_quantized(bench: Bench) -> None:

@@ -1,4 +1,4 @@
-"""Parts ceilings, attention, logprob and small of bench/gpu.py: how fast the kernels are.
+"""Parts ceilings, attention, logprob, small and experts of bench/gpu.py: how fast the kernels are.
 
 Letters: T tokens, H query heads, G key/value heads, E head size, M scored tokens, D width, V
 vocabulary.
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from harness import Bench
 from torch import Tensor
 
-from kernels import rmsnorm, rope, swiglu
+from kernels import grouped, rmsnorm, rope, swiglu
 from kernels.attention import segments, tree_attention_fused, varlen_attention, varlen_serves
 from kernels.logprob import linear_logprob
 from layout import Spans, TreeLayout
@@ -202,6 +202,40 @@ def small(bench: Bench) -> None:
     for name, case in cases.items():
         bench.attempt(f"{name}: plumb", time_bandwidth, bench, *case)
         bench.attempt(f"{name}: twin", time_twin, bench, *case)
+
+
+def experts(bench: Bench) -> None:
+    """Time the MLPs of 64 experts, forward and backward: in three kernels, and in a loop."""
+    n, tokens, width, hidden = (4, 24, 32, 48) if bench.tiny else (64, 32768, 2048, 1024)
+    x = bench.leaf(tokens, width)
+    weights = [bench.leaf(*s) for s in [(hidden, width)] * 2 * n + [(width, hidden)] * n]
+    kinds = weights[:n], weights[n : 2 * n], weights[2 * n :]
+    for name, counts in (
+        ("even", [tokens // n] * n),
+        ("half in one", [tokens // 2, *[tokens // 2 // (n - 1)] * (n - 1)]),
+    ):
+        rows = x[: sum(counts)]
+
+        def loop(rows=rows, counts=counts):
+            parts = zip(rows.split(counts), *kinds, strict=True)
+            return torch.cat([swiglu.swiglu(r @ g.t(), r @ u.t()) @ d.t() for r, g, u, d in parts])
+
+        def kernels(rows=rows, counts=counts):
+            return grouped.grouped_mlp(rows, counts, *kinds)
+
+        flops = 18 * sum(counts) * width * hidden
+        for kind, function in (("plumb", kernels), ("a loop", loop)):
+            bench.attempt(f"{n} experts, {name}: {kind}", time_experts, bench, function, x, flops)
+
+
+def time_experts(bench: Bench, function: Callable, x: Tensor, flops: int) -> dict:
+    """Time forward and backward together, and FLOPs a second. Weights get gradients too."""
+
+    def both() -> None:
+        function().sum().backward()
+
+    seconds = bench.seconds(both)
+    return {"ms": seconds * 1e3, "tflops": flops / seconds / 1e12}
 
 
 def time_bandwidth(bench: Bench, function: Callable, leaves: tuple, moved: int) -> dict:
