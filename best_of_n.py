@@ -48,6 +48,8 @@ class Config(RolloutConfig):
     # above the mean
     top: Number = 1  # how many of them to keep
     min_reward: Real = -1e30  # keep none with a lower reward; "exact" wants 1
+    cut_rejected: bool = False  # a response that was cut at --max-new-tokens may be the rejected one
+    # of a pair; never the best. For short --max-new-tokens, where few responses end
     prompts: Count = 0  # sample for this many prompts, drawn with --seed; 0 = all
 
 
@@ -56,8 +58,8 @@ def select(
 ) -> tuple[list[dict], list[dict]]:
     """Return (rows of the best responses, pairs of the best and the worst) of each prompt.
 
-    Only responses that ended and are not empty count, and each text counts once; of equal rewards
-    the one drawn first wins. A prompt whose responses all have the same reward makes no pair.
+    Only responses that ended and are not empty count (with --cut-rejected, for the worst also those
+    that did not end), and each text counts once; of equal rewards the one drawn first wins. A prompt whose responses all have the same reward makes no pair.
     fingerprint: of the template; with it the rows carry the ids of responses that the policy chose
     whole.
     """
@@ -66,9 +68,9 @@ def select(
         places: dict[str, int] = {}  # of each text among the samples, from best to worst
         group = range(i * config.group_size, (i + 1) * config.group_size)
         for k in sorted(group, key=lambda k: -samples.rewards[k]):
-            if samples.ended[k] and samples.texts[k].strip():
+            if (samples.ended[k] or config.cut_rejected) and samples.texts[k].strip():
                 places.setdefault(samples.texts[k], k)
-        ranked = list(places.values())
+        ranked = [k for k in places.values() if samples.ended[k]]
         for k in ranked[: config.top]:
             reward = samples.rewards[k].item()
             if reward >= config.min_reward:
@@ -76,7 +78,7 @@ def select(
                 kept.append(row | sampled_ids(samples, {"response_ids": k}, fingerprint))
         if not ranked:
             continue
-        best, worst = ranked[0], ranked[-1]
+        best, worst = ranked[0], list(places.values())[-1]
         high, low = samples.rewards[best].item(), samples.rewards[worst].item()
         if high > low:
             pair = {**as_row(prompt), "chosen": samples.texts[best]}

@@ -73,7 +73,7 @@ def grouped_mlp(
 
 
 class _Work:
-    """Where weights and rows of a batch lie, on the device: one upload."""
+    """Places of the weights and rows of a batch, on the device: one upload."""
 
     def __init__(self, x: Tensor, counts: tuple[int, ...], weights: Sequence[Sequence[Tensor]]):
         n = len(counts)
