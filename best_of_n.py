@@ -48,8 +48,8 @@ class Config(RolloutConfig):
     # above the mean
     top: Number = 1  # how many of them to keep
     min_reward: Real = -1e30  # keep none with a lower reward; "exact" wants 1
-    cut_rejected: bool = False  # a response that was cut at --max-new-tokens may be the rejected one
-    # of a pair; never the best. For short --max-new-tokens, where few responses end
+    cut_rejected: bool = False  # a response that did not end may be the rejected one of a pair,
+    # never the best: where --max-new-tokens is short and few responses end
     prompts: Count = 0  # sample for this many prompts, drawn with --seed; 0 = all
 
 
@@ -58,8 +58,9 @@ def select(
 ) -> tuple[list[dict], list[dict]]:
     """Return (rows of the best responses, pairs of the best and the worst) of each prompt.
 
-    Only responses that ended and are not empty count (with --cut-rejected, for the worst also those
-    that did not end), and each text counts once; of equal rewards the one drawn first wins. A prompt whose responses all have the same reward makes no pair.
+    Only responses that ended and are not empty count, with --cut-rejected for the worst also those
+    that did not end. Each text counts once; of equal rewards the one drawn first wins. A prompt
+    whose responses all have the same reward makes no pair.
     fingerprint: of the template; with it the rows carry the ids of responses that the policy chose
     whole.
     """

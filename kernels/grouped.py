@@ -37,7 +37,9 @@ def tile_sizes(arch: int, dtype: torch.dtype, rows_each: float) -> tuple[tuple[i
     """Return (M, N, K, warps, stages) of SwiGLU, of a product, and of a weight's gradient."""
     if dtype == torch.float32:
         return EXACT
-    table = TILES[942 if is_amd(arch) else 86 if arch in (86, 89, 120) else 80]
+    table = TILES[86 if arch in (86, 89, 120) else 80]
+    if is_amd(arch):
+        table = TILES[942]
     if rows_each > FEW_ROWS:
         return table
     return (*((FEW_ROWS, n, k, 4, stages) for _, n, k, _, stages in table[:2]), table[2])

@@ -86,6 +86,23 @@ def test_the_best_are_kept_and_pairs_are_best_and_worst():
     assert [row["response"] for row in best_of_n.select(samples, config)[0]] == ["b", "y"]
 
 
+def test_a_cut_response_may_be_the_rejected_one():
+    """With --cut-rejected, and never the chosen one, whatever its reward is."""
+    samples = rollout_of(
+        ["a", "b", "cut", "c", "x", "y", "long", "z", "k", "l", "m", "n"],
+        [1.0, 3.0, 0.0, 2.0, 2.0, 2.0, 9.0, 2.0, 1.0, 2.0, 3.0, 4.0],
+        [True, True, False, True, True, True, False, True] + [False] * 4,
+        group=4,
+    )
+    config = best_of_n.Config(group_size=4)
+    (plain,) = best_of_n.select(samples, config)[1]
+    assert (plain["chosen"], plain["rejected"]) == ("b", "a")
+    config.cut_rejected = True
+    kept, (pair,) = best_of_n.select(samples, config)
+    assert (pair["chosen"], pair["rejected"], pair["rejected_reward"]) == ("b", "cut", 0.0)
+    assert [row["response"] for row in kept] == ["b", "x"]
+
+
 def test_it_keeps_the_best_of_what_it_drew(toy: Path, tmp_path: Path, capsys, train):
     """Kept responses earn more than the rest; train_sft.py and train_dpo.py take the files."""
     out = tmp_path / "out"
