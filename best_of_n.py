@@ -48,6 +48,8 @@ class Config(RolloutConfig):
     # above the mean
     top: Number = 1  # how many of them to keep
     min_reward: Real = -1e30  # keep none with a lower reward; "exact" wants 1
+    pairs: Number = 1  # pairs of a prompt: its best response with each of so many of the worst;
+    # more use the same samples more often
     cut_rejected: bool = False  # a response that did not end may be the rejected one of a pair,
     # never the best: where --max-new-tokens is short and few responses end
     prompts: Count = 0  # sample for this many prompts, drawn with --seed; 0 = all
@@ -58,9 +60,10 @@ def select(
 ) -> tuple[list[dict], list[dict]]:
     """Return (rows of the best responses, pairs of the best and the worst) of each prompt.
 
-    Only responses that ended and are not empty count, with --cut-rejected for the worst also those
-    that did not end. Each text counts once; of equal rewards the one drawn first wins. A prompt
-    whose responses all have the same reward makes no pair.
+    --pairs N makes up to N pairs of a prompt, the best with each of the worst. Only responses that
+    ended and are not empty count, with --cut-rejected for the worst also those that did not end.
+    Each text counts once; of equal rewards the one drawn first wins. A prompt whose responses all
+    have the same reward makes no pair.
     fingerprint: of the template; with it the rows carry the ids of responses that the policy chose
     whole.
     """
@@ -79,9 +82,12 @@ def select(
                 kept.append(row | sampled_ids(samples, {"response_ids": k}, fingerprint))
         if not ranked:
             continue
-        best, worst = ranked[0], list(places.values())[-1]
-        high, low = samples.rewards[best].item(), samples.rewards[worst].item()
-        if high > low:
+        best = ranked[0]
+        high = samples.rewards[best].item()
+        for worst in list(places.values())[: -config.pairs - 1 : -1]:
+            low = samples.rewards[worst].item()
+            if high <= low:
+                break
             pair = {**as_row(prompt), "chosen": samples.texts[best]}
             pair |= {"rejected": samples.texts[worst], "chosen_reward": high}
             pair["rejected_reward"] = low

@@ -97,7 +97,10 @@ def test_a_cut_response_may_be_the_rejected_one():
     config = best_of_n.Config(group_size=4)
     (plain,) = best_of_n.select(samples, config)[1]
     assert (plain["chosen"], plain["rejected"]) == ("b", "a")
-    config.cut_rejected = True
+    config.pairs = 5
+    several = best_of_n.select(samples, config)[1]
+    assert [(p["chosen"], p["rejected"]) for p in several] == [("b", "a"), ("b", "c")]
+    config.pairs, config.cut_rejected = 1, True
     kept, (pair,) = best_of_n.select(samples, config)
     assert (pair["chosen"], pair["rejected"], pair["rejected_reward"]) == ("b", "cut", 0.0)
     assert [row["response"] for row in kept] == ["b", "x"]
