@@ -71,8 +71,6 @@ class Engine(Servers[Server]):
 
         def send(i: int) -> OSError | None:
             server, once = self.servers[i], i in self.dead
-            if once:
-                server.link = None  # of the process that died
             try:
                 if self.adapters and not self.version:  # an earlier run may have left other weights
                     server.load(Path(self.config.model).resolve(), version, False, once)
@@ -132,7 +130,6 @@ class Engine(Servers[Server]):
             return False
         print(f"{self.servers[k].url} was restarted: it gets the weights again, and samples again")
         assert self.folder is not None
-        self.servers[k].link = None
         self.servers[k].load(self.folder, self.version, self.adapters)
         return True
 

@@ -87,6 +87,7 @@ class Server:
     FLAG = "--rollout-url "  # that names it in messages
     bad_logps = 0  # log-probs so far that cannot be
     link: Link | None = None  # with --rollout-transfer nccl, once this server has joined
+    sent = ""  # the name of the weights that it was sent last
 
     def __init__(self, template: Template, config: RolloutConfig, url: str):
         self.config = config
@@ -141,6 +142,8 @@ class Server:
             path = "/v1/load_lora_adapter"
             body = {"lora_name": ADAPTER, "lora_path": str(folder), "load_inplace": True}
         over_nccl = self.config.rollout_transfer == "nccl"
+        if self.link and self.version() != self.sent:  # restarted: it knows no group any more
+            self.link = None
         try:
             if over_nccl:
                 self.link = self.link or Link(self.url, partial(self._request, tries=1, plain=True))
@@ -157,6 +160,7 @@ class Server:
             self.model = ADAPTER
         self._call("/reset_prefix_cache", {})
         self._call("/update_weight_version", {"new_version": version})
+        self.sent = version
         self._call("/resume", {})
 
     def version(self) -> str | None:

@@ -50,7 +50,7 @@ class StandIn(ThreadingHTTPServer):
         """Come back with the weights that it was started with."""
         with self.lock:
             self.load(self.folder)
-            self.version = "default"
+            self.version, self.joined = "default", {}
 
     def die(self) -> None:
         """Answer nobody from now on."""
@@ -87,7 +87,7 @@ class StandIn(ThreadingHTTPServer):
         elif name == "/init_weight_transfer_engine":
             self.joined = body["init_info"]
         elif name == "/update_weights":
-            assert self.paused
+            assert self.paused and self.joined
             self.load(self.receive(body["update_info"]))
             self.stale = True
         elif name in ("/start_weight_update", "/finish_weight_update"):

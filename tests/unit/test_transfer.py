@@ -84,21 +84,29 @@ def test_weights_go_over_nccl_in_the_protocols_order(
     assert last.keys() == sent.keys() and all(torch.equal(last[k], sent[k]) for k in last)
 
 
-def test_a_restarted_server_joins_again(toy: Path, engine, nccl, tmp_path: Path, train, capsys):
-    """It knows no group any more; its samples are drawn again from the newest weights."""
+@pytest.mark.parametrize("when", ["in a rollout", "between two"])
+def test_a_restarted_server_joins_again(
+    when: str, toy: Path, engine, nccl, tmp_path: Path, train, capsys
+):
+    """It knows no group any more; every sample is of the newest weights."""
     stand_in = engine("vllm")
     nccl[0].append(stand_in)
-    complete = stand_in.complete
+    complete, call = stand_in.complete, stand_in.call
 
     def restart_once(body: dict) -> dict:
-        if len(stand_in.requests) == 6:  # in the second rollout
+        if when == "in a rollout" and len(stand_in.requests) == 6:  # in the second
             stand_in.restart()
         return complete(body)
 
-    stand_in.complete = restart_once
+    def restart_before(path: str, body: dict) -> dict | None:
+        if when == "between two" and path.startswith("/pause") and len(nccl[1]) == 1:
+            stand_in.restart()
+        return call(path, body)
+
+    stand_in.complete, stand_in.call = restart_once, restart_before
     rows = run(toy, stand_in, tmp_path / "out", train)
-    assert all(row["sampler_gap"] < 1e-5 for row in rows)
-    assert len(nccl[1]) == 2 and "was restarted" in capsys.readouterr().out
+    assert all(row["sampler_gap"] < 1e-5 for row in rows) and len(nccl[1]) == 2
+    assert ("was restarted" in capsys.readouterr().out) == (when == "in a rollout")
 
 
 def test_what_cannot_send_is_refused(toy: Path, engine, nccl, tmp_path: Path, train, monkeypatch):
