@@ -87,11 +87,12 @@ class _Work:
         ]
         starts = np.cumsum([0, *counts])
         tiles = [plan(counts, self.sizes[i][0]) for i in range(2)]
-        flat = np.concatenate([np.array(distances).ravel(), starts, *(t.ravel() for t in tiles)])
-        parts = upload(flat.astype(np.int64), x.device).split(
-            [n] * len(weights) + [n + 1, tiles[0].size, tiles[1].size]
-        )
+        arrays = [np.array(row, np.int64).ravel() for row in (*distances, starts, *tiles)]
+        # Whole multiples of 16 bytes: Triton compiles anew for a pointer that stops being one.
+        padded = [np.pad(row, (0, row.size % 2)) for row in arrays]
+        parts = upload(np.concatenate(padded), x.device).split([row.size for row in padded])
         self.distances, self.starts, self.tiles = parts[: len(weights)], parts[-3], parts[-2:]
+        self.programs = [len(t) for t in tiles]
         # 16 bytes: what a load takes at once
         whole = all(w.data_ptr() % 16 == 0 for of_kind in weights for w in of_kind)
         self.align = 16 // x.element_size() if whole else 1
@@ -111,7 +112,7 @@ class _GroupedMLP(torch.autograd.Function):
         gate, up, out = (x.new_empty(rows, hidden) for _ in range(3))
         if rows:
             m, n_tile, k, warps, stages = work.sizes[0]
-            grid = (len(work.tiles[0]) // 3, triton.cdiv(hidden, n_tile))
+            grid = (work.programs[0], triton.cdiv(hidden, n_tile))
             swiglu_kernel[grid](
                 x,
                 gates[0],
@@ -168,7 +169,7 @@ def _product(work, x, weights, kind, transposed, second=None):
         return y
     m, n, k, warps, stages = work.sizes[1]
     x2, weights2, kind2 = second or (x, weights, kind)
-    product_kernel[(len(work.tiles[1]) // 3, triton.cdiv(outputs, n))](
+    product_kernel[(work.programs[1], triton.cdiv(outputs, n))](
         x,
         x2,
         weights[0],

@@ -31,7 +31,7 @@ ARGUMENTS = {
     **{"tokens": TOKENS, "N": TOKENS * HEADS, "H": HEADS, "G": HEADS, "steps": 1 << 14},
     **{"C": VOCAB, "start": VOCAB, "D": WIDTH, "rows": VOCAB, "columns": WIDTH, "n": 2**31 - 1},
     **{"code_stride": WIDTH, "blocks": WIDTH // 64, "row_blocks": WIDTH // 64, "skip": 63},
-    "first_block": VOCAB * WIDTH // 64,
+    **{"first_block": VOCAB * WIDTH // 64, "outputs": WIDTH},
 }
 LOADED = {  # smallest and largest of the integers that a kernel reads
     "KV_END": (0, TOKENS),
@@ -41,6 +41,8 @@ LOADED = {  # smallest and largest of the integers that a kernel reads
     "SLOTS": (0, 1 << 14),
     "CODES": (-128, 255),
     "SCALES": (-128, 127),
+    **dict.fromkeys(("TILES_AT", "STARTS"), (0, 8 * TOKENS)),  # rows of 8 experts a token
+    **dict.fromkeys("GATE_AT UP_AT W_AT W2_AT".split(), (-(1 << 40), 1 << 40)),
 }
 # Largest program ids. By kernel: module and name.
 PROGRAMS = {
@@ -53,6 +55,8 @@ PROGRAMS = {
     "rope": (TOKENS, HEADS),
     "swiglu": (TOKENS * WIDTH // 2048,),
     "quantized": (TOKENS // 16, VOCAB // 32),
+    "grouped": (TOKENS, WIDTH // 64),
+    "grouped.gradient_kernel": (512, WIDTH // 128, WIDTH // 128),
 }
 MOVED = "splat expand_dims broadcast trans reshape unsplat".split()  # operations that keep values
 
@@ -189,10 +193,10 @@ def faults(module: str = "") -> Iterator[str]:
 def without_casts() -> Iterator[tuple[str, str]]:
     """Take out each cast to 64 bits in turn; yield its line and the first fault that appears."""
     import kernels
-    from kernels import attention, kl, logprob, quantized, rmsnorm, rope, swiglu
+    from kernels import attention, grouped, kl, logprob, quantized, rmsnorm, rope, swiglu
 
     cast = ".to(tl.int64)"
-    for module in attention, kl, logprob, quantized, rmsnorm, rope, swiglu:
+    for module in attention, grouped, kl, logprob, quantized, rmsnorm, rope, swiglu:
         name = module.__name__.split(".")[-1]
         pieces = Path(module.__file__).read_text().split(cast)
         for i in range(1, len(pieces)):

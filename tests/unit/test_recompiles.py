@@ -31,6 +31,7 @@ def lengths() -> list[int]:
 def run_all(tokens: int) -> None:
     """Run every kernel's operation on a batch of some length, forward and backward."""
     from kernels.attention import tree_attention_fused
+    from kernels.grouped import grouped_mlp
     from kernels.kl import linear_kl
     from kernels.logprob import linear_logprob
     from kernels.quantized import FORMATS, quantize, quantized_linear
@@ -44,6 +45,7 @@ def run_all(tokens: int) -> None:
 
     layout = TreeLayout.from_spans([(tokens // 2, [tokens - tokens // 2])])
     x, head, teacher = leaf(tokens, 32), leaf(150, 32), leaf(150, 32)
+    experts = [[leaf(*shape), leaf(*shape)] for shape in ((48, 32), (48, 32), (32, 48))]
     target, angle = torch.zeros(tokens, dtype=torch.int64), torch.zeros(tokens, 16)
     outs = [
         tree_attention_fused(leaf(tokens, 4, 32), leaf(tokens, 2, 32), leaf(tokens, 2, 32), layout),
@@ -54,6 +56,7 @@ def run_all(tokens: int) -> None:
         *add_rms_norm(x, leaf(tokens, 32), leaf(32), 1e-5),
         swiglu(leaf(tokens, 48), leaf(tokens, 48)),
         rope(leaf(tokens, 4, 32), angle, angle),
+        grouped_mlp(x, (tokens // 3, tokens - tokens // 3), *experts),
         *(quantized_linear(x, quantize(head.detach(), name)) for name in FORMATS),
     ]
     torch.autograd.backward(outs, [torch.ones_like(out) for out in outs])
@@ -65,7 +68,7 @@ def record() -> Keys:
     from triton.compiler import make_backend
     from triton.runtime import jit
 
-    from kernels import attention, kl, logprob, quantized, rmsnorm, rope, swiglu, tiles
+    from kernels import attention, grouped, kl, logprob, quantized, rmsnorm, rope, swiglu, tiles
 
     backend = make_backend(GPUTarget("cuda", 90, 32))
     keys: Keys = defaultdict(dict)
@@ -82,7 +85,7 @@ def record() -> Keys:
         keys[name, *kept].setdefault(repr(specialization), batch)
 
     jit.JITFunction.run = run
-    for module in attention, kl, logprob, quantized, rmsnorm, rope, swiglu:
+    for module in attention, grouped, kl, logprob, quantized, rmsnorm, rope, swiglu:
         module.fused = lambda x: True
     for module in kl, logprob:
         module.GPU_CHUNK = 64  # several chunks, the last one of odd width
