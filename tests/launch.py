@@ -43,8 +43,8 @@ def launch(world: int, work: Callable[..., Any], *args: Any, limit: float = 120.
     """
     warm_up()
     fork = multiprocessing.get_context("fork")
+    store, port = serve_store()  # first: it would hold the pipes open
     pipes = [fork.Pipe() for _ in range(world)]
-    store, port = serve_store()
     ranks = [
         fork.Process(target=_run_rank, args=(rank, world, port, pipes, work, args))
         for rank in range(world)
