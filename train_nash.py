@@ -67,9 +67,9 @@ def own_samples(samples: Rollout, preference: np.ndarray) -> Dataset:
     return from_trees(zip(samples.prompts.ids, answers), {"preference": preference})
 
 
-def sums(model: GPT, hidden: torch.Tensor, batch: TreeBatch) -> torch.Tensor:
+def sums(model: GPT, hidden: torch.Tensor, batch: TreeBatch, temperature: float) -> torch.Tensor:
     """Return the summed log-probs of the responses of a micro-batch, (B,)."""
-    return batch.sum_by_response(model.logps(hidden, batch))
+    return batch.sum_by_response(model.logps(hidden, batch, temperature))
 
 
 def validate(config: Config) -> None:
@@ -115,6 +115,7 @@ def main(argv: list[str] | None = None) -> None:
         mesh,
         read=config.reward_read,
     )
+    compared = compares(config.reward)
     steps = training.plan_steps(config, len(train.ids), train.file_start)
 
     # ---- model and reference -------------------------------------------------------------------
@@ -140,16 +141,20 @@ def main(argv: list[str] | None = None) -> None:
         samples = rollout.collect(
             prompts, sample, reward, template, config, mesh, seeds, config.temperature
         )
-        preference = preferences(samples, compares(config.reward), config.reward_scale)
+        preference = preferences(samples, compared, config.reward_scale)
         data = own_samples(samples, preference)
         batches = make_batches(data, np.arange(len(data)), config, mesh)
         with torch.no_grad():
-            ref_sums = [sums(ref, hidden, batch) for batch, hidden in pipeline(ref, batches)]
+            ref_sums = [
+                sums(ref, hidden, batch, config.temperature)
+                for batch, hidden in pipeline(ref, batches)
+            ]
         samples.lap("scoring")
 
         totals: dict[str, torch.Tensor] = {}
         for i, (batch, hidden) in enumerate(pipeline(model, batches, optimizer)):
-            logps, chances = sums(model, hidden, batch), batch.columns["preference"]
+            logps = sums(model, hidden, batch, config.temperature)
+            chances = batch.columns["preference"]
             per_sample = losses.nash_md(logps, ref_sums[i], chances, config.beta)
             (per_sample.sum() / len(data)).backward()
             kl = (logps - ref_sums[i]).detach()

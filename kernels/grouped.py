@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from kernels.device import architecture, fused, is_amd, tl, triton, untraced, upload
+from kernels.linear import linear
 from kernels.swiglu import swiglu
 
 # (M, N, K, warps, stages) of the three kernels by architecture, for 2-byte types: tiles that
@@ -70,7 +71,7 @@ def grouped_mlp(
         return _GroupedMLP.apply(x.contiguous(), tuple(counts), *gates, *ups, *downs)
     parts = []
     for rows, gate, up, down in zip(x.split(list(counts)), gates, ups, downs, strict=True):
-        parts.append(swiglu(rows @ gate.t(), rows @ up.t()) @ down.t())
+        parts.append(linear(swiglu(linear(rows, gate), linear(rows, up)), down))
     return torch.cat(parts)
 
 
@@ -96,7 +97,6 @@ class _Work:
         # 16 bytes: what a load takes at once
         whole = all(w.data_ptr() % 16 == 0 for of_kind in weights for w in of_kind)
         self.align = 16 // x.element_size() if whole else 1
-        self.precision = "ieee"
 
 
 class _GroupedMLP(torch.autograd.Function):
@@ -129,7 +129,7 @@ class _GroupedMLP(torch.autograd.Function):
                 M=m,
                 N=n_tile,
                 K=k,
-                PRECISION=work.precision,
+                PRECISION="ieee",
                 num_warps=warps,
                 num_stages=stages,
             )
@@ -186,7 +186,7 @@ def _product(work, x, weights, kind, transposed, second=None):
         M=m,
         N=n,
         K=k,
-        PRECISION=work.precision,
+        PRECISION="ieee",
         num_warps=warps,
         num_stages=stages,
     )
@@ -208,7 +208,7 @@ def _weight_gradients(work, slopes, inputs, weights):
         M=m,
         N=n,
         K=k,
-        PRECISION=work.precision,
+        PRECISION="ieee",
         num_warps=warps,
         num_stages=stages,
     )

@@ -37,7 +37,7 @@ def check() -> None:
 
 
 def _communicator() -> Callable[[dict], Any]:
-    """Return vLLM's function that joins a NCCL group as rank 0, on the current GPU."""
+    """Return a function that joins a NCCL group as rank 0 with this thread's GPU, in any thread."""
     try:
         from vllm.distributed.weight_transfer.nccl_common import trainer_init
     except ImportError as error:
@@ -45,7 +45,13 @@ def _communicator() -> Callable[[dict], Any]:
             "--rollout-transfer nccl uses vLLM's communicator on this side as well: pip install "
             f"vllm==0.32.* ({error})"
         ) from None
-    return trainer_init
+    device = torch.cuda.current_device()
+
+    def join(place: dict) -> Any:
+        torch.cuda.set_device(device)  # a new thread has the first
+        return trainer_init(place)
+
+    return join
 
 
 class Link:
@@ -60,9 +66,9 @@ class Link:
             "world_size": 1 + workers,
         }
         info = {**place, "rank_offset": 1, "packed": False}
-        answer = start(partial(request, "/init_weight_transfer_engine", {"init_info": info}))
-        self.group = _communicator()(place)  # both sides wait for each other here
-        answer.result()
+        joining = start(partial(_communicator(), place))  # both sides wait for each other
+        request("/init_weight_transfer_engine", {"init_info": info})  # a refusal ends the wait
+        self.group = joining.result()
 
     def send(self, folder: Path) -> None:
         """Send the weights of a folder, in the order of their names."""

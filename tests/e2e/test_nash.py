@@ -78,13 +78,23 @@ def plain_preferences(rewards: list[tuple[float, float]], scale: float) -> list[
     return [1 / (1 + np.exp(-scale * (own - other))) for own, other in rewards]
 
 
-@pytest.mark.parametrize("judged", [False, True], ids=["reward", "judge"])
+def plain_sum(plain: PlainModel, ids: list[int], answer: list[int], temperature: float):
+    """Return the log-prob of an answer under a plain model's distribution at a temperature."""
+    logits = plain.logits(torch.tensor([*ids, *answer]))[len(ids) - 1 : -1] / temperature
+    return logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None]).sum()
+
+
+@pytest.mark.parametrize(
+    ("judged", "temperature"),
+    [(False, 1.0), (True, 1.0), (False, 0.7)],
+    ids=["reward", "judge", "cool"],
+)
 def test_a_step_equals_a_plain_loop_in_float64(
-    judged: bool, toy: Path, double: Path, tmp_path: Path, train
+    judged: bool, temperature: float, toy: Path, double: Path, tmp_path: Path, train
 ):
     """Loss, gradient norm and weights within 1e-10 of responses that are run one by one."""
     more = {"max_steps": 1, "shuffle": False, "warmup": 0.0, "schedule": "constant"}
-    more |= {"beta": 0.2, "mixture": 0.4, "reward_scale": 1.7, "weight_decay": 0.1}
+    more |= {"beta": 0.2, "mixture": 0.4, "reward_scale": 1.7, "temperature": temperature}
     if judged:
         template_file = tmp_path / "judge.json"
         question = "{prompt}: {response} or {other}?"
@@ -105,7 +115,7 @@ def test_a_step_equals_a_plain_loop_in_float64(
         pair = []
         for k, sampler in enumerate((policy, mixture)):
             seed = np.random.SeedSequence([0, 1, i, k]).generate_state(1, np.uint64)[0] >> 1
-            pair += sampler([ids], [int(seed)], 1, 1.0)
+            pair += sampler([ids], [int(seed)], 1, temperature)
         own.append(pair[0].tokens)
         texts.append([template.tokenizer.decode(one.tokens) for one in pair])
     if judged:
@@ -123,9 +133,9 @@ def test_a_step_equals_a_plain_loop_in_float64(
     trainer = PlainTrainer(plain, total=1, lr=1e-2)
     total, kl = 0.0, 0.0
     for ids, answer, chance in zip(prompts.ids, own, chances):
-        logps = plain.logps(ids, answer).sum()
+        logps = plain_sum(plain, ids, answer, temperature)
         with torch.no_grad():
-            ratio = (logps - ref.logps(ids, answer).sum()).item()
+            ratio = (logps - plain_sum(ref, ids, answer, temperature)).item()
         kl += ratio / 6
         total = total - (chance - 0.5 - 0.2 * ratio) * logps / 6
     loss, norm = trainer.step(total)

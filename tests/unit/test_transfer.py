@@ -4,6 +4,7 @@ messages against vLLM's own classes.
 
 import re
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -35,24 +36,28 @@ class Communicator:
 @pytest.fixture
 def nccl(monkeypatch, tmp_path: Path):
     """Pretend a GPU and vLLM's package; return (the stand-ins that may be joined, places met)."""
-    stand_ins, places = [], []
+    stand_ins, places, devices = [], [], []
 
     def trainer_init(place: dict) -> Communicator:
+        deadline = time.monotonic() + 5
+        while not any(s.joined.get("master_port") == place["master_port"] for s in stand_ins):
+            assert time.monotonic() < deadline, "nobody joined"
+            time.sleep(0.01)
         places.append(place)
         for stand_in in stand_ins:
             stand_in.scratch = tmp_path
-        (free,) = [s for s in stand_ins if s not in joined or s.joined != joined[s]] or stand_ins
-        joined[free] = free.joined
-        return Communicator(free)
+        return Communicator(stand_ins[0])
 
-    joined: dict = {}
     module = types.ModuleType("vllm.distributed.weight_transfer.nccl_common")
     module.trainer_init = trainer_init
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", devices.append)
     for name in ("vllm", "vllm.distributed", "vllm.distributed.weight_transfer"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    return stand_ins, places
+    yield stand_ins, places
+    assert set(devices) <= {3}
 
 
 def run(toy: Path, stand_in, out: Path, train, **more) -> list[dict]:
