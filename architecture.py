@@ -43,7 +43,11 @@ class GPTConfig:
     active: int = 0
     expert_ffn: int = 0
     shared_ffn: int = 0  # of an MLP beside the experts that every token takes (Qwen2-MoE); 0 = none
+    shared_gated: bool = True  # a gate of its own weights that MLP's output; not in GLM-4.5
+    # scores of the experts: softmax; sigmoid, with a correction for the choice alone (GLM-4.5)
+    router: str = "softmax"
     normalised: bool = False  # the weights of a token's experts are divided by their sum
+    routed_scale: float = 1.0  # of these weights
     dense_layers: tuple[int, ...] = ()  # layers with an MLP in place of experts
     parallel_residual: bool = False  # x + attention(x) + mlp(x) (GPT-NeoX)
     embedding_scale: float = 1.0  # of what the embedding gives (Granite, as the next three)

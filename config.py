@@ -62,6 +62,8 @@ class RunConfig:
     balance_loss: Amount = 0.0  # weight of the loss that evens the load of experts; 0 = none, 0.001
     # to 0.02 as in pretraining
     router_z_loss: Amount = 0.0  # weight of the loss that keeps the router's logits small; 0.001
+    balance_bias: Amount = 0.0  # step of the bias by which the router evens the load without a
+    # loss, where it has one (glm4_moe); 0 = it stays, 0.001 as in pretraining
 
     # adapters: LoRA, of which alone is trained where --lora or --adapter is given
     lora: Count = 0  # rank of an adapter beside every target, 8 to 64; 0: train all weights

@@ -56,6 +56,7 @@ class New:
         "qwen2_moe",
         "qwen3_moe",
         "olmoe",
+        "glm4_moe",
     ] = "llama"  # architecture
     tokenizer: str = ""  # folder whose tokenizer is copied
     vocab: Count = 0  # rows of the embedding; 0 = what the tokenizer needs
@@ -65,7 +66,7 @@ class New:
     kv_heads: Count = 0  # key/value heads; 0 = as many as query heads
     head_size: Count = 0  # 0 = width / heads
     ffn: Count = 0  # MLP width; 0 = 8/3 of the width, 4 without a gate, in multiples of 16
-    experts: Number = 8  # of mixtral, qwen2_moe, qwen3_moe, olmoe: experts of a layer
+    experts: Number = 8  # of mixtures of experts: experts of a layer
     active: Number = 2  # experts that a token takes
     expert_ffn: Count = 0  # hidden width of an expert; 0 = --ffn, of which mixtral and olmoe have
     # no other
@@ -121,7 +122,11 @@ def new_model(flags: New) -> GPT:
         # transformers computes an olmo3 only with a window
         no_window = None if flags.family == "mistral" else flags.max_position
         raw["sliding_window"] = flags.sliding_window or no_window
-    model = GPT(model_config(raw, flags.family)).to(DTYPES[flags.dtype])
+    dtype = DTYPES[flags.dtype]
+    model = GPT(model_config(raw, flags.family)).to(dtype)
+    for name, weight in model.weights().items():
+        p = model.get_parameter(name)
+        p.data = p.data.to(weight.held_in(dtype))
     model.init_weights(flags.seed, flags.std)
     model.hf_config = raw
     return model

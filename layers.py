@@ -59,11 +59,16 @@ class Weight:
     shape: tuple[int, ...]  # of the whole weight, before tensor ranks cut it
     cut: Cut | None = None  # None: every tensor rank holds all of it
     decays: bool = True  # whether AdamW's weight decay applies
-    trains: bool = True  # False: frozen, unknown to the optimizer
+    trains: bool = True  # False: no gradient moves it
     # residual: normal, but smaller by √(2 layers), as in GPT-2; uniform: within 1 / √inputs
     start: Start = "normal"
     both_ends: bool = False  # held by the first and by the last pipeline stage (a tied embedding)
     expert: bool = False  # held by one of the ranks that share the experts of a layer (--ep)
+    exact: bool = False  # held in fp32 at least, whatever the model's dtype
+
+    def held_in(self, dtype: torch.dtype) -> torch.dtype:
+        """Return the dtype that holds it in a model of a dtype."""
+        return torch.promote_types(dtype, torch.float32) if self.exact else dtype
 
     def slice(self, mesh: Mesh) -> tuple[int, int, int] | None:
         """Return (dimension, first, last + 1) of this tensor rank's slice; None: it holds all."""
@@ -109,7 +114,8 @@ class Layer(nn.Module):
     def declare(self, name: str, weight: Weight) -> None:
         """Create this rank's slice of a weight, uninitialised, and keep its declaration."""
         self.declared[name] = weight
-        self.register_parameter(name, nn.Parameter(torch.empty(weight.local_shape(self.mesh))))
+        tensor = torch.empty(weight.local_shape(self.mesh))
+        self.register_parameter(name, nn.Parameter(tensor, requires_grad=weight.trains))
 
 
 def weights_of(model: nn.Module) -> dict[str, Weight]:
@@ -252,9 +258,14 @@ class Linear(Layer):
 
 
 def frozen_bytes(model: nn.Module, dtype: torch.dtype) -> int:
-    """Return the bytes of this rank's weights that do not train, unless quantised in dtype."""
+    """Return the bytes of this rank's frozen weights, unless quantised in dtype.
+
+    Without what no gradient moves in any case: the corrections of routers, a few kB.
+    """
     quantised = [m.base for m in model.modules() if isinstance(m, Linear) and m.base is not None]
-    elements = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    declared = weights_of(model)
+    frozen = [n for n, p in model.named_parameters() if declared[n].trains and not p.requires_grad]
+    elements = sum(model.get_parameter(name).numel() for name in frozen)
     elements -= sum(base.rows * base.columns for base in quantised)
     return elements * dtype.itemsize + sum(base.nbytes for base in quantised)
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import routing
 from architecture import GPTConfig
 from data.trees import TreeBatch
 from kernels.device import upload
@@ -138,14 +139,30 @@ class GPT(nn.Module):
         return self.embed if self.head is None else self.head
 
     @property
+    def sparse_layers(self) -> dict[int, Experts]:
+        """This rank's sparse layers, by number of the layer."""
+        layers = {int(name): block.mlp for name, block in self.blocks.items()}
+        return {layer: mlp for layer, mlp in layers.items() if isinstance(mlp, Experts)}
+
+    @property
     def tallies(self) -> dict[int, Tally]:
         """Counts of this rank's sparse layers, by number of the layer."""
-        layers = {int(name): block.mlp for name, block in self.blocks.items()}
-        return {layer: mlp.tally for layer, mlp in layers.items() if isinstance(mlp, Experts)}
+        return {layer: mlp.tally for layer, mlp in self.sparse_layers.items()}
 
     def weights(self) -> dict[str, Weight]:
         """Return the declaration of every weight of this rank's stage, by name."""
         return weights_of(self)
+
+    @torch.no_grad()
+    def correct_routers(self, updated: bool) -> None:
+        """End a step for the routers' corrections, which move where it updated. Collective."""
+        corrections = {n: mlp.router.correction for n, mlp in self.sparse_layers.items()}
+        tallies = {n: tally for n, tally in self.tallies.items() if tally.rate}
+        if updated:
+            moving = [(corrections[n], tally) for n, tally in tallies.items()]
+            routing.correct(moving, self.mesh.group("dp cp"))
+        for tally in tallies.values():
+            tally.load = None
 
     def wait(self, part: str | None = None) -> None:
         """Wait for updated weights that other ranks are still sending: of one part, or of all."""

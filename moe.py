@@ -4,9 +4,16 @@
     y = Σ_k w_k · expert_k(x)         the K experts of highest p; w = p, or p / Σ_k p_k
     y + σ(x v) · shared(x)            with an MLP that all tokens take (Qwen2-MoE)
 
-(Switch Transformers, arXiv 2101.03961; Mixtral, 2401.04088.) No token is dropped and no expert has
-a capacity: what a token gets does not depend on the tokens beside it, so neither on packing nor on
-the layout.
+(Switch Transformers, arXiv 2101.03961; Mixtral, 2401.04088.) Or, as in GLM-4.5 (2508.06471) and
+DeepSeek-V3 (2412.19437):
+
+    s = σ(x Wᵀ)                       in fp32 at least
+    y = Σ_k w_k · expert_k(x)         the K experts of highest s + b; w = c s / Σ_k s_k
+    y + shared(x)
+
+b corrects the choice alone, and no gradient reaches it: routing.py moves it towards even loads. No
+token is dropped and no expert has a capacity: what a token gets does not depend on the tokens
+beside it, so neither on packing nor on the layout.
 
 With tensor parallelism every rank holds a share of each expert's hidden width. The router works on
 the rank's own rows, and its logits are gathered as the rows are, so that their gradients are summed
@@ -29,13 +36,14 @@ from dataclasses import replace
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from architecture import GPTConfig
 from exchange import exchange
 from kernels.grouped import grouped_mlp
 from kernels.swiglu import swiglu
-from layers import Layer, Linear
+from layers import Layer, Linear, Weight
 from mlp import MLP
 from parallel import Mesh, enter, exit, split
 from routing import Routing, Tally
@@ -63,6 +71,27 @@ class Expert(MLP):
         return self.down.matmul(hidden)
 
 
+class Router(Linear):
+    """The linear that scores the experts, and where scores are sigmoids a correction of them."""
+
+    correction: nn.Parameter | None  # b, (E,), fp32 at least
+
+    def __init__(self, c: GPTConfig, mesh: Mesh):
+        super().__init__(c.width, c.experts, mesh)
+        if c.router == "sigmoid":
+            fixed = Weight((c.experts,), decays=False, trains=False, start="zeros", exact=True)
+            self.declare("correction", fixed)
+        else:
+            self.register_parameter("correction", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(T, D) -> logits (T, E), with a correction in fp32 at least, as its families do."""
+        if self.correction is None:
+            return super().forward(x)
+        exact = self.correction.dtype
+        return F.linear(x.to(exact), self.weight.to(exact))
+
+
 class Experts(nn.Module):
     """The MLPs of a sparse layer and their router."""
 
@@ -70,14 +99,14 @@ class Experts(nn.Module):
         super().__init__()
         self.place = sum(map(c.sparse, range(layer)))  # among the sparse layers
         self.active, self.normalised, self.tp = c.active, c.normalised, mesh.group("tp")
-        self.router = Linear(c.width, c.experts, mesh)
-        self.tally = Tally(c.experts)
+        self.scale = c.routed_scale
+        self.router = Router(c, mesh)
+        self.tally = Tally(c.experts, c.router)
         self.total, self.ep = c.experts, mesh.group("ep")
         first, last = split(c.experts, mesh.ep, mesh.ep_rank)  # this rank's experts
         self.experts = nn.ModuleDict({str(e): Expert(c, mesh) for e in range(first, last)})
         self.shared = MLP(c, c.shared_ffn, mesh) if c.shared_ffn else None
-        if c.shared_ffn:
-            self.shared_gate = Linear(c.width, 1, mesh)
+        self.shared_gate = Linear(c.width, 1, mesh) if c.shared_ffn and c.shared_gated else None
 
     def forward(self, x: Tensor, tokens: int, routing: Routing | None = None) -> Tensor:
         """(T / tp, D), T = tokens -> (T / tp, D)."""
@@ -85,7 +114,10 @@ class Experts(nn.Module):
         fixed = None
         if routing and routing.fixed is not None:
             fixed = routing.fixed[:, self.place]
-        weights, chosen = route(logits, self.active, self.normalised, fixed)  # (T, K)
+        scores = self.active, self.normalised, fixed, self.router.correction
+        weights, chosen = route(logits, *scores)  # (T, K)
+        if self.scale != 1.0:
+            weights = weights * self.scale
         if routing and routing.chosen is not None:
             routing.chosen.append(chosen)
         if routing and routing.copies is not None:
@@ -94,7 +126,10 @@ class Experts(nn.Module):
         y = y if self.tp.n == 1 else exit(y, self.tp)
         if self.shared is None:
             return y
-        return y + torch.sigmoid(self.shared_gate(x)) * self.shared(x, tokens)
+        shared = self.shared(x, tokens)
+        if self.shared_gate is None:
+            return y + shared
+        return y + torch.sigmoid(self.shared_gate(x)) * shared
 
     def mix(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         """Return this tensor rank's part of the weighted outputs of each token's experts, (T, D).
@@ -145,20 +180,30 @@ def inverse(order: Tensor) -> Tensor:
 
 
 def route(
-    logits: Tensor, active: int, normalised: bool, fixed: Tensor | None = None
+    logits: Tensor,
+    active: int,
+    normalised: bool,
+    fixed: Tensor | None = None,
+    correction: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the weights of each token's experts, (T, K), fp32 at least, and which they are.
 
     logits: (T, E). normalised: the weights of a token sum to 1. fixed: experts to take whatever
     their probabilities are, (T, K); -1 where the likeliest are taken. Their weights are those of
     these logits, so the router learns all the same (routing replay, arXiv 2510.11370).
+    correction: what the choice adds to the sigmoids of the logits, (E,); None: softmax.
     """
     exact = torch.promote_types(logits.dtype, torch.float32)
-    p = torch.softmax(logits, -1, dtype=exact)
-    weights, chosen = p.topk(active, -1)
+    if correction is None:
+        p = torch.softmax(logits, -1, dtype=exact)
+        weights, chosen = p.topk(active, -1)
+    else:
+        p = torch.sigmoid(logits.to(exact))
+        chosen = (p + correction).topk(active, -1).indices
+        weights = p.gather(-1, chosen)
     if fixed is not None:
         chosen = torch.where(fixed < 0, chosen, fixed.long())
         weights = p.gather(-1, chosen)
     if normalised:
-        weights = weights / weights.sum(-1, keepdim=True)
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)  # sigmoids may all be 0
     return weights, chosen

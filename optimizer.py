@@ -5,7 +5,8 @@
 
 Parameters that train and are held by the same ranks lie side by side in flat buckets; a bucket's
 gradients are reduce-scattered while backward still runs, and its new weights are all-gathered while
-the next forward runs. Frozen parameters are unknown here: they have no buffer and cannot move.
+the next forward runs. Frozen parameters are unknown here: they have no buffer and cannot move. The
+corrections of routers have none either: they move with a step, and are saved with it.
 
 Letters: m elements of a bucket, n ranks that hold it.
 """
@@ -291,6 +292,7 @@ class AdamW:
                 b.publish()
             if not self.shards:
                 self.model.pending = {part: list(buckets) for part, buckets in self.parts.items()}
+        self.model.correct_routers(math.isfinite(norm))
         for b in self.buckets:
             b.grad.zero_()
             b.shard.zero_()
@@ -302,8 +304,9 @@ class AdamW:
     ) -> tuple[dict[str, tuple[int, Tensor]], int]:
         """Return what this rank saves: "kind/parameter" -> (first element, piece); and the updates.
 
-        kind: master, exp_avg or exp_avg_sq. With `host` the pieces are copies, in buffers that it
-        keeps under names that open with the prefix: see kernels.device.copy_to_host.
+        kind: master, exp_avg or exp_avg_sq, or fixed of a weight that no gradient moves. With
+        `host` the pieces are copies, in buffers that it keeps under names that open with the
+        prefix: see kernels.device.copy_to_host.
         """
         pieces: dict[str, tuple[int, Tensor]] = {}
         updates = 0
@@ -314,7 +317,17 @@ class AdamW:
                     buffer = copy_to_host(host, f"{prefix}{number}/{kind}", buffer)
                 for name, at, piece in b.pieces(buffer):
                     pieces[f"{kind}/{name}"] = (at, piece)
+        for name, tensor in self.fixed():
+            if host is not None:
+                tensor = copy_to_host(host, f"{prefix}{name}", tensor)
+            pieces[f"fixed/{name}"] = (0, tensor)
         return pieces, updates
+
+    def fixed(self) -> list[tuple[str, Tensor]]:
+        """Return the flat weights that no gradient moves, of every rank that holds them."""
+        declared = self.model.weights().items()
+        names = [name for name, weight in declared if not weight.trains]
+        return [(name, self.model.get_parameter(name).data.flatten()) for name in names]
 
     @torch.no_grad()
     def load_state(self, read: Callable[[str, str, int, int], Tensor], updates: int) -> None:
@@ -328,6 +341,8 @@ class AdamW:
                     piece.copy_(read(kind, name, at, at + len(piece)))
             b.publish()
             b.wait()
+        for name, tensor in self.fixed():
+            tensor.copy_(read("fixed", name, 0, len(tensor)))
 
 
 # ---- bytes, for plan.py and the line that a run prints at the start ------------------------------
@@ -359,7 +374,8 @@ def flat_sizes(model: GPT, mesh: Mesh, zero: int) -> list[tuple[str, bool, int, 
         for kind, names in plan_buckets(model, mesh, zero)
     ]
     if zero == 3:
-        frozen = {name for name, p in parameters.items() if not p.requires_grad}
+        declared = model.weights()
+        frozen = {n for n, p in parameters.items() if declared[n].trains and not p.requires_grad}
         planned += [
             (part, False, axes, names) for part, axes, names in plan_flats(model, mesh, frozen)
         ]

@@ -1,4 +1,4 @@
-"""Counts of a step in sparse layers, and the losses that keep all their experts in use.
+"""Counts of a step in sparse layers, and what keeps all their experts in use.
 
     balance = E Σ_e f_e P_e             f_e: share of tokens that chose expert e
     z       = mean (log Σ_e exp l_e)²   P_e: mean probability of expert e; l: the router's logits
@@ -13,14 +13,24 @@ and ranks. The balance loss is no sum over tokens, so with more than one micro-b
 gradients counts f first. Given f and the number of tokens, the rest is a sum over tokens. A prompt
 shared by k responses counts k times, as if it were repeated: --share-prompts changes nothing.
 
+Where scores are sigmoids, P is of each token's scores divided by their sum (DeepSeek-V3, arXiv
+2412.19437 Eq. 19), and the choice can be corrected without a loss: after a step expert e, which was
+chosen n_e times in it, has
+
+    b_e += u · sign(Σ n / E - n_e)
+
+(Loss-free balancing, arXiv 2408.15664 Algorithm 1.) n is of the whole step as well.
+
 Letters: T tokens, E experts, K experts of a token, L sparse layers.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.device import upload
@@ -67,9 +77,11 @@ class _Attach(torch.autograd.Function):
 class Tally:
     """Counts of a sparse layer's tokens, and the weights of its losses."""
 
-    def __init__(self, experts: int):
-        self.experts = experts
+    def __init__(self, experts: int, router: str = "softmax"):
+        self.experts, self.router = experts, router
         self.balance = self.z = 0.0  # weights of the losses, divided by L
+        self.rate = 0.0  # u, by which the correction moves; 0: never
+        self.load: Tensor | None = None  # n since it moved, or a multiple of it, (E,) fp64
         self.counting = False  # the pass that counts before the step
         self.fractions: Tensor | None = None  # f of the whole step, (E,); None: of one micro-batch
         self.tokens = 0.0  # of the whole step
@@ -85,7 +97,8 @@ class Tally:
         if not (self.counting or torch.is_grad_enabled()):
             return x
         exact = torch.promote_types(logits.dtype, torch.float32)
-        logps = torch.log_softmax(logits, -1, dtype=exact)
+        scores = F.logsigmoid(logits.to(exact)) if self.router == "sigmoid" else logits
+        logps = torch.log_softmax(scores, -1, dtype=exact)
         p = logps.exp() * times[:, None]  # (T, E)
         z = torch.logsumexp(logits.to(exact), -1).square() * times  # (T,)
         with torch.no_grad():
@@ -94,6 +107,8 @@ class Tally:
             rest = torch.stack([z.sum(), -(p * logps).sum(), times.sum()])
             sums = torch.cat([load, p.double().sum(0), rest.double()])
             self.sums = sums if self.sums is None else self.sums + sums
+            if self.rate:
+                self.load = load if self.load is None else self.load + load
         if self.counting or not (self.balance or self.z):
             return x
         fractions, tokens = self.fractions, torch.as_tensor(self.tokens)
@@ -119,6 +134,19 @@ def end_count(tallies: list[Tally], before: list[Tensor | None], group: Group) -
         tally.tokens = float(counted[-1])
         tally.fractions = counted[: tally.experts] / tally.tokens
         tally.counting, tally.sums = False, sums
+
+
+def correct(routers: Sequence[tuple[Tensor, Tally]], group: Group) -> None:
+    """Move the corrections of routers, (E,) each, towards even loads of a step. Collective.
+
+    group: ranks with other tokens.
+    """
+    if not routers:
+        return
+    counted = [bias.new_zeros(t.experts) if t.load is None else t.load for bias, t in routers]
+    loads = group.all_reduce(torch.stack([load.double() for load in counted]), "router")  # (L, E)
+    for (correction, tally), load in zip(routers, loads):
+        correction += tally.rate * torch.sign(load.sum() - len(load) * load)
 
 
 def metrics(tallies: dict[int, Tally], layers: int, experts: int, mesh: Mesh) -> dict[str, float]:

@@ -218,7 +218,9 @@ class _Close(torch.autograd.Function):
 
 
 def shard(model: GPT) -> Shards:
-    """Shard every weight of a model that is not sharded yet; a quantised one stays whole.
+    """Shard every weight of a model that is not sharded yet.
+
+    A quantised one stays whole, and so does one of another dtype, which is small.
 
     Weights lie side by side with those of their part that the same ranks hold. Collective.
     """
@@ -227,7 +229,9 @@ def shard(model: GPT) -> Shards:
     shards: Shards = model.shards
     done = {name for flats in shards.own.values() for flat in flats for name, _ in flat.named}
     parameters = dict(model.named_parameters())
-    fresh = {name for name, p in parameters.items() if name not in done and not p.is_meta}
+    whole = {name for name, weight in model.weights().items() if weight.exact}
+    whole |= {name for name, p in parameters.items() if p.is_meta}
+    fresh = parameters.keys() - done - whole
     for part, replicas, names in plan_flats(model, model.mesh, fresh):
         named = [(name, parameters[name]) for name in names]
         shards.own[part].append(Flat(named, model.mesh.group(replicas), sharded=True))

@@ -124,7 +124,10 @@ def describe(model: GPT, lengths: np.ndarray, steps: Steps, config: RunConfig) -
     used = memory(sizes, held, config.zero, model.dtype, offload, half_grads)
     host = used.host + (saved_bytes(sizes, model.dtype) if config.async_save else 0)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    still = {name for name, weight in model.weights().items() if weight.trains}
+    frozen = sum(
+        p.numel() for n, p in model.named_parameters() if n in still and not p.requires_grad
+    )
     tokens = lengths.mean() * min(config.batch_size, len(lengths))
     lines = [
         f"{in_units(parameter_count(model.c))} parameters"

@@ -13,14 +13,19 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
+CORRECTION = ".e_score_correction_bias"  # of a router; no gradient moves it
+
 
 class PlainModel:
-    """Llama, Mistral, Qwen2 and 3, their mixtures, or GPT-NeoX; its weights take gradients."""
+    """Llama, Mistral, Qwen2 and 3, mixtures, or GPT-NeoX; its weights take gradients."""
 
     def __init__(self, folder: Path, dtype: torch.dtype):
         self.config = json.loads((folder / "config.json").read_text())
         weights = load_file(folder / "model.safetensors")
-        self.weights = {name: w.to(dtype).requires_grad_() for name, w in weights.items()}
+        self.weights = {
+            name: w.to(dtype).requires_grad_(not name.endswith(CORRECTION))
+            for name, w in weights.items()
+        }
         self.neox = self.config["model_type"] == "gpt_neox"
         self.adapter: dict[str, Tensor] = {}  # LoRA: A and B under PEFT's names
         self.adapter_scale = 0.0  # 0 switches the adapter off
@@ -51,7 +56,7 @@ class PlainModel:
         if self.neox:
             bias = self.weights[name + ".bias"]
             return F.layer_norm(x, x.shape[-1:], self.weights[name + ".weight"], bias, 1e-5)
-        rms = (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        rms = (x.square().mean(-1, keepdim=True) + self.config["rms_norm_eps"]).sqrt()
         return x / rms * self.weights[name + ".weight"]
 
     def turn(self, x: Tensor, size: int) -> Tensor:
@@ -111,7 +116,8 @@ class PlainModel:
                 k = self.norm(k, f"{at}.self_attn.k_norm")
             q, k, v = (p.transpose(0, 1) for p in (q, k, v))
             k, v = (p.repeat_interleave(heads // len(p), 0) for p in (k, v))
-            y = self.attention(self.turn(q, size), self.turn(k, size), v)
+            turned = int(size * self.config.get("partial_rotary_factor", 1.0))
+            y = self.attention(self.turn(q, turned), self.turn(k, turned), v)
             x = x + self.linear(y, f"{at}.self_attn.o_proj")
             y = self.norm(x, f"{at}.post_attention_layernorm")
             routed = f"{at}.mlp.gate.weight" in self.weights
@@ -127,38 +133,59 @@ class PlainModel:
         """Mix the outputs of each token's likeliest experts, one token after another."""
         logits = self.linear(x, f"{at}.gate")
         self.routed.setdefault(at, []).append(logits)
-        share = logits.softmax(-1)
+        score = self.scores(logits, at)
         outputs = []
-        for token, p in zip(x, share):
-            weights, chosen = p.topk(self.config["num_experts_per_tok"])
-            if self.config["norm_topk_prob"]:
+        for token, p, chosen in zip(x, score, self.choice(score, at)):
+            weights = p[chosen]
+            if self.config.get("norm_topk_prob", True):
                 weights = weights / weights.sum()
-            parts = [
-                w * self.mlp(token, f"{at}.experts.{e}") for w, e in zip(weights, chosen.tolist())
-            ]
+            weights = weights * self.config.get("routed_scaling_factor", 1.0)
+            parts = [w * self.mlp(token, f"{at}.experts.{e}") for w, e in zip(weights, chosen)]
             outputs.append(sum(parts))
         y = torch.stack(outputs)
+        if f"{at}.shared_experts.up_proj.weight" in self.weights:
+            y = y + self.mlp(x, f"{at}.shared_experts")
         if f"{at}.shared_expert_gate.weight" in self.weights:
             gate = self.linear(x, f"{at}.shared_expert_gate").sigmoid()
             y = y + gate * self.mlp(x, f"{at}.shared_expert")
         return y
 
+    def scores(self, logits: Tensor, at: str) -> Tensor:
+        """Return each token's scores of the experts, (tokens, E)."""
+        return logits.sigmoid() if f"{at}.gate{CORRECTION}" in self.weights else logits.softmax(-1)
+
+    def choice(self, score: Tensor, at: str) -> list[list[int]]:
+        """Return the experts of each token."""
+        corrected = score + self.weights.get(f"{at}.gate{CORRECTION}", 0.0)
+        return corrected.topk(self.config["num_experts_per_tok"]).indices.tolist()
+
+    def correct_routers(self, rate: float) -> None:
+        """Move each router's bias by the tokens of all rows since the last call: 2408.15664."""
+        with torch.no_grad():
+            for at, rows in self.routed.items():
+                bias = self.weights[f"{at}.gate{CORRECTION}"]
+                chosen = sum(self.choice(self.scores(torch.cat(rows), at), at), [])
+                for e in range(len(bias)):
+                    lacking = len(chosen) / len(bias) - chosen.count(e)
+                    bias[e] += rate * ((lacking > 0) - (lacking < 0))
+        self.routed = {}
+
     def router_losses(self) -> tuple[Tensor, Tensor]:
-        """Return the balance loss and the z-loss of all rows since the last call.
+        """Return the balance loss and the z-loss of all rows of the step.
 
         One expert after another, the mean over layers: arXiv 2101.03961 Eq. 4, 2202.08906 Eq. 5.
         """
         balance, z = [], []
-        for rows in self.routed.values():
+        for at, rows in self.routed.items():
             logits = torch.cat(rows)  # (tokens, E)
-            share = logits.softmax(-1)
-            chosen = [p.topk(self.config["num_experts_per_tok"]).indices.tolist() for p in share]
+            score = self.scores(logits, at)
+            share = score / score.sum(-1, keepdim=True)
+            chosen = self.choice(score, at)
             n = logits.shape[1]
             f = [sum(e in some for some in chosen) / len(chosen) for e in range(n)]
             balance.append(n * sum(f[e] * share[:, e].mean() for e in range(n)))
             z.append(logits.exp().sum(-1).log().square().mean())
         layers = len(self.routed)
-        self.routed = {}
         return sum(balance) / layers, sum(z) / layers
 
     def logps(self, prompt: list[int], response: list[int]) -> Tensor:
@@ -224,11 +251,16 @@ def encode(
 
 
 def five_steps(
-    folder: Path, trees: list, batch: int, dpo: bool, router: tuple[float, float] = (0.0, 0.0)
+    folder: Path,
+    trees: list,
+    batch: int,
+    dpo: bool,
+    router: tuple[float, float, float] = (0.0, 0.0, 0.0),
 ) -> tuple[list[tuple[float, float]], dict[str, Tensor]]:
     """Make five steps of DPO (β = 0.1) or SFT at rate 1e-2 on `batch` trees each, in float64.
 
-    router: weights of the balance loss and the z-loss, which are no part of the returned losses.
+    router: weights of the balance loss and the z-loss, which are no part of the returned losses,
+    and the step of the routers' biases.
     Returns [(loss, norm), ...] and the weights.
     """
     plain = PlainModel(folder, torch.float64)
@@ -251,9 +283,12 @@ def five_steps(
             else:
                 total = total - logps[0].sum() / sum(len(trees[j][1][0]) for j in mine)
         extra = 0.0
-        if any(router):
+        if any(router[:2]):
             balance, z = plain.router_losses()
             extra = router[0] * balance + router[1] * z
         _, norm = trainer.step(total + extra)
+        if router[2]:
+            plain.correct_routers(router[2])
+        plain.routed = {}
         taken.append((total.item(), norm))
     return taken, {name: w.detach() for name, w in plain.weights.items()}

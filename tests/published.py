@@ -38,6 +38,26 @@ ROUTED = {
     "num_experts_per_tok": 2,
     "tie_word_embeddings": False,
 }
+GLM4 = {
+    "architectures": ["Glm4MoeForCausalLM"],
+    "model_type": "glm4_moe",
+    "attention_bias": True,
+    "head_dim": 16,
+    "hidden_act": "silu",
+    "moe_intermediate_size": 24,
+    "n_group": 1,
+    "n_routed_experts": 6,
+    "n_shared_experts": 2,
+    "norm_topk_prob": True,
+    "num_experts_per_tok": 2,
+    "num_nextn_predict_layers": 1,
+    "partial_rotary_factor": 0.5,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "tie_word_embeddings": False,
+    "topk_group": 1,
+}
 PUBLISHED = {
     "Qwen3-30B-A3B": {
         **ROUTED,
@@ -96,6 +116,18 @@ PUBLISHED = {
         "rope_scaling": None,
         "rope_theta": 10000.0,
         "router_aux_loss_coef": 0.01,
+    },
+    "GLM-4.5-Air": {
+        **GLM4,
+        "first_k_dense_replace": 1,
+        "routed_scaling_factor": 1.0,
+        "use_qk_norm": False,
+    },
+    "GLM-4.5": {
+        **GLM4,
+        "first_k_dense_replace": 3,
+        "routed_scaling_factor": 2.5,
+        "use_qk_norm": True,
     },
     "SmolLM3-3B": {
         "architectures": ["SmolLM3ForCausalLM"],
@@ -335,6 +367,9 @@ def published_folder(name: str, folder: Path) -> Path:
     for path, p in model.named_parameters():
         if p.dim() == 1:  # norms and biases, which start as ones and zeros
             p.data += 0.3 * torch.randn_like(p) if "norm" in path else 0.1 * torch.randn_like(p)
+    for path, buffer in model.named_buffers():
+        if path.endswith("e_score_correction_bias"):  # zeros at first; large enough to be seen
+            buffer += 0.2 * torch.randn_like(buffer)
     model.save_pretrained(folder)
     (folder / "config.json").write_text(text)  # transformers writes the keys of its own version
     return folder

@@ -39,6 +39,7 @@ ARCHITECTURES = {
     "qwen2_moe": "Qwen2MoeForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "olmoe": "OlmoeForCausalLM",
+    "glm4_moe": "Glm4MoeForCausalLM",
 }  # a reward model has ForSequenceClassification instead
 
 # ---- the keys that are known ---------------------------------------------------------------------
@@ -73,7 +74,7 @@ WHOLE_NUMBERS = set(
     "intermediate_size vocab_size max_position_embeddings sliding_window max_window_layers "
     "num_labels original_max_position_embeddings no_rope_layer_interval "
     "num_experts num_local_experts num_experts_per_tok moe_intermediate_size decoder_sparse_step "
-    "shared_expert_intermediate_size "
+    "shared_expert_intermediate_size n_routed_experts n_shared_experts n_group topk_group "
     "sliding_window_pattern _sliding_window_pattern".split()
 )
 NUMBERS = set(
@@ -81,11 +82,11 @@ NUMBERS = set(
     "residual_multiplier attention_multiplier logits_scaling "
     "rope_theta rotary_emb_base rotary_pct partial_rotary_factor layer_norm_eps rms_norm_eps "
     "factor low_freq_factor high_freq_factor attention_factor beta_fast beta_slow mscale "
-    "mscale_all_dim llama_4_scaling_beta".split()
+    "mscale_all_dim llama_4_scaling_beta routed_scaling_factor".split()
 )
 SWITCHES = set(
     "use_parallel_residual attention_bias mlp_bias use_sliding_window tie_word_embeddings "
-    "truncate use_qkv_bias qk_layernorm".split()
+    "truncate use_qkv_bias qk_layernorm use_qk_norm norm_topk_prob".split()
 )
 # Upper bounds of whole numbers, 2**24 for the others: a damaged file must not eat all memory.
 LARGEST = {"num_hidden_layers": 1000, "num_labels": 10_000}
@@ -258,7 +259,11 @@ def _biases(options: Options, family: str) -> dict[str, bool]:
         return {"qkv_bias": attention, "out_bias": attention, "mlp_bias": True}
     attention = options.take("attention_bias", False) or False
     mlp = options.take("mlp_bias", False) or False
-    return {"qkv_bias": attention or family == "qwen2", "out_bias": attention, "mlp_bias": mlp}
+    return {
+        "qkv_bias": attention or family == "qwen2",
+        "out_bias": attention and family != "glm4_moe",
+        "mlp_bias": mlp,
+    }
 
 
 def _windows(

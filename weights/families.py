@@ -19,7 +19,7 @@ THETA = {"mixtral": 1e6, "smollm3": 2e6, "olmo3": 5e5, "gemma3_text": 1e6}
 # What holds where config.json does not say. Epsilon of the norms; 1e-6 for the others.
 SMALL_EPS = (
     *("olmo2", "olmo3", "nemotron", "stablelm", "phi3", "ministral3", "gpt_neox"),
-    *("mixtral", "olmoe"),
+    *("mixtral", "olmoe", "glm4_moe"),
 )
 EPS = dict.fromkeys(SMALL_EPS, 1e-5)
 # Key of that epsilon; rms_norm_eps for the others.
@@ -27,19 +27,19 @@ EPS_KEY = {"gpt_neox": "layer_norm_eps", "stablelm": "layer_norm_eps", "nemotron
 # Key/value heads; as many as query heads for the others.
 KV_HEADS = {
     **{"mistral": 8, "smollm3": 4, "gemma3_text": 4, "ministral3": 8},
-    **{"mixtral": 8, "qwen2_moe": 16, "qwen3_moe": 4},
+    **{"mixtral": 8, "qwen2_moe": 16, "qwen3_moe": 4, "glm4_moe": 8},
 }
 # Size of a head; width / heads for the others.
 HEAD_SIZE = {"qwen3": 128, "gemma3_text": 256, "ministral3": 128}
 # Sliding window; none for the others.
 WINDOW = {"mistral": 4096, "olmo3": 4096, "gemma3_text": 4096}
 # Families whose heads are rotated in part -> the share where config.json does not say.
-SHARE = {"gpt_neox": 0.25, "nemotron": 0.5, "stablelm": 0.25, "phi3": 1.0}
+SHARE = {"gpt_neox": 0.25, "nemotron": 0.5, "stablelm": 0.25, "phi3": 1.0, "glm4_moe": 0.5}
 # Families whose layers with a window have rotary positions of their own -> their default base.
 LOCAL_ROPE = {"olmo3": 5e5, "gemma3_text": 1e4}
 QWEN, OLMO = ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe"), ("olmo2", "olmo3")
 DENSE = ("llama", "mistral", "smollm3", *OLMO, "granite", "phi3", "gemma3_text", "ministral3")
-RMS = (*DENSE, *QWEN, "mixtral", "olmoe")
+RMS = (*DENSE, *QWEN, "mixtral", "olmoe", "glm4_moe")
 # Optional keys that change the arithmetic -> the families whose own code reads them.
 READ_BY = {
     "num_key_value_heads": (*RMS, "nemotron", "stablelm"),
@@ -57,6 +57,7 @@ READ_BY = {
         *OLMO,
         "nemotron",
         "granite",
+        "glm4_moe",
         "gemma3_text",
     ),
     "mlp_bias": ("llama", "smollm3", "nemotron", "granite"),
@@ -88,6 +89,12 @@ NEW: dict[str, Fields] = {
         }
     },
     "gemma3_text": {"hidden_activation": "gelu_pytorch_tanh"},
+    "glm4_moe": {
+        "attention_bias": True,
+        "use_qk_norm": True,
+        "partial_rotary_factor": 0.5,
+        "routed_scaling_factor": 2.5,
+    },
     "granite": {
         "attention_multiplier": 0.125,
         "embedding_multiplier": 12.0,
@@ -97,7 +104,8 @@ NEW: dict[str, Fields] = {
 }
 
 
-SPARSE = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")  # families of mixtures of experts
+# Families of mixtures of experts.
+SPARSE = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "glm4_moe")
 
 
 def expert_keys(family: str, experts: int, active: int, ffn: int) -> Fields:
@@ -105,6 +113,9 @@ def expert_keys(family: str, experts: int, active: int, ffn: int) -> Fields:
     keys = {"num_experts_per_tok": active}
     if family == "mixtral":
         return {**keys, "num_local_experts": experts, "intermediate_size": ffn}
+    if family == "glm4_moe":  # sizes are small, so the first layer is sparse as well
+        keys |= {"n_routed_experts": experts, "n_shared_experts": 1, "first_k_dense_replace": 0}
+        return {**keys, "moe_intermediate_size": ffn, "num_nextn_predict_layers": 0}
     keys |= {"num_experts": experts, "norm_topk_prob": family == "qwen3_moe"}
     if family == "olmoe":
         return {**keys, "intermediate_size": ffn}
@@ -189,10 +200,11 @@ def experts(take: Take, fields: Fields) -> Fields:
     """
     for key in ("router_aux_loss_coef", "output_router_logits"):
         take(key)
-    number = agreed({key: take(key) for key in ("num_experts", "num_local_experts")})
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    number = agreed({key: take(key) for key in names})
     active = take("num_experts_per_tok")
     if not number or not active:
-        raise ValueError("config.json: num_experts or num_experts_per_tok is missing")
+        raise ValueError("config.json: the number of experts or num_experts_per_tok is missing")
     if active > number:
         raise ValueError(
             f"config.json: num_experts_per_tok = {active} is more than the {number} experts"
@@ -253,6 +265,34 @@ def qwen3_moe(take: Take, fields: Fields) -> Fields:
     return qwen_moe(take, fields)
 
 
+def glm4_moe(take: Take, fields: Fields) -> Fields:
+    """Read GLM-4.5 (arXiv 2508.06471): sigmoid scores, a shared MLP, dense layers at first.
+
+    ValueError: experts in groups, of which a token takes some only; no published one has any.
+    """
+    for key in ("n_group", "topk_group"):
+        if take(key, 1) != 1:
+            raise ValueError(f"config.json: {key} is supported at 1 only")
+    for key in ("num_nextn_predict_layers", "num_mtp_layers"):  # weights/folder.py leaves them out
+        take(key)
+    own = experts(take, fields)
+    width, shared = take("moe_intermediate_size"), take("n_shared_experts", 1)
+    if not width:
+        raise ValueError("config.json: moe_intermediate_size is missing")
+    dense = take("first_k_dense_replace", 1) or 0
+    return {
+        **own,
+        "router": "sigmoid",
+        "expert_ffn": width,
+        "shared_ffn": width * (shared or 0),
+        "shared_gated": False,
+        "normalised": take("norm_topk_prob", True),
+        "routed_scale": float(take("routed_scaling_factor") or 1.0),
+        "dense_layers": tuple(range(min(dense, fields["layers"]))),
+        "qk_norm": "head" if take("use_qk_norm", False) else "",
+    }
+
+
 READERS: dict[str, Callable[[Take, Fields], Fields]] = {
     "smollm3": smollm3,
     "olmo2": olmo,
@@ -265,4 +305,5 @@ READERS: dict[str, Callable[[Take, Fields], Fields]] = {
     "olmoe": olmoe,
     "qwen2_moe": qwen2_moe,
     "qwen3_moe": qwen3_moe,
+    "glm4_moe": glm4_moe,
 }

@@ -35,6 +35,7 @@ from weights.table import HEADS, Stored, fuse, weight_table
 
 __all__ = ["DTYPES", "fingerprint", "load_model", "save_model", "weight_files"]
 NOT_FINITE = "a weight is not finite"
+NEXT_LAYERS = "num_nextn_predict_layers"  # of config.json
 SHARD_BYTES = 5 << 30  # of one weight file, as transformers splits them
 
 # ---- reading -------------------------------------------------------------------------------------
@@ -63,6 +64,7 @@ def load_model(
     c, raw = read_config(folder)
     _check_kind(folder, score_names(raw), scores)
     files = weight_files(folder)
+    files = _without_next_layers(folder, c, raw, files, mesh)
     if scores:  # to be trained: the scores will be others than were measured
         raw.pop("reward_standard", None)
     fresh = bool(scores) and not score_names(raw)
@@ -116,7 +118,8 @@ def load_model(
             tensors[name] = torch.empty(p.shape, dtype=dtype, device="meta")
             continue
         tensor = _read_slice(on_disk, stored, mesh)
-        tensors[name] = tensor.to(device=device, dtype=dtype, copy=True)
+        held = declared[name].held_in(dtype)
+        tensors[name] = tensor.to(device=device, dtype=held, copy=True)
         _check_finite(folder, stored.name, tensors[name])
     fill()
     model.hf_config = raw
@@ -128,6 +131,27 @@ def load_model(
     if quantised:
         model.original = original
     return model
+
+
+def _without_next_layers(
+    folder: str | Path, c: GPTConfig, raw: dict, files: dict[str, Path], mesh: Mesh
+) -> dict[str, Path]:
+    """Return weight files without those of layers that predict further tokens (GLM-4.5), said once.
+
+    They guess ahead when sampling and are no part of the model. raw: its config.json, which says
+    afterwards that there are none.
+    """
+    layers = range(c.layers, c.layers + (raw.get(NEXT_LAYERS) or 0))
+    ahead = tuple(f"model.layers.{i}." for i in layers)
+    kept = {name: file for name, file in files.items() if not name.startswith(ahead)}
+    if ahead:
+        raw[NEXT_LAYERS] = 0
+    if len(kept) < len(files) and mesh.main:
+        print(
+            f"{folder}: {len(files) - len(kept)} weights of {len(ahead)} layer(s) that predict "
+            "further tokens are left out: training would make them stale"
+        )
+    return kept
 
 
 def _check_kind(folder: str | Path, have: tuple[str, ...], wanted: tuple[str, ...] | None) -> None:
@@ -397,7 +421,9 @@ def _write_index(model: GPT, folder: Path) -> None:
     if len(plan) == 1:
         return
     stored = {stored.name: stored for stored in weight_table(model.c).values()}
-    total = sum(math.prod(s.shape) for s in stored.values()) * model.dtype.itemsize
+    total = sum(
+        math.prod(s.shape) * s.weight.held_in(model.dtype).itemsize for s in stored.values()
+    )
     weight_map = {name: file for _, names, file in plan for name in names}
     text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
     (folder / "model.safetensors.index.json").write_text(text)

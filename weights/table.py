@@ -83,13 +83,27 @@ PHI3 = [
 ]
 EXPERT = "model.layers.{i}.block_sparse_moe.experts.{e}"
 # Mixtures of experts.
-SPARSE = [
+ROUTED = [
     *LLAMA,
     Row("blocks.{i}.mlp.router", "model.layers.{i}.mlp.gate"),
+    *(
+        Row(f"blocks.{{i}}.mlp.experts.{{e}}.{x}", f"model.layers.{{i}}.mlp.experts.{{e}}.{x}_proj")
+        for x in ("gate", "up", "down")
+    ),
+]
+SPARSE = [
+    *ROUTED,
     Row("blocks.{i}.mlp.shared_gate", "model.layers.{i}.mlp.shared_expert_gate"),
     *(
-        Row(f"blocks.{{i}}.mlp.{ours}.{x}", f"model.layers.{{i}}.mlp.{theirs}.{x}_proj")
-        for ours, theirs in (("experts.{e}", "experts.{e}"), ("shared", "shared_expert"))
+        Row(f"blocks.{{i}}.mlp.shared.{x}", f"model.layers.{{i}}.mlp.shared_expert.{x}_proj")
+        for x in ("gate", "up", "down")
+    ),
+]
+GLM4 = [
+    *ROUTED,
+    Row("blocks.{i}.mlp.router.correction", "model.layers.{i}.mlp.gate.e_score_correction_bias"),
+    *(
+        Row(f"blocks.{{i}}.mlp.shared.{x}", f"model.layers.{{i}}.mlp.shared_experts.{x}_proj")
         for x in ("gate", "up", "down")
     ),
 ]
@@ -120,6 +134,7 @@ TABLES = {
     "qwen2_moe": SPARSE,
     "qwen3_moe": SPARSE,
     "olmoe": SPARSE,
+    "glm4_moe": GLM4,
 }
 HEADS = ("lm_head.weight", "embed_out.weight")  # on disk; a tied or a reward model does without
 

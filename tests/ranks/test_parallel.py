@@ -65,6 +65,7 @@ MODELS = {
     "qwen3_moe": {"family": "qwen3_moe", **SMALL, "head_size": 6, "experts": 5, "expert_ffn": 9},
     "qwen2_moe": {"family": "qwen2_moe", **SMALL, "experts": 4, "active": 3, "expert_ffn": 7},
     "experts": {"family": "qwen3_moe", **SMALL, "head_size": 6, "experts": 6, "expert_ffn": 9},
+    "glm4_moe": {"family": "glm4_moe", **SMALL, "head_size": 8, "experts": 6, "expert_ffn": 9},
     "gpt_neox": {"family": "gpt_neox", "width": 32, "layers": 2, "heads": 4, "ffn": 33},
 }
 
@@ -113,7 +114,7 @@ class Bench:
             self.tokenizer / "tokenizer.model", list(read_rows(self.data(script)))[:n], keys
         )
 
-    def plain(self, script, name: str, batch: int, router: tuple[float, float]) -> tuple:
+    def plain(self, script, name: str, batch: int, router: tuple[float, float, float]) -> tuple:
         """Return [(loss, norm)] and weights after five steps of the independent loop."""
         key = (script.__name__, name, batch, router)
         if key not in self.known:
@@ -163,7 +164,8 @@ def furthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 
 FIVE_STEPS = [
     # layout, model, variation: 1 or 3 examples a step, small micro-batches, unshared prompts,
-    # activation checkpointing (recompute), many buckets, both losses of the router (balance)
+    # activation checkpointing (recompute), many buckets, both losses of the router (balance), its
+    # bias moved (bias)
     ("dp2", "uneven", ""),
     ("dp2 zero2", "llama", "small buckets"),
     ("dp4", "qwen2", "three"),  # a step of three trees leaves one rank an empty micro-batch
@@ -203,6 +205,12 @@ FIVE_STEPS = [
     ("cp2 ep2", "experts", "small"),
     ("cp2 dp2 ep2 zero2", "qwen2_moe", "buckets"),
     ("dp4 ep2 zero3", "experts", "three"),
+    ("dp2 zero2", "glm4_moe", "small buckets bias"),
+    ("tp2", "glm4_moe", "small recompute balance bias"),
+    ("pp2", "glm4_moe", "small bias"),
+    ("cp2 dp2 ep2", "glm4_moe", "small bias"),
+    ("tp2 dp2 ep2", "glm4_moe", "bias"),
+    ("dp2 ep2 zero3", "glm4_moe", "small balance bias"),
 ]
 
 
@@ -227,12 +235,15 @@ def test_five_steps_equal_a_plain_loop(
             > 1
         )
     router = (0.5, 0.1) if "balance" in how else (0.0, 0.0)
+    router = (*router, 0.05 if "bias" in how else 0.0)
     losses, weights = bench.plain(script, model, batch, router)
     words = f"--model {bench.model(model)} --data {bench.data(script)} --batch-size {batch}".split()
     words += f"--max-tokens {budget} --max-steps 5 --lr 1e-2 --warmup 0.25".split()
     words += "--weight-decay 0.1 --no-shuffle --dtype fp64 --template plain --device cpu".split()
     if "balance" in how:
         words += ["--balance-loss", str(router[0]), "--router-z-loss", str(router[1])]
+    if "bias" in how:
+        words += ["--balance-bias", str(router[2])]
     if "unshared" in how:
         words.append("--no-share-prompts")
     if "recompute" in how:
@@ -244,18 +255,20 @@ def test_five_steps_equal_a_plain_loop(
     assert furthest(mine, weights) < NEAR
 
 
-def test_a_run_moves_between_expert_ranks_and_one_process(bench: Bench, tmp_path: Path):
+@pytest.mark.parametrize(("model", "bias"), [("experts", 0.0), ("glm4_moe", 0.05)])
+def test_a_run_moves_between_expert_ranks_and_one_process(
+    model: str, bias: float, bench: Bench, tmp_path: Path
+):
     """ep2 to step 2, one process to step 4, ep2 tp2 to step 5: the weights of the plain loop."""
-    words = (
-        f"--model {bench.model('experts')} --data {bench.data(train_sft)} --batch-size 4".split()
-    )
+    words = f"--model {bench.model(model)} --data {bench.data(train_sft)} --batch-size 4".split()
+    words += ["--balance-bias", str(bias)]
     words += "--max-steps 5 --lr 1e-2 --warmup 0.25 --weight-decay 0.1 --no-shuffle".split()
     words += "--dtype fp64 --template plain --device cpu --save-every 2".split()
     out = tmp_path / "out"
     run(train_sft, words, "dp2 ep2", out)
     for step, layout in ((2, "dp1"), (4, "dp2 tp2 ep2")):
         _, mine = run(train_sft, [*words, "--resume", str(out / f"step_{step}")], layout, out)
-        assert furthest(mine, bench.plain(train_sft, "experts", 4, (0.0, 0.0))[1]) < NEAR
+        assert furthest(mine, bench.plain(train_sft, model, 4, (0.0, 0.0, bias))[1]) < NEAR
 
 
 # ---- the other scripts ---------------------------------------------------------------------------

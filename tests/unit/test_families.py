@@ -27,6 +27,7 @@ import hf
 from data.trees import make_batch
 from model import GPT, active_count
 from sampling import sampler
+from weights import families
 from weights.adapters import TARGETS, Lora, adapters_of, attach
 from weights.config_json import read_config
 from weights.folder import load_model, save_model
@@ -34,7 +35,9 @@ from weights.peft import load_adapter, save_adapter
 
 NEAR = 1e-4  # of two readings in fp32
 # Models whose family has no class for reward models in transformers.
-WITHOUT_SCORES = ("granite-3.1-2b-instruct", "OLMoE-1B-7B-0924-Instruct")
+WITHOUT_SCORES = (
+    *("granite-3.1-2b-instruct", "OLMoE-1B-7B-0924-Instruct", "GLM-4.5-Air", "GLM-4.5"),
+)
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21]]
 
 
@@ -203,6 +206,13 @@ LONG = {"type": "longrope", "short_factor": [1.0, 2.0], "long_factor": [1.0, 2.0
         ("Mixtral-8x7B-Instruct-v0.1", {"router_jitter_noise": 0.1}, "router_jitter_noise"),
         ("Qwen1.5-MoE-A2.7B-Chat", {"moe_intermediate_size": None}, "moe_intermediate_size"),
         ("OLMoE-1B-7B-0924-Instruct", {"clip_qkv": 8.0}, "clip_qkv"),
+        ("GLM-4.5", {"n_group": 2}, "n_group"),
+        ("GLM-4.5", {"topk_group": 2}, "topk_group"),
+        ("GLM-4.5", {"n_routed_experts": None}, "number of experts"),
+        ("GLM-4.5", {"moe_intermediate_size": None}, "moe_intermediate_size"),
+        ("GLM-4.5", {"routed_scaling_factor": 0}, "routed_scaling_factor"),
+        ("GLM-4.5", {"norm_topk_prob": "yes"}, "norm_topk_prob"),
+        ("GLM-4.5", {"sliding_window": 8}, "sliding_window"),
         ("stablelm-2-1_6b", {"qk_layernorm": True}, "qk_layernorm"),
         ("stablelm-2-1_6b", {"use_parallel_residual": True}, "use_parallel_residual"),
         ("Phi-3-mini-4k-instruct", {"resid_pdrop": 0.1}, "resid_pdrop"),
@@ -234,7 +244,7 @@ def test_what_a_family_does_not_compute_is_refused_by_name(
         read_config(tmp_path)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"])
+@pytest.mark.parametrize("family", families.SPARSE)
 def test_the_parameters_that_meet_a_token(family: str):
     """All but the experts that it does not take; `hf.py new` makes what its flags say."""
     flags = hf.New(family=family, width=16, layers=3, vocab=40, ffn=24, experts=5, active=2)
@@ -252,6 +262,7 @@ def test_the_parameters_that_meet_a_token(family: str):
         and "router" not in name
         and "shared_gate" not in name
         and "bias" not in name
+        and "correction" not in name
         and not re.search(r"experts\.[234]\.", name)
     )
     assert "5 experts of 8, 2 a token" in hf.describe_mlp(model.c)

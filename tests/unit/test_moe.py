@@ -7,6 +7,7 @@ Faults that were put in one by one and made a test here fail:
             counted once (tests/ranks/test_parallel.py); first choices alone; entropy in bits
 """
 
+import json
 import math
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from conftest import dataset_of
 from published import published_config
+from safetensors.torch import load_file, save_file
 
 import train_sft
 from architecture import GPTConfig
@@ -22,17 +24,20 @@ from hf import New, new_model
 from kernels.quantized import FORMATS
 from model import ALONE, GPT, active_count, parameter_count
 from moe import Experts, route
+from optimizer import AdamW
 from parallel import Mesh
-from routing import Routing, Tally, metrics
+from routing import Routing, Tally, correct, metrics
+from sharding import shard
 from weights.adapters import TARGETS, Lora, adapters_of, attach
-from weights.config_json import model_config
+from weights.config_json import model_config, read_config
 from weights.folder import load_model, save_model
+from weights.table import weight_table
 
 SIZES = dict(vocab=50, width=8, layers=2, heads=2, kv_heads=2, head_size=4, ffn=12)
 
 
-def layer_of(normalised: bool, dtype: torch.dtype = torch.float64) -> Experts:
-    """Return a layer of 5 experts, 2 a token, with random weights."""
+def layer_of(normalised: bool, router: str = "softmax", **options) -> Experts:
+    """Return a layer of 5 experts, 2 a token, with random weights, in float64."""
     c = GPTConfig(
         "qwen3_moe",
         **SIZES,
@@ -40,8 +45,10 @@ def layer_of(normalised: bool, dtype: torch.dtype = torch.float64) -> Experts:
         active=2,
         expert_ffn=6,
         normalised=normalised,
+        router=router,
+        **options,
     )
-    layer = Experts(c, 0, ALONE).to(dtype)
+    layer = Experts(c, 0, ALONE).double()
     generator = torch.Generator().manual_seed(0)
     for p in layer.parameters():
         p.data.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64))
@@ -53,26 +60,36 @@ def token_by_token(layer: Experts, x: torch.Tensor, normalised: bool) -> torch.T
     rows = []
     for token in x:
         scores = torch.exp(layer.router.weight @ token)
-        p = scores / scores.sum()
-        chosen = sorted(range(len(p)), key=lambda e: -p[e].item())[:2]
+        p, correction = scores / scores.sum(), layer.router.correction
+        if correction is not None:
+            p = scores / (1 + scores)
+        rank = p if correction is None else p + correction
+        chosen = sorted(range(len(p)), key=lambda e: -rank[e].item())[:2]
         total = sum(p[e] for e in chosen) if normalised else 1.0
+        total = total / layer.scale
         y = torch.zeros_like(token)
         for e in chosen:
             expert = layer.experts[str(e)]
             z = expert.gate.weight @ token
             hidden = z / (1 + torch.exp(-z)) * (expert.up.weight @ token)
             y = y + p[e] / total * (expert.down.weight @ hidden)
+        if layer.shared is not None:
+            z = layer.shared.gate.weight @ token
+            hidden = z / (1 + torch.exp(-z)) * (layer.shared.up.weight @ token)
+            y = y + layer.shared.down.weight @ hidden
         rows.append(y)
     return torch.stack(rows)
 
 
+@pytest.mark.parametrize("router", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("normalised", [True, False])
-def test_experts_equal_a_loop_over_tokens(normalised: bool):
+def test_experts_equal_a_loop_over_tokens(normalised: bool, router: str):
     """Outputs and all gradients, of many tokens, of one and of none, are those of the formula."""
-    layer = layer_of(normalised)
+    options = {"routed_scale": 2.5, "shared_ffn": 7, "shared_gated": False}
+    layer = layer_of(normalised, router, **(options if router == "sigmoid" else {}))
     for tokens in (23, 1, 0):
         x = torch.randn(tokens, 8, dtype=torch.float64, requires_grad=True)
-        inputs = [x, *layer.parameters()]
+        inputs = [x, *(p for p in layer.parameters() if p.requires_grad)]
         y = layer(x, tokens)
         wanted = token_by_token(layer, x, normalised) if tokens else torch.zeros_like(x)
         assert torch.allclose(y, wanted, rtol=0, atol=1e-12)
@@ -87,7 +104,7 @@ def test_experts_equal_a_loop_over_tokens(normalised: bool):
             assert torch.allclose(mine, other, rtol=0, atol=1e-11)
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "olmoe", "mixtral"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "olmoe", "mixtral", "glm4_moe"])
 def test_a_new_sparse_model_comes_back_from_its_folder(family: str, tmp_path: Path):
     """hf.py new, save, load: the same weights, and the counts of all and of active parameters."""
     sizes = dict(vocab=50, width=8, layers=2, heads=2, ffn=6, experts=5, active=3)
@@ -197,6 +214,109 @@ def test_router_losses_are_refused_without_experts(toy: Path, tmp_path: Path):
     words = f"--model {toy / 'model'} --data {toy / 'world' / 'sft.jsonl'} --out {tmp_path}".split()
     with pytest.raises(ValueError, match="--balance-loss: .* has no experts"):
         train_sft.main([*words, "--balance-loss", "0.01", "--device", "cpu"])
+
+
+def test_the_bias_of_a_router_moves_by_the_loads_of_a_step():
+    """Algorithm 1 of 2408.15664 by hand: 8 choices of 4 experts; one of even load stays."""
+    tally = Tally(4, "sigmoid")
+    tally.rate = 0.25
+    bias = torch.zeros(4)
+    even = torch.zeros(2, 4)
+    times = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    weights = torch.ones(2, 2, requires_grad=True)
+    tally.observe(weights, even, torch.tensor([[0, 1], [0, 2]]), times, 1)  # 3, 1, 2, 0
+    with torch.no_grad():  # evaluation, sampling: not counted
+        tally.observe(weights, even, torch.tensor([[3, 2], [3, 2]]), times, 1)
+    tally.observe(weights[:1], even[:1], torch.tensor([[2, 1]]), times[:1], 1)  # and 0, 1, 1, 0
+    correct([(bias, tally)], ALONE.group("dp cp"))
+    assert bias.tolist() == [-0.25, 0.0, -0.25, 0.25]
+
+
+def test_a_bias_stays_where_a_step_had_no_update():
+    """A step without an update moves no bias, and its tokens do not count for the next one."""
+    model = new_model(New(family="glm4_moe", vocab=50, width=16, layers=2, heads=2))
+    batch = make_batch(dataset_of([([5, 6, 7], [[8, 9], [10]])]), [0])
+    optimizer = AdamW(model, (0.9, 0.95), 1e-8, 0.0)
+    for tally in model.tallies.values():
+        tally.rate = 0.1
+    bias = model.blocks["1"].mlp.router.correction
+    for factor, moved in ((float("nan"), False), (1.0, True)):
+        (model.logps(model(batch), batch).sum() * factor).backward()
+        optimizer.step(1e-3, 1.0)
+        assert bool(bias.any()) == moved
+        assert all(tally.load is None for tally in model.tallies.values())
+
+
+def test_a_bias_is_held_and_saved_in_fp32(tmp_path: Path):
+    """A model in bf16: 0.001 added to 1 a hundred times is 1.1, in memory and on disk."""
+    model = new_model(New(family="glm4_moe", vocab=50, width=16, layers=2, heads=2, dtype="bf16"))
+    save_model(model, tmp_path / "new")
+    assert router_dtypes(tmp_path / "new")["gate.e_score_correction_bias"] == torch.float32
+    model = load_model(tmp_path / "new", torch.bfloat16)
+    router = model.blocks["0"].mlp.router
+    assert (router.weight.dtype, router.correction.dtype) == (torch.bfloat16, torch.float32)
+    router.correction.fill_(1.0)
+    for _ in range(100):
+        router.correction += 0.001
+    save_model(model, tmp_path / "model")
+    assert router_dtypes(tmp_path / "model")["gate.e_score_correction_bias"] == torch.float32
+    again = load_model(tmp_path / "model", torch.bfloat16)
+    correction = again.blocks["0"].mlp.router.correction
+    assert torch.equal(correction, router.correction)
+    assert correction[0].item() == pytest.approx(1.1, rel=1e-5)
+    shard(again)  # --zero 3 puts weights side by side, in one dtype
+    assert again.get_parameter("blocks.0.mlp.router.correction").dtype == torch.float32
+
+
+def router_dtypes(folder: Path) -> dict[str, torch.dtype]:
+    """Return the dtypes of the first layer's router on disk, by the end of their names."""
+    tensors = load_file(folder / "model.safetensors")
+    start = "model.layers.0.mlp."
+    return {n.removeprefix(start): x.dtype for n, x in tensors.items() if n.startswith(start)}
+
+
+def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path, capsys):
+    """GLM-4.5's last layer is not the model's: it is named, and what is saved has none."""
+    model = new_model(New(family="glm4_moe", vocab=50, width=16, layers=2, heads=2))
+    save_model(model, tmp_path / "model")
+    tensors = load_file(tmp_path / "model/model.safetensors")
+    tensors |= {f"model.layers.2.{name}": torch.ones(3) for name in ("eh_proj.weight", "enorm")}
+    save_file(tensors, tmp_path / "model/model.safetensors")
+    with pytest.raises(ValueError, match="does not know the weight model.layers.2"):
+        load_model(tmp_path / "model", torch.float32)
+    raw = json.loads((tmp_path / "model/config.json").read_text())
+    text = json.dumps({**raw, "num_nextn_predict_layers": 1})
+    (tmp_path / "model/config.json").write_text(text)
+    again = load_model(tmp_path / "model", torch.float32)
+    assert "2 weights of 1 layer(s) that predict further tokens" in capsys.readouterr().out
+    save_model(again, tmp_path / "again")
+    assert json.loads((tmp_path / "again/config.json").read_text())["num_nextn_predict_layers"] == 0
+    assert load_file(tmp_path / "again/model.safetensors").keys() == model_names(tmp_path / "again")
+
+
+def model_names(folder: Path) -> set[str]:
+    """Return the names that the weight table gives a folder's weights."""
+    return {stored.name for stored in weight_table(read_config(folder)[0]).values()}
+
+
+@pytest.mark.parametrize(
+    ("family", "words", "named"),
+    [
+        ("qwen3_moe", [], "routers of .* have no bias"),
+        ("glm4_moe", ["--lora", "2"], "--balance-bias moves a weight of the router"),
+    ],
+)
+def test_a_bias_that_cannot_move_is_refused(
+    family: str, words: list[str], named: str, toy: Path, tmp_path: Path
+):
+    """A router without a bias, and adapters, which leave the router alone."""
+    tokenizer = str(toy / "world" / "tokenizer")
+    new = New(family=family, tokenizer=tokenizer, width=16, layers=1, heads=2)
+    save_model(new_model(new), tmp_path / "model", tokenizer)
+    words = [*words, "--model", str(tmp_path / "model"), "--data", str(toy / "world/sft.jsonl")]
+    words += ["--out", str(tmp_path / "out"), "--balance-bias", "0.001", "--device", "cpu"]
+    with pytest.raises(ValueError, match=named):
+        train_sft.main(words)
 
 
 def test_experts_that_ranks_cannot_share_evenly_are_refused():
