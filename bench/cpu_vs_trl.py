@@ -8,8 +8,9 @@
 
 --algorithm dpo, rm, kto  train_dpo.py, train_rm.py and train_kto.py against TRL's DPOTrainer,
     RewardTrainer and KTOTrainer (for KTO the pairs are taken apart into {prompt, completion,
-    label}). TRL runs stock, where the reference scores inside every step, and with
-    precompute_ref_log_probs, where it scores once, up front, as in plumb. Two workloads:
+    label}). TRL runs as its defaults are; stock, without recomputing activations; and with
+    precompute_ref_log_probs as well, where the reference scores once, up front, as in plumb, and
+    not inside every step. Two workloads:
       long prompts   pairs with short answers, solved examples of the same file put before them
       long answers   pairs with a short prompt and answers of some hundred tokens
     --workloads "as they are" takes the rows of a file in their order.
