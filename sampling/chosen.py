@@ -4,14 +4,23 @@
     log.note(chosen, fed, prompts)     after every forward of the sampler
     prompts, responses = log.arrays([len(sample.tokens) for sample in samples])
 
-They stay on the device until the end, so that sampling never waits for them.
+They stay on the device until the end, so that sampling never waits for them. Servers send those of
+every layer with a sample:
+
+    experts = decode(text)             of prompt and response, (T - 1, layers, K)
+    experts = of_model(experts, c)     those of the model's sparse layers
 
 Letters: T tokens of a forward, L sparse layers, K experts of a token.
 """
 
+import base64
+import io
+
 import numpy as np
 import torch
 from torch import Tensor
+
+from architecture import GPTConfig
 
 UNKNOWN = -1  # of a token that sampling never fed to the model: the last of a response
 
@@ -52,3 +61,40 @@ class ExpertLog:
         starts = [self.starts[i] for i in range(len(self.prompt_lengths))]
         prompts = [table[a : a + n] for a, n in zip(starts, self.prompt_lengths)]
         return prompts, responses
+
+
+def decode(text: str) -> np.ndarray:
+    """Return the experts that a server reports, (T, layers, K) int16.
+
+    text: base64 of a .npy file, as vLLM writes it. ValueError: it is something else.
+    """
+    with io.BytesIO(base64.b64decode(text, validate=True)) as file:
+        table = np.load(file, allow_pickle=False)
+    if table.ndim != 3 or table.dtype.kind not in "iu" or not table.size:
+        raise ValueError(f"an array of {table.dtype}, {table.shape}")
+    if table.min() < 0 or table.max() > np.iinfo(np.int16).max:
+        raise ValueError(f"experts from {table.min()} to {table.max()}")
+    return table.astype(np.int16)
+
+
+def padded(table: np.ndarray, tokens: int) -> np.ndarray:
+    """Return the experts of that many tokens, UNKNOWN for those that the table lacks at its end."""
+    missing = np.full((tokens - len(table), *table.shape[1:]), UNKNOWN, np.int16)
+    return np.concatenate([table, missing])
+
+
+def of_model(table: np.ndarray | None, c: GPTConfig) -> np.ndarray | None:
+    """Return the experts of a model's sparse layers, (T, L, K), from those of all its layers.
+
+    ValueError: the table is of another model.
+    """
+    if table is None:
+        return None
+    sparse = [layer for layer in range(c.layers) if c.sparse(layer)]
+    if table.shape[1:] != (c.layers, c.active) or table[:, sparse].max() >= c.experts:
+        raise ValueError(
+            f"the server has {table.max() + 1} experts or more, {table.shape[2]} a token, and "
+            f"{table.shape[1]} layers; the policy has {c.experts}, {c.active} and {c.layers}: does "
+            "it serve the policy?"
+        )
+    return table[:, sparse]

@@ -157,11 +157,6 @@ def validate(config: RolloutConfig) -> None:
         raise ValueError("--rollout-reload and --rollout-transfer nccl are two ways: drop one")
     if config.rollout_ahead and not config.rollout_url:
         raise ValueError("--rollout-ahead is for --rollout-url: this process cannot draw and train")
-    if config.replay_routing and config.rollout_url:
-        raise ValueError(
-            "--replay-routing: the servers of --rollout-url do not say which experts they chose: "
-            "drop one of the two"
-        )
     if config.rollout_ahead and getattr(config, "refill", 0):
         raise ValueError(
             "--refill chooses prompts by the rewards of the first draw, and --rollout-ahead draws "

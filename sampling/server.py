@@ -15,13 +15,15 @@ from typing import Any
 
 from config import RolloutConfig
 from data.templates import Template
+from sampling.chosen import decode, padded
 from sampling.draw import truncated
 from sampling.sampler import Sample
 from sampling.together import start
 from sampling.transfer import Link
 
 TRIES = 4  # per request, with pauses of 1, 2 and 4 seconds
-LARGEST_REPLY = 256 << 20  # bytes; 64 samples of 4,096 tokens with log-probs take about 30 MB
+# Bytes; 64 samples of 4,096 tokens take about 30 MB with log-probs, 10 times that with experts.
+LARGEST_REPLY = 1 << 30
 ADAPTER = "plumb"  # its name in a server
 ABOVE_ZERO = 1e-5  # a log-prob that rounding may reach
 
@@ -211,8 +213,36 @@ class Server:
         places = [choice.get("index", i) for i, choice in enumerate(choices)]
         if not all(type(place) is int for place in places) or set(places) != set(range(n)):
             raise self._bad(f"samples numbered {places}, not 0 to {n - 1}")
-        ordered = sorted(zip(places, range(n)))
-        return [self._read(choices[i], temperature) for _, i in ordered]
+        ordered = [choices[i] for _, i in sorted(zip(places, range(n)))]
+        samples = [self._read(choice, temperature) for choice in ordered]
+        if self.config.replay_routing:
+            samples = [
+                self._with_experts(sample, choice, len(prompt), first=k == 0)
+                for k, (sample, choice) in enumerate(zip(samples, ordered))
+            ]
+        return samples
+
+    def _with_experts(self, sample: Sample, choice: dict, prompt: int, first: bool) -> Sample:
+        """Return a sample with the experts that every layer chose, and with the first the prompt's.
+
+        The last token was never fed to the model, and some engines leave the end token out.
+        """
+        reported = choice.get("routed_experts")
+        if reported is None:
+            raise self._bad(
+                "no experts for --replay-routing: start vLLM with --enable-return-routed-experts"
+            )
+        try:
+            table = decode(reported)
+        except (TypeError, ValueError, EOFError) as error:
+            raise self._bad(f"routed_experts that cannot be read: {error}") from None
+        if not prompt <= len(table) <= prompt + len(sample.tokens):
+            raise self._bad(
+                f"the experts of {len(table)} tokens, for {prompt} of the prompt and "
+                f"{len(sample.tokens)} sampled ones"
+            )
+        own = padded(table[prompt:], len(sample.tokens))
+        return sample._replace(experts=own, prompt_experts=table[:prompt] if first else None)
 
     def _bad(self, what: str) -> BadReply:
         """Return the error of a reply that does not hold what was asked for."""

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
+from architecture import GPTConfig
 from config import RolloutConfig
 from data.templates import Template
 from model import GPT
 from sampling.ahead import Sampler
+from sampling.chosen import of_model
 from sampling.engine import Engine
 from sampling.rewards import leader
 from sampling.sampler import Sample, generate
@@ -85,12 +87,27 @@ def make_sampler(
     if server and server.learns:
         server.loaded(folder, *mesh.ask(lambda: server.load(folder)))
     if server and server.ahead and step:
-        return server.ahead.sampler(step, config.seed, config.group_size, config.temperature, mesh)
+        draws = config.seed, config.group_size, config.temperature
+        return _with_sparse_layers(server.ahead.sampler(step, *draws, mesh), model.c)
     if not leader(mesh):
         return lambda ids, seeds, n, temperature: []
     if server:
-        return server.sample
+        return _with_sparse_layers(server.sample, model.c)
     return local_sampler(load_model(folder, model.dtype, model.device), template, config)
+
+
+def _with_sparse_layers(sampler: Sampler, c: GPTConfig) -> Sampler:
+    """Return a sampler of servers that keeps the experts of a model's sparse layers, if any."""
+
+    def sample(ids: list[list[int]], seeds: list[int], n: int, temperature: float) -> list[Sample]:
+        return [
+            one._replace(
+                experts=of_model(one.experts, c), prompt_experts=of_model(one.prompt_experts, c)
+            )
+            for one in sampler(ids, seeds, n, temperature)
+        ]
+
+    return sample
 
 
 def with_reference(policy: Sampler, ref: Sampler, count: int) -> Sampler:

@@ -1,5 +1,7 @@
 """A stand-in for vLLM and SGLang: an HTTP server that samples from a tiny model in this process."""
 
+import base64
+import io
 import json
 import queue
 import shutil
@@ -8,6 +10,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 
@@ -31,6 +34,7 @@ class StandIn(ThreadingHTTPServer):
         self.form, self.requests, self.failures, self.loaded = form, [], [], []
         self.calls: list[str] = []  # of vLLM's own, in order
         self.absent: set[str] = set()  # paths that this server does not have
+        self.silent = False  # whether it keeps its experts to itself
         self.context, self.version, self.paused, self.stale = 4096, "default", False, False
         self.folder = self.base = folder
         self.joined: dict = {}  # where it met a trainer, for weights over NCCL
@@ -126,6 +130,7 @@ class StandIn(ThreadingHTTPServer):
                 stop_ids=body["stop_token_ids"],
                 n=body["n"],
                 seeds=seeds,
+                keep_experts=bool(self.model.c.experts),
             )
         choices = []
         for i, sample in enumerate(samples):
@@ -143,8 +148,21 @@ class StandIn(ThreadingHTTPServer):
                 own = slice(0, len(sample.tokens) - sample.ended)
                 names = [f"token_id:{token}" for token in sample.tokens[own]]
                 choice["logprobs"] = {"tokens": names, "token_logprobs": sample.policy_logps[own]}
+            if self.model.c.experts and not self.silent:
+                choice["routed_experts"] = self.routed(samples[0].prompt_experts, sample.experts)
             choices.append(choice)
         return {"choices": choices[::-1]}
+
+    def routed(self, prompt: np.ndarray, own: np.ndarray) -> str:
+        """Return experts as vLLM reports them: of all layers, of all tokens but the last."""
+        c = self.model.c
+        sparse = [layer for layer in range(c.layers) if c.sparse(layer)]
+        chosen = np.concatenate([prompt, own])[:-1]
+        table = np.zeros((len(chosen), c.layers, c.active), np.uint8)
+        table[:, sparse] = chosen
+        file = io.BytesIO()
+        np.save(file, table)
+        return base64.b64encode(file.getvalue()).decode()
 
     def echo(self, ids: list[int]) -> dict:
         """Answer with the log-probs of a prompt's tokens and one token more, as vLLM does."""

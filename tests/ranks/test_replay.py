@@ -4,7 +4,10 @@ Faults that these tests are for: experts of another token, layer or sample; thos
 out; weights of the chosen experts that are not the router's; a critic or a reference that replays.
 """
 
+import base64
+import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,16 +16,22 @@ import torch
 from conftest import dataset_of
 from forked import Ranks, kill_all
 from launch import launch
+from standin import StandIn
 
 import hf
 import train_ppo
 import train_reinforce
+from data.templates import Template
+from data.tokenizer import load_tokenizer
 from data.trees import make_batch
 from model import GPT
 from parallel import init_mesh
 from routing import Routing
+from sampling.engine import Engine
 from sampling.rollout import trees
 from sampling.sampler import generate
+from sampling.source import make_sampler
+from weights.config_json import model_config
 from weights.folder import load_model, save_model
 
 PROMPTS = [[1, 5, 9, 12], [1, 30], [1, 7, 8, 2, 40, 41]]
@@ -143,16 +152,123 @@ def test_replay_changes_nothing_but_rounding(sparse: Path, tmp_path: Path):
 
 
 def test_what_has_no_experts_to_replay_is_refused(sparse: Path, toy: Path, tmp_path: Path):
-    """A dense model, a server, a script without a ratio."""
-    base = f"--model {toy}/model --data {sparse}/world/sft.jsonl --reward length:5"
-    for more, words in (
-        ("--max-steps 1 --max-new-tokens 8", "is for mixtures of experts"),
-        ("--rollout-url http://localhost:1", "do not say which experts"),
-    ):
-        argv = f"{base} --out {tmp_path / 'o'} --replay-routing {more}".split()
-        run = Ranks(1, lambda rank, argv=argv: train_reinforce.main(argv), tmp_path / "logs")
-        assert run.wait() != [0]
-        assert words in run.text(0)
+    """A dense model."""
+    argv = f"--model {toy}/model --data {sparse}/world/sft.jsonl --reward length:5 --max-steps 1"
+    argv += f" --max-new-tokens 8 --out {tmp_path / 'o'} --replay-routing"
+    run = Ranks(1, lambda rank: train_reinforce.main(argv.split()), tmp_path / "logs")
+    assert run.wait() != [0]
+    assert "is for mixtures of experts" in run.text(0)
+
+
+# ---- the experts of a server ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def glm(toy: Path, tmp_path_factory) -> Path:
+    """Return a model of three layers whose first is dense."""
+    home, tokenizer = tmp_path_factory.mktemp("glm"), str(toy / "world/tokenizer")
+    sizes = {"width": 16, "layers": 3, "heads": 2, "experts": 6, "expert_ffn": 7, "std": 0.4}
+    model = hf.new_model(hf.New(family="glm4_moe", tokenizer=tokenizer, **sizes))
+    raw = {**model.hf_config, "first_k_dense_replace": 1}
+    model = GPT(model_config(raw, "glm4_moe"))
+    model.init_weights(0, 0.4)
+    model.hf_config = raw
+    save_model(model, home / "model", tokenizer)
+    return home / "model"
+
+
+@pytest.fixture
+def server(glm: Path) -> Iterator[StandIn]:
+    server = StandIn(glm, "vllm")
+    yield server
+    server.die()
+
+
+def settings(glm: Path, url: str, out: Path) -> train_reinforce.Config:
+    """Return the flags of a run that replays what a server chose."""
+    sizes = dict(max_new_tokens=7, min_new_tokens=0)
+    return train_reinforce.Config(
+        model=str(glm), out=str(out), rollout_url=[url], replay_routing=True, **sizes
+    )
+
+
+def test_experts_of_a_server_are_those_of_its_weights(glm: Path, server: StandIn, tmp_path: Path):
+    """What arrives is what the same draws choose here, token by token, of the sparse layers."""
+    model = load_model(glm, torch.float32)
+    template, config = Template("auto", load_tokenizer(glm)), settings(glm, server.url, tmp_path)
+    engine = Engine(template, config)
+    drawn = make_sampler(model, template, config, engine)(PROMPTS, [11, 12, 21, 22, 31, 32], 2, 1.0)
+    stops = {"stop_ids": template.stop_ids, "keep_experts": True}
+    for i, prompt in enumerate(PROMPTS):
+        seed = 10 * i + 11
+        here = generate(model, [prompt], 7, 1.0, n=2, seeds=[seed, seed + 1], **stops)
+        for ours, theirs in zip(here, drawn[2 * i : 2 * i + 2], strict=True):
+            assert theirs.tokens == ours.tokens
+            assert np.array_equal(theirs.experts, ours.experts)
+        assert np.array_equal(drawn[2 * i].prompt_experts, here[0].prompt_experts)
+        assert drawn[2 * i + 1].prompt_experts is None
+    batch = make_batch(trees(PROMPTS, drawn), [0, 1, 2])
+    assert batch.experts.shape == (len(batch.tokens), 2, 2)  # the tokens, their sparse layers
+
+
+class Trap:
+    """An object that leaves a file behind when it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def npy(table: np.ndarray) -> str:
+    file = io.BytesIO()
+    np.save(file, table)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def test_experts_that_cannot_be_are_refused(
+    glm: Path, server: StandIn, tmp_path: Path, monkeypatch
+):
+    """None, other numbers of tokens, layers or experts, no array, or one that would run code."""
+    model = load_model(glm, torch.float32)
+    template, config = Template("auto", load_tokenizer(glm)), settings(glm, server.url, tmp_path)
+    sampler = make_sampler(model, template, config, Engine(template, config))
+    trap = np.array([Trap(tmp_path / "ran")], dtype=object)
+    bad = {
+        npy(np.zeros((3, 3, 2), np.uint8)): "the experts of 3 tokens, for 4 of the prompt",
+        npy(np.zeros((90, 3, 2), np.uint8)): "the experts of 90 tokens",
+        npy(np.zeros((6, 4, 2), np.uint8)): "and 4 layers; the policy has 6, 2 and 3",
+        npy(np.zeros((6, 3, 1), np.uint8)): "does it serve the policy",
+        npy(np.full((6, 3, 2), 6, np.uint8)): "the server has 7 experts",
+        npy(np.full((6, 3, 2), -1)): "experts from -1 to -1",
+        npy(np.zeros((6, 3, 2), np.float32)): "an array of float32",
+        npy(trap): "cannot be read",
+        "what?": "cannot be read",
+        base64.b64encode(b"what").decode(): "cannot be read",
+    }
+    for text, words in bad.items():
+        monkeypatch.setattr(server, "routed", lambda *_, text=text: text)
+        with pytest.raises((OSError, ValueError), match=words):
+            sampler([PROMPTS[0]], [1], 1, 1.0)
+    assert not (tmp_path / "ran").exists()
+    server.silent = True
+    with pytest.raises(OSError, match="start vLLM with --enable-return-routed-experts"):
+        sampler([PROMPTS[0]], [1], 1, 1.0)
+
+
+def test_a_run_replays_what_a_server_chose(
+    sparse: Path, glm: Path, server: StandIn, tmp_path: Path
+):
+    """Two steps with new weights each: the sampler's gap is that of rounding."""
+    argv = f"--model {glm} --data {sparse}/world/sft.jsonl --out {tmp_path / 'out'} --device cpu"
+    argv += " --reward length:5 --max-steps 2 --batch-size 4 --group-size 4 --max-new-tokens 12"
+    argv += f" --lr 1e-2 --rollout-url {server.url} --replay-routing --balance-bias 0.01"
+    train_reinforce.main(argv.split())
+    rows = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    assert len(server.loaded) == 3  # at its start, and before each step
+    gaps = steps(rows, "sampler_gap")
+    assert len(gaps) == 2 and max(gaps) < 1e-5
 
 
 @pytest.mark.slow
