@@ -33,6 +33,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from architecture import GPTConfig
+from config import RunConfig
 from kernels.device import upload
 from layout import Spans
 from parallel import Group, Mesh
@@ -117,6 +119,34 @@ class Tally:
             fractions = load / tokens
         loss = self.balance * self.experts * (fractions * p).sum() + self.z * z.sum()
         return _Attach.apply(x, loss / (tokens * ranks))
+
+
+def set_balance(
+    c: GPTConfig, tallies: dict[int, Tally], config: RunConfig, folder: str = ""
+) -> bool:
+    """Set the weights of the losses and the step of the bias; return whether layers add losses.
+
+    folder: of --model, where this is it: then ValueError names a flag that has no effect on it.
+    """
+    losses = {"--balance-loss": config.balance_loss, "--router-z-loss": config.router_z_loss}
+    flags = {**losses, "--balance-bias": config.balance_bias}
+    given = [flag for flag, value in flags.items() if value]
+    sparse = sum(c.sparse(layer) for layer in range(c.layers))
+    if given and folder and not sparse:
+        raise ValueError(f"{given[0]}: {folder} has no experts, so leave it out")
+    if config.balance_bias and folder and c.router != "sigmoid":
+        raise ValueError(
+            f"--balance-bias: the routers of {folder} ({c.family}) have no bias: use --balance-loss"
+        )
+    if config.balance_bias and (config.lora or config.adapter):
+        raise ValueError(
+            "--balance-bias moves a weight of the router, and with adapters no weight of the model "
+            "moves: drop it, or --lora and --adapter"
+        )
+    for tally in tallies.values():
+        tally.balance, tally.z = config.balance_loss / sparse, config.router_z_loss / sparse
+        tally.rate = config.balance_bias if c.router == "sigmoid" else 0.0
+    return sparse > 0 and any(losses.values())
 
 
 def start_count(tallies: list[Tally]) -> list[Tensor | None]:

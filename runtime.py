@@ -55,6 +55,7 @@ from model import GPT
 from optimizer import AdamW
 from parallel import Mesh, init_mesh
 from reporting import import_tensorboard, import_wandb
+from routing import set_balance
 from weights.adapters import BaseDtype, adapters_of, attach, target_names, without_adapters
 from weights.peft import check_base, load_adapter, lora_of, save_adapter
 
@@ -352,45 +353,13 @@ def load_model(run: Run, folder: str = "", scores: tuple[str, ...] | None = None
             f"--ep {config.ep} shares experts, and {folder or config.model} has none: drop --ep, "
             "whose ranks are data parallel then"
         )
-    _set_balance(model, config, folder or config.model)
+    own = folder in ("", config.model)
+    model.balancing = set_balance(model.c, model.tallies, config, config.model if own else "")
     if config.adapter and folder in ("", config.model):
         load_adapter(model, config.adapter)
     elif config.lora:
         attach(model, lora_of(config), config.seed)
     return model
-
-
-def _set_balance(model: GPT, config: RunConfig, folder: str) -> None:
-    """Let sparse layers add the router's losses to a step, and move its bias after it.
-
-    ValueError: --model has no experts, or no bias, or only its adapters train.
-    """
-    flags = {
-        "--balance-loss": config.balance_loss,
-        "--router-z-loss": config.router_z_loss,
-        "--balance-bias": config.balance_bias,
-    }
-    given = [flag for flag, value in flags.items() if value]
-    if not given:
-        return
-    sparse = sum(model.c.sparse(layer) for layer in range(model.c.layers))
-    if not sparse and folder == config.model:
-        raise ValueError(f"{given[0]}: {folder} has no experts, so leave it out")
-    biased = model.c.router == "sigmoid"
-    if config.balance_bias and folder == config.model and not biased:
-        raise ValueError(
-            f"--balance-bias: the routers of {folder} ({model.c.family}) have no bias: "
-            "use --balance-loss"
-        )
-    if config.balance_bias and (config.lora or config.adapter):
-        raise ValueError(
-            "--balance-bias moves a weight of the router, and with adapters no weight of the model "
-            "moves: drop it, or --lora and --adapter"
-        )
-    model.balancing = sparse > 0 and bool(config.balance_loss or config.router_z_loss)
-    for tally in model.tallies.values():
-        tally.balance, tally.z = config.balance_loss / sparse, config.router_z_loss / sparse
-        tally.rate = config.balance_bias if biased else 0.0
 
 
 def load_reference(run: Run, policy: GPT, folder: str = "") -> GPT:

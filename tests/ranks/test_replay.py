@@ -193,7 +193,7 @@ def settings(glm: Path, url: str, out: Path) -> train_reinforce.Config:
 
 
 def test_experts_of_a_server_are_those_of_its_weights(glm: Path, server: StandIn, tmp_path: Path):
-    """What arrives is what the same draws choose here, token by token, of the sparse layers."""
+    """They are those that the same draws choose here, token by token, of the sparse layers."""
     model = load_model(glm, torch.float32)
     template, config = Template("auto", load_tokenizer(glm)), settings(glm, server.url, tmp_path)
     engine = Engine(template, config)
