@@ -29,7 +29,8 @@ class RunConfig:
 
     # data
     data: list[str] = field(default_factory=list)  # training rows: JSONL, a JSON array, CSV
-    # or TSV, each also as .gz; Parquet. FILE:WEIGHT of each blends them: a.jsonl:0.7 b.jsonl:0.3
+    # or TSV, each also as .gz; Parquet, Arrow, folders of save_to_disk, org/name of the hub.
+    # FILE:WEIGHT of each blends them: a.jsonl:0.7 b.jsonl:0.3
     eval_data: list[str] = field(default_factory=list)  # held-out rows for evaluation; NAME=FILE
     # for several sets, whose metrics are eval/NAME/...
     best_by: str = ""  # name of the set of --eval-data that decides what OUT/best is; default: the
@@ -50,7 +51,8 @@ class RunConfig:
     # default: OUT/cache
 
     # model
-    model: str = ""  # Hugging Face folder to start from: config.json, *.safetensors and a tokenizer
+    model: str = ""  # Hugging Face folder to start from (config.json, *.safetensors, a tokenizer),
+    # or its name on the hub
     dtype: Literal["auto", "bf16", "fp32", "fp64"] = "auto"  # of weights and activations;
     # auto: bf16 on GPUs, else fp32
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: a GPU if there is one
@@ -82,7 +84,7 @@ class RunConfig:
     # optimisation: AdamW with fp32 master weights, no decay on norms and biases
     batch_size: Number = 64  # examples an optimizer step, over all ranks
     epochs: Number = 1  # passes over the data; preference losses overfit after 1 to 3
-    max_steps: Count = 0  # stop after this many optimizer steps; 0: when the epochs are done
+    max_steps: Count = 0  # stop after this many steps; 0: when the epochs are done
     max_minutes: Amount = 0.0  # save and stop after this long; 0: never
     lr: Amount = 5e-7  # peak learning rate; for 7B models 5e-7 (preferences), 1e-5 to 2e-5 (SFT)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"  # after the warm-up: to 0, or flat
@@ -95,7 +97,7 @@ class RunConfig:
 
     # layout: torchrun starts the processes; those that --tp, --cp and --pp leave are data parallel
     max_tokens: Number = 8192  # tokens of a micro-batch on a rank; lower it when memory runs out:
-    # results do not change
+    # results change by rounding alone
     share_prompts: bool = True  # compute a prompt once for all its responses; --no-share-prompts
     # repeats it, with the same results
     tp: Number = 1  # ranks that split every matrix: as few as make the model fit, within one node
@@ -135,8 +137,8 @@ class RunConfig:
 class RolloutConfig(RunConfig):
     """The flags of scripts that train on samples of their own policy."""
 
-    batch_size: Number = 64  # prompts an optimizer step, over all ranks; each has --group-size
-    # samples
+    batch_size: Number = 64  # prompts a step, over all ranks; each has --group-size samples, which
+    # several updates may use
 
     # rollout
     group_size: Number = 4  # samples a prompt; more make better baselines, 4 to 16

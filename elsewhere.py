@@ -5,9 +5,13 @@ table for people.
 """
 
 NO_NEED = "leave it out: "
-BATCH = "--batch-size counts the examples of a step over all ranks, --max-tokens bounds memory"
-# flag of another system, with underscores -> what to write here
-FLAGS = {
+BATCH = (
+    "--batch-size counts the examples of a step (online: its prompts) over all ranks, --max-tokens "
+    "bounds memory"
+)
+# Flag of another system, with underscores -> what to write here; of several the first that the
+# script has.
+FLAGS: dict[str, str | tuple[str, ...]] = {
     # models and data
     "model_name_or_path": "--model",
     "pretrain": "--model",
@@ -140,6 +144,7 @@ FLAGS = {
     "num_mini_batches": "--minibatches",
     "num_iterations": "--rollout-epochs",
     "steps_per_generation": "--minibatches",
+    "beta": ("--kl", "--mix, the share of jsd"),  # of GRPO and RLOO, of GKD
     "init_kl_coef": "--kl",
     "kl_coef": "--kl",
     "cliprange": "--clip-ratio",
@@ -183,10 +188,13 @@ def flag_hint(name: str, known: list[str]) -> str:
 
     known: names of the script's own flags; a hint at another flag is none.
     """
-    hint = FLAGS.get(name, "")
-    words = [word.strip(",:;()") for word in hint.split() if word.startswith("--")]
-    missing = [word for word in words if word[2:].replace("-", "_") not in known]
-    return "" if hint.startswith("--") and words[:1] == missing[:1] else hint
+    hints = FLAGS.get(name, "")
+    for hint in (hints,) if isinstance(hints, str) else hints:
+        words = [word.strip(",:;()") for word in hint.split() if word.startswith("--")]
+        own = not words or words[0][2:].replace("-", "_") in known
+        if own or not hint.startswith("--"):
+            return hint
+    return ""
 
 
 def value_hint(name: str, value: str) -> str:

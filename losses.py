@@ -24,6 +24,7 @@ DPO_LOSSES = (
     "rpo_fwd_kl", "rpo_bwd_kl",
 )  # fmt: skip  # a list of names
 WHOLE_STEP_LOSSES = ("aot", "aot_unpaired")  # sort over the step: no micro-batch can do it alone
+NORMALISED_LOSSES = ("simpo", "sigmoid_norm")  # divide log-probs by the lengths themselves
 REWARD_LOSSES = ("rpo_sq", "rpo_fwd_kl", "rpo_bwd_kl")  # need the data's rewards of both responses
 # For pairs that are new in every step: no loss that sorts a whole step or keeps a running mean.
 FRESH_PAIR_LOSSES = tuple(

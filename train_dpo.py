@@ -42,7 +42,7 @@ class Config(RunConfig):
     beta: Above0 = 0.1  # temperature of the implicit reward; smaller strays further; simpo: 2
     label_smoothing: Annotated[float, Range(0, 0.5, below=True)] = 0.0  # assumed share of wrong
     # labels (sigmoid, robust, aot), and exo_pair's ε, which must be above 0: 0.001
-    gamma: Amount = 0.5  # simpo: target margin, in units of β-scaled log-prob a token; 0.3 to 1.6
+    gamma: Amount = 0.5  # simpo: target margin, in units of β-scaled log-prob a token; 0.2 to 1.6
     reward_scale: Above0 = 1.0  # rpo_*: scale of the data's rewards relative to the implicit ones
     f_divergence: Literal[losses.F_DIVERGENCES] = "reverse_kl"  # from the reference; forward_kl and
     # js keep more of it
@@ -190,6 +190,10 @@ def validate(config: Config) -> None:
         raise ValueError(
             f"--ref-every with --base-dtype {config.base_dtype}: the new reference would have "
             "other weights than the policy: drop one of the two"
+        )
+    if config.average_logps and config.loss in losses.NORMALISED_LOSSES and not config.mix:
+        raise ValueError(
+            f"--loss {config.loss} divides by the lengths itself: drop --average-logps"
         )
     if config.ref_mix != 1 and not config.ref_every:
         raise ValueError("--ref-mix is how far --ref-every moves the reference: set that as well")

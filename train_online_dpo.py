@@ -162,6 +162,10 @@ def validate(config: Config) -> None:
         raise ValueError(f"--loss {config.loss} needs rewards of both responses: use --chosen best")
     if not config.reward and (config.chosen == "best" or config.eval_data):
         raise ValueError("--reward is missing: it judges the samples (sampling/rewards.py)")
+    if config.average_logps and config.loss in losses.NORMALISED_LOSSES:
+        raise ValueError(
+            f"--loss {config.loss} divides by the lengths itself: drop --average-logps"
+        )
     if config.ref_samples > config.group_size:
         raise ValueError(
             f"--ref-samples {config.ref_samples} is more than --group-size {config.group_size}"

@@ -63,7 +63,7 @@ class Config(RolloutConfig):
     gdpo: bool = False  # normalise each of several named rewards before they are added; with
     # --advantage dr_grpo
     refill: Count = 0  # rounds in which groups of equal rewards are replaced by samples of other
-    # prompts (DAPO); 1 to 4
+    # prompts (DAPO); 1 to 4, 10 in DAPO's recipe
     mask_cut: bool = False  # no loss on samples that did not end; their rewards stay in baselines
     ref: str = ""  # another Hugging Face folder as reference; default: --model as it was at step 0
     lr: Amount = 1e-6  # peak learning rate; 1e-6 for 7B models

@@ -99,7 +99,8 @@ def test_published_settings_parse():
     """The flags in the table of published settings exist, and their values fit."""
     scripts = {"SFT": "sft", "DPO": "dpo", "Length": "dpo", "SimPO": "dpo", "KTO": "kto"}
     scripts |= {"reward": "rm", "PPO": "ppo", "DAPO": "reinforce"}
-    rows = [line.split("|")[1:-1] for line in RECIPES.splitlines() if line.startswith("| ")][1:]
+    table = RECIPES.partition("| recipe |")[2].partition("\n\n")[0]
+    rows = [line.split("|")[1:-1] for line in table.splitlines() if line.startswith("| ")]
     assert len(rows) >= 12
     for recipe, _, rate, *_, flags, _ in rows:
         script = scripts[re.match(r"\w+", recipe.strip())[0]]
