@@ -274,7 +274,9 @@ def glm4_moe(take: Take, fields: Fields) -> Fields:
         if take(key, 1) != 1:
             raise ValueError(f"config.json: {key} is supported at 1 only")
     for key in ("num_nextn_predict_layers", "num_mtp_layers"):  # weights/folder.py leaves them out
-        take(key)
+        ahead = take(key) or 0
+        if type(ahead) is not int or not 0 <= ahead <= 100:
+            raise ValueError(f"config.json: {key} = {ahead!r} is no whole number from 0 to 100")
     own = experts(take, fields)
     width, shared = take("moe_intermediate_size"), take("n_shared_experts", 1)
     if not width:

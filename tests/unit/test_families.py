@@ -212,6 +212,8 @@ LONG = {"type": "longrope", "short_factor": [1.0, 2.0], "long_factor": [1.0, 2.0
         ("GLM-4.5", {"moe_intermediate_size": None}, "moe_intermediate_size"),
         ("GLM-4.5", {"routed_scaling_factor": 0}, "routed_scaling_factor"),
         ("GLM-4.5", {"norm_topk_prob": "yes"}, "norm_topk_prob"),
+        ("GLM-4.5", {"num_nextn_predict_layers": "1"}, "num_nextn_predict_layers"),
+        ("GLM-4.5", {"num_nextn_predict_layers": 10**9}, "num_nextn_predict_layers"),
         ("GLM-4.5", {"sliding_window": 8}, "sliding_window"),
         ("stablelm-2-1_6b", {"qk_layernorm": True}, "qk_layernorm"),
         ("stablelm-2-1_6b", {"use_parallel_residual": True}, "use_parallel_residual"),
