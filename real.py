@@ -99,7 +99,8 @@ def commands(home: Path, seed: int, quick: bool, model: str = "") -> dict[str, l
         "start": measure(start, "start"),
         "pairs": [
             f"best_of_n.py --model {start} --data {home}/data/train.jsonl --out {home}/pairs "
-            f"{reward} --temperature 0.7 --cut-rejected --prompts {prompts} --group-size {group} {end}"
+            f"{reward} --temperature 0.7 --cut-rejected --prompts {prompts} "
+            f"--group-size {group} {end}"
         ],
         "reinforce": trained(
             "train_reinforce.py",
