@@ -243,14 +243,14 @@ def validate(config: RunConfig) -> None:
     sources.named_sets(config.eval_data, config.best_by)
     if config.eval_every and not config.eval_data:
         raise ValueError("--eval-every has nothing to evaluate: add --eval-data, or drop it")
-    if config.samples and not config.eval_data:
-        raise ValueError("--samples answers prompts of --eval-data: add that, or drop it")
     if not (config.lora or config.adapter):
         for name in ("lora_alpha", "lora_dropout", "rslora"):
             if getattr(config, name):
                 raise ValueError(f"{flags[name]} is for --lora or --adapter: add one, or drop it")
     target_names(config.lora_targets)
     check_layout(config)
+    if config.samples and not config.eval_data:
+        raise ValueError("--samples answers prompts of --eval-data: add that, or drop it")
 
 
 def _make_out(config: RunConfig, mesh: Mesh) -> list[str]:

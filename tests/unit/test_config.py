@@ -186,6 +186,7 @@ def test_yaml_files_of_flags(tmp_path: Path, monkeypatch, capsys):
     ("words", "named"),
     [
         ("--eval-every 5", "--eval-every has nothing to evaluate: add --eval-data"),
+        ("--samples 5", "--samples answers prompts of --eval-data: add that"),
         ("--lora-alpha 8", "--lora-alpha is for --lora or --adapter"),
         ("--rslora", "--rslora is for --lora or --adapter"),
     ],
