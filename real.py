@@ -74,13 +74,16 @@ def commands(home: Path, seed: int, quick: bool, model: str = "") -> dict[str, l
 
     def measure(folder: str, name: str) -> list[str]:
         """Return the commands that answer the held-out prompts and compare with the start."""
-        return [
-            f"generate.py --model {folder} --out {home}/{name}.jsonl {held_out}",
+        answer = f"generate.py --model {folder} --out {home}/{name}.jsonl {held_out}"
+        distance = (
             f"score.py --model {folder} --ref {start} --data {home}/{name}.jsonl "
-            f"--out {home}/{name}_kl.jsonl",
+            f"--out {home}/{name}_kl.jsonl"
+        )
+        forgotten = (
             f"score.py --model {folder} --ref {start} --template plain "
-            f"--data {home}/data/plain.jsonl --out {home}/{name}_plain.jsonl",
-        ]
+            f"--data {home}/data/plain.jsonl --out {home}/{name}_plain.jsonl"
+        )
+        return [answer, forgotten] if folder == start else [answer, distance, forgotten]
 
     def trained(script: str, name: str, flags: str) -> list[str]:
         """Return the commands that train a model from the start and measure it."""
@@ -146,7 +149,9 @@ def scores_of(home: Path, name: str) -> dict[str, float]:
     """Return the numbers of a measured model."""
     file = file_name(name)
     scores = score_rows(list(read_rows(home / f"{file}.jsonl")))
-    gaps = [row["logp"] - row["ref_logp"] for row in read_rows(home / f"{file}_kl.jsonl")]
+    gaps = [0.0]  # of the start to itself
+    if name != "start":
+        gaps = [row["logp"] - row["ref_logp"] for row in read_rows(home / f"{file}_kl.jsonl")]
     tokenizer = load_tokenizer(home / "dpo/final")  # that of all
     plain = list(read_rows(home / f"{file}_plain.jsonl"))
     tokens = sum(len(tokenizer.encode(row["response"])) + 1 for row in plain)  # and an end each
