@@ -108,8 +108,8 @@ def commands(home: Path, seed: int, quick: bool, model: str = "") -> dict[str, l
         "reinforce": trained(
             "train_reinforce.py",
             "reinforce",
-            f"--data {home}/data/train.jsonl {reward} --temperature 0.7 --lr 3e-5 --kl 0.02 "
-            f"--batch-size 8 --group-size 4 --max-steps {steps}",
+            f"--data {home}/data/train.jsonl {reward} --lr 3e-5 --kl 0.02 --batch-size 8 "
+            f"--group-size 4 --max-steps {steps}",
         ),
         "dpo": trained("train_dpo.py", "dpo", f"{pairs} --lr 3e-5 --beta 0.1 --sft-weight 0.2"),
         "kto": trained("train_kto.py", "kto", f"{pairs} --lr 3e-5 --beta 0.1"),
