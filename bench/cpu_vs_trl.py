@@ -127,7 +127,7 @@ def with_bos(model: Path, work: Path) -> Path:
 def print_legend(args: argparse.Namespace) -> None:
     """Explain the columns of the tables."""
     if not args.tiny:
-        print("TRL in fp32, without gradient checkpointing: faster than its default, which has it.")
+        print("TRL in fp32. Only `TRL default` recomputes activations, which takes longer.")
     print(
         "CPU s/step: mean of all steps but the first, user and kernel. with reference: plus one\n"
         "scoring of these rows by the reference, spread over the steps; TRL stock pays it inside\n"
