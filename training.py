@@ -124,9 +124,11 @@ def describe(model: GPT, lengths: np.ndarray, steps: Steps, config: RunConfig) -
     used = memory(sizes, held, config.zero, model.dtype, offload, half_grads)
     host = used.host + (saved_bytes(sizes, model.dtype) if config.async_save else 0)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    still = {name for name, weight in model.weights().items() if weight.trains}
+    declared = model.weights()  # without the corrections of routers, which nothing freezes
     frozen = sum(
-        p.numel() for n, p in model.named_parameters() if n in still and not p.requires_grad
+        p.numel()
+        for name, p in model.named_parameters()
+        if declared[name].trains and not p.requires_grad
     )
     tokens = lengths.mean() * min(config.batch_size, len(lengths))
     lines = [
