@@ -54,6 +54,8 @@ class GPTConfig:
     residual_scale: float = 1.0  # of what attention and MLP add to the residual stream
     attention_scale: float = 0.0  # of q · k; 0 = 1 / √head_size
     logit_scale: float = 1.0
+    score_cap: float = 0.0  # soft caps of attention's scores and of the logits (Gemma 2); 0 = none
+    logit_cap: float = 0.0
     tied: bool = False  # the output head is the embedding
     outputs: int = 0  # numbers of a reward model's score head, which replaces the head; 0 = none
     longest: int = 0  # beyond this many positions the rope is another one: refused; 0 = no limit

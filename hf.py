@@ -50,6 +50,8 @@ class New:
         "stablelm",
         "ministral3",
         "phi3",
+        "gemma",
+        "gemma2",
         "gemma3_text",
         "gpt_neox",
         "mixtral",
@@ -71,7 +73,7 @@ class New:
     expert_ffn: Count = 0  # hidden width of an expert; 0 = --ffn, of which mixtral and olmoe have
     # no other
     max_position: Number = 2048  # longest text the model is meant for, in tokens
-    sliding_window: Count = 0  # of mistral, olmo3, gemma3_text: positions looked back; 0 = all
+    sliding_window: Count = 0  # of mistral, olmo3, gemma2 and gemma3_text; 0 = all
     rope_theta: Above0 = 10000.0  # base of the rotary frequencies; larger for long contexts
     tied: bool = False  # one matrix for embedding and head: fewer parameters
     std: Amount = 0.02  # of the random weights; 1/sqrt(width) is a good choice for small models

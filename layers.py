@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.cap import soft_cap
 from kernels.kl import Divergence, linear_kl
 from kernels.linear import linear
 from kernels.logprob import linear_logprob, merge_partials
@@ -345,9 +346,11 @@ class RowLinear(Linear):
 class Vocabulary(Layer):
     """One vector a token: the embedding, the output head, or both at once where they are tied."""
 
-    def __init__(self, tokens: int, width: int, mesh: Mesh, tied: bool = False):
+    def __init__(
+        self, tokens: int, width: int, mesh: Mesh, tied: bool = False, logit_cap: float = 0.0
+    ):
         super().__init__(mesh)
-        self.tokens, self.tp = tokens, mesh.group("tp")
+        self.tokens, self.tp, self.cap = tokens, mesh.group("tp"), logit_cap
         self.first, self.end = split(tokens, mesh.tp, mesh.tp_rank)  # this rank's tokens
         self.declare("weight", Weight((tokens, width), Cut(0, tokens), both_ends=tied))
 
@@ -368,7 +371,9 @@ class Vocabulary(Layer):
         fp32 at least. entropy: also the entropy of each distribution, (M,). Never holds (M, V).
         """
         merge = self._merge if self.tp.n > 1 else None
-        return linear_logprob(x, self.weight, target, temperature, entropy, self.first, merge)
+        return linear_logprob(
+            x, self.weight, target, temperature, entropy, self.first, merge, self.cap
+        )
 
     def kl(
         self,
@@ -385,7 +390,8 @@ class Vocabulary(Layer):
         """
         gather = self._gather if self.tp.n > 1 else None
         weights = self.weight, teacher_x, teacher.weight
-        return linear_kl(x, *weights, divergence, mix, temperature, gather)
+        caps = self.cap, teacher.cap
+        return linear_kl(x, *weights, divergence, mix, temperature, gather, caps)
 
     def top_k(self, x: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:
         """Return the K likeliest tokens of each row, (M, K), and log-probs (M, K + 1).
@@ -393,12 +399,12 @@ class Vocabulary(Layer):
         The last is that of all others; see kernels/top_k.py. The same on every tensor rank.
         """
         gather = self._gather if self.tp.n > 1 else None
-        return linear_top_k(x, self.weight, k, temperature, self.first, gather)
+        return linear_top_k(x, self.weight, k, temperature, self.first, gather, self.cap)
 
     def buckets(self, x: Tensor, ids: Tensor, temperature: float) -> Tensor:
         """Return the logits / τ at K tokens of each row and log Σ exp of all others, (M, K + 1)."""
         gather = self._gather if self.tp.n > 1 else None
-        return linear_buckets(x, self.weight, ids, temperature, self.first, gather)
+        return linear_buckets(x, self.weight, ids, temperature, self.first, gather, self.cap)
 
     def _gather(self, partials: Tensor) -> Tensor:
         """Return the partials of all tensor ranks, (n, M, k), by an all-gather of k a token."""
@@ -415,7 +421,7 @@ class Vocabulary(Layer):
         z = linear(x, self.weight)
         if self.tp.n > 1:
             z = gather_slices(z, 1, self.tokens, self.tp)
-        return z.to(torch.promote_types(z.dtype, torch.float32))
+        return soft_cap(z.to(torch.promote_types(z.dtype, torch.float32)), self.cap)
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from architecture import GPTConfig
 from exchange import gather_rows
 from kernels.attention import tree_attention
+from kernels.cap import soft_cap
 from kernels.rope import rope
 from layers import ColumnLinear, HeadsNorm, Norm, RowLinear, columns
 from layout import TreeLayout
@@ -127,6 +128,7 @@ class Attention(nn.Module):
     def __init__(self, c: GPTConfig, layer: int, mesh: Mesh):
         super().__init__()
         self.layer, self.size, self.window = layer, c.head_size, c.window(layer)
+        self.cap = c.score_cap
         self.rope, self.query_growth = c.rope(layer), c.query_growth
         # What q is multiplied by, since attention divides by √E.
         self.q_scale = c.attention_scale * c.head_size**0.5 or 1.0
@@ -171,7 +173,7 @@ class Attention(nn.Module):
             q = q * growth[:, None, None].to(q.dtype)
         if isinstance(view, TreeView):
             k, v = gather_rows(k, view.shares, view.cp), gather_rows(v, view.shares, view.cp)
-            y = tree_attention(q, k, v, view.layout, self.window)
+            y = tree_attention(q, k, v, view.layout, self.window, self.cap)
         else:
             y = view.caches[self.layer].attend(q, k, v, view, self.window)
         return self.out(y.reshape(tokens, self.kv_heads * self.group * self.size))
@@ -182,7 +184,7 @@ class Attention(nn.Module):
         places: prompts of at most `longest` tokens that are kept once; 0 = rows hold their own.
         """
         like = torch.empty(0, dtype=self.out.weight.dtype, device=self.out.device)
-        return KVCache(like, self.kv_heads, self.size, rows, length, places, longest)
+        return KVCache(like, self.kv_heads, self.size, rows, length, places, longest, self.cap)
 
 
 class KVCache:
@@ -201,7 +203,9 @@ class KVCache:
         length: int,
         places: int,
         longest: int,
+        cap: float = 0.0,
     ):
+        self.cap = cap  # of the scores
         self.keys = like.new_zeros(rows, kv_heads, length, size)  # (R, G, L, E)
         self.values = torch.zeros_like(self.keys)
         self.prompt_keys = like.new_zeros(places, kv_heads, longest, size)  # (P, G, longest, E)
@@ -229,7 +233,7 @@ class KVCache:
             stores = (self.prompt_keys, self.prompt_values)
         for store, x in zip(stores, (k, v)):
             store[new.rows, :, new.at] = x if new.each_once else x[new.source]
-        return tree_attention(q, k, v, new.layout, window)
+        return tree_attention(q, k, v, new.layout, window, self.cap)
 
     def _extend(self, q: Tensor, k: Tensor, v: Tensor, step: Extension, window: int) -> Tensor:
         """Keep one token of each row, and attend from it to all that its row has seen."""
@@ -242,9 +246,12 @@ class KVCache:
         grouped = q.view(count, kv_heads, q.shape[1] // kv_heads, q.shape[2])
         if step.prompts is None:
             mask = step.visible(window)
-            out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask)
-            return out.reshape(q.shape)
-        own, own_weight = partial_attention(grouped, keys, values, ~step.visible(0))
+            if self.cap:
+                out, _ = partial_attention(grouped, keys, values, ~mask, self.cap)
+            else:
+                out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask)
+            return out.reshape(q.shape).to(q.dtype)
+        own, own_weight = partial_attention(grouped, keys, values, ~step.visible(0), self.cap)
         out, weight = self._attend_prompts(grouped, step.prompts)
         # The two parts of one softmax, each weighted by its share of the sum.
         merged = torch.lerp(out, own, torch.sigmoid(own_weight - weight))
@@ -264,17 +271,17 @@ class KVCache:
             x = x.view(places, kv_heads, together, group, -1).transpose(1, 2)
             return x.reshape(places * together, kv_heads, group, -1)[prompts.seat]
 
-        out, weight = partial_attention(seated, keys, values, prompts.hidden)
+        out, weight = partial_attention(seated, keys, values, prompts.hidden, self.cap)
         return by_row(out), by_row(weight)
 
 
 def partial_attention(
-    q: Tensor, keys: Tensor, values: Tensor, hidden: Tensor
+    q: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, cap: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """Attend to a part of the keys; also return the log of the part's sum of weights, (..., 1)."""
     exact = torch.promote_types(q.dtype, torch.float32)
     scores = torch.matmul(q * q.shape[-1] ** -0.5, keys.transpose(-1, -2)).to(exact)
-    scores.masked_fill_(hidden, float("-inf"))
+    scores = soft_cap(scores, cap).masked_fill_(hidden, float("-inf"))
     # The clamp keeps a part of which nothing is visible at weight 0.
     top = scores.amax(-1, keepdim=True).clamp_(min=-1e30)
     weights = scores.sub_(top).exp_()

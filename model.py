@@ -112,10 +112,12 @@ class GPT(nn.Module):
         tied = c.tied and not c.outputs
         self.embed = None
         if first == 0 or has_head and c.tied:
-            self.embed = Vocabulary(c.vocab, c.width, mesh, tied)
+            self.embed = Vocabulary(c.vocab, c.width, mesh, tied, c.logit_cap)
         self.blocks = nn.ModuleDict({str(i): Block(c, i, mesh) for i in range(first, last)})
         self.norm = Norm(c.width, c.norm, c.norm_eps, mesh) if mesh.last_stage else None
-        self.head = Vocabulary(c.vocab, c.width, mesh) if has_head and not c.tied else None
+        self.head = None
+        if has_head and not c.tied:
+            self.head = Vocabulary(c.vocab, c.width, mesh, logit_cap=c.logit_cap)
         if c.outputs and mesh.last_stage:
             self.score_head = Linear(c.width, c.outputs, mesh)
         self.checkpoint_activations = False

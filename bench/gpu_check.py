@@ -93,6 +93,8 @@ def check_attention(bench: Bench) -> None:
         )
         name = f"attention T{total} H{heads} G{kv_heads} E{size} window {window}"
         compare_attention(bench, name, layout, window, q, k, v)
+        if window:
+            compare_attention(bench, f"{name} capped", layout, window, q, k, v, cap=2.0)
         if bench.pretended:
             continue  # autograd fills gradients of unused rows with zeros of the host
         third = share_rows(spans, 3)[1]
@@ -100,10 +102,12 @@ def check_attention(bench: Bench) -> None:
         compare_attention(bench, name, layout.shard(third), window, q[third], k, v)
 
 
-def compare_attention(bench: Bench, name: str, layout: TreeLayout, window: int, *qkv) -> None:
+def compare_attention(
+    bench: Bench, name: str, layout: TreeLayout, window: int, *qkv, cap: float = 0.0
+) -> None:
     """Compare the kernels themselves, not what the dispatch would take, with the plain twin."""
-    kernel = partial(tree_attention_fused, layout=layout, window=window)
-    twin = partial(tree_attention, layout=layout, window=window)
+    kernel = partial(tree_attention_fused, layout=layout, window=window, cap=cap)
+    twin = partial(tree_attention, layout=layout, window=window, cap=cap)
     compare(bench, name, kernel, *qkv, twin=twin)
 
 
@@ -124,12 +128,13 @@ def check_logprob(bench: Bench) -> None:
     hidden = bench.randn(rows, width, dtype=torch.float32)
     weight = bench.randn(vocab, width, dtype=torch.float32) / 32
     target = torch.randint(0, vocab, (rows,), device=bench.device)
-    for entropy in (False, True):
+    for entropy, cap in ((False, 0.0), (True, 0.0), (True, 3.0)):
 
-        def logprob(h, w, entropy=entropy):
-            return linear_logprob(h, w, target, 0.8, entropy)
+        def logprob(h, w, entropy=entropy, cap=cap):
+            return linear_logprob(h, w, target, 0.8, entropy, cap=cap)
 
-        compare(bench, f"logprob V{vocab} entropy {entropy}", logprob, hidden, weight)
+        name = f"logprob V{vocab} entropy {entropy}{' capped' * (cap > 0)}"
+        compare(bench, name, logprob, hidden, weight)
 
 
 def check_small(bench: Bench) -> None:

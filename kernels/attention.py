@@ -2,7 +2,8 @@
 
 A batch is one flat row of T tokens that holds trees: a prompt, then its responses side by side. A
 response sees its prompt and itself, never a sibling. As a mask: key j is visible to query i iff
-j <= i < kv_end[j] and, with a sliding window W, position[i] - position[j] < W.
+j <= i < kv_end[j] and, with a sliding window W, position[i] - position[j] < W. A soft cap bends the
+scores first (kernels/cap.py).
 
 Three Triton kernels (forward, dQ, dK and dV) walk lists of tiles made once a batch on the host:
 hidden tiles are left out, fully visible tiles come first and skip the mask. Each kernel is ONE loop
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import tiles
+from kernels.cap import tanh
 from kernels.device import architecture, fused, is_amd, operator, tl, triton, untraced
 from layout import TreeLayout
 
@@ -32,24 +34,27 @@ LOG2E = 1.4426950408889634
 # ---- dispatch ------------------------------------------------------------------------------------
 
 
-def tree_attention(q: Tensor, k: Tensor, v: Tensor, layout: TreeLayout, window: int = 0) -> Tensor:
+def tree_attention(
+    q: Tensor, k: Tensor, v: Tensor, layout: TreeLayout, window: int = 0, cap: float = 0.0
+) -> Tensor:
     """Compute softmax(q kᵀ / √E + mask) v over the trees of `layout`, differentiable by q, k and v.
 
     q (T, H, E), k and v (T, G, E) with H a multiple of G -> (T, H, E). Window 0 sees everything.
+    With a cap c the scores s = q kᵀ / √E become c tanh(s / c).
     Under context parallelism `layout` is a layout.shard(rows): q and the result hold those n rows,
     (n, H, E), while k and v stay whole. The gradients of k and v are then the part that these
     queries give, to be summed over the ranks.
     """
     largest = 128 if q.dtype == torch.float32 else 256  # head size whose tiles fit in shared memory
     if len(q) == 0 or q.shape[2] > largest or not fused(q):
-        return plain_attention(q, k, v, layout, window)
-    if varlen_serves(q, k, layout, window):
+        return plain_attention(q, k, v, layout, window, cap)
+    if not cap and varlen_serves(q, k, layout, window):
         return varlen_attention(q, k, v, layout)
-    return tree_attention_fused(q, k, v, layout, window)
+    return tree_attention_fused(q, k, v, layout, window, cap)
 
 
 def tree_attention_fused(
-    q: Tensor, k: Tensor, v: Tensor, layout: TreeLayout, window: int = 0
+    q: Tensor, k: Tensor, v: Tensor, layout: TreeLayout, window: int = 0, cap: float = 0.0
 ) -> Tensor:
     """Compute `tree_attention` with the Triton kernels of this file, whatever the layout.
 
@@ -60,8 +65,8 @@ def tree_attention_fused(
     if layout.index is not None:
         q = q.new_zeros(len(k), *q.shape[1:]).index_copy(0, layout.index, q)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    work_lists = tiles.work_lists(layout, q, k.shape[1], window)
-    out, _ = torch.ops.plumb.tree_attention(q, k, v, work_lists, window)
+    work_lists = tiles.work_lists(layout, q, k.shape[1], window, cap > 0)
+    out, _ = torch.ops.plumb.tree_attention(q, k, v, work_lists, window, cap)
     return out if layout.index is None else out.index_select(0, layout.index)
 
 
@@ -127,7 +132,9 @@ def segments(layout: TreeLayout) -> tuple[Tensor, int] | None:
 # ---- plain twin ----------------------------------------------------------------------------------
 
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, layout: TreeLayout, window: int) -> Tensor:
+def plain_attention(
+    q: Tensor, k: Tensor, v: Tensor, layout: TreeLayout, window: int, cap: float = 0.0
+) -> Tensor:
     """Compute `tree_attention` in plain torch: one scaled_dot_product_attention a run of queries.
 
     A run's keys are its branch, [prompt; response], up to the last key that it sees. Rows are cut
@@ -143,28 +150,35 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, layout: TreeLayout, window:
     out = []
     for run_queries, run in zip(queries, layout.runs):
         keys, values = (torch.cat([x[i] for i in run.parts], 1)[:, : run.keys] for x in (k, v))
-        out.append(attend_run(run_queries, keys, values, layout, window))
+        out.append(attend_run(run_queries, keys, values, layout, window, cap))
     return torch.cat(out, 1).transpose(0, 1)
 
 
-def attend_run(q: Tensor, k: Tensor, v: Tensor, layout: TreeLayout, window: int) -> Tensor:
+def attend_run(
+    q: Tensor, k: Tensor, v: Tensor, layout: TreeLayout, window: int, cap: float
+) -> Tensor:
     """Attend from consecutive queries (H, n, E) to keys (H, m, E) that end at the last query."""
-    mask = causal_mask(layout, q.shape[1], k.shape[1], window, q.dtype)
+    queries, keys = q.shape[1], k.shape[1]
+    if cap:
+        exact = torch.promote_types(q.dtype, torch.float32)
+        scores = torch.matmul(q * q.shape[2] ** -0.5, k.transpose(1, 2)).to(exact)
+        scores = cap * torch.tanh(scores / cap) + causal_mask(layout, queries, keys, window, exact)
+        return torch.matmul(scores.softmax(-1).to(v.dtype), v)
+    causal = queries == keys and not 0 < window < keys  # torch's own mask is the same
+    mask = None if causal else causal_mask(layout, queries, keys, window, q.dtype)
     out = F.scaled_dot_product_attention(
-        q[None], k[None], v[None], attn_mask=mask, is_causal=mask is None
+        q[None], k[None], v[None], attn_mask=mask, is_causal=causal
     )
     return out[0]
 
 
 def causal_mask(
     layout: TreeLayout, queries: int, keys: int, window: int, dtype: torch.dtype
-) -> Tensor | None:
+) -> Tensor:
     """Return the mask of the last `queries` of `keys` consecutive tokens, to be added to scores.
 
-    (queries, keys), 0 or -inf; None where plain causal attention over all tokens is the same.
+    (queries, keys), 0 or -inf.
     """
-    if queries == keys and not 0 < window < keys:
-        return None
     name = ("mask", queries, keys, window, dtype)
     if name not in layout.cache:
         device = layout.kv_end.device
@@ -204,14 +218,15 @@ def _visible(i, j, KV_END, POSITION, T, WINDOW: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T"])
 def forward_kernel(
-    Q, K, V, OUT, LSE, KV_END, POSITION, ITEMS, LISTS, T, scale,
+    Q, K, V, OUT, LSE, KV_END, POSITION, ITEMS, LISTS, T, scale, inner,
     q_t, q_h, k_t, k_h, v_t, v_h, H,
     GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
-    WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+    WINDOW: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip  # in groups: tensors and sizes, strides, constants
     """Compute OUT (T, H, E) and LSE (H, T) of one tile of queries and one head.
 
-    LSE = log2 Σ 2^(q k scale), scale = log2(e) / √E.
+    LSE = log2 Σ 2^(q k scale), scale = log2(e) / √E. With a cap c: LSE = log2 Σ 2^(tanh(q k inner)
+    scale), inner = 1 / (c √E), scale = c log2(e).
     """
     head = tl.program_id(0).to(tl.int64)
     item = ITEMS + tl.program_id(1) * 8
@@ -230,6 +245,8 @@ def forward_kernel(
         ahead = tl.minimum(tl.arange(0, N), T - 1 - n0)
         k = _load_rows(K + n0.to(tl.int64) * k_t, ahead, k_t, E, EP)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if CAPPED:
+            s = tanh(s * inner)
         if t >= full:
             j = n0 + tl.arange(0, N)
             s = tl.where(_visible(i[:, None], j[None, :], KV_END, POSITION, T, WINDOW), s, -1.0e30)
@@ -251,10 +268,10 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=["T"])
 def d_q_kernel(
-    Q, K, V, OUT, D_OUT, LSE, DELTA, D_Q, KV_END, POSITION, ITEMS, LISTS, T, scale, root,
+    Q, K, V, OUT, D_OUT, LSE, DELTA, D_Q, KV_END, POSITION, ITEMS, LISTS, T, scale, inner, root,
     q_t, q_h, k_t, k_h, v_t, v_h, H,
     GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
-    WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+    WINDOW: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip  # in groups: tensors and sizes, strides, constants
     """Compute D_Q (T, H, E) of one tile of queries and one head, and DELTA for dK and dV.
 
@@ -279,10 +296,15 @@ def d_q_kernel(
         ahead = tl.minimum(tl.arange(0, N), T - 1 - n0)
         k = _load_rows(K + n0.to(tl.int64) * k_t, ahead, k_t, E, EP)
         v = _load_rows(V + n0.to(tl.int64) * v_t, ahead, v_t, E, EP)
-        p = tl.math.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale - lse[:, None])
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if CAPPED:
+            s = tanh(s * inner)
+        p = tl.math.exp2(s * scale - lse[:, None])
         if t >= full:
             j = n0 + tl.arange(0, N)
             p = tl.where(_visible(i[:, None], j[None, :], KV_END, POSITION, T, WINDOW), p, 0.0)
+        if CAPPED:
+            p *= 1 - s * s  # here, as fewer registers hold one tile than p and s
         d_p = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)
         d_s = p * (d_p - delta[:, None])
         d_q = tl.dot(d_s.to(k.dtype), k, d_q, input_precision=PRECISION)
@@ -293,10 +315,11 @@ def d_q_kernel(
 
 @triton.jit(do_not_specialize=["T"])
 def d_kv_kernel(
-    Q, K, V, D_OUT, LSE, DELTA, D_K, D_V, PARTIAL, KV_END, POSITION, ITEMS, LISTS, T, scale, root,
+    Q, K, V, D_OUT, LSE, DELTA, D_K, D_V, PARTIAL, KV_END, POSITION, ITEMS, LISTS, T,
+    scale, inner, root,
     q_t, q_h, k_t, k_h, v_t, v_h, G,
     GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
-    WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+    WINDOW: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip  # in groups: tensors and sizes, strides, constants
     """Compute D_K and D_V (T, G, E) of one tile of keys and one head, summed over its query heads.
 
@@ -322,12 +345,18 @@ def d_kv_kernel(
         d_out = _load_rows(D_OUT + head * E + m0.to(tl.int64) * d_out_t, ahead, d_out_t, E, EP)
         lse = tl.load(LSE + head * T + m0 + ahead)
         delta = tl.load(DELTA + head * T + m0 + ahead)
-        s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale - lse[None, :]
+        s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        if CAPPED:
+            s = tanh(s * inner)
+        power = s * scale - lse[None, :]
         if t >= full:
             i = m0 + tl.arange(0, M)
-            s = tl.where(_visible(i[None, :], j[:, None], KV_END, POSITION, T, WINDOW), s, -1.0e30)
-        p = tl.math.exp2(s)
+            seen = _visible(i[None, :], j[:, None], KV_END, POSITION, T, WINDOW)
+            power = tl.where(seen, power, -1.0e30)
+        p = tl.math.exp2(power)
         d_v = tl.dot(p.to(d_out.dtype), d_out, d_v, input_precision=PRECISION)
+        if CAPPED:
+            p *= 1 - s * s
         d_p = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)
         d_s = p * (d_p - delta[None, :])
         d_k = tl.dot(d_s.to(q.dtype), q, d_k, input_precision=PRECISION)
@@ -369,32 +398,40 @@ def merge_kernel(
 # ---- operators: the kernels as torch sees them ---------------------------------------------------
 
 
-def _launch_arguments(q: Tensor, k: Tensor, v: Tensor, window: int) -> tuple[tuple, dict, tuple]:
-    """Return what all three kernels take: strides, constants, tile sizes."""
+def _launch_arguments(
+    q: Tensor, k: Tensor, v: Tensor, window: int, cap: float
+) -> tuple[tuple[float, float], tuple, dict, tuple]:
+    """Return what all three kernels take: scale and inner, strides, constants, tile sizes."""
     heads, size = q.shape[1:]
+    root = size**-0.5
+    scales = (LOG2E * cap, root / cap) if cap else (LOG2E * root, 0.0)
     strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
     constants = {
         "GROUP": heads // k.shape[1],
         "E": size,
         "EP": max(16, triton.next_power_of_2(size)),
         "WINDOW": window,
+        "CAPPED": cap > 0,
         "PRECISION": "ieee",  # of fp32 products; naming tf32 fails on gfx950 for any type
     }
-    return strides, constants, tiles.tile_sizes(architecture(q.device), size, q.dtype)
+    sizes = tiles.tile_sizes(architecture(q.device), size, q.dtype, cap > 0)
+    return scales, strides, constants, sizes
 
 
 @operator(
     "tree_attention",
-    "(Tensor q, Tensor k, Tensor v, Tensor[] work_lists, int window) -> (Tensor, Tensor)",
+    "(Tensor q, Tensor k, Tensor v, Tensor[] work_lists, int window, float cap) -> "
+    "(Tensor, Tensor)",
 )
-def _attention(q, k, v, work_lists, window):
+def _attention(q, k, v, work_lists, window, cap):
     kv_end, positions, items, lists = work_lists[:4]
     tokens, heads, size = q.shape
-    strides, constants, ((m, n, warps, stages), _, _) = _launch_arguments(q, k, v, window)
+    scales, strides, constants, sizes = _launch_arguments(q, k, v, window, cap)
+    m, n, warps, stages = sizes[0]
     out = torch.empty((tokens, heads, size), dtype=q.dtype, device=q.device)
     lse = torch.empty((heads, tokens), dtype=torch.float32, device=q.device)
     forward_kernel[(heads, len(items))](
-        q, k, v, out, lse, kv_end, positions, items, lists, tokens, LOG2E * size**-0.5,
+        q, k, v, out, lse, kv_end, positions, items, lists, tokens, *scales,
         *strides, heads,
         **constants, M=m, N=n, num_warps=warps, num_stages=stages,
     )  # fmt: skip  # in the kernel's groups
@@ -402,7 +439,7 @@ def _attention(q, k, v, work_lists, window):
 
 
 @_attention.register_fake
-def _(q, k, v, work_lists, window):
+def _(q, k, v, work_lists, window, cap):
     tokens, heads, size = q.shape
     return q.new_empty(tokens, heads, size), q.new_empty((heads, tokens), dtype=torch.float32)
 
@@ -410,21 +447,23 @@ def _(q, k, v, work_lists, window):
 @operator(
     "tree_attention_backward",
     "(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor[] work_lists, "
-    "int window) -> (Tensor, Tensor, Tensor)",
+    "int window, float cap) -> (Tensor, Tensor, Tensor)",
 )
-def _attention_backward(d_out, q, k, v, out, lse, work_lists, window):
+def _attention_backward(d_out, q, k, v, out, lse, work_lists, window, cap):
     kv_end, positions, _, _, items, lists, key_items, key_lists, slots = work_lists
     tokens, heads, size = q.shape
     kv_heads = k.shape[1]
-    strides, constants, (_, query_tiles, key_tiles) = _launch_arguments(q, k, v, window)
+    scales, strides, constants, sizes = _launch_arguments(q, k, v, window, cap)
+    _, query_tiles, key_tiles = sizes
     d_out = d_out.contiguous()
     delta = torch.empty_like(lse)
     d_q, d_k, d_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    scale, root = LOG2E * size**-0.5, size**-0.5
+    root = size**-0.5
 
     m, n, warps, stages = query_tiles
     d_q_kernel[(heads, len(items))](
-        q, k, v, out, d_out, lse, delta, d_q, kv_end, positions, items, lists, tokens, scale, root,
+        q, k, v, out, d_out, lse, delta, d_q, kv_end, positions, items, lists, tokens,
+        *scales, root,
         *strides, heads,
         **constants, M=m, N=n, num_warps=warps, num_stages=stages,
     )  # fmt: skip  # in the kernel's groups
@@ -436,7 +475,7 @@ def _attention_backward(d_out, q, k, v, out, lse, work_lists, window):
         partial = lse.new_empty(len(slots), kv_heads, 2, n, padded)
     d_kv_kernel[(kv_heads, len(key_items))](
         q, k, v, d_out, lse, delta, d_k, d_v, partial, kv_end, positions, key_items, key_lists,
-        tokens, scale, root,
+        tokens, *scales, root,
         *strides, kv_heads,
         **constants, M=m, N=n, num_warps=warps, num_stages=stages,
     )  # fmt: skip  # in the kernel's groups
@@ -448,20 +487,22 @@ def _attention_backward(d_out, q, k, v, out, lse, work_lists, window):
 
 
 @_attention_backward.register_fake
-def _(d_out, q, k, v, out, lse, work_lists, window):
+def _(d_out, q, k, v, out, lse, work_lists, window, cap):
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
 def _save_for_backward(ctx, inputs, output):
-    q, k, v, work_lists, ctx.window = inputs
+    q, k, v, work_lists, ctx.window, ctx.cap = inputs
     ctx.save_for_backward(q, k, v, *output, *work_lists)
     ctx.set_materialize_grads(False)  # no gradient arrives at the log-sum-exp
 
 
 def _backward(ctx, d_out, d_lse):
     q, k, v, out, lse, *lists = ctx.saved_tensors
-    grads = torch.ops.plumb.tree_attention_backward(d_out, q, k, v, out, lse, lists, ctx.window)
-    return *grads, [None] * len(lists), None
+    grads = torch.ops.plumb.tree_attention_backward(
+        d_out, q, k, v, out, lse, lists, ctx.window, ctx.cap
+    )
+    return *grads, [None] * len(lists), None, None
 
 
 _attention.register_autograd(_backward, setup_context=_save_for_backward)

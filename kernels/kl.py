@@ -25,10 +25,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from kernels.cap import cap_slope, soft_cap
 from kernels.device import fused, operator, tl, triton
 from kernels.logprob import CHUNK, GPU_CHUNK, KEEP_BYTES, add_matmul, matmul
 
 Divergence = Literal["forward", "reverse", "jsd", "skew_forward", "skew_reverse"]
+Caps = tuple[float, float]  # of the student's logits and the teacher's: kernels/cap.py
 DIVERGENCES: tuple[Divergence, ...] = ("forward", "reverse", "jsd", "skew_forward", "skew_reverse")
 BLOCK = 2048  # columns of both sides that a kernel holds at a time
 
@@ -42,18 +44,19 @@ def linear_kl(
     mix: float = 0.5,
     temperature: float = 1.0,
     gather: Callable[[Tensor], Tensor] | None = None,
+    caps: Caps = (0.0, 0.0),
 ) -> Tensor:
     """Compute the divergence of softmax(teacher_hidden @ teacher_weightᵀ / τ) and the student's.
 
     hidden (M, D), weight (V, D), teacher_hidden (M, D'), teacher_weight (V, D') -> (M,) in nats,
     fp32 or, for fp64 inputs, fp64. mix: β of jsd, α of the skewed ones; not read by the others.
-    Gradients go to the student's two inputs.
+    Gradients go to the student's two inputs. caps: soft caps of the logits.
 
     Where ranks share the vocabulary the weights are this rank's shards, and `gather` takes (M, k)
     of this rank to (ranks, M, k) of all. The gradient of hidden remains to be summed over them.
     """
     return _LinearKL.apply(
-        hidden, weight, teacher_hidden, teacher_weight, divergence, mix, temperature, gather
+        hidden, weight, teacher_hidden, teacher_weight, divergence, mix, temperature, gather, caps
     )
 
 
@@ -91,7 +94,7 @@ class _LinearKL(torch.autograd.Function):
     """The chunked divergence and its gradients.
 
     With a = ∂divergence / ∂q and s = q a (`pieces`), softmax gives dz = g (s - q Σ s) / τ for an
-    incoming gradient g; dh += dz W, dW = dzᵀ h.
+    incoming gradient g, times the slope of a cap; dh += dz W, dW = dzᵀ h.
     """
 
     @staticmethod
@@ -105,6 +108,7 @@ class _LinearKL(torch.autograd.Function):
         mix: float,
         temperature: float,
         gather: Callable[[Tensor], Tensor] | None,
+        caps: Caps,
     ) -> Tensor:
         on_gpu = fused(hidden)
         settings = divergence, mix, temperature
@@ -112,26 +116,27 @@ class _LinearKL(torch.autograd.Function):
         exact = torch.promote_types(hidden.dtype, torch.float32)
         logit_bytes = 2 * len(hidden) * len(weight) * exact.itemsize
         keep = not on_gpu and any(ctx.needs_input_grad) and logit_bytes <= KEEP_BYTES
-        chunks = list(_chunks(*sides)) if keep else None
+        chunks = list(_chunks(*sides, caps)) if keep else None
         if on_gpu:
-            lse = _log_sums_fused(sides, temperature)
+            lse = _log_sums_fused(sides, temperature, caps)
         else:
-            lse = _log_sums(chunks or _chunks(*sides), temperature)
+            lse = _log_sums(chunks or _chunks(*sides, caps), temperature)
         if gather is not None:
             lse = gather(lse).logsumexp(0)
         sums = torch.zeros_like(lse)  # of terms and of slopes
         kept = []
-        for _, z, teacher_z in chunks or _chunks(*sides):
+        for _, z, teacher_z in chunks or _chunks(*sides, caps):
             if on_gpu:
                 torch.ops.plumb.kl_sums(z, teacher_z, lse, sums, *settings)
                 continue
+            bent = cap_slope(z, caps[0]) if keep and caps[0] else None  # before z is overwritten
             term, slope, chance = _pieces_of(z, teacher_z, lse, settings)
             sums += torch.stack([term.sum(1), slope.sum(1)], 1)
             if keep:
-                kept += [slope, chance]
+                kept += [slope, chance] if bent is None else [slope * bent, chance * bent]
         if gather is not None:
             sums = gather(sums).sum(0)
-        ctx.settings = settings
+        ctx.settings, ctx.caps = settings, caps
         ctx.save_for_backward(*sides, lse, sums, *kept)
         return sums[:, 0].clone()
 
@@ -140,37 +145,45 @@ class _LinearKL(torch.autograd.Function):
         *sides, lse, sums = ctx.saved_tensors[:6]
         kept = ctx.saved_tensors[6:]
         hidden, weight = sides[:2]
-        temperature = ctx.settings[2]
+        temperature, caps = ctx.settings[2], ctx.caps
         need_hidden, need_weight, *_ = ctx.needs_input_grad
         grad = grads[0].contiguous()
         d_hidden = torch.zeros(hidden.shape, dtype=lse.dtype, device=hidden.device)
         d_weight = torch.empty_like(weight) if need_weight else None
         chunks = zip(range(0, len(weight), CHUNK), kept[::2], kept[1::2])
-        for first, *parts in chunks if kept else _chunks(*sides):
+        for first, *parts in chunks if kept else _chunks(*sides, caps):
+            bent = cap_slope(parts[0], caps[0]) if caps[0] and not kept else None
             if fused(hidden):
-                dz = torch.ops.plumb.kl_slopes(*parts, lse, sums, grad, *ctx.settings, weight.dtype)
+                dtype = weight.dtype if bent is None else lse.dtype
+                dz = torch.ops.plumb.kl_slopes(*parts, lse, sums, grad, *ctx.settings, dtype)
             else:
                 slope, chance = parts if kept else _pieces_of(*parts, lse, ctx.settings)[1:]
                 dz = slope.addcmul(chance, sums[:, 1:], value=-1)
-                dz = dz.mul_(grad[:, None] / temperature).to(weight.dtype)
+                dz = dz.mul_(grad[:, None] / temperature)
+            dz = (dz if bent is None else dz.mul_(bent)).to(weight.dtype)
             last = first + dz.shape[1]
             if need_hidden:
                 add_matmul(d_hidden, dz, weight[first:last])
             if d_weight is not None:
                 torch.mm(dz.t(), hidden, out=d_weight[first:last])
-        return d_hidden.to(hidden.dtype), d_weight, *[None] * 6
+        return d_hidden.to(hidden.dtype), d_weight, *[None] * 7
 
 
 def _chunks(
-    hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor
+    hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, caps: Caps
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Yield (first column, student's logits, teacher's logits) of every chunk, (M, C) each."""
+    """Yield (first column, student's logits, teacher's logits) of every chunk, (M, C) each.
+
+    They are capped here, by torch's operations on every device: a few more passes over a chunk for
+    the one family that has caps.
+    """
     exact = torch.promote_types(hidden.dtype, torch.float32)
     chunk = GPU_CHUNK if fused(hidden) else CHUNK
     for first in range(0, len(weight), chunk):
         part = slice(first, first + chunk)
-        z = matmul(hidden, weight[part].t(), exact)
-        yield first, z, matmul(teacher_hidden, teacher_weight[part].t(), exact)
+        z = soft_cap(matmul(hidden, weight[part].t(), exact), caps[0])
+        teacher_z = matmul(teacher_hidden, teacher_weight[part].t(), exact)
+        yield first, z, soft_cap(teacher_z, caps[1])
 
 
 def _log_sums(chunks: Iterable[tuple[int, Tensor, Tensor]], temperature: float) -> Tensor:
@@ -270,16 +283,16 @@ def slope_kernel(
     tl.store(D_Z + row * C + column, slope.to(D_Z.dtype.element_ty), mask=column < C)
 
 
-def _log_sums_fused(sides: tuple[Tensor, ...], temperature: float) -> Tensor:
+def _log_sums_fused(sides: tuple[Tensor, ...], temperature: float, caps: Caps) -> Tensor:
     """Return what `_log_sums` does, by the log-prob's kernel with targets in no chunk."""
     rows, device = len(sides[0]), sides[0].device
     nowhere = torch.full((rows,), -1, device=device)
     # Tensors of their own: rows of one would start at any multiple of 4 bytes, by the batch.
     tops = [torch.full((rows,), float("-inf"), device=device) for _ in range(2)]
     totals, unused = [torch.zeros_like(top) for top in tops], torch.empty_like(tops[0])
-    for _, *logits in _chunks(*sides):
+    for _, *logits in _chunks(*sides, caps):
         for z, top, total in zip(logits, tops, totals):
-            torch.ops.plumb.fold_logits(z, nowhere, top, total, None, unused, 0, temperature)
+            torch.ops.plumb.fold_logits(z, nowhere, top, total, None, unused, 0, temperature, 0.0)
     return torch.stack([top + total.log() for top, total in zip(tops, totals)], 1)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from kernels.cap import cap_slope, capped, soft_cap
 from kernels.device import fused, operator, tl, triton
 
 CHUNK = 2048  # columns: enough for a full-speed matmul, few enough to stay in cache
@@ -30,12 +31,13 @@ def linear_logprob(
     entropy: bool = False,
     start: int = 0,
     combine: Callable[[Tensor], Tensor] | None = None,
+    cap: float = 0.0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute log softmax(hidden @ weightᵀ / temperature)[target].
 
     hidden (M, D), weight (V, D), target (M,) int64 -> log-probs (M,); with `entropy` also the
     entropy of each distribution, (M,). Logits and results are fp32 (bf16 logits would cost 0.015 a
-    log-prob), or fp64 for fp64 inputs.
+    log-prob), or fp64 for fp64 inputs. With a cap c the logits z become c tanh(z / c) first.
 
     Where ranks share the vocabulary, `weight` is the shard that begins at token `start`. `combine`
     takes this rank's partials, (M, 2) or with entropy (M, 3), to those of the whole vocabulary: an
@@ -43,7 +45,7 @@ def linear_logprob(
     remains to be summed over the ranks.
     """
     logps, entropies = _LinearLogProb.apply(
-        hidden, weight, target, temperature, entropy, start, combine
+        hidden, weight, target, temperature, entropy, start, combine, cap
     )
     return (logps, entropies) if entropy else logps
 
@@ -67,16 +69,17 @@ class _LinearLogProb(torch.autograd.Function):
               is picked from its chunk
     backward: by chunks again, dz = (g (onehot - p) - g_H p (z - lse + H)) / τ with g, g_H the
               gradients of log-prob and entropy H; dh += dz W, dW = dzᵀ h
+    with a cap: z = c tanh(h Wᵀ / c) / τ, and dz is multiplied by the cap's slope
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, target, temperature, entropy, start, combine):
+    def forward(ctx, hidden, weight, target, temperature, entropy, start, combine, cap):
         exact = torch.promote_types(hidden.dtype, torch.float32)
         rows, vocab = len(hidden), len(weight)
         on_gpu = fused(hidden)
         chunk, budget = (GPU_CHUNK, GPU_KEEP_BYTES) if on_gpu else (CHUNK, KEEP_BYTES)
-        # The twin's fold turns logits into powers, which do not give the entropy's gradient.
-        keep = any(ctx.needs_input_grad) and (on_gpu or not entropy)
+        # The twin's fold turns logits into powers, which give no slope of the entropy or the cap.
+        keep = any(ctx.needs_input_grad) and (on_gpu or not (entropy or cap))
         keep = keep and rows * vocab * exact.itemsize <= budget
 
         top = torch.full((rows,), float("-inf"), dtype=exact, device=hidden.device)
@@ -87,8 +90,9 @@ class _LinearLogProb(torch.autograd.Function):
             z = matmul(hidden, weight[first : first + chunk].t(), exact)  # (M, C)
             where = (start + first, temperature)
             if on_gpu:
-                torch.ops.plumb.fold_logits(z, target, top, total, mixed, picked, *where)
+                torch.ops.plumb.fold_logits(z, target, top, total, mixed, picked, *where, cap)
             else:
+                z = soft_cap(z, cap)
                 top, total, mixed, picked = _fold_plain(
                     z, target, top, total, mixed, picked, *where
                 )
@@ -101,6 +105,7 @@ class _LinearLogProb(torch.autograd.Function):
             lse, picked, *mean = combine(torch.stack((lse, picked, *mean), 1)).t().contiguous()
         entropies = lse - mean[0] if entropy else lse.new_empty(0)
         ctx.temperature, ctx.start, ctx.chunk, ctx.entropy = temperature, start, chunk, entropy
+        ctx.cap = cap
         ctx.save_for_backward(hidden, weight, target, lse, entropies, *kept)
         return picked - lse, entropies
 
@@ -123,21 +128,22 @@ class _LinearLogProb(torch.autograd.Function):
             if on_gpu:
                 z = kept[i] if kept else matmul(hidden, w.t(), exact)
                 dz = torch.ops.plumb.logit_slopes(
-                    z, target, lse, grad, entropies, d_entropy, *where, weight.dtype
+                    z, target, lse, grad, entropies, d_entropy, *where, ctx.cap, weight.dtype
                 )
             elif kept:
                 powers, top = kept[2 * i : 2 * i + 2]
                 dz = _slopes_of_powers(powers, top, target, lse, grad, *where).to(weight.dtype)
             else:
-                z = matmul(hidden, w.t(), exact)
+                z = soft_cap(matmul(hidden, w.t(), exact), ctx.cap)
+                bent = cap_slope(z, ctx.cap) if ctx.cap else 1
                 dz = _slopes_plain(z, target, lse, grad, entropies, d_entropy, *where)
-                dz = dz.to(weight.dtype)
+                dz = dz.mul_(bent).to(weight.dtype)
             if need_hidden:
                 add_matmul(d_hidden, dz, w)
             if need_weight:
                 torch.mm(dz.t(), hidden, out=d_weight[first : first + ctx.chunk])
         d_hidden = d_hidden.to(hidden.dtype) if need_hidden else None
-        return d_hidden, d_weight, None, None, None, None, None
+        return d_hidden, d_weight, *[None] * 6
 
 
 def matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -236,7 +242,7 @@ def _columns(target: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
 @triton.jit(do_not_specialize=["start"])
 def fold_kernel(
     Z, TARGET, TOP, SUM, MIXED, PICKED, start, C, inverse,
-    ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+    ENTROPY: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip  # in groups: tensors and sizes, then constants
     """Fold one row of logits in one pass, with the row's running numbers in registers."""
     row = tl.program_id(0).to(tl.int64)
@@ -246,7 +252,11 @@ def fold_kernel(
         mixed = tl.load(MIXED + row)
     for c in tl.range(0, C, BLOCK):
         column = c + tl.arange(0, BLOCK)
-        z = tl.load(Z + row * C + column, mask=column < C, other=-1.0e30) * inverse
+        if CAP > 0:
+            z = capped(tl.load(Z + row * C + column, mask=column < C, other=0.0), CAP)
+            z = tl.where(column < C, z, -1.0e30) * inverse
+        else:
+            z = tl.load(Z + row * C + column, mask=column < C, other=-1.0e30) * inverse
         new_top = tl.maximum(top, tl.max(z, 0))
         shrink, powers = tl.exp(top - new_top), tl.exp(z - new_top)
         total = total * shrink + tl.sum(powers, 0)
@@ -259,47 +269,50 @@ def fold_kernel(
         tl.store(MIXED + row, mixed)
     own = tl.load(TARGET + row) - start
     if (own >= 0) & (own < C):
-        tl.store(PICKED + row, tl.load(Z + row * C + own) * inverse)
+        tl.store(PICKED + row, capped(tl.load(Z + row * C + own), CAP) * inverse)
 
 
 @triton.jit(do_not_specialize=["start"])
 def slope_kernel(
     Z, TARGET, LSE, GRAD, ENTROPIES, D_ENTROPY, D_Z, start, C, inverse,
-    ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+    ENTROPY: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip  # in groups: tensors and sizes, then constants
     """Compute BLOCK columns of a row of D_Z = d loss / d (unscaled logits)."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     grad, own = tl.load(GRAD + row), tl.load(TARGET + row) - start
-    z = tl.load(Z + row * C + column, mask=column < C, other=-1.0e30)
+    z = capped(tl.load(Z + row * C + column, mask=column < C, other=0.0), CAP)
     logp = z * inverse - tl.load(LSE + row)
     chance = tl.exp(logp)
     slope = grad * (tl.where(column == own, 1.0, 0.0) - chance)
     if ENTROPY:
         slope -= tl.load(D_ENTROPY + row) * chance * (logp + tl.load(ENTROPIES + row))
-    tl.store(D_Z + row * C + column, (slope * inverse).to(D_Z.dtype.element_ty), mask=column < C)
+    slope *= inverse
+    if CAP > 0:
+        slope *= 1 - (z / CAP) * (z / CAP)
+    tl.store(D_Z + row * C + column, slope.to(D_Z.dtype.element_ty), mask=column < C)
 
 
 @operator(
     "fold_logits",
     "(Tensor z, Tensor target, Tensor(a!) top, Tensor(b!) total, Tensor(c!)? mixed, "
-    "Tensor(d!) picked, int start, float temperature) -> ()",
+    "Tensor(d!) picked, int start, float temperature, float cap) -> ()",
 )
-def _fold_fused(z, target, top, total, mixed, picked, start, temperature):
+def _fold_fused(z, target, top, total, mixed, picked, start, temperature, cap):
     rows, width = z.shape
     entropy = mixed is not None
     fold_kernel[(rows,)](
         z, target, top, total, mixed if entropy else top, picked, start, width, 1 / temperature,
-        ENTROPY=entropy, BLOCK=min(BLOCK, triton.next_power_of_2(width)), num_warps=8,
+        ENTROPY=entropy, CAP=cap, BLOCK=min(BLOCK, triton.next_power_of_2(width)), num_warps=8,
     )  # fmt: skip  # in the kernel's groups
 
 
 @operator(
     "logit_slopes",
     "(Tensor z, Tensor target, Tensor lse, Tensor grad, Tensor? entropies, Tensor? d_entropy, "
-    "int start, float temperature, ScalarType dtype) -> Tensor",
+    "int start, float temperature, float cap, ScalarType dtype) -> Tensor",
 )
-def _slopes_fused(z, target, lse, grad, entropies, d_entropy, start, temperature, dtype):
+def _slopes_fused(z, target, lse, grad, entropies, d_entropy, start, temperature, cap, dtype):
     rows, width = z.shape
     block = min(BLOCK, triton.next_power_of_2(width))
     d_z = torch.empty(rows, width, dtype=dtype, device=z.device)
@@ -310,7 +323,7 @@ def _slopes_fused(z, target, lse, grad, entropies, d_entropy, start, temperature
         entropies = d_entropy = lse  # not read
     slope_kernel[(rows, triton.cdiv(width, block))](
         z, target, lse, grad, entropies, d_entropy, d_z, start, width, 1 / temperature,
-        ENTROPY=entropy, BLOCK=block, num_warps=8,
+        ENTROPY=entropy, CAP=cap, BLOCK=block, num_warps=8,
     )  # fmt: skip  # in the kernel's groups
     return d_z
 
@@ -321,5 +334,5 @@ def _(*inputs):
 
 
 @_slopes_fused.register_fake
-def _(z, target, lse, grad, entropies, d_entropy, start, temperature, dtype):
+def _(z, target, lse, grad, entropies, d_entropy, start, temperature, cap, dtype):
     return z.new_empty(z.shape, dtype=dtype)

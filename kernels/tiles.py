@@ -49,25 +49,34 @@ TILES = {
         256: ((64, 32, 4, 1), (64, 32, 4, 1), (32, 32, 4, 1)),
     },
 }
+# dK/dV of capped scores, where the cap takes registers that the tiles above need.
+CAPPED_TILES = {(90, 128): (32, 128, 8, 2), (86, 256): (32, 32, 8, 2)}
 SAME_TILES = {87: 80, 103: 100}  # architectures that use another one's table
 
 
-def tile_sizes(arch: int, head_size: int, dtype: torch.dtype) -> tuple[tuple[int, ...], ...]:
+def tile_sizes(
+    arch: int, head_size: int, dtype: torch.dtype, capped: bool = False
+) -> tuple[tuple[int, ...], ...]:
     """Return (M, N, warps, stages) of forward, dQ and dK/dV."""
     if dtype == torch.float32:  # twice the bytes, and exact products that no tensor core computes
         return ((32, 32, 8, 1),) * 3
-    table = TILES.get(SAME_TILES.get(arch, arch), TILES[942 if is_amd(arch) else 86])
-    return table[max(32, 1 << (head_size - 1).bit_length())]
+    known, padded = SAME_TILES.get(arch, arch), max(32, 1 << (head_size - 1).bit_length())
+    if known not in TILES:
+        known = 942 if is_amd(arch) else 86
+    forward, d_q, d_kv = TILES[known][padded]
+    return forward, d_q, CAPPED_TILES.get((known, padded), d_kv) if capped else d_kv
 
 
 @untraced
-def work_lists(layout: TreeLayout, q: Tensor, kv_heads: int, window: int) -> list[Tensor]:
+def work_lists(
+    layout: TreeLayout, q: Tensor, kv_heads: int, window: int, capped: bool = False
+) -> list[Tensor]:
     """Return what the kernels read: kv_end, positions, and the arrays of `plan`, on q's device.
 
     Built once for each shape of q and cached on the layout. Nothing here waits for the device.
     """
     heads, device = q.shape[1], q.device
-    sizes = tile_sizes(architecture(device), q.shape[2], q.dtype)
+    sizes = tile_sizes(architecture(device), q.shape[2], q.dtype, capped)
     key = ("work_lists", sizes, heads, kv_heads, window, SPLIT)
     if key not in layout.cache:
         arrays = plan(layout.spans, sizes, heads, kv_heads, window, processors(device), layout.rows)

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.cap import cap_slope, soft_cap
 from kernels.device import fused
 from kernels.kl import Divergence, pieces
 from kernels.logprob import CHUNK, GPU_CHUNK, KEEP_BYTES, add_matmul, matmul
@@ -38,18 +39,19 @@ def linear_top_k(
     temperature: float = 1.0,
     start: int = 0,
     gather: Callable[[Tensor], Tensor] | None = None,
+    cap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Return the K likeliest tokens, (M, K), and log-probs of them and of the rest, (M, K + 1).
 
     Likeliest first. hidden (M, D), weight (V, D). The log-prob of the rest is -inf where K is V.
     Where ranks share the vocabulary, `weight` is the shard that begins at token `start`, and
-    `gather` takes a tensor of this rank to those of all, (ranks, ...).
+    `gather` takes a tensor of this rank to those of all, (ranks, ...). cap: soft cap of the logits.
     """
     exact = torch.promote_types(hidden.dtype, torch.float32)
     logits = hidden.new_empty(len(hidden), 0, dtype=exact)  # of the K best so far
     ids = torch.empty(len(hidden), 0, dtype=torch.int64, device=hidden.device)
     rest = logits.new_full((len(hidden),), -INF)
-    for first, z in _chunks(hidden, weight, temperature):
+    for first, z in _chunks(hidden, weight, temperature, cap):
         columns = torch.arange(first, first + z.shape[1], device=z.device).expand_as(z)
         logits, ids, rest = _keep(
             torch.cat([logits, z], 1), torch.cat([ids, columns + start], 1), rest, k
@@ -78,14 +80,15 @@ def linear_buckets(
     temperature: float = 1.0,
     start: int = 0,
     gather: Callable[[Tensor], Tensor] | None = None,
+    cap: float = 0.0,
 ) -> Tensor:
     """Return hidden @ weightᵀ / τ at K tokens of each row and log Σ exp of all others, (M, K + 1).
 
     hidden (M, D), weight (V, D), ids (M, K), which may not repeat in a row. fp32 or, for fp64
-    inputs, fp64. start, gather: as in `linear_top_k`; the gradient of hidden remains to be summed
-    over the ranks.
+    inputs, fp64. start, gather, cap: as in `linear_top_k`; the gradient of hidden remains to be
+    summed over the ranks.
     """
-    return _LinearBuckets.apply(hidden, weight, ids, temperature, start, gather)
+    return _LinearBuckets.apply(hidden, weight, ids, temperature, start, gather, cap)
 
 
 def bucket_divergence(p: Tensor, q: Tensor, divergence: Divergence, mix: float) -> Tensor:
@@ -98,7 +101,7 @@ class _LinearBuckets(torch.autograd.Function):
     """The chunked buckets and their gradients.
 
     With z = h Wᵀ / τ and b the bucket's log Σ exp: dz_j = g_j at a token j of its own, and
-    g_b exp(z_j - b) at any other; then dh += dz W / τ, dW = dzᵀ h / τ.
+    g_b exp(z_j - b) at any other; then dh += dz W / τ, dW = dzᵀ h / τ, with a cap's slope in dz.
     """
 
     @staticmethod
@@ -110,14 +113,16 @@ class _LinearBuckets(torch.autograd.Function):
         temperature: float,
         start: int,
         gather: Callable[[Tensor], Tensor] | None,
+        cap: float,
     ) -> Tensor:
         exact = torch.promote_types(hidden.dtype, torch.float32)
-        keep = len(hidden) * len(weight) * exact.itemsize <= KEEP_BYTES
+        # Masked logits give no slope of a cap.
+        keep = not cap and len(hidden) * len(weight) * exact.itemsize <= KEEP_BYTES
         own = ids - start
         picked = torch.zeros(ids.shape, dtype=exact, device=hidden.device)
         rest = picked.new_full((len(hidden),), -INF)
         kept = []
-        for first, z in _chunks(hidden, weight, temperature):
+        for first, z in _chunks(hidden, weight, temperature, cap):
             inside, place = _places(own, first, z)
             picked += torch.where(inside, z.gather(1, place), 0)
             z = _mask(z, inside, place)
@@ -128,7 +133,7 @@ class _LinearBuckets(torch.autograd.Function):
         if gather is not None:
             sums = gather(sums)
             sums = torch.cat([sums[..., :-1].sum(0), sums[..., -1:].logsumexp(0)], 1)
-        ctx.temperature = temperature
+        ctx.temperature, ctx.cap = temperature, cap
         ctx.save_for_backward(hidden, weight, own, sums[:, -1:], *kept)
         return sums
 
@@ -140,27 +145,30 @@ class _LinearBuckets(torch.autograd.Function):
         rest = torch.where(rest == -INF, 0, rest)  # no token is left for the bucket
         d_hidden = torch.zeros(hidden.shape, dtype=grad.dtype, device=hidden.device)
         d_weight = torch.empty_like(weight) if need_weight else None
-        chunks = _split(kept) if kept else _chunks(hidden, weight, ctx.temperature)
+        chunks = _split(kept) if kept else _chunks(hidden, weight, ctx.temperature, ctx.cap)
         for first, z in chunks:
             inside, place = _places(own, first, z)
+            bent = cap_slope(z * ctx.temperature, ctx.cap) if ctx.cap else 1
             masked = z if kept else _mask(z, inside, place)
             dz = (masked - rest).exp_().mul_(grad[:, -1:])
             dz.scatter_add_(1, place, torch.where(inside, grad[:, :-1], 0))
-            dz = dz.to(weight.dtype)
+            dz = dz.mul_(bent).to(weight.dtype)
             last = first + dz.shape[1]
             if need_hidden:
                 add_matmul(d_hidden, dz, weight[first:last])
             if d_weight is not None:
                 torch.mm(dz.t(), hidden, out=d_weight[first:last])
-        return d_hidden.to(hidden.dtype), d_weight, *[None] * 4
+        return d_hidden.to(hidden.dtype), d_weight, *[None] * 5
 
 
-def _chunks(hidden: Tensor, weight: Tensor, temperature: float) -> Iterator[tuple[int, Tensor]]:
+def _chunks(
+    hidden: Tensor, weight: Tensor, temperature: float, cap: float
+) -> Iterator[tuple[int, Tensor]]:
     """Yield (first column, logits / τ) of every chunk, (M, C) each."""
     exact = torch.promote_types(hidden.dtype, torch.float32)
     chunk = GPU_CHUNK if fused(hidden) else CHUNK
     for first in range(0, len(weight), chunk):
-        z = matmul(hidden, weight[first : first + chunk].t(), exact)
+        z = soft_cap(matmul(hidden, weight[first : first + chunk].t(), exact), cap)
         yield first, z.div_(temperature)
 
 

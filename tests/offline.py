@@ -10,7 +10,7 @@ from typing import NamedTuple
 # What a kernel's argument is, by its name. Strides and widths are multiples of 16 in real models.
 ALIGNED = set("q_t q_h k_t k_h v_t v_h x_t x_h D C rows columns outputs code_stride".split())
 SIZES = set("T H G N D C".split())
-FLOATS = set("scale root eps inverse sign mix log_mix log_rest".split())
+FLOATS = set("scale inner root eps inverse sign mix log_mix log_rest".split())
 POINTERS = {
     "*i32": set("KV_END ITEMS LISTS SLOTS".split()),
     "*i64": set("POSITION TARGET GATE_AT UP_AT W_AT W2_AT TILES_AT STARTS".split()),
@@ -35,26 +35,28 @@ def variants(arch: int, window: bool) -> Iterator[Variant]:
 
     from kernels import attention, grouped, kl, logprob, quantized, rmsnorm, rope, swiglu, tiles
 
-    for size in (64, 128):
-        constants = {"GROUP": 4, "E": size, "EP": size, "PRECISION": "ieee"}
+    for size, capped in ((64, False), (128, False), (128, True), (256, True)):
+        constants = {"GROUP": 4, "E": size, "EP": size, "CAPPED": capped, "PRECISION": "ieee"}
         constants["WINDOW"] = 4096 if window else 0
         kernels = {
             "forward": attention.forward_kernel,
             "d_q": attention.d_q_kernel,
             "d_kv": attention.d_kv_kernel,
         }
-        table = tiles.tile_sizes(arch, size, torch.bfloat16)
+        table = tiles.tile_sizes(arch, size, torch.bfloat16, capped)
         for (name, kernel), (m, n, warps, stages) in zip(kernels.items(), table, strict=True):
-            name = f"attention_{name} E{size} {m}x{n} {warps} warps {stages} stages"
+            name = f"attention_{name} {'capped ' * capped}E{size}"
+            name += f" {m}x{n} {warps} warps {stages} stages"
             yield Variant(name, kernel, {**constants, "M": m, "N": n}, warps, stages)
     if window:
         return
     constants = {"N": 128, "E": 128, "EP": 128}
     yield Variant("attention_merge E128", attention.merge_kernel, constants, 4, 3)
-    for entropy in (False, True):
-        constants = {"ENTROPY": entropy, "BLOCK": logprob.BLOCK}
-        yield Variant(f"logprob_fold entropy={entropy}", logprob.fold_kernel, constants, 8, 3)
-        yield Variant(f"logprob_slope entropy={entropy}", logprob.slope_kernel, constants, 8, 3)
+    for entropy, cap in ((False, 0.0), (True, 0.0), (True, 30.0)):
+        constants = {"ENTROPY": entropy, "CAP": cap, "BLOCK": logprob.BLOCK}
+        name = f"entropy={entropy}{' capped' * (cap > 0)}"
+        yield Variant(f"logprob_fold {name}", logprob.fold_kernel, constants, 8, 3)
+        yield Variant(f"logprob_slope {name}", logprob.slope_kernel, constants, 8, 3)
     for divergence in kl.DIVERGENCES:
         constants = {"DIVERGENCE": divergence, "BLOCK": kl.BLOCK}
         yield Variant(f"kl_sums {divergence}", kl.sums_kernel, constants, 8, 3)

@@ -58,6 +58,20 @@ GLM4 = {
     "tie_word_embeddings": False,
     "topk_group": 1,
 }
+GEMMA2 = {
+    "architectures": ["Gemma2ForCausalLM"],
+    "model_type": "gemma2",
+    "attention_bias": False,
+    "attn_logit_softcapping": 2.0,  # shrunk, as random weights give small scores
+    "cache_implementation": "hybrid",
+    "eos_token_id": [1, 107],
+    "final_logit_softcapping": 3.0,
+    "hidden_act": "gelu_pytorch_tanh",
+    "hidden_activation": "gelu_pytorch_tanh",
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 10000.0,
+    "sliding_window": 7,
+}
 PUBLISHED = {
     "Qwen3-30B-A3B": {
         **ROUTED,
@@ -254,6 +268,31 @@ PUBLISHED = {
         "sliding_window": 262144,
         "tie_word_embeddings": True,
     },
+    "gemma-1.1-7b-it": {
+        "architectures": ["GemmaForCausalLM"],
+        "model_type": "gemma",
+        "attention_bias": False,
+        "head_dim": 16,
+        "hidden_act": "gelu",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 10000.0,
+    },
+    "gemma-2-2b-it": {
+        **GEMMA2,
+        "head_dim": 16,
+        "num_hidden_layers": 5,
+        "query_pre_attn_scalar": 16,
+    },
+    "gemma-2-27b-it": {
+        **GEMMA2,
+        "_attn_implementation": "eager",
+        "head_dim": 8,
+        "query_pre_attn_scalar": 9,
+        "sliding_window_size": 7,
+    },
     "gemma-3-1b-it": {
         "architectures": ["Gemma3ForCausalLM"],
         "model_type": "gemma3_text",
@@ -309,6 +348,12 @@ PUBLISHED = {
         },
         "sliding_window": None,
         "tie_word_embeddings": True,
+    },
+    "Gemma 2 without windows": {
+        **GEMMA2,
+        "head_dim": 16,
+        "layer_types": ["full_attention"] * 4,
+        "query_pre_attn_scalar": 16,
     },
     "Qwen3 with YaRN": {  # as the model's page says for long texts
         "architectures": ["Qwen3ForCausalLM"],

@@ -17,7 +17,7 @@ from typing import Any
 
 from architecture import GPTConfig
 from weights import families
-from weights.options import Options, translate
+from weights.options import Options, agreed, translate
 from weights.ropes import read_rope
 
 ARCHITECTURES = {
@@ -33,6 +33,8 @@ ARCHITECTURES = {
     "stablelm": "StableLmForCausalLM",
     "phi3": "Phi3ForCausalLM",
     "ministral3": "Ministral3ForCausalLM",
+    "gemma": "GemmaForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
     "gpt_neox": "GPTNeoXForCausalLM",
     "mixtral": "MixtralForCausalLM",
@@ -50,7 +52,7 @@ IDLE_KEYS = set(
     "bos_token_id eos_token_id pad_token_id initializer_range max_position_embeddings id2label "
     "label2id unk_token_id problem_type return_dict output_attentions output_hidden_states "
     "chunk_size_feed_forward classifier_dropout is_encoder_decoder is_decoder max_window_layers "
-    "_attn_implementation_autoset attn_implementation "
+    "_attn_implementation_autoset _attn_implementation attn_implementation "
     # of published folders: SmolLM2, unsloth, Vicuna, Dolly, Falcon3, and DeepSeek's dense models
     "is_llama_config transformers.js_config unsloth_fixed unsloth_version max_sequence_length "
     "custom_pipelines activation gradient_checkpointing aux_loss_alpha seq_aux moe_layer_freq "
@@ -75,14 +77,15 @@ WHOLE_NUMBERS = set(
     "num_labels original_max_position_embeddings no_rope_layer_interval "
     "num_experts num_local_experts num_experts_per_tok moe_intermediate_size decoder_sparse_step "
     "shared_expert_intermediate_size n_routed_experts n_shared_experts n_group topk_group "
-    "sliding_window_pattern _sliding_window_pattern".split()
+    "sliding_window_pattern _sliding_window_pattern sliding_window_size".split()
 )
 NUMBERS = set(
     "query_pre_attn_scalar rope_local_base_freq norm_eps embedding_multiplier "
     "residual_multiplier attention_multiplier logits_scaling "
     "rope_theta rotary_emb_base rotary_pct partial_rotary_factor layer_norm_eps rms_norm_eps "
     "factor low_freq_factor high_freq_factor attention_factor beta_fast beta_slow mscale "
-    "mscale_all_dim llama_4_scaling_beta routed_scaling_factor".split()
+    "mscale_all_dim llama_4_scaling_beta routed_scaling_factor attn_logit_softcapping "
+    "final_logit_softcapping".split()
 )
 SWITCHES = set(
     "use_parallel_residual attention_bias mlp_bias use_sliding_window tie_word_embeddings "
@@ -233,17 +236,6 @@ def _norm_and_mlp(options: Options, family: str) -> dict[str, Any]:
         }
     norm, eps = ("layer", "layer_norm_eps") if family == "stablelm" else ("rms", "rms_norm_eps")
     activations = {"silu": "swiglu", "swish": "swiglu"}
-    if family == "gemma3_text":
-        return {
-            "norm": "rms1p",
-            "norm_eps": options.take("rms_norm_eps", 1e-6),
-            "mlp": translate(
-                "hidden_activation",
-                options.take("hidden_activation") or "gelu_pytorch_tanh",
-                {"gelu_pytorch_tanh": "geglu"},
-            ),
-            "qk_norm": "head",
-        }
     return {
         "norm": norm,
         "norm_eps": options.take(eps, families.EPS.get(family, 1e-6)),
@@ -271,6 +263,10 @@ def _windows(
 ) -> tuple[int, ...]:
     """Read the sliding window of every layer, 0 = none; () if no layer may have one."""
     window = options.take("sliding_window", families.WINDOW.get(family)) or 0
+    if family == "gemma2":  # its code reads the first of two names
+        agreed(
+            {"sliding_window": window, "sliding_window_size": options.take("sliding_window_size")}
+        )
     first = 0  # first layer with a window, where layer_types does not say
     if family in ("qwen2", "qwen3", "qwen2_moe", "smollm3"):
         if not options.take("use_sliding_window", False):
@@ -283,6 +279,8 @@ def _windows(
         every = next(filter(None, patterns), 6)
         types = ["sliding_attention"] * layers
         types[every - 1 :: every] = ["full_attention"] * (layers // every)
+    if family == "gemma2":
+        types = ["full_attention" if i % 2 else "sliding_attention" for i in range(layers)]
     if family == "olmo3":
         types = ["full_attention" if i % 4 == 3 else "sliding_attention" for i in range(layers)]
     if family == "smollm3" and window:

@@ -12,8 +12,9 @@ from weights.options import agreed
 Take = Callable[..., Any]  # take(key, default=None): the value of a key, which counts as read
 Fields = dict[str, Any]
 
+GEMMA = ("gemma", "gemma2", "gemma3_text")
 # Families whose output head is the embedding where config.json does not say.
-TIED = ("smollm3", "gemma3_text")
+TIED = ("smollm3", *GEMMA)
 # Base of the rotary frequencies where config.json does not say; 10000 for the others.
 THETA = {"mixtral": 1e6, "smollm3": 2e6, "olmo3": 5e5, "gemma3_text": 1e6}
 # What holds where config.json does not say. Epsilon of the norms; 1e-6 for the others.
@@ -26,19 +27,19 @@ EPS = dict.fromkeys(SMALL_EPS, 1e-5)
 EPS_KEY = {"gpt_neox": "layer_norm_eps", "stablelm": "layer_norm_eps", "nemotron": "norm_eps"}
 # Key/value heads; as many as query heads for the others.
 KV_HEADS = {
-    **{"mistral": 8, "smollm3": 4, "gemma3_text": 4, "ministral3": 8},
-    **{"mixtral": 8, "qwen2_moe": 16, "qwen3_moe": 4, "glm4_moe": 8},
+    **{"mistral": 8, "smollm3": 4, "gemma2": 4, "gemma3_text": 4, "ministral3": 8},
+    **{"gemma": 16, "mixtral": 8, "qwen2_moe": 16, "qwen3_moe": 4, "glm4_moe": 8},
 }
 # Size of a head; width / heads for the others.
-HEAD_SIZE = {"qwen3": 128, "gemma3_text": 256, "ministral3": 128}
+HEAD_SIZE = {"qwen3": 128, **dict.fromkeys(GEMMA, 256), "ministral3": 128}
 # Sliding window; none for the others.
-WINDOW = {"mistral": 4096, "olmo3": 4096, "gemma3_text": 4096}
+WINDOW = dict.fromkeys(("mistral", "olmo3", "gemma2", "gemma3_text"), 4096)
 # Families whose heads are rotated in part -> the share where config.json does not say.
 SHARE = {"gpt_neox": 0.25, "nemotron": 0.5, "stablelm": 0.25, "phi3": 1.0, "glm4_moe": 0.5}
 # Families whose layers with a window have rotary positions of their own -> their default base.
 LOCAL_ROPE = {"olmo3": 5e5, "gemma3_text": 1e4}
 QWEN, OLMO = ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe"), ("olmo2", "olmo3")
-DENSE = ("llama", "mistral", "smollm3", *OLMO, "granite", "phi3", "gemma3_text", "ministral3")
+DENSE = ("llama", "mistral", "smollm3", *OLMO, "granite", "phi3", *GEMMA, "ministral3")
 RMS = (*DENSE, *QWEN, "mixtral", "olmoe", "glm4_moe")
 # Optional keys that change the arithmetic -> the families whose own code reads them.
 READ_BY = {
@@ -58,15 +59,15 @@ READ_BY = {
         "nemotron",
         "granite",
         "glm4_moe",
-        "gemma3_text",
+        *GEMMA,
     ),
     "mlp_bias": ("llama", "smollm3", "nemotron", "granite"),
     "sliding_window": (
-        *("mistral", "mixtral", "smollm3", "olmo3", "phi3", "gemma3_text", "ministral3"),
+        *("mistral", "mixtral", "smollm3", "olmo3", "phi3", "gemma2", "gemma3_text", "ministral3"),
         *QWEN,
     ),
     "use_sliding_window": ("smollm3", *QWEN),
-    "layer_types": ("smollm3", "olmo3", "gemma3_text", "qwen2", "qwen3", "qwen2_moe"),
+    "layer_types": ("smollm3", "olmo3", "gemma2", "gemma3_text", "qwen2", "qwen3", "qwen2_moe"),
     "rotary_pct": ("gpt_neox",),
     "rotary_emb_base": ("gpt_neox",),
     "partial_rotary_factor": tuple(SHARE),
@@ -88,6 +89,8 @@ NEW: dict[str, Fields] = {
             "llama_4_scaling_beta": 0.1,
         }
     },
+    "gemma": {"hidden_act": "gelu_pytorch_tanh"},
+    "gemma2": {"hidden_activation": "gelu_pytorch_tanh"},
     "gemma3_text": {"hidden_activation": "gelu_pytorch_tanh"},
     "glm4_moe": {
         "attention_bias": True,
@@ -178,18 +181,41 @@ def phi3(take: Take, fields: Fields) -> Fields:
     return {}
 
 
-def gemma3(take: Take, fields: Fields) -> Fields:
-    """Read the scales of Gemma 3 (arXiv 2503.19786). ValueError: soft caps, which it has not."""
-    for key in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"):
-        if take(key):
-            raise ValueError(f"config.json: {key} is not supported")
+# The key of its activation that a Gemma's code reads, and the values: the first means tanh by gelu.
+GEMMA_ACT = ("hidden_act", ("gelu_pytorch_tanh", "gelu"))
+GEMMA2_ACT = ("hidden_activation", ("gelu_pytorch_tanh",))
+
+
+def gemma(take: Take, fields: Fields, read: tuple[str, tuple[str, ...]] = GEMMA_ACT) -> Fields:
+    """Read Gemma 1 (arXiv 2403.08295): 1 + w in its norms, GeGLU, embeddings multiplied by √D."""
+    if take("use_bidirectional_attention"):
+        raise ValueError("config.json: use_bidirectional_attention is not supported")
+    acts = {key: take(key) for key in ("hidden_act", "hidden_activation")}
+    key, known = read
+    if acts[key] not in (None, *known):
+        raise ValueError(f"config.json: {key} is supported at {' and '.join(known)} only")
     take("cache_implementation")
-    take("hidden_act")  # of Gemma 1: the code reads hidden_activation
+    return {"norm": "rms1p", "mlp": "geglu", "embedding_scale": fields["width"] ** 0.5}
+
+
+def gemma2(take: Take, fields: Fields) -> Fields:
+    """Read the scale and the soft caps of Gemma 2 (arXiv 2408.00118); null is no cap."""
     return {
+        **gemma(take, fields, GEMMA2_ACT),
         "norms": "both",
-        "embedding_scale": fields["width"] ** 0.5,
         "attention_scale": (take("query_pre_attn_scalar") or 256) ** -0.5,
+        "score_cap": take("attn_logit_softcapping", 50.0) or 0.0,
+        "logit_cap": take("final_logit_softcapping", 30.0) or 0.0,
     }
+
+
+def gemma3(take: Take, fields: Fields) -> Fields:
+    """Read Gemma 3 (arXiv 2503.19786): norms of q and k. ValueError: caps, which it has not."""
+    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if take(key):
+            raise ValueError(f"config.json: {key} is not supported for gemma3_text models")
+    own = gemma2(take, fields)
+    return {**own, "qk_norm": "head", "score_cap": 0.0, "logit_cap": 0.0}
 
 
 def experts(take: Take, fields: Fields) -> Fields:
@@ -302,6 +328,8 @@ READERS: dict[str, Callable[[Take, Fields], Fields]] = {
     "granite": granite,
     "stablelm": stablelm,
     "phi3": phi3,
+    "gemma": gemma,
+    "gemma2": gemma2,
     "gemma3_text": gemma3,
     "mixtral": mixtral,
     "olmoe": olmoe,

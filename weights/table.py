@@ -49,7 +49,7 @@ OLMO = [
     Row("blocks.{i}.norm1", "model.layers.{i}.post_attention_layernorm"),
     Row("blocks.{i}.norm2", "model.layers.{i}.post_feedforward_layernorm"),
 ]
-GEMMA3 = [
+GEMMA = [
     *LLAMA,
     Row("blocks.{i}.after1", "model.layers.{i}.post_attention_layernorm"),
     Row("blocks.{i}.norm2", "model.layers.{i}.pre_feedforward_layernorm"),
@@ -128,7 +128,9 @@ TABLES = {
     "stablelm": LLAMA,
     "ministral3": LLAMA,
     "phi3": PHI3,
-    "gemma3_text": GEMMA3,
+    "gemma": LLAMA,
+    "gemma2": GEMMA,
+    "gemma3_text": GEMMA,
     "gpt_neox": GPT_NEOX,
     "mixtral": MIXTRAL,
     "qwen2_moe": SPARSE,

@@ -117,6 +117,7 @@ def make_model(world: Path, family: str, seed: int = 0) -> Path:
         ):
             if families.reads(family, key):
                 words += [flag, str(size)]
+        words += ["--tied"] * (family == "gemma2")  # vLLM knows no other
         hf.main([*words, "--tokenizer", str(world / "world" / "tokenizer")])
     return folder
 

@@ -67,7 +67,9 @@ def test_the_mask_and_the_tile_lists(spans, window: int, monkeypatch):
         assert len(own) == 1 or sorted(own[:, 6]) == list(np.flatnonzero(slots[:, 0] == tile))
 
 
-def attention_errors(spans, heads, kv_heads, size, dtype, window=0, shares=None) -> list[float]:
+def attention_errors(
+    spans, heads, kv_heads, size, dtype, window=0, shares=None, cap=0.0
+) -> list[float]:
     """Return the errors of out, dq, dk and dv against dense float64 attention.
 
     With `shares` each share of the rows is computed on its own.
@@ -80,10 +82,11 @@ def attention_errors(spans, heads, kv_heads, size, dtype, window=0, shares=None)
     )
     slope = torch.randn(total, heads, size).to(dtype)
     if shares is None:
-        out = attention.tree_attention(q, k, v, layout, window)
+        out = attention.tree_attention(q, k, v, layout, window, cap)
     else:
         parts = [
-            attention.tree_attention(q[rows], k, v, layout.shard(rows), window) for rows in shares
+            attention.tree_attention(q[rows], k, v, layout.shard(rows), window, cap)
+            for rows in shares
         ]
         out = torch.cat(parts)[np.argsort(np.concatenate(shares))]
     ours = [out, *gradients(out, (q, k, v), slope)]
@@ -91,6 +94,7 @@ def attention_errors(spans, heads, kv_heads, size, dtype, window=0, shares=None)
     exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
     q, k, v = exact[0], *(x.repeat_interleave(heads // kv_heads, 1) for x in exact[1:])
     scores = torch.einsum("ihe,jhe->hij", q, k) / size**0.5
+    scores = cap * torch.tanh(scores / cap) if cap else scores
     chances = scores.masked_fill(~brute_force_mask(spans, window), float("-inf")).softmax(-1)
     out = torch.einsum("hij,jhe->ihe", chances, v)
     wanted = [out, *gradients(out, exact, slope.double())]
@@ -120,6 +124,25 @@ def attention_errors(spans, heads, kv_heads, size, dtype, window=0, shares=None)
 def test_attention_equals_dense_attention(spans, heads, kv_heads, size, dtype, window):
     """Out, dQ, dK and dV equal dense float64 attention over the brute-force mask."""
     assert max(attention_errors(spans, heads, kv_heads, size, dtype, window)) < TOLERANCE[dtype]
+
+
+@law
+@pytest.mark.parametrize("cap", [0.5, 2.0, 50.0])
+@pytest.mark.parametrize(
+    ("spans", "size", "dtype", "window", "shared"),
+    [
+        (ODD, 32, torch.float32, 0, False),
+        (WIDE, 40, torch.float32, 13, False),
+        (LONG, 32, torch.float32, 13, True),
+        (LONG, 64, torch.bfloat16, 0, True),
+        (ODD, 256, torch.bfloat16, 13, False),
+    ],
+)
+def test_capped_scores_equal_dense_attention(spans, size, dtype, window, shared, cap):
+    """The same with scores that a cap bends much, some and hardly."""
+    shares = random_blocks(spans, 16) if shared else None
+    errors = attention_errors(spans, 4, 2, size, dtype, window, shares, cap)
+    assert max(errors) < (2 if shared else 1) * TOLERANCE[dtype], errors
 
 
 @law

@@ -58,11 +58,15 @@ def test_few_rows_of_a_linear(outputs: int, dtype):
 
 @law
 @pytest.mark.parametrize("kept", [True, False])
-@pytest.mark.parametrize(("temperature", "entropy"), [(1.0, False), (0.7, True)])
+@pytest.mark.parametrize(
+    ("temperature", "entropy", "cap"),
+    [(1.0, False, 0.0), (0.7, True, 0.0), (1.0, False, 1.5), (0.7, True, 1.5)],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_logprobs_are_those_of_the_softmax(dtype, temperature, entropy, kept, monkeypatch):
+def test_logprobs_are_those_of_the_softmax(dtype, temperature, entropy, cap, kept, monkeypatch):
     """Log-probs, entropies and both gradients equal log_softmax in float64, for chunks of odd width
-    and slopes of both signs; two shards of the vocabulary, merged, give the same."""
+    and slopes of both signs; two shards of the vocabulary, merged, give the same. A cap bends the
+    logits."""
     monkeypatch.setattr(logprob, "GPU_CHUNK", 192)
     monkeypatch.setattr(logprob, "BLOCK", 128)
     monkeypatch.setattr(logprob, "GPU_KEEP_BYTES", 1 << 30 if kept else 0)
@@ -82,12 +86,14 @@ def test_logprobs_are_those_of_the_softmax(dtype, temperature, entropy, kept, mo
         return [*out, *gradients(out, leaves, [s.to(o.dtype) for o, s in zip(out, slopes)])]
 
     def dense(h, w):
-        logp = (h @ w.t() / temperature).log_softmax(-1)
+        z = h @ w.t()
+        z = cap * torch.tanh(z / cap) if cap else z
+        logp = (z / temperature).log_softmax(-1)
         own = logp.gather(1, target[:, None])[:, 0]
         return (own, -(logp.exp() * logp).sum(1)) if entropy else own
 
     def kernels(h, w, start=0, combine=None):
-        return logprob.linear_logprob(h, w, target, temperature, entropy, start, combine)
+        return logprob.linear_logprob(h, w, target, temperature, entropy, start, combine, cap)
 
     wanted = run(dense, hidden.double(), weight.double())
     ours = run(kernels, hidden, weight)
@@ -199,6 +205,10 @@ def tiny_model(family: str):
         sizes |= {"norm": "rms1p", "norms": "both", "mlp": "geglu", "qk_norm": "head"}
         sizes |= {"embedding_scale": 7.0, "attention_scale": 0.2, "windows": (9, 0)}
         sizes |= {"local_theta": 100.0, "tied": True}
+    elif family == "gemma2":
+        sizes |= {"norm": "rms1p", "norms": "both", "mlp": "geglu", "attention_scale": 0.2}
+        sizes |= {"embedding_scale": 7.0, "windows": (9, 0), "tied": True}
+        sizes |= {"score_cap": 2.0, "logit_cap": 3.0}
     else:
         sizes |= {"norm": "layer", "mlp": "gelu", "rope_size": 4}
         sizes |= {"parallel_residual": True, "kv_heads": 4}
@@ -241,6 +251,7 @@ def loss_of(gpt, batch) -> torch.Tensor:
         ("llama", 2),
         ("gpt_neox", 2),
         ("qwen3", 4),
+        ("gemma2", 2),
         ("gemma3_text", 2),
         ("qwen2_moe", 2),
     ],
@@ -272,13 +283,14 @@ def test_kernels_are_operators_that_torch_compile_takes():
     angle = torch.rand(21, 16)
     z, target = torch.randn(6, 40), torch.randint(0, 40, (6,))
     for op, inputs in (
-        (ops.tree_attention, (q, k, v, tiles.work_lists(layout, q, 1, 0), 0)),
+        (ops.tree_attention, (q, k, v, tiles.work_lists(layout, q, 1, 0), 0, 0.0)),
+        (ops.tree_attention, (q, k, v, tiles.work_lists(layout, q, 1, 4, True), 4, 2.0)),
         (ops.add_rms_norm, (x, x.detach().clone().requires_grad_(), w, 1e-5)),
         (ops.add_rms_norm, (x, None, w, 1e-5)),
         (ops.swiglu, (x, x.detach().clone())),
         (ops.rope, (q, angle.cos(), angle.sin(), False)),
-        (ops.fold_logits, (z, target, *torch.zeros(4, 6), 0, 1.0)),
-        (ops.logit_slopes, (z, target, *torch.zeros(4, 6), 0, 1.0, torch.bfloat16)),
+        (ops.fold_logits, (z, target, *torch.zeros(4, 6), 0, 1.0, 0.0)),
+        (ops.logit_slopes, (z, target, *torch.zeros(4, 6), 0, 1.0, 2.0, torch.bfloat16)),
     ):
         opcheck(op, inputs, test_utils=checks)
 

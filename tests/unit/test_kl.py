@@ -41,10 +41,17 @@ def plain(p: list[float], q: list[float], divergence: str, mix: float) -> float:
     return kl_of(q, between(1 - mix))
 
 
-def dense(h, w, teacher_h, teacher_w, divergence: str, mix: float, temperature: float) -> Tensor:
+def capped(z: Tensor, cap: float) -> Tensor:
+    """Return logits with a soft cap; 0: as they are."""
+    return cap * torch.tanh(z / cap) if cap else z
+
+
+def dense(
+    h, w, teacher_h, teacher_w, divergence: str, mix: float, temperature: float, caps=(0.0, 0.0)
+) -> Tensor:
     """Return the same from whole softmaxes, for autograd."""
-    q = (h @ w.T / temperature).softmax(-1)
-    p = (teacher_h @ teacher_w.T / temperature).softmax(-1)
+    q = (capped(h @ w.T, caps[0]) / temperature).softmax(-1)
+    p = (capped(teacher_h @ teacher_w.T, caps[1]) / temperature).softmax(-1)
 
     def kl_of(a: Tensor, b: Tensor) -> Tensor:
         return (a * (a / b).log()).sum(-1)
@@ -60,24 +67,27 @@ def dense(h, w, teacher_h, teacher_w, divergence: str, mix: float, temperature: 
 
 
 @pytest.mark.parametrize("kept", [True, False])
-@pytest.mark.parametrize(("mix", "temperature"), [(0.5, 1.0), (0.1, 0.7), (0.9, 2.0)])
+@pytest.mark.parametrize(
+    ("mix", "temperature", "caps"),
+    [(0.5, 1.0, (0, 0)), (0.1, 0.7, (0, 0)), (0.9, 2.0, (0, 0)), (0.3, 0.7, (2.0, 3.0))],
+)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_divergences_and_gradients_are_the_formulas(
-    divergence, mix, temperature, kept, monkeypatch
+    divergence, mix, temperature, caps, kept, monkeypatch
 ):
     """1e-12 in float64, with chunks of odd width: values in plain Python, gradients by autograd."""
     monkeypatch.setattr(kl, "CHUNK", 8)
     monkeypatch.setattr(kl, "KEEP_BYTES", 16 * ROWS * VOCAB - (not kept))  # exactly enough, or not
     student = [x.requires_grad_() for x in inputs()[:2]]
     teacher = inputs()[2:]
-    ours = linear_kl(*student, *teacher, divergence, mix, temperature)
-    q = (student[0] @ student[1].T / temperature).softmax(-1).tolist()
-    p = (teacher[0] @ teacher[1].T / temperature).softmax(-1).tolist()
+    ours = linear_kl(*student, *teacher, divergence, mix, temperature, None, caps)
+    q = (capped(student[0] @ student[1].T, caps[0]) / temperature).softmax(-1).tolist()
+    p = (capped(teacher[0] @ teacher[1].T, caps[1]) / temperature).softmax(-1).tolist()
     for value, *row in zip(ours.tolist(), p, q):
         assert value == pytest.approx(plain(*row, divergence, mix), abs=1e-12)
     slope = torch.randn(ROWS, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     wanted = torch.autograd.grad(
-        dense(*student, *teacher, divergence, mix, temperature), student, slope
+        dense(*student, *teacher, divergence, mix, temperature, caps), student, slope
     )
     for _ in range(2):  # a second backward finds what the first did
         grads = torch.autograd.grad(ours, student, slope, retain_graph=True)

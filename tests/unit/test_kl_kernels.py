@@ -26,11 +26,19 @@ def inputs(dtype: torch.dtype) -> list[torch.Tensor]:
 
 @law
 @pytest.mark.parametrize(
-    ("dtype", "mix", "temperature"),
-    [(torch.float32, 0.3, 0.7), (torch.float32, 0.0, 1.0), (torch.bfloat16, 0.3, 0.7)],
+    ("dtype", "mix", "temperature", "caps"),
+    [
+        (torch.float32, 0.3, 0.7, (0.0, 0.0)),
+        (torch.float32, 0.0, 1.0, (0.0, 0.0)),
+        (torch.bfloat16, 0.3, 0.7, (0.0, 0.0)),
+        (torch.float32, 0.3, 0.7, (2.0, 3.0)),
+        (torch.bfloat16, 0.3, 0.7, (2.0, 0.0)),
+    ],
 )
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_divergences_are_those_of_whole_softmaxes(dtype, divergence, mix, temperature, monkeypatch):
+def test_divergences_are_those_of_whole_softmaxes(
+    dtype, divergence, mix, temperature, caps, monkeypatch
+):
     """Values and both gradients, for chunks and blocks that end within each other, slopes of both
     signs and zero."""
     monkeypatch.setattr(kl, "GPU_CHUNK", 72)
@@ -39,9 +47,9 @@ def test_divergences_are_those_of_whole_softmaxes(dtype, divergence, mix, temper
     student, teacher = [x.requires_grad_() for x in plain[:2]], plain[2:]
     exact = [x.detach().double().requires_grad_() for x in plain]
     slope = torch.linspace(-1, 1, ROWS)
-    wanted = dense(*exact, divergence, mix, temperature)
+    wanted = dense(*exact, divergence, mix, temperature, caps)
     wanted_h, wanted_w = torch.autograd.grad(wanted, exact[:2], slope.double())
-    ours = linear_kl(*student, *teacher, divergence, mix, temperature)
+    ours = linear_kl(*student, *teacher, divergence, mix, temperature, None, caps)
     assert ours.dtype == torch.float32
     assert relative_error(ours, wanted) < LOOSE[torch.float32]
     for a, b in zip(torch.autograd.grad(ours, student, slope), (wanted_h, wanted_w), strict=True):

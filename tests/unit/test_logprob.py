@@ -2,14 +2,15 @@
 
 import pytest
 import torch
+from test_kl import capped
 
 from kernels import logprob
 
 
 @pytest.mark.parametrize("keep", [True, False])
-@pytest.mark.parametrize("scale", [1.0, 300.0])
-def test_values_and_gradients_equal_log_softmax(keep: bool, scale: float, monkeypatch):
-    """For targets at chunk borders and logits of any size, in float64 within 1e-12."""
+@pytest.mark.parametrize(("scale", "cap"), [(1.0, 0.0), (300.0, 0.0), (1.0, 2.0), (300.0, 2.0)])
+def test_values_and_gradients_equal_log_softmax(keep: bool, scale: float, cap: float, monkeypatch):
+    """For targets at chunk borders and logits of any size, capped or not: float64, 1e-12."""
     monkeypatch.setattr(logprob, "KEEP_BYTES", 1 << 40 if keep else 0)
     monkeypatch.setattr(logprob, "CHUNK", 7)
     generator = torch.Generator().manual_seed(0)
@@ -17,8 +18,9 @@ def test_values_and_gradients_equal_log_softmax(keep: bool, scale: float, monkey
     weight = (torch.randn(31, 5, dtype=torch.float64, generator=generator) * scale).requires_grad_()
     target = torch.tensor([0, 6, 7, 13, 14, 30, 29, 28, 27])
     upstream = torch.randn(9, dtype=torch.float64, generator=generator)
-    wanted = (hidden @ weight.t()).log_softmax(-1).gather(1, target[:, None])[:, 0]
-    got = logprob.linear_logprob(hidden, weight, target)
+    z = capped(hidden @ weight.t(), cap)
+    wanted = z.log_softmax(-1).gather(1, target[:, None])[:, 0]
+    got = logprob.linear_logprob(hidden, weight, target, cap=cap)
     assert (got - wanted).abs().max() < 1e-12 * scale
     leaves = (hidden, weight)
     ours, theirs = (torch.autograd.grad((x * upstream).sum(), leaves) for x in (got, wanted))
@@ -52,10 +54,11 @@ def test_gradients_that_are_not_asked_for_are_not_computed():
         assert not logprob.linear_logprob(hidden, weight, torch.tensor([1, 2, 3])).requires_grad
 
 
+@pytest.mark.parametrize("cap", [0.0, 2.0])
 @pytest.mark.parametrize("keep", [True, False])
-def test_temperature_entropy_and_shards(keep: bool, monkeypatch):
-    """Scaled logits, entropies and a vocabulary in two shards, merged, are those of the dense
-    softmax; within 1e-12."""
+def test_temperature_entropy_cap_and_shards(keep: bool, cap: float, monkeypatch):
+    """Scaled or capped logits, entropies and a vocabulary in two shards, merged, are those of the
+    dense softmax; within 1e-12."""
     monkeypatch.setattr(logprob, "KEEP_BYTES", 1 << 40 if keep else 0)
     monkeypatch.setattr(logprob, "CHUNK", 7)
     torch.manual_seed(0)
@@ -70,11 +73,11 @@ def test_temperature_entropy_and_shards(keep: bool, monkeypatch):
         return [logps, entropies, *torch.autograd.grad(total, leaves)]
 
     def dense(h, w):
-        logp = (h @ w.t() / 0.7).log_softmax(-1)
+        logp = (capped(h @ w.t(), cap) / 0.7).log_softmax(-1)
         return logp.gather(1, target[:, None])[:, 0], -(logp.exp() * logp).sum(1)
 
     def chunked(h, w, start=0, combine=None):
-        return logprob.linear_logprob(h, w, target, 0.7, True, start, combine)
+        return logprob.linear_logprob(h, w, target, 0.7, True, start, combine, cap)
 
     wanted = run(dense, hidden, weight)
     got = run(chunked, hidden, weight)

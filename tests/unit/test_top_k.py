@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from test_kl import ROWS, VOCAB, dense, inputs
+from test_kl import ROWS, VOCAB, capped, dense, inputs
 from torch import Tensor
 
 from kernels import top_k
@@ -20,10 +20,12 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(top_k, "CHUNK", 8)
 
 
-def both(k: int, tau: float, student: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def both(
+    k: int, tau: float, student: list[Tensor], caps: tuple[float, float] = (0.0, 0.0)
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return ids, log-probs of the teacher and of the student over the K tokens and the rest."""
-    ids, p = linear_top_k(*inputs()[2:], k, tau)
-    sums = linear_buckets(*student, ids, tau)
+    ids, p = linear_top_k(*inputs()[2:], k, tau, cap=caps[1])
+    sums = linear_buckets(*student, ids, tau, cap=caps[0])
     if k == VOCAB:
         p, sums = p[:, :-1], sums[:, :-1]
     return ids, p, sums.log_softmax(1)
@@ -51,19 +53,21 @@ def divergence_of(p: Tensor, q: Tensor, name: str, mix: float) -> Tensor:
     }[name]()
 
 
-@pytest.mark.parametrize("tau", [1.0, 0.7])
+@pytest.mark.parametrize(("tau", "caps"), [(1.0, (0, 0)), (0.7, (0, 0)), (0.7, (2.0, 3.0))])
 @pytest.mark.parametrize("kept", [True, False])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_values_and_gradients_are_those_of_merged_softmaxes(divergence, kept, tau, monkeypatch):
+def test_values_and_gradients_are_those_of_merged_softmaxes(
+    divergence, kept, tau, caps, monkeypatch
+):
     """1e-12 in float64, with logits kept for the backward or computed again."""
     if not kept:
         monkeypatch.setattr(top_k, "KEEP_BYTES", 0)
     student = [x.requires_grad_() for x in inputs()[:2]]
-    ids, p, q = both(K, tau, student)
+    ids, p, q = both(K, tau, student, caps)
     h, w, teacher_h, teacher_w = *student, *inputs()[2:]
-    teacher = (teacher_h @ teacher_w.T / tau).softmax(1)
+    teacher = (capped(teacher_h @ teacher_w.T, caps[1]) / tau).softmax(1)
     assert ids.tolist() == teacher.topk(K).indices.tolist()
-    plain = merged((h @ w.T / tau).softmax(1), ids)
+    plain = merged((capped(h @ w.T, caps[0]) / tau).softmax(1), ids)
     assert (p.exp() - merged(teacher, ids)).abs().max() < 1e-14
     assert (q - plain.log()).abs().max() < 1e-12
     ours = bucket_divergence(p, q, divergence, 0.3)
