@@ -106,7 +106,7 @@ def commands(home: Path, seed: int, quick: bool, model: str = "") -> dict[str, l
 
     size = "--train 64 --test 40" if quick else "--train 400 --test 150"
     prompts, group = (10, 4) if quick else (80, 6)
-    steps = 2 if quick else 20
+    steps = 2 if quick else 24
     first, second = (f"{home}/{name}/pairs.jsonl" for name in ("pairs", "pairs_2"))
     dpo = "--batch-size 4 --beta 0.1 --sft-weight 0.2"
     both = f"--data {first} {second} --epochs 1"
