@@ -6,6 +6,8 @@
         adds an adapter (--lora, or of peft) to its base, for servers that load whole models
     python hf.py from-gguf FILE --out DIR
         converts a GGUF file of llama.cpp into a folder (pip install gguf)
+    python hf.py text DIR --out NEW
+        takes the text model out of a folder whose model reads images: Gemma 3 from 4B on
     python hf.py new --out DIR --family llama --width 96 --layers 2 --heads 4 --tokenizer DIR
         for tests, benchmarks and training from scratch
 
@@ -26,7 +28,7 @@ from config import Above0, Amount, Count, Number, Seed
 from data.templates import Template
 from data.tokenizer import Tokenizer, load_tokenizer
 from model import GPT, active_count, parameter_count
-from weights import families, gguf
+from weights import families, gguf, text_model
 from weights.config_json import ARCHITECTURES, model_config, read_config, score_names
 from weights.folder import DTYPES, load_model, save_model, weight_files
 from weights.peft import adapter_scores, load_adapter
@@ -220,6 +222,10 @@ def main(argv: list[str]) -> None:
             argv = ["check", argv[4]]
         if argv[:1] == ["from-gguf"] and len(argv) == 4 and argv[2] == "--out":
             gguf.convert(argv[1], argv[3])
+            argv = ["check", argv[3]]
+        if argv[:1] == ["text"] and len(argv) == 4 and argv[2] == "--out":
+            left_out = text_model.extract(hub.model_folder(argv[1]), argv[3])
+            print(f"left out {left_out} weight(s) that read images")
             argv = ["check", argv[3]]
         if argv[:1] == ["new"]:
             flags = parse(New, __doc__, argv[1:])
