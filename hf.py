@@ -165,8 +165,9 @@ def _validate(flags: New, tokenizer: Tokenizer | None) -> None:
 
 def describe(folder: str) -> str:
     """Return a few lines about the contents of a folder. Raises what loading it would raise."""
-    names = score_names(read_config(folder)[1])
-    model = load_model(folder, torch.float32, scores=() if names else None)
+    raw = read_config(folder)[1]
+    names = score_names(raw)
+    model = load_model(folder, own_dtype(raw), scores=() if names else None)
     c = model.c
     files = set(weight_files(folder).values())
     tokenizer = load_tokenizer(folder)
@@ -204,12 +205,17 @@ def describe_mlp(c: GPTConfig) -> str:
     return f"{words}; {active_count(c) / 1e6:,.1f}M parameters meet a token"
 
 
+def own_dtype(raw: dict) -> torch.dtype:
+    """Return the dtype that a config.json names; fp32 where it names none."""
+    dtype = getattr(torch, str(raw.get("dtype") or raw.get("torch_dtype")), None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
 def merge(base: str, adapter: str, out: str) -> None:
     """Write a folder in which an adapter is merged into its base, in the base's own dtype."""
     raw = read_config(base)[1]
     names = () if score_names(raw) else adapter_scores(adapter) or None
-    dtype = getattr(torch, raw.get("dtype") or raw.get("torch_dtype") or "float32")
-    model = load_model(base, dtype, scores=names)
+    model = load_model(base, own_dtype(raw), scores=names)
     load_adapter(model, adapter)
     template = Template("auto", load_tokenizer(base))
     save_model(model, out, base, None if template.plain else template)

@@ -95,14 +95,19 @@ def open_weights(path: Path) -> Any:
 def write_weights(folder: Path, weights: Iterable[tuple[str, Tensor]]) -> None:
     """Write named weights in files of at most SHARD_BYTES, with an index where there are several.
 
-    Holds the weights of one file at a time.
+    Holds the weights of one file at a time. OSError: no space.
     """
     shards: list[list[str]] = []
     held: dict[str, Tensor] = {}
     size = total = 0
 
     def flush() -> None:
-        save_file(held, folder / f"{len(shards)}.safetensors", metadata={"format": "pt"})
+        try:
+            save_file(held, folder / f"{len(shards)}.safetensors", metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(
+                f"could not write to {folder} ({error}): free space on the disk"
+            ) from None
         shards.append(list(held))
         held.clear()
 

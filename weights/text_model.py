@@ -13,13 +13,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from data.tokenizer import TOKENIZER_FILES
+from data.tokenizer import TOKENIZER_FILES, load_tokenizer
 from disk import new_folder
-from weights.config_json import ARCHITECTURES, IMAGE_TYPES, read_json
+from weights.config_json import ARCHITECTURES, IMAGE_TYPES, model_config, read_json
 from weights.families import TIED
 from weights.files import open_weights, weight_files, write_weights
+from weights.table import weight_table
 
 # Where its weights lie, as published and as transformers names them since 4.52 -> alone.
 PLACES = {
@@ -43,8 +45,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "mistral": {},
     "ministral3": {},
 }
-# Keys of the whole that hold for its text model too.
+# Keys of the whole that hold for its text model too, whatever text_config says.
 SHARED = "torch_dtype dtype bos_token_id eos_token_id pad_token_id quantization_config".split()
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def extract(source: str | Path, out: str | Path) -> int:
@@ -60,34 +63,62 @@ def extract(source: str | Path, out: str | Path) -> int:
             f"{' and '.join(IMAGE_TYPES)} have a text model to take out"
         )
     files = weight_files(source)
-    names = {name: _name_alone(name, source) for name in files}
-    kept = {name: alone for name, alone in names.items() if alone}
-    config = _config(raw, "lm_head.weight" in kept.values(), source)
+    kept: dict[str, str] = {}  # name alone -> name in the source
+    for name in files:
+        if alone := _name_alone(name, source):
+            kept[alone] = name
+    left_out = len(files) - len(kept)
+    config = _config(raw, source)
+    if HEAD in kept:  # as transformers does: tied only if it is the embedding
+        one, other = (_tensor(files, kept[name]) for name in (HEAD, EMBEDDING))
+        config["tie_word_embeddings"] &= torch.equal(one, other)
+        if config["tie_word_embeddings"]:
+            del kept[HEAD]
+    _check(config, set(kept), source)
     with new_folder(out) as folder:
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        for name in (*TOKENIZER_FILES, "chat_template.json", "generation_config.json"):
-            if (source / name).is_file():
-                shutil.copyfile(source / name, folder / name)
+        _copy_tokenizer(source, folder)
         write_weights(folder, _weights(files, kept))
-    return len(names) - len(kept)
+    return left_out
 
 
-def _config(raw: dict[str, Any], has_head: bool, source: Path) -> dict[str, Any]:
+def _config(raw: dict[str, Any], source: Path) -> dict[str, Any]:
     """Return the config.json of the text model alone."""
     text = raw.get("text_config")
     family = text.get("model_type") if isinstance(text, dict) else None
     if not isinstance(text, dict) or family not in DEFAULTS:
         known = ", ".join(DEFAULTS)
         raise ValueError(f"{source}/config.json: text_config is of type {family!r}: only {known}")
-    shared = {key: raw[key] for key in SHARED if raw.get(key) is not None}
     given = [each["tie_word_embeddings"] for each in (text, raw) if "tie_word_embeddings" in each]
-    tied = any(given) if given else family in TIED
-    config = {**DEFAULTS[family], **shared, **text}
     return {
-        **config,
+        **DEFAULTS[family],
+        **text,
+        **{key: raw[key] for key in SHARED if raw.get(key) is not None},
         "architectures": [ARCHITECTURES[family]],
-        "tie_word_embeddings": tied and not has_head,
+        "tie_word_embeddings": any(given) if given else family in TIED,
     }
+
+
+def _check(config: dict[str, Any], names: set[str], source: Path) -> None:
+    """Raise what loading the text model would raise, before anything large is copied."""
+    c = model_config(config, config["model_type"])
+    wanted = {stored.name for stored in weight_table(c).values()}
+    if wanted != names:
+        name = min(wanted ^ names)
+        raise ValueError(f"{source}: {'no weight' if name in wanted else 'unknown weight'} {name}")
+    load_tokenizer(source)
+
+
+def _copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy the tokenizer, the ends and the chat template, which a processor may have kept."""
+    for name in (*TOKENIZER_FILES, "generation_config.json"):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    kept_apart = source / "chat_template.json"
+    if kept_apart.is_file() and not load_tokenizer(source).chat_template:
+        template = read_json(kept_apart).get("chat_template")
+        if isinstance(template, str):
+            (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
 def _name_alone(name: str, source: Path) -> str:
@@ -100,10 +131,13 @@ def _name_alone(name: str, source: Path) -> str:
     raise ValueError(f"{source}: the weight {name} is not known")
 
 
+def _tensor(files: dict[str, Path], name: str) -> Tensor:
+    """Read a weight."""
+    return open_weights(files[name]).get_tensor(name)
+
+
 def _weights(files: dict[str, Path], kept: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
     """Yield (name alone, tensor) of the text model's weights, file by file."""
-    for path in sorted(set(files.values())):
-        handle = open_weights(path)
-        for name in handle.keys():  # noqa: SIM118 - no dict
-            if name in kept:
-                yield kept[name], handle.get_tensor(name)
+    handles = {path: open_weights(path) for path in sorted(set(files.values()))}
+    for alone, name in sorted(kept.items(), key=lambda names: (files[names[1]], names[0])):
+        yield alone, handles[files[name]].get_tensor(name)
