@@ -481,4 +481,4 @@ def test_capped_scores_of_bf16_are_not_rounded():
     layout = TreeLayout.from_spans([(9, [])])
     flat = (x[0].transpose(0, 1) for x in (q, k, v))
     twin = plain_attention(*flat, layout, 0, 50.0).transpose(0, 1)
-    assert (twin - exact[0]).abs().max() < 1e-2  # of numbers near 2.5, which are rounded once
+    assert (twin - exact[0]).abs().max() < 2e-2  # of numbers up to 5, which are rounded once
