@@ -156,7 +156,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("words", REFUSED)
 def test_a_config_that_is_not_known_is_refused(words: str, toy: Path, tmp_path: Path):
-    """By name, and nothing is written."""
+    """The error names it, and nothing is written."""
     folder = small_folder(toy, tmp_path / "whole")
     write_config(folder, REFUSED[words](config_of(folder)))
     with pytest.raises(ValueError, match=words):
