@@ -4,13 +4,14 @@ Logs are JSON objects, one a line, and a line ends at "\\n" only: texts may hold
 characters that str.splitlines takes for line ends.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,25 @@ def write_text(path: str | Path, text: str) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_folder(folder: str | Path) -> Iterator[Path]:
+    """Give a folder to fill under another name, and rename it to `folder` if all goes well.
+
+    ValueError: there is one already.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise ValueError(f"{folder} exists: choose another --out")
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def replace_folder(new: Path, folder: Path) -> None:

@@ -6,6 +6,8 @@
         adds an adapter (--lora, or of peft) to its base, for servers that load whole models
     python hf.py from-gguf FILE --out DIR
         converts a GGUF file of llama.cpp into a folder (pip install gguf)
+    python hf.py text DIR --out NEW
+        takes the text model out of a folder whose model reads images: Gemma 3 from 4B on
     python hf.py new --out DIR --family llama --width 96 --layers 2 --heads 4 --tokenizer DIR
         for tests, benchmarks and training from scratch
 
@@ -26,7 +28,7 @@ from config import Above0, Amount, Count, Number, Seed
 from data.templates import Template
 from data.tokenizer import Tokenizer, load_tokenizer
 from model import GPT, active_count, parameter_count
-from weights import families, gguf
+from weights import families, gguf, text_model
 from weights.config_json import ARCHITECTURES, model_config, read_config, score_names
 from weights.folder import DTYPES, load_model, save_model, weight_files
 from weights.peft import adapter_scores, load_adapter
@@ -163,8 +165,9 @@ def _validate(flags: New, tokenizer: Tokenizer | None) -> None:
 
 def describe(folder: str) -> str:
     """Return a few lines about the contents of a folder. Raises what loading it would raise."""
-    names = score_names(read_config(folder)[1])
-    model = load_model(folder, torch.float32, scores=() if names else None)
+    raw = read_config(folder)[1]
+    names = score_names(raw)
+    model = load_model(folder, own_dtype(raw), scores=() if names else None)
     c = model.c
     files = set(weight_files(folder).values())
     tokenizer = load_tokenizer(folder)
@@ -202,12 +205,17 @@ def describe_mlp(c: GPTConfig) -> str:
     return f"{words}; {active_count(c) / 1e6:,.1f}M parameters meet a token"
 
 
+def own_dtype(raw: dict) -> torch.dtype:
+    """Return the dtype that a config.json names; fp32 where it names none."""
+    dtype = getattr(torch, str(raw.get("dtype") or raw.get("torch_dtype")), None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
 def merge(base: str, adapter: str, out: str) -> None:
     """Write a folder in which an adapter is merged into its base, in the base's own dtype."""
     raw = read_config(base)[1]
     names = () if score_names(raw) else adapter_scores(adapter) or None
-    dtype = getattr(torch, raw.get("dtype") or raw.get("torch_dtype") or "float32")
-    model = load_model(base, dtype, scores=names)
+    model = load_model(base, own_dtype(raw), scores=names)
     load_adapter(model, adapter)
     template = Template("auto", load_tokenizer(base))
     save_model(model, out, base, None if template.plain else template)
@@ -220,6 +228,10 @@ def main(argv: list[str]) -> None:
             argv = ["check", argv[4]]
         if argv[:1] == ["from-gguf"] and len(argv) == 4 and argv[2] == "--out":
             gguf.convert(argv[1], argv[3])
+            argv = ["check", argv[3]]
+        if argv[:1] == ["text"] and len(argv) == 4 and argv[2] == "--out":
+            left_out = text_model.extract(hub.model_folder(argv[1]), argv[3])
+            print(f"left out {left_out} weight(s) that read images")
             argv = ["check", argv[3]]
         if argv[:1] == ["new"]:
             flags = parse(New, __doc__, argv[1:])

@@ -280,6 +280,8 @@ def partial_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attend to a part of the keys; also return the log of the part's sum of weights, (..., 1)."""
     exact = torch.promote_types(q.dtype, torch.float32)
+    if cap:  # as exact as the kernels, since a cap bends what was rounded
+        q, keys = q.to(exact), keys.to(exact)
     scores = torch.matmul(q * q.shape[-1] ** -0.5, keys.transpose(-1, -2)).to(exact)
     scores = soft_cap(scores, cap).masked_fill_(hidden, float("-inf"))
     # The clamp keeps a part of which nothing is visible at weight 0.

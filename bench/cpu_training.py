@@ -14,10 +14,12 @@ from cpu_rows import BATCH, MAX_LENGTH, choose_pairs, digest, read_rows, steps_r
 BETA = 0.1  # of DPO and KTO
 LR = {"dpo": 5e-7, "rm": 1e-5, "kto": 5e-7, "grpo": 1e-6, "gkd": 1e-4}
 SCRIPTS = {"grpo": "reinforce", "gkd": "distill"}  # named otherwise than the algorithm
-# TRL's own default recomputes activations; the two others do not, which makes them faster.
+# By default TRL computes in bf16 by autocast and recomputes activations; the others are in fp32 as
+# plumb is, the first of them with recomputing.
 RUNS = {
     "plumb": "plumb",
     "default": "TRL default",
+    "recompute": "TRL recompute",
     "stock": "TRL stock",
     "precompute": "TRL precompute",
 }
@@ -84,9 +86,10 @@ def trl_settings(spec: dict) -> dict:
     adam = dict(adam_beta1=0.9, adam_beta2=0.95, adam_epsilon=1e-8, weight_decay=0.0)
     schedule = dict(learning_rate=learning_rate(spec), lr_scheduler_type="constant")
     schedule |= dict(warmup_steps=0, max_steps=spec["steps"], max_grad_norm=1.0, seed=0)
-    device = dict(use_cpu=True, bf16=False, model_init_kwargs={"dtype": "float32"})
-    recompute = spec.get("run") == "default"
-    device |= dict(gradient_checkpointing=recompute, dataloader_pin_memory=False)
+    run = spec.get("run")
+    device = dict(use_cpu=True, model_init_kwargs={"dtype": "float32"}, dataloader_pin_memory=False)
+    if run != "default":
+        device |= dict(bf16=False, gradient_checkpointing=run == "recompute")
     output = dict(output_dir=spec["out"], save_strategy="no", report_to="none")
     output |= dict(logging_steps=1, disable_tqdm=True)
     return adam | schedule | device | output

@@ -8,9 +8,9 @@
 
 --algorithm dpo, rm, kto  train_dpo.py, train_rm.py and train_kto.py against TRL's DPOTrainer,
     RewardTrainer and KTOTrainer (for KTO the pairs are taken apart into {prompt, completion,
-    label}). TRL runs as its defaults are; stock, without recomputing activations; and with
-    precompute_ref_log_probs as well, where the reference scores once, up front, as in plumb, and
-    not inside every step. Two workloads:
+    label}). TRL runs as its defaults are, with bf16 by autocast and recomputing of activations; in
+    fp32 with recomputing; stock, in fp32 without it; and with precompute_ref_log_probs as well,
+    where the reference scores once, up front, as in plumb, and not in every step. Two workloads:
       long prompts   pairs with short answers, solved examples of the same file put before them
       long answers   pairs with a short prompt and answers of some hundred tokens
     --workloads "as they are" takes the rows of a file in their order.
@@ -127,7 +127,7 @@ def with_bos(model: Path, work: Path) -> Path:
 def print_legend(args: argparse.Namespace) -> None:
     """Explain the columns of the tables."""
     if not args.tiny:
-        print("TRL in fp32. Only `TRL default` recomputes activations, which takes longer.")
+        print("All in fp32 but `TRL default`: bf16 by autocast, so its losses agree less closely.")
     print(
         "CPU s/step: mean of all steps but the first, user and kernel. with reference: plus one\n"
         "scoring of these rows by the reference, spread over the steps; TRL stock pays it inside\n"

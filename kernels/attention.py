@@ -161,9 +161,9 @@ def attend_run(
     queries, keys = q.shape[1], k.shape[1]
     if cap:
         exact = torch.promote_types(q.dtype, torch.float32)
-        scores = torch.matmul(q * q.shape[2] ** -0.5, k.transpose(1, 2)).to(exact)
+        scores = torch.matmul(q.to(exact) * q.shape[2] ** -0.5, k.to(exact).transpose(1, 2))
         scores = cap * torch.tanh(scores / cap) + causal_mask(layout, queries, keys, window, exact)
-        return torch.matmul(scores.softmax(-1).to(v.dtype), v)
+        return torch.matmul(scores.softmax(-1), v.to(exact)).to(v.dtype)
     causal = queries == keys and not 0 < window < keys  # torch's own mask is the same
     mask = None if causal else causal_mask(layout, queries, keys, window, q.dtype)
     out = F.scaled_dot_product_attention(

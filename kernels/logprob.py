@@ -135,9 +135,9 @@ class _LinearLogProb(torch.autograd.Function):
                 dz = _slopes_of_powers(powers, top, target, lse, grad, *where).to(weight.dtype)
             else:
                 z = soft_cap(matmul(hidden, w.t(), exact), ctx.cap)
-                bent = cap_slope(z, ctx.cap) if ctx.cap else 1
+                bent = cap_slope(z, ctx.cap) if ctx.cap else None
                 dz = _slopes_plain(z, target, lse, grad, entropies, d_entropy, *where)
-                dz = dz.mul_(bent).to(weight.dtype)
+                dz = (dz if bent is None else dz.mul_(bent)).to(weight.dtype)
             if need_hidden:
                 add_matmul(d_hidden, dz, w)
             if need_weight:

@@ -148,11 +148,11 @@ class _LinearBuckets(torch.autograd.Function):
         chunks = _split(kept) if kept else _chunks(hidden, weight, ctx.temperature, ctx.cap)
         for first, z in chunks:
             inside, place = _places(own, first, z)
-            bent = cap_slope(z * ctx.temperature, ctx.cap) if ctx.cap else 1
+            bent = cap_slope(z * ctx.temperature, ctx.cap) if ctx.cap else None
             masked = z if kept else _mask(z, inside, place)
             dz = (masked - rest).exp_().mul_(grad[:, -1:])
             dz.scatter_add_(1, place, torch.where(inside, grad[:, :-1], 0))
-            dz = dz.mul_(bent).to(weight.dtype)
+            dz = (dz if bent is None else dz.mul_(bent)).to(weight.dtype)
             last = first + dz.shape[1]
             if need_hidden:
                 add_matmul(d_hidden, dz, weight[first:last])

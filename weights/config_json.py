@@ -44,6 +44,8 @@ ARCHITECTURES = {
     "glm4_moe": "Glm4MoeForCausalLM",
 }  # a reward model has ForSequenceClassification instead
 
+IMAGE_TYPES = ("gemma3", "mistral3")  # models around a text model: weights/text_model.py
+
 # ---- the keys that are known ---------------------------------------------------------------------
 
 # Keys that do not change the arithmetic, or that other keys switch on.
@@ -355,6 +357,11 @@ def read_json(path: Path) -> dict:
 def _family(raw: dict) -> str:
     """Return the model_type. ValueError: plumb does not know it, or not the class of model."""
     family = raw.get("model_type")
+    if family in IMAGE_TYPES:
+        raise ValueError(
+            f"config.json: a {family} model reads images: hf.py text DIR --out NEW takes its text "
+            "model out"
+        )
     if family not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise ValueError(f"config.json: plumb does not know model_type {family!r}: only {known}")

@@ -194,6 +194,8 @@ def gemma(take: Take, fields: Fields, read: tuple[str, tuple[str, ...]] = GEMMA_
     key, known = read
     if acts[key] not in (None, *known):
         raise ValueError(f"config.json: {key} is supported at {' and '.join(known)} only")
+    if acts["hidden_activation"] not in (None, "gelu_pytorch_tanh"):  # older code reads it first
+        raise ValueError("config.json: hidden_activation is supported at gelu_pytorch_tanh only")
     take("cache_implementation")
     return {"norm": "rms1p", "mlp": "geglu", "embedding_scale": fields["width"] ** 0.5}
 

@@ -1,17 +1,22 @@
 """Weight files of a Hugging Face folder: single or sharded safetensors, which cannot run code."""
 
 import hashlib
+import json
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from disk import file_sha256
 from weights.config_json import read_json
 
 HASH_THREADS = 8
+SHARD_BYTES = 5 << 30  # of one file, as transformers splits them
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 # Buffers that old folders carry along: masks, and angles that are computed here.
 NOT_WEIGHTS = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")
@@ -85,6 +90,45 @@ def open_weights(path: Path) -> Any:
                 f"{path}: {name} is {kind}: plumb reads F64, F32, F16 and BF16, nothing quantized"
             )
     return file
+
+
+def write_weights(folder: Path, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Write named weights in files of at most SHARD_BYTES, with an index where there are several.
+
+    Holds the weights of one file at a time. OSError: no space.
+    """
+    shards: list[list[str]] = []
+    held: dict[str, Tensor] = {}
+    size = total = 0
+
+    def flush() -> None:
+        try:
+            save_file(held, folder / f"{len(shards)}.safetensors", metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(
+                f"could not write to {folder} ({error}): free space on the disk"
+            ) from None
+        shards.append(list(held))
+        held.clear()
+
+    for name, tensor in weights:
+        if held and size + tensor.nbytes > SHARD_BYTES:
+            flush()
+            size = 0
+        held[name] = tensor
+        size += tensor.nbytes
+        total += tensor.nbytes
+    flush()
+    if len(shards) == 1:
+        (folder / "0.safetensors").rename(folder / "model.safetensors")
+        return
+    weight_map = {}
+    for i, names in enumerate(shards):
+        shard = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"{i}.safetensors").rename(folder / shard)
+        weight_map |= dict.fromkeys(names, shard)
+    text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
+    (folder / "model.safetensors.index.json").write_text(text)
 
 
 def fingerprint(folder: str | Path) -> str:

@@ -29,14 +29,13 @@ from parallel import Mesh
 from sharding import part_of, shard
 from weights.adapters import BaseDtype, frozen_linears
 from weights.config_json import model_config, read_config, score_names, with_scores
-from weights.files import DTYPES, fingerprint, open_weights, weight_files
+from weights.files import DTYPES, SHARD_BYTES, fingerprint, open_weights, weight_files
 from weights.shares import plan_files
 from weights.table import HEADS, Stored, fuse, weight_table
 
 __all__ = ["DTYPES", "fingerprint", "load_model", "save_model", "weight_files"]
 NOT_FINITE = "a weight is not finite"
 NEXT_LAYERS = "num_nextn_predict_layers"  # of config.json
-SHARD_BYTES = 5 << 30  # of one weight file, as transformers splits them
 
 # ---- reading -------------------------------------------------------------------------------------
 

@@ -10,7 +10,6 @@ does not know is refused by name.
 """
 
 import json
-import shutil
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,11 +17,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from disk import new_folder
 from rotary import Llama3, frequencies
 from weights.config_json import ARCHITECTURES
+from weights.files import write_weights
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 # Types of tensors, whose blocks the package gguf turns into numbers.
@@ -41,7 +41,6 @@ MODULES = {  # in a file -> in a folder, both inside a block
     "ffn_down": "mlp.down_proj",
 }
 OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-SHARD_BYTES = 5 << 30
 
 # How byte-level BPE tokenizers split text, by the name in tokenizer.ggml.pre.
 LLAMA3_SPLIT = (
@@ -70,19 +69,10 @@ def convert(file: str | Path, out: str | Path) -> None:
     factors = [tensor for tensor in reader.tensors if tensor.name == "rope_freqs.weight"]
     if factors:
         raw["rope_scaling"] = _scaling(raw, _numbers(factors[0], file), file)
-    out = Path(out)
-    if out.exists():
-        raise ValueError(f"{out} exists: choose another --out")
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        (partial / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
-        _write_tokenizer(partial, facts, file)
-        _write_weights(partial, reader, raw, file)
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with new_folder(out) as folder:
+        (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+        _write_tokenizer(folder, facts, file)
+        write_weights(folder, _weights(reader, raw, file))
 
 
 def _open(file: str | Path) -> Any:
@@ -173,39 +163,6 @@ def _scaling(raw: dict[str, Any], factors: np.ndarray, file: str | Path) -> dict
 
 
 # ---- weights -------------------------------------------------------------------------------------
-
-
-def _write_weights(folder: Path, reader: Any, raw: dict[str, Any], file: str | Path) -> None:
-    """Write the weights in files of at most SHARD_BYTES, with an index where there are several."""
-    shards: list[list[str]] = []
-    held: dict[str, Tensor] = {}
-    size = 0
-
-    def flush() -> None:
-        nonlocal size
-        save_file(held, folder / f"{len(shards)}.safetensors", metadata={"format": "pt"})
-        shards.append(list(held))
-        held.clear()
-        size = 0
-
-    total = 0
-    for name, tensor in _weights(reader, raw, file):
-        if held and size + tensor.nbytes > SHARD_BYTES:
-            flush()
-        held[name] = tensor
-        size += tensor.nbytes
-        total += tensor.nbytes
-    flush()
-    if len(shards) == 1:
-        (folder / "0.safetensors").rename(folder / "model.safetensors")
-        return
-    weight_map = {}
-    for i, names in enumerate(shards):
-        shard = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        (folder / f"{i}.safetensors").rename(folder / shard)
-        weight_map |= dict.fromkeys(names, shard)
-    text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
-    (folder / "model.safetensors.index.json").write_text(text)
 
 
 def _weights(reader: Any, raw: dict[str, Any], file: str | Path) -> Iterator[tuple[str, Tensor]]:

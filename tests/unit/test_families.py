@@ -232,6 +232,7 @@ LONG = {"type": "longrope", "short_factor": [1.0, 2.0], "long_factor": [1.0, 2.0
         ("gemma-2-2b-it", {"attn_logit_softcapping": 0.0}, "attn_logit_softcapping"),
         ("gemma-2-2b-it", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
         ("gemma-2-2b-it", {"hidden_activation": "gelu"}, "hidden_activation"),
+        ("gemma-1.1-7b-it", {"hidden_activation": "gelu"}, "hidden_activation"),
         ("gemma-1.1-7b-it", {"hidden_act": "silu"}, "hidden_act"),
         ("gemma-1.1-7b-it", {"sliding_window": 7}, "sliding_window"),
         ("gemma-3-1b-it", {"model_type": "gemma3"}, "gemma3"),

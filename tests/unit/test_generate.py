@@ -11,6 +11,9 @@ from conftest import dataset_of, tiny_transformers
 import generate
 from data.tokenizer import load_tokenizer
 from data.trees import make_batch
+from kernels.attention import plain_attention
+from layout import TreeLayout
+from mixers import partial_attention
 from parallel import Mesh
 from sampling import cache, sampler
 from sampling.cache import Cache
@@ -459,3 +462,23 @@ def test_a_stopped_command_keeps_its_answers_and_goes_on(
     partial.write_text(partial.read_text()[:-9])  # as a killed process leaves it
     assert call_again(9) == [2, 2, 1]
     assert out.read_bytes() == whole.read_bytes() and not partial.exists()
+
+
+def test_capped_scores_of_bf16_are_not_rounded():
+    """A cap bends scores as exact as the kernels have them, in sampling and in the plain twin: the
+    log of the sum of weights, and outputs, against float64 of the same bf16 numbers."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 9, 256).mul(1.6).bfloat16() for _ in range(3))
+    scores = q.double() @ k.double().mT / 16
+    scores = 50 * torch.tanh(scores / 50)
+    causal = torch.ones(9, 9, dtype=torch.bool).tril()
+    wanted = scores.masked_fill(~causal, -torch.inf)
+    assert wanted[wanted > -torch.inf].abs().max() > 8  # where a rounding is seen
+    out, weight = partial_attention(q, k, v, ~causal, 50.0)
+    assert (weight[..., 0] - wanted.logsumexp(-1)).abs().max() < 1e-5
+    exact = wanted.softmax(-1) @ v.double()
+    assert (out - exact).abs().max() < 2e-2
+    layout = TreeLayout.from_spans([(9, [])])
+    flat = (x[0].transpose(0, 1) for x in (q, k, v))
+    twin = plain_attention(*flat, layout, 0, 50.0).transpose(0, 1)
+    assert (twin - exact[0]).abs().max() < 2e-2  # of numbers up to 5, which are rounded once

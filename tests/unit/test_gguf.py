@@ -115,7 +115,7 @@ def test_tensors_are_those_that_transformers_reads(
     save_model(hf.new_model(hf.New(**SIZES, family=family, tied=family == "qwen2")), source)
     file = tmp_path / "model.gguf"
     write_gguf(source, file, kind)
-    monkeypatch.setattr(ours, "SHARD_BYTES", 100_000)
+    monkeypatch.setattr("weights.files.SHARD_BYTES", 100_000)
     ours.convert(file, tmp_path / "out")
     mine = read(tmp_path / "out")
     if family != "qwen3":  # of which it does not read the head's size
