@@ -8,9 +8,9 @@
 
 --algorithm dpo, rm, kto  train_dpo.py, train_rm.py and train_kto.py against TRL's DPOTrainer,
     RewardTrainer and KTOTrainer (for KTO the pairs are taken apart into {prompt, completion,
-    label}). TRL runs as its defaults are, with bf16 by autocast and recomputing of activations; in
-    fp32 with recomputing; stock, in fp32 without it; and with precompute_ref_log_probs as well,
-    where the reference scores once, up front, as in plumb, and not in every step. Two workloads:
+    label}). TRL runs with recomputing of activations, its default; stock, without it; and with
+    precompute_ref_log_probs as well, where the reference scores once, up front, as in plumb, and
+    not inside every step. Two workloads:
       long prompts   pairs with short answers, solved examples of the same file put before them
       long answers   pairs with a short prompt and answers of some hundred tokens
     --workloads "as they are" takes the rows of a file in their order.
@@ -25,6 +25,9 @@
     GKDTrainer (trl.experimental) with lmbda=0: the chosen answers are the data. The teacher is a
     wider random Llama, or that of --teacher. --divergences: jsd (beta 0.5), forward (0),
     reverse (1).
+
+--dtype bf16 is TRL's default (by autocast) on a CPU too, and plumb's on a GPU only. Both have fp32
+master weights; losses then agree less closely.
 
 --lora RANK gives all linears of the blocks adapters, TRL's by peft; both start from the same ones.
 
@@ -127,7 +130,7 @@ def with_bos(model: Path, work: Path) -> Path:
 def print_legend(args: argparse.Namespace) -> None:
     """Explain the columns of the tables."""
     if not args.tiny:
-        print("All in fp32 but `TRL default`: bf16 by autocast, so its losses agree less closely.")
+        print(f"Both in {args.dtype}. Only `TRL recompute` recomputes activations, its default.")
     print(
         "CPU s/step: mean of all steps but the first, user and kernel. with reference: plus one\n"
         "scoring of these rows by the reference, spread over the steps; TRL stock pays it inside\n"
@@ -152,6 +155,7 @@ def parse_arguments() -> argparse.Namespace:
     flag("--workloads", nargs="+", choices=WORKLOADS, default=["long prompts", "long answers"])
     flag("--steps", type=int, default=12, help=f"timed steps of {BATCH} rows, after one more")
     flag("--repeats", type=int, default=3, help="runs of each kind")
+    flag("--dtype", choices=("fp32", "bf16"), default="fp32", help="of products and activations")
     flag("--runs", nargs="+", choices=RUNS, default=list(RUNS))
     flag("--max-tokens", type=int, default=8192, help="plumb's micro-batch")
     flag("--malloc", choices=("keep", "default"), default="keep", help="keep freed memory")
@@ -185,6 +189,7 @@ def main() -> None:
             "workloads": args.workloads,
             "steps": args.steps + 1,
             "max_tokens": args.max_tokens,
+            "dtype": args.dtype,
             "tiny": args.tiny,
             "work": folder,
             "malloc": args.malloc,
