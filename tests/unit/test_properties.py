@@ -81,6 +81,7 @@ def test_a_file_is_read_up_to_its_first_bad_line(tmp_path: Path, lines: list[byt
 
 @quick
 @given(st.binary(max_size=60), st.integers(0, 60), st.binary(max_size=3))
+@example(b"PAR1", 0, b"")  # then it is a Parquet file, which needs pyarrow
 def test_damaged_gzip_files_are_named(tmp_path: Path, noise: bytes, at: int, patch: bytes):
     """Noise, a cut or a patched gzip file gives an error with its name, or rows."""
     path = tmp_path / "rows.jsonl.gz"
@@ -94,7 +95,7 @@ def test_damaged_gzip_files_are_named(tmp_path: Path, noise: bytes, at: int, pat
         path.write_bytes(content)
         try:
             assert all(isinstance(row, dict) for row in read_rows(path))
-        except ValueError as error:
+        except (ValueError, ImportError) as error:
             assert str(path) in str(error)
 
 
