@@ -1,6 +1,6 @@
 """A real model on a laptop: SmolLM2-135M-Instruct learns to hold instructions that can be checked.
 
-    python real.py            one seed, about 18 minutes on 2 cores   (make real)
+    python real.py            one seed, about 20 minutes on 2 cores   (make real)
     python real.py --quick    a part of it, 5 to 8 minutes             (make real REAL=quick)
     python real.py --seeds 0 1 2
 
@@ -109,7 +109,7 @@ def commands(home: Path, seed: int, quick: bool, model: str = "") -> dict[str, l
     steps = 2 if quick else 24
     first, second = (f"{home}/{name}/pairs.jsonl" for name in ("pairs", "pairs_2"))
     dpo = "--batch-size 4 --beta 0.1 --sft-weight 0.2"
-    both = f"--data {first} {second} --epochs 1"
+    both = f"--data {first} {second}"
     make = [f"-m data.verifiable make --out {home}/data {end} {size}"]
     if not model:
         make.append(f"hf.py from-gguf {embedded_model()} --out {start}")
@@ -133,8 +133,12 @@ def commands(home: Path, seed: int, quick: bool, model: str = "") -> dict[str, l
             f"--data {second} --epochs 2 --lr 3e-5 {dpo}",
             f"{home}/first/final",
         ),
-        "kto": trained("train_kto.py", "kto", f"{both} --lr 3e-5 --beta 0.1 --batch-size 8"),
-        "dpo_lora": trained("train_dpo.py", "dpo_lora", f"{both} --lora 16 --lr 3e-4 {dpo}"),
+        "kto": trained(
+            "train_kto.py", "kto", f"{both} --epochs 1 --lr 3e-5 --beta 0.1 --batch-size 8"
+        ),
+        "dpo_lora": trained(
+            "train_dpo.py", "dpo_lora", f"{both} --epochs 2 --lora 16 --lr 3e-4 {dpo}"
+        ),
     }
 
 
