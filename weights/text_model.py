@@ -65,11 +65,14 @@ def extract(source: str | Path, out: str | Path) -> int:
     files = weight_files(source)
     kept: dict[str, str] = {}  # name alone -> name in the source
     for name in files:
-        if alone := _name_alone(name, source):
+        alone = _name_alone(name, source)
+        if alone in kept:
+            raise ValueError(f"{source}: {kept[alone]} and {name} are one weight under two names")
+        if alone:
             kept[alone] = name
     left_out = len(files) - len(kept)
     config = _config(raw, source)
-    if HEAD in kept:  # as transformers does: tied only if it is the embedding
+    if HEAD in kept and EMBEDDING in kept:  # as transformers does: tied only if it is the embedding
         one, other = (_tensor(files, kept[name]) for name in (HEAD, EMBEDDING))
         config["tie_word_embeddings"] &= torch.equal(one, other)
         if config["tie_word_embeddings"]:
@@ -89,7 +92,8 @@ def _config(raw: dict[str, Any], source: Path) -> dict[str, Any]:
     if not isinstance(text, dict) or family not in DEFAULTS:
         known = ", ".join(DEFAULTS)
         raise ValueError(f"{source}/config.json: text_config is of type {family!r}: only {known}")
-    given = [each["tie_word_embeddings"] for each in (text, raw) if "tie_word_embeddings" in each]
+    ties = [each.get("tie_word_embeddings") for each in (text, raw)]
+    given = [tied for tied in ties if tied is not None]
     return {
         **DEFAULTS[family],
         **text,

@@ -168,6 +168,7 @@ def test_weights_that_are_missing_or_unknown_are_refused(toy: Path, tmp_path: Pa
     """One that is nowhere, one of another kind of tower, the head of a model that ties nothing, and
     a folder without a tokenizer: before anything is written."""
     norm, head = "language_model.model.norm.weight", "language_model.lm_head.weight"
+    embedding = "language_model.model.embed_tokens.weight"
     for name, family, change, words in (
         ("norm", "gemma3_text", lambda w: w.pop(norm), "no weight model.norm.weight"),
         (
@@ -177,6 +178,8 @@ def test_weights_that_are_missing_or_unknown_are_refused(toy: Path, tmp_path: Pa
             "audio.x is not known",
         ),
         ("head", "mistral", lambda w: w.pop(head), "no weight lm_head.weight"),
+        ("embedding", "mistral", lambda w: w.pop(embedding), "no weight model.embed_tokens.weight"),
+        ("twice", "mistral", lambda w: w.update({"lm_head.weight": w[head] + 1}), "two names"),
     ):
         folder = small_folder(toy, tmp_path / name, family, tied=family != "mistral")
         weights = load_file(folder / "model.safetensors")
@@ -210,7 +213,7 @@ def test_the_whole_decides_the_ends_and_the_template(toy: Path, tmp_path: Path):
     chat_template.json is there for the tokenizer."""
     folder = small_folder(toy, tmp_path / "whole")
     raw = config_of(folder)
-    raw["text_config"]["eos_token_id"] = 1
+    raw["text_config"] |= {"eos_token_id": 1, "tie_word_embeddings": None}  # null: as if left out
     write_config(folder, {**raw, "eos_token_id": [1, 2], "torch_dtype": "float32"})
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     settings = json.loads((folder / "tokenizer_config.json").read_text())
