@@ -85,7 +85,8 @@ def trl_settings(spec: dict) -> dict:
     adam = dict(adam_beta1=0.9, adam_beta2=0.95, adam_epsilon=1e-8, weight_decay=0.0)
     schedule = dict(learning_rate=learning_rate(spec), lr_scheduler_type="constant")
     schedule |= dict(warmup_steps=0, max_steps=spec["steps"], max_grad_norm=1.0, seed=0)
-    device = dict(use_cpu=True, bf16=spec.get("dtype") == "bf16", dataloader_pin_memory=False)
+    bf16 = spec.get("trl_dtype") == "bf16"
+    device = dict(use_cpu=True, bf16=bf16, dataloader_pin_memory=False)
     device |= dict(gradient_checkpointing=spec.get("run") == "recompute")
     device |= dict(model_init_kwargs={"dtype": "float32"})  # bf16 is by autocast
     output = dict(output_dir=spec["out"], save_strategy="no", report_to="none")

@@ -26,8 +26,10 @@
     wider random Llama, or that of --teacher. --divergences: jsd (beta 0.5), forward (0),
     reverse (1).
 
---dtype bf16 is TRL's default (by autocast) on a CPU too, and plumb's on a GPU only. Both have fp32
-master weights; losses then agree less closely.
+--dtype is plumb's, --trl-dtype TRL's if it is another. On a CPU bf16 (by autocast) is TRL's default
+and fp32 is plumb's. Master weights are in fp32, and losses in bf16 agree less closely. Most laptops
+have no instructions for bf16: ONEDNN_MAX_CPU_ISA=AVX512_CORE before the command hides them, which
+makes bf16 as slow as it is there, and changes nothing in fp32.
 
 --lora RANK gives all linears of the blocks adapters, TRL's by peft; both start from the same ones.
 
@@ -130,7 +132,8 @@ def with_bos(model: Path, work: Path) -> Path:
 def print_legend(args: argparse.Namespace) -> None:
     """Explain the columns of the tables."""
     if not args.tiny:
-        print(f"Both in {args.dtype}. Only `TRL recompute` recomputes activations, its default.")
+        print(f"plumb in {args.dtype}, TRL in {args.trl_dtype}. Only `TRL recompute` recomputes")
+        print("activations, its default.")
     print(
         "CPU s/step: mean of all steps but the first, user and kernel. with reference: plus one\n"
         "scoring of these rows by the reference, spread over the steps; TRL stock pays it inside\n"
@@ -156,6 +159,7 @@ def parse_arguments() -> argparse.Namespace:
     flag("--steps", type=int, default=12, help=f"timed steps of {BATCH} rows, after one more")
     flag("--repeats", type=int, default=3, help="runs of each kind")
     flag("--dtype", choices=("fp32", "bf16"), default="fp32", help="of products and activations")
+    flag("--trl-dtype", choices=("fp32", "bf16"), help="the same of TRL (default: --dtype)")
     flag("--runs", nargs="+", choices=RUNS, default=list(RUNS))
     flag("--max-tokens", type=int, default=8192, help="plumb's micro-batch")
     flag("--malloc", choices=("keep", "default"), default="keep", help="keep freed memory")
@@ -166,6 +170,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
+    args.trl_dtype = args.trl_dtype or args.dtype
     if not (args.model or args.tokenizer):
         sys.exit("error: give --model DIR, or --tokenizer for a model of random weights")
     if args.tiny:
@@ -190,6 +195,7 @@ def main() -> None:
             "steps": args.steps + 1,
             "max_tokens": args.max_tokens,
             "dtype": args.dtype,
+            "trl_dtype": args.trl_dtype,
             "tiny": args.tiny,
             "work": folder,
             "malloc": args.malloc,

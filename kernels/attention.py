@@ -141,7 +141,8 @@ def plain_attention(
     with `split`: its backward is one concatenation, where each slice would fill a whole (T, H, E).
     """
     q, k, v = (x.transpose(0, 1) for x in (q, k, v))  # (heads, T, E)
-    if k.shape[0] != q.shape[0]:
+    on_cpu = q.device.type == "cpu"
+    if k.shape[0] != q.shape[0] and (cap or not on_cpu):  # torch's CPU kernel shares keys itself
         k, v = (x.repeat_interleave(q.shape[0] // x.shape[0], 0) for x in (k, v))
     if not layout.runs:  # still a function of all three: other ranks wait for these gradients
         return (q * k[:, :0] * v[:, :0]).transpose(0, 1)
@@ -157,19 +158,29 @@ def plain_attention(
 def attend_run(
     q: Tensor, k: Tensor, v: Tensor, layout: TreeLayout, window: int, cap: float
 ) -> Tensor:
-    """Attend from consecutive queries (H, n, E) to keys (H, m, E) that end at the last query."""
-    queries, keys = q.shape[1], k.shape[1]
+    """Attend from consecutive queries (H, n, E) to keys (H or fewer, m, E) that end at the last.
+
+    On a CPU torch's kernel takes a third longer for 2-byte floats than for fp32.
+    """
+    queries, keys, dtype = q.shape[1], k.shape[1], v.dtype
+    if q.device.type == "cpu" and dtype.itemsize == 2:
+        q, k, v = q.float(), k.float(), v.float()
     if cap:
         exact = torch.promote_types(q.dtype, torch.float32)
         scores = torch.matmul(q.to(exact) * q.shape[2] ** -0.5, k.to(exact).transpose(1, 2))
         scores = cap * torch.tanh(scores / cap) + causal_mask(layout, queries, keys, window, exact)
-        return torch.matmul(scores.softmax(-1), v.to(exact)).to(v.dtype)
+        return torch.matmul(scores.softmax(-1), v.to(exact)).to(dtype)
     causal = queries == keys and not 0 < window < keys  # torch's own mask is the same
     mask = None if causal else causal_mask(layout, queries, keys, window, q.dtype)
     out = F.scaled_dot_product_attention(
-        q[None], k[None], v[None], attn_mask=mask, is_causal=causal
+        q[None],
+        k[None],
+        v[None],
+        attn_mask=mask,
+        is_causal=causal,
+        enable_gqa=k.shape[0] != q.shape[0],
     )
-    return out[0]
+    return out[0].to(dtype)
 
 
 def causal_mask(

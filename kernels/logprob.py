@@ -159,6 +159,8 @@ def add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
     """Add a @ b to `total`, in total's dtype."""
     if a.is_cuda and a.dtype != total.dtype and _addmm_widens(a.device, a.dtype):
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    elif a.device.type == "cpu":
+        total += a @ b
     else:
         total += matmul(a, b, total.dtype)
 

@@ -7,7 +7,6 @@ Letters: N rows, D width (DP: rounded up to a power of two).
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.device import fused, operator, processors, tl, triton
@@ -21,10 +20,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """
     if fused(x):
         return torch.ops.plumb.add_rms_norm(x, None, weight, eps)[0]
-    if x.dtype in (torch.bfloat16, torch.float16):
-        unit = F.rms_norm(x.float(), weight.shape, None, eps).to(x.dtype)
-        return (weight * unit).to(x.dtype)
-    return F.rms_norm(x, weight.shape, weight, eps)
+    return _RMSNorm.apply(x, weight, eps)
 
 
 def add_rms_norm(x: Tensor, more: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -34,6 +30,31 @@ def add_rms_norm(x: Tensor, more: Tensor, weight: Tensor, eps: float) -> tuple[T
         return total, y
     total = x + more
     return total, rms_norm(total, weight, eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """The plain twin. As the kernel it keeps x and a number a row, where plain torch keeps x twice.
+
+    With u = x · scale and s = dy · weight:  dx = (s - u mean(s · u)) · scale,  dw = Σ dy · u
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        exact = x.to(torch.promote_types(x.dtype, torch.float32))
+        scale = (exact.square().mean(-1, keepdim=True) + eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        unit = (exact * scale).to(x.dtype)  # rounded before the weight, as in Llama
+        return (weight * unit).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, d_y):
+        x, weight, scale = ctx.saved_tensors
+        unit, d_y = x.to(scale.dtype) * scale, d_y.to(scale.dtype)
+        d_unit = d_y * unit  # of the weight, row by row
+        d_weight = d_unit.flatten(0, -2).sum(0).to(weight.dtype)
+        mean = d_unit.mul_(weight).mean(-1, keepdim=True)
+        d_x = (d_y * weight).sub_(unit.mul_(mean)).mul_(scale)
+        return d_x.to(x.dtype), d_weight, None
 
 
 @triton.jit(do_not_specialize=["N"])

@@ -16,7 +16,21 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """Compute silu(gate) · up: gate and up (T, F) -> (T, F)."""
     if fused(gate):
         return torch.ops.plumb.swiglu(gate.contiguous(), up.contiguous())
-    return F.silu(gate) * up
+    return _SwiGLU.apply(gate, up)
+
+
+class _SwiGLU(torch.autograd.Function):
+    """The plain twin. It keeps what the kernel keeps: plain torch would keep silu(gate) as well."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, d_out):
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(d_out * up, gate), F.silu(gate).mul_(d_out)
 
 
 @triton.jit
