@@ -13,7 +13,12 @@ import torch
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 law = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that test_kernels.py starts")
 EXACT, HALF = 1e-6, 1e-2  # relative to the largest value: float32, and the 2-byte types
-TOLERANCE = {torch.float32: EXACT, torch.bfloat16: HALF, torch.float16: HALF}
+TOLERANCE = {
+    torch.float64: 1e-14,
+    torch.float32: EXACT,
+    torch.bfloat16: HALF,
+    torch.float16: HALF,
+}
 
 
 def relative_error(ours: torch.Tensor, wanted: torch.Tensor) -> float:

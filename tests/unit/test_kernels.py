@@ -136,8 +136,10 @@ def compare(ours, formula, inputs, dtype) -> None:
     assert max(errors) < TOLERANCE[dtype], errors
 
 
-@law
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+# The next two hold for the twins, whose backward is written out, and in the interpreter.
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(37, 96), (3, 5, 16), (1, 2500)])
 def test_rms_norms(shape, dtype):
     """x / √(mean(x²) + eps) · weight, alone and of a sum, with gradients into both outputs."""
@@ -158,7 +160,8 @@ def test_rms_norms(shape, dtype):
     def norm_1p(x, w):
         return norm(x, w + 1)
 
-    compare(lambda x, w: rms_norm(x, w.float() + 1, 1e-5), norm_1p, (x, less_one), dtype)
+    exact = torch.promote_types(dtype, torch.float32)
+    compare(lambda x, w: rms_norm(x, w.to(exact) + 1, 1e-5), norm_1p, (x, less_one), dtype)
 
 
 @law
@@ -180,13 +183,32 @@ def test_rope_rotates_pairs(heads, size, rotated, dtype):
     assert relative_error(rope(strided, cos, sin), rotate(strided.double())) < EXACT
 
 
-@law
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_swiglu(dtype):
     """silu(gate) · up, for one whole block and a part of one."""
     torch.manual_seed(0)
     inputs = [3 * torch.randn(7, 311), torch.randn(7, 311)]
     compare(swiglu, lambda gate, up: gate * torch.sigmoid(gate) * up, inputs, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_what_is_kept_for_backward(dtype):
+    """Both keep their inputs, which the linears before them made, and a norm a number a row."""
+    x, y = (torch.randn(6, 40, dtype=dtype, requires_grad=True) for _ in range(2))
+    weight = torch.ones(40, dtype=dtype, requires_grad=True)
+    inputs = {tensor.data_ptr() for tensor in (x, y, weight)}
+    kept: dict[int, int] = {}  # address -> numbers, of what is no input
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.data_ptr() not in inputs:
+            kept[tensor.data_ptr()] = tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        results = [swiglu(x, y)]  # held, so that no address is given twice
+        assert not kept
+        results.append(rms_norm(x, weight, 1e-5))
+    assert list(kept.values()) == [6]
 
 
 # ---- whole models --------------------------------------------------------------------------------

@@ -242,11 +242,16 @@ def test_a_tree_equals_its_branches_run_alone(family: str, tmp_path: Path):
 
 @pytest.mark.parametrize("window", [0, 1, 4])
 def test_attention_follows_the_definition_of_the_mask(window: int):
-    """Query i sees key j iff j <= i < kv_end[j] and position[i] - position[j] < window, if any."""
+    """Query i sees key j iff j <= i < kv_end[j] and position[i] - position[j] < window, if any.
+
+    Outputs and gradients in float64; in bf16 the output is the exact one, rounded once.
+    """
     torch.manual_seed(0)
     trees = [(3, [2, 1, 5]), (1, [4]), (6, [3, 3])]
     batch = make_batch(dataset_of([([0] * p, [[0] * n for n in ns]) for p, ns in trees]), [0, 1, 2])
-    q, k, v = (torch.randn(len(batch.tokens), heads, 8, dtype=torch.float64) for heads in (4, 2, 2))
+    q, k, v = (torch.randn(len(batch.tokens), heads, 8).bfloat16() for heads in (4, 2, 2))
+    halves = tree_attention(q, k, v, batch.layout, window)
+    q, k, v = (x.double().requires_grad_() for x in (q, k, v))
     seen = torch.zeros(len(q), len(q), dtype=torch.bool)
     for i in range(len(q)):
         for j in range(len(q)):
@@ -255,7 +260,13 @@ def test_attention_follows_the_definition_of_the_mask(window: int):
     k2, v2 = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
     scores = torch.einsum("ihe,jhe->hij", q, k2) / 8**0.5
     wanted = torch.einsum("hij,jhe->ihe", scores.masked_fill(~seen, float("-inf")).softmax(-1), v2)
-    assert (tree_attention(q, k, v, batch.layout, window) - wanted).abs().max() < 1e-12
+    ours = tree_attention(q, k, v, batch.layout, window)
+    assert (ours - wanted).abs().max() < 1e-12
+    slopes = torch.randn(ours.shape, dtype=torch.float64)
+    for a, b in zip(*(torch.autograd.grad(x, (q, k, v), slopes) for x in (ours, wanted))):
+        assert (a - b).abs().max() < 1e-12
+    assert halves.dtype == torch.bfloat16
+    assert (halves == wanted.bfloat16()).float().mean() > 0.99  # fp32 on the way may break a tie
 
 
 def test_packing_places_every_item_once_within_the_budget():
