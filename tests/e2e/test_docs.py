@@ -98,7 +98,8 @@ def test_a_page_names_every_loss(page: str, names: tuple[str, ...]):
 def test_flags_of_the_other_pages_exist(page: str):
     """data.md and performance.md name flags that every script has, two of bench/, or two more."""
     flags = {name.replace("_", "-") for name in RunConfig.__dataclass_fields__}
-    flags |= {f"no-{name}" for name in flags} | {"tokenizer", "algorithm", "loss", "reward", "trl-dtype"}
+    flags |= {f"no-{name}" for name in flags}
+    flags |= {"tokenizer", "algorithm", "loss", "reward", "trl-dtype"}
     text = (ROOT / "docs" / f"{page}.md").read_text()
     assert set(re.findall(r"`[^`\n]*--([a-z-]+)", text)) <= flags
 
