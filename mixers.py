@@ -184,6 +184,8 @@ class Attention(nn.Module):
         places: prompts of at most `longest` tokens that are kept once; 0 = rows hold their own.
         """
         like = torch.empty(0, dtype=self.out.weight.dtype, device=self.out.device)
+        if like.device.type == "cpu":  # where attention is in fp32 at least: kernels/attention.py
+            like = like.to(torch.promote_types(like.dtype, torch.float32))
         return KVCache(like, self.kv_heads, self.size, rows, length, places, longest, self.cap)
 
 
@@ -232,11 +234,13 @@ class KVCache:
         if new.in_places:
             stores = (self.prompt_keys, self.prompt_values)
         for store, x in zip(stores, (k, v)):
+            x = x.to(store.dtype)
             store[new.rows, :, new.at] = x if new.each_once else x[new.source]
         return tree_attention(q, k, v, new.layout, window, self.cap)
 
     def _extend(self, q: Tensor, k: Tensor, v: Tensor, step: Extension, window: int) -> Tensor:
         """Keep one token of each row, and attend from it to all that its row has seen."""
+        dtype, (q, k, v) = q.dtype, (x.to(self.keys.dtype) for x in (q, k, v))
         self.keys[step.rows, :, step.at] = k
         self.values[step.rows, :, step.at] = v
         count, kv_heads = len(q), k.shape[1]
@@ -250,12 +254,12 @@ class KVCache:
                 out, _ = partial_attention(grouped, keys, values, ~mask, self.cap)
             else:
                 out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask)
-            return out.reshape(q.shape).to(q.dtype)
+            return out.reshape(q.shape).to(dtype)
         own, own_weight = partial_attention(grouped, keys, values, ~step.visible(0), self.cap)
         out, weight = self._attend_prompts(grouped, step.prompts)
         # The two parts of one softmax, each weighted by its share of the sum.
         merged = torch.lerp(out, own, torch.sigmoid(own_weight - weight))
-        return merged.reshape(q.shape).to(q.dtype)
+        return merged.reshape(q.shape).to(dtype)
 
     def _attend_prompts(self, q: Tensor, prompts: SharedPrompts) -> tuple[Tensor, Tensor]:
         """Attend from (R, G, H/G, E) to the prompts in places, all rows of one prompt together."""

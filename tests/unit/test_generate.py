@@ -132,17 +132,19 @@ def test_logps_in_fp32(tmp_path: Path):
 def test_log_probs_do_not_depend_on_how_many_rows_a_step_has(dtype, tmp_path: Path):
     """2, 5 or 20 rows a step take different ways through a linear (kernels/linear.py).
 
-    Each reported log-prob is that of a fresh forward over the whole text, up to rounding.
+    Each reported log-prob is that of a fresh forward over the whole text, up to rounding. In bf16
+    that is seldom needed: both attend in fp32 on a CPU.
     """
     model = model_of("llama3", tmp_path).to(dtype)
     step = {torch.float32: 1e-5, torch.bfloat16: 0.05}[dtype]
+    gaps = []
     for rows in (2, 5, 20):
         answers = sampler.generate(model, PROMPTS[:4], 5, batch_size=rows, n=5)
         for i, answer in enumerate(answers):
             with torch.no_grad():
                 last = next_logp(model, PROMPTS[i // 5] + answer.tokens[:-1])
-            said = answer.policy_logps[-1]
-            assert said == pytest.approx(last[answer.tokens[-1]].item(), abs=step)
+            gaps.append(abs(answer.policy_logps[-1] - last[answer.tokens[-1]].item()))
+    assert max(gaps) < step and sum(gaps) / len(gaps) < step / 10
 
 
 def test_a_sample_depends_on_its_seed_alone(tmp_path: Path):
