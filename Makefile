@@ -1,5 +1,5 @@
 # make demo [DEMO=quick]   train the toy world end to end and print the table
-# make real [REAL=quick]   align SmolLM2-135M with instructions that can be checked; about 20 minutes or 5 to 8
+# make real [REAL=quick]   align SmolLM2-135M with instructions that can be checked; 20 to 25 minutes or 5 to 8
 # make quick               unit tests without those marked slow: losses, config, formats, trees, laws; under a minute
 # make test                every test; under 20 minutes on two cores
 # make test-engine         tests with vLLM itself on the CPU, in an environment of its own; 10 minutes

@@ -1,6 +1,6 @@
 """A real model on a laptop: SmolLM2-135M-Instruct learns to hold instructions that can be checked.
 
-    python real.py            one seed, about 20 minutes on 2 cores   (make real)
+    python real.py            one seed, 20 to 25 minutes on 2 cores  (make real)
     python real.py --quick    a part of it, 5 to 8 minutes             (make real REAL=quick)
     python real.py --seeds 0 1 2
 
