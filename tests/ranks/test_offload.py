@@ -112,8 +112,8 @@ def test_offloading_changes_no_bit(world, dtype, zero, sizes, device, tmp_path: 
         assert launch(world, train, tmp_path / name, then, *rest, 1) == plain
 
 
-def rounded(out: Path) -> list[bytes]:
-    """Train as `train` does in bf16 without clipping, with gradients that are rounded by hand."""
+def rounded(out: Path, clip: float) -> list[bytes]:
+    """Train as `train` does in bf16, with gradients that are rounded by hand."""
     model = make_model(torch.bfloat16, "cpu")
     optimizer = AdamW(model, (0.9, 0.95), 1e-8, 0.1)
     for _ in range(3):
@@ -127,20 +127,24 @@ def rounded(out: Path) -> list[bytes]:
                 b.grad.zero_()
         for b, gradient in zip(optimizer.buckets, total):
             b.grad.copy_(gradient)
-        optimizer.step(1e-2, 0.0)
+        optimizer.step(1e-2, clip)
     return [p.detach().view(torch.uint8).numpy().tobytes() for p in model.parameters()]
 
 
-def test_half_gradients_are_sums_in_bf16(tmp_path: Path):
+@pytest.mark.parametrize(
+    ("clip", "runs"), [(0.5, [(1, HALF), (1, HALF | OFFLOAD)]), (0.0, [(2, HALF)])]
+)
+def test_half_gradients_are_sums_in_bf16(clip: float, runs: list, tmp_path: Path):
     """Over micro-batches, over ranks and offloaded: the bits of sums that are rounded by hand.
 
-    Not clipped: two ranks sum the squares of the norm in another order, so its last bit may differ.
+    Two ranks do not clip: they sum the squares of the norm in another order, so its last bit may
+    differ.
     """
-    (wanted,) = launch(1, rounded, tmp_path)
-    rest = (torch.bfloat16, 1, {}, "cpu", 3, 0.0)
+    (wanted,) = launch(1, rounded, tmp_path, clip)
+    rest = (torch.bfloat16, 1, {}, "cpu", 3, clip)
     (exact,) = launch(1, train, tmp_path / "fp32", {}, *rest)
     assert exact != wanted
-    for world, how in ((1, HALF), (2, HALF), (1, HALF | OFFLOAD)):
+    for world, how in runs:
         for weights in launch(world, train, tmp_path / f"{world}{len(how)}", how, *rest):
             assert weights == wanted
 
